@@ -1,0 +1,42 @@
+# Each target works from a fresh clone: it makes .venv, installs what it needs and does its job. A second call reuses it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := demo,test
+
+.PHONY: demo test test-slow lint type bench clean help
+
+help:
+	@echo "make demo       distil a small student on real digits with CE, KL, IKL and GKL; table and plots in runs/demo"
+	@echo "make test       tests, doctests, coverage"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff"
+	@echo "make type       mypy"
+	@echo "make bench      time and memory of the losses; table and CSV in runs/bench"
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=95
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/installed
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage*

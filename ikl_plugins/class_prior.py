@@ -1,0 +1,136 @@
+"""The class-wise mean prediction: the global information of IKL and GKL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from . import _validation as check
+
+__all__ = ["ClassPrior"]
+
+
+class ClassPrior(nn.Module):
+    r"""Mean prediction of each class over the last epoch, one row a class.
+
+    During an epoch :meth:`observe` adds up the predictions by label; :meth:`end_epoch` turns the sums into means, which
+    :meth:`prior` then serves for the whole next epoch. Until an epoch has ended every row is uniform, 1 / C.
+
+    Everything is a buffer, the running sums included, so an interruption in the middle of an epoch loses nothing that a
+    checkpoint holds. Buffers follow the module to another device and keep at least float32 under ``.half()``.
+
+    Args:
+        num_classes: number of classes C, at least 1.
+
+    Raises:
+        TypeError: ``num_classes`` is not an integer.
+        ValueError: ``num_classes`` is below 1.
+
+    Note:
+        When ``torch.distributed`` is initialised, :meth:`end_epoch` adds the sums of all ranks and must be called by all
+        of them. The buffers between two such calls are the rank's own: with ``DistributedDataParallel`` around a module
+        that holds a prior set ``broadcast_buffers=False``, or rank 0's sums replace the others'.
+
+    References:
+        Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, section 3.3 and equation 10.
+
+    Example:
+        >>> import torch
+        >>> from ikl_plugins import ClassPrior
+        >>> prior = ClassPrior(num_classes=2)
+        >>> labels = torch.tensor([0, 0])
+        >>> prior.observe(torch.tensor([[0.9, 0.1], [0.7, 0.3]]), labels)
+        >>> prior.end_epoch()
+        >>> prior.prior(torch.tensor([0, 1]))  # class 1 was not seen and keeps its row
+        tensor([[0.8000, 0.2000],
+                [0.5000, 0.5000]])
+    """
+
+    matrix: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        check.check_num_classes("ClassPrior", num_classes)
+        self.num_classes = num_classes
+        self.register_buffer("matrix", torch.full((num_classes, num_classes), 1.0 / num_classes))
+        self.register_buffer("sums", torch.zeros(num_classes, num_classes))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    def prior(self, targets: Tensor) -> Tensor:
+        """The row of each label.
+
+        Args:
+            targets: integer class indices, shape (N,) or (N, d1, ...).
+
+        Returns:
+            Shape (N, C) or (N, C, d1, ...): rows that sum to 1, without gradient.
+
+        Raises:
+            TypeError: ``targets`` is not an integer tensor.
+            ValueError: a label is outside [0, C).
+        """
+        check.check_targets("ClassPrior.prior", targets, self.num_classes)
+        return self.matrix[targets.long()].movedim(-1, 1)
+
+    @torch.no_grad()
+    def observe(self, probabilities: Tensor, targets: Tensor) -> None:
+        """Adds predictions to the running sums of their labels.
+
+        Args:
+            probabilities: predictions, shape (N, C) or (N, C, d1, ...), on the prior's device.
+            targets: integer class indices, shape (N,) or (N, d1, ...).
+
+        Raises:
+            TypeError: ``probabilities`` is not a floating tensor or ``targets`` not an integer tensor.
+            ValueError: shapes do not fit, or a label is outside [0, C).
+        """
+        caller = "ClassPrior.observe"
+        check.check_targets(caller, targets, self.num_classes)
+        if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
+            kind = probabilities.dtype if isinstance(probabilities, Tensor) else type(probabilities).__name__
+            raise TypeError(f"{caller}: `probabilities` must be a floating tensor, got {kind}. Pass a softmax output.")
+        expected = (*targets.shape[:1], self.num_classes, *targets.shape[1:])
+        if tuple(probabilities.shape) != expected:
+            raise ValueError(
+                f"{caller}: `probabilities` must have shape {expected} for targets of shape {tuple(targets.shape)} and "
+                f"num_classes={self.num_classes}, got {tuple(probabilities.shape)}. Set `num_classes` to the number of "
+                f"classes of the logits and pass one label per prediction."
+            )
+        labels = targets.reshape(-1).long()
+        rows = probabilities.detach().movedim(1, -1).reshape(-1, self.num_classes)
+        self.sums.index_add_(0, labels, rows.to(self.sums.dtype))
+        self.counts += torch.bincount(labels, minlength=self.num_classes)
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """Makes the means of this epoch the prior of the next and starts new sums.
+
+        Classes that no rank has seen keep their row. All ranks must call this.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.sums)
+            torch.distributed.all_reduce(self.counts)
+        seen = (self.counts > 0).unsqueeze(1)
+        means = self.sums / self.counts.clamp(min=1).unsqueeze(1)
+        # In place: whoever holds these buffers, a checkpoint for one, goes on seeing the current values.
+        self.matrix.copy_(torch.where(seen, means, self.matrix))
+        self.sums.zero_()
+        self.counts.zero_()
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassPrior:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        # Sums over an epoch need more digits than half precision has: `.half()` on a whole model moves them, no more.
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.is_floating_point() and torch.finfo(after.dtype).bits < 32:
+                setattr(self, name, buffer.to(after.device))
+        return self

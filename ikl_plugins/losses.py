@@ -1,0 +1,323 @@
+"""DKL, IKL and GKL as modules: the functions of :mod:`ikl_plugins.functional`, their settings and the class prior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import _validation as check
+from .class_prior import ClassPrior
+from .functional import LossTerms, dkl_loss, gkl_loss, ikl_loss
+
+__all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "warmup_factor"]
+
+
+def warmup_factor(epoch: int, warmup_epochs: int) -> float:
+    """Linear ramp of a distillation loss: min(epoch / warmup_epochs, 1), epochs counted from 1.
+
+    Args:
+        epoch: number of the running epoch, 1 for the first.
+        warmup_epochs: length of the ramp in epochs, at least 0; 0 and 1 mean no ramp.
+
+    Returns:
+        The factor in (0, 1] for the distillation loss; the cross entropy to the labels is not scaled.
+
+    Raises:
+        TypeError: ``warmup_epochs`` is not a number.
+        ValueError: ``warmup_epochs`` is negative, or ``epoch`` is below 1.
+
+    References:
+        The trainer of the official CIFAR-100 recipes (setting WARMUP).
+
+    Example:
+        >>> [warmup_factor(epoch, 4) for epoch in (1, 2, 4, 9)]
+        [0.25, 0.5, 1.0, 1.0]
+    """
+    check.check_number("warmup_factor", "warmup_epochs", warmup_epochs)
+    if epoch < 1:
+        raise ValueError(f"warmup_factor: `epoch` must be at least 1, got {epoch}. Epochs are counted from 1.")
+    return min(epoch / warmup_epochs, 1.0) if warmup_epochs else 1.0
+
+
+class _DecoupledLoss(nn.Module):
+    """What the three losses share: checked settings, the class prior and its epochs, the last terms."""
+
+    last_terms: LossTerms | None
+
+    def __init__(
+        self,
+        *,
+        alpha: float,
+        beta: float,
+        temperature: float,
+        reduction: str,
+        check_finite: bool,
+        global_info: bool,
+        num_classes: int | None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check.check_number(name, "alpha", alpha)
+        check.check_number(name, "beta", beta)
+        check.check_number(name, "temperature", temperature, positive=True)
+        check.check_reduction(name, reduction)
+        self.alpha = alpha
+        self.beta = beta
+        self.temperature = temperature
+        self.reduction = reduction
+        self.check_finite = check_finite
+        self.global_info = global_info
+        self.num_classes = num_classes
+        self.last_terms = None
+        if num_classes is not None:
+            check.check_num_classes(name, num_classes)
+        if global_info and num_classes is None:
+            raise ValueError(
+                f"{name}: `num_classes` must be given with global_info=True, got None. "
+                f"Pass the number of classes of the logits, the size of the class prior."
+            )
+        self.class_prior = ClassPrior(num_classes) if global_info and num_classes is not None else None
+
+    def end_epoch(self) -> None:
+        """Rolls the class prior (:meth:`ClassPrior.end_epoch`); nothing to do without ``global_info``."""
+        if self.class_prior is not None:
+            self.class_prior.end_epoch()
+
+    def extra_repr(self) -> str:
+        parts = {
+            name: getattr(self, name)
+            for name in ("alpha", "beta", "temperature", "weight_temperature", "gamma", "reduction", "global_info")
+            if hasattr(self, name)
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in parts.items())
+
+    def _rows(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None) -> Tensor | None:
+        """The prior's rows for the batch, after everything that a prior needs has been checked."""
+        name = type(self).__name__
+        check.check_logits(name, student_logits, teacher_logits)
+        if self.num_classes is not None and student_logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"{name}: `num_classes` must be the number of classes of the logits, got num_classes="
+                f"{self.num_classes} for logits of shape {tuple(student_logits.shape)}. Correct `num_classes`."
+            )
+        if self.class_prior is None:
+            return None
+        if targets is None:
+            raise ValueError(
+                f"{name}: `targets` must be given with global_info=True, got None. "
+                f"Pass the class indices of the batch, or set global_info=False."
+            )
+        check.check_targets(name, targets, self.class_prior.num_classes)
+        expected = (student_logits.shape[0], *student_logits.shape[2:])
+        if tuple(targets.shape) != expected:
+            raise ValueError(
+                f"{name}: `targets` must have shape {expected} for logits of shape {tuple(student_logits.shape)}, got "
+                f"{tuple(targets.shape)}. Pass one class index per prediction."
+            )
+        return self.class_prior.prior(targets)
+
+
+class DKLLoss(_DecoupledLoss):
+    """Module form of :func:`ikl_plugins.dkl_loss`; see there for the formula, shapes and gradient flow.
+
+    Args:
+        alpha: weight of the soft-label cross entropy.
+        beta: weight of the weighted MSE.
+        temperature: divides both logits in both terms.
+        reduction: ``'batchmean'``, ``'sum'`` or ``'none'``.
+        global_info: DKL takes no class prior; only False is accepted. Here so that a config may exchange the losses.
+        num_classes: if given, the class count that the logits must have.
+        check_finite: raise on NaN or infinite logits.
+
+    Raises:
+        TypeError: a weight or temperature is not a number.
+        ValueError: a setting is out of range, or ``global_info`` is True.
+
+    Attributes:
+        last_terms: :class:`LossTerms` of the last call, detached; None before it.
+
+    References:
+        Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, equation 5.
+
+    Example:
+        >>> import torch
+        >>> from ikl_plugins import DKLLoss
+        >>> criterion = DKLLoss(temperature=4.0)
+        >>> loss = criterion(torch.zeros(2, 3), torch.zeros(2, 3))  # no differences, uniform soft labels: log 3
+        >>> round(loss.item(), 4)
+        1.0986
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        global_info: bool = False,
+        num_classes: int | None = None,
+        check_finite: bool = False,
+    ) -> None:
+        if global_info:
+            raise ValueError(
+                "DKLLoss: `global_info` must be False, got True. DKL has the instance weights that make it equal KL in "
+                "gradient; use IKLLoss or GKLLoss for a class prior."
+            )
+        super().__init__(
+            alpha=alpha, beta=beta, temperature=temperature, reduction=reduction, check_finite=check_finite,
+            global_info=False, num_classes=num_classes,
+        )  # fmt: skip
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The loss of one batch; ``targets`` is accepted and not used."""
+        self._rows(student_logits, teacher_logits, targets)
+        loss, self.last_terms = dkl_loss(
+            student_logits, teacher_logits, alpha=self.alpha, beta=self.beta, temperature=self.temperature,
+            reduction=self.reduction, check_finite=self.check_finite, return_terms=True,
+        )  # fmt: skip
+        return loss
+
+
+class IKLLoss(_DecoupledLoss):
+    """Module form of :func:`ikl_plugins.ikl_loss`; with ``global_info`` it keeps the class prior itself.
+
+    Args:
+        alpha: weight of the soft-label cross entropy.
+        beta: weight of the weighted MSE.
+        temperature: of the cross entropy alone.
+        weight_temperature: of the softmax that makes the instance weights, and of the predictions that the class prior
+            collects (the recipes' T2 in distillation, tau in adversarial training).
+        reduction: ``'batchmean'``, ``'sum'`` or ``'none'``.
+        global_info: weights from the class-wise mean teacher prediction of the previous epoch, uniform in the first.
+            Needs ``num_classes``, ``targets`` in every call and :meth:`end_epoch` after every epoch.
+        num_classes: number of classes; if given, the logits must have it.
+        check_finite: raise on NaN or infinite logits.
+
+    Raises:
+        TypeError: a weight or temperature is not a number.
+        ValueError: a setting is out of range, or ``global_info`` comes without ``num_classes``.
+
+    Attributes:
+        class_prior: the :class:`ClassPrior`, None without ``global_info``; part of ``state_dict``.
+        last_terms: :class:`LossTerms` of the last call, detached; None before it.
+
+    Note:
+        In training mode forward observes the batch after it has used the prior; in eval mode it only reads it.
+
+    References:
+        Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, equations 7 and 10.
+
+    Example:
+        >>> import torch
+        >>> from ikl_plugins import IKLLoss
+        >>> criterion = IKLLoss(global_info=True, num_classes=3)
+        >>> loss = criterion(torch.zeros(2, 3), torch.eye(3)[:2], targets=torch.tensor([0, 1]))
+        >>> criterion.end_epoch()
+        >>> criterion.class_prior.matrix[2]  # class 2 did not occur
+        tensor([0.3333, 0.3333, 0.3333])
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        weight_temperature: float = 1.0,
+        reduction: str = "batchmean",
+        global_info: bool = False,
+        num_classes: int | None = None,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__(
+            alpha=alpha, beta=beta, temperature=temperature, reduction=reduction, check_finite=check_finite,
+            global_info=global_info, num_classes=num_classes,
+        )  # fmt: skip
+        check.check_number(type(self).__name__, "weight_temperature", weight_temperature, positive=True)
+        self.weight_temperature = weight_temperature
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student_logits: shape (N, C) or (N, C, d1, ...).
+            teacher_logits: same shape.
+            targets: class indices (N,) or (N, d1, ...); needed with ``global_info``.
+
+        Returns:
+            A 0-dim tensor, or (N, d1, ...) for ``reduction='none'``.
+
+        Raises:
+            TypeError: dtypes that do not fit.
+            ValueError: shapes, a class count or labels that do not fit; missing ``targets``.
+        """
+        rows = self._rows(student_logits, teacher_logits, targets)
+        loss, self.last_terms = self._loss(student_logits, teacher_logits, rows)
+        if self.class_prior is not None and targets is not None and self.training:
+            predictions = torch.softmax(teacher_logits.detach() / self.weight_temperature, 1, dtype=torch.float32)
+            self.class_prior.observe(predictions, targets)
+        return loss
+
+    def _loss(self, student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None) -> tuple[Tensor, LossTerms]:
+        return ikl_loss(
+            student_logits, teacher_logits, alpha=self.alpha, beta=self.beta, temperature=self.temperature,
+            weight_temperature=self.weight_temperature, class_prior=rows, reduction=self.reduction,
+            check_finite=self.check_finite, return_terms=True,
+        )  # fmt: skip
+
+
+class GKLLoss(IKLLoss):
+    """Module form of :func:`ikl_plugins.gkl_loss`; everything else as :class:`IKLLoss`.
+
+    Args:
+        gamma: power of the weights, at least 0; 1 gives IKL.
+        alpha: weight of the soft-label cross entropy.
+        beta: weight of the weighted MSE.
+        temperature: of the cross entropy alone.
+        weight_temperature: of the softmax that makes the weights and of the predictions that the class prior collects.
+        reduction: ``'batchmean'``, ``'sum'`` or ``'none'``.
+        global_info: weights from the class prior (see :class:`IKLLoss`).
+        num_classes: number of classes; if given, the logits must have it.
+        check_finite: raise on NaN or infinite logits.
+
+    Raises:
+        TypeError: a weight or temperature is not a number.
+        ValueError: a setting is out of range, or ``global_info`` comes without ``num_classes``.
+
+    References:
+        Cui et al., Generalized Kullback-Leibler Divergence Loss, TPAMI 2026; the authors' code (see ``gkl_loss``).
+
+    Example:
+        >>> import torch
+        >>> from ikl_plugins import GKLLoss
+        >>> GKLLoss(gamma=0.0, alpha=0.0)(torch.zeros(1, 4), torch.tensor([[1.0, 2.0, 3.0, 4.0]])).item()
+        0.625
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        weight_temperature: float = 1.0,
+        gamma: float = 1.0,
+        reduction: str = "batchmean",
+        global_info: bool = False,
+        num_classes: int | None = None,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__(
+            alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature,
+            reduction=reduction, global_info=global_info, num_classes=num_classes, check_finite=check_finite,
+        )  # fmt: skip
+        check.check_number(type(self).__name__, "gamma", gamma)
+        self.gamma = gamma
+
+    def _loss(self, student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None) -> tuple[Tensor, LossTerms]:
+        return gkl_loss(
+            student_logits, teacher_logits, alpha=self.alpha, beta=self.beta, temperature=self.temperature,
+            weight_temperature=self.weight_temperature, gamma=self.gamma, class_prior=rows, reduction=self.reduction,
+            check_finite=self.check_finite, return_terms=True,
+        )  # fmt: skip
