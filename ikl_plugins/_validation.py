@@ -16,8 +16,10 @@ from torch import Tensor
 REDUCTIONS = ("batchmean", "sum", "none")
 
 
-def check_number(caller: str, name: str, value: float, *, positive: bool = False) -> None:
+def check_number(caller: str, name: str, value: object, *, positive: bool = False) -> None:
     """Refuses ``value`` unless it is a finite real number, at least 0 (above 0 if ``positive``)."""
+    if type(value) is float and 0.0 < value < math.inf:
+        return  # the common case, on the path of every call
     rule = "a finite number above 0" if positive else "a finite number of at least 0"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(

@@ -30,9 +30,9 @@ class ClassPrior(nn.Module):
         ValueError: ``num_classes`` is below 1.
 
     Note:
-        When ``torch.distributed`` is initialised, :meth:`end_epoch` adds the sums of all ranks and must be called by all
-        of them. The buffers between two such calls are the rank's own: with ``DistributedDataParallel`` around a module
-        that holds a prior set ``broadcast_buffers=False``, or rank 0's sums replace the others'.
+        When ``torch.distributed`` is initialised, :meth:`end_epoch` adds the sums of all ranks and must be called by
+        all of them. The buffers between two such calls are the rank's own: with ``DistributedDataParallel`` around a
+        module that holds a prior set ``broadcast_buffers=False``, or rank 0's sums replace the others'.
 
     References:
         Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, section 3.3 and equation 10.
@@ -127,7 +127,7 @@ class ClassPrior(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassPrior:
         before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Sums over an epoch need more digits than half precision has: `.half()` on a whole model moves them, no more.
         for name, buffer in before.items():
             after = getattr(self, name)

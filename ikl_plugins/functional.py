@@ -1,7 +1,8 @@
 """The decoupled Kullback-Leibler losses as pure tensor functions, linear in the number of classes.
 
-Notation: for one sample with student logits ``s`` and teacher logits ``t`` let ``d = t - s`` and let ``w`` be the class
-weights. The weighted MSE of the paper runs over all pairs of classes; with ``W = sum_j w_j`` and ``m = sum_j w_j d_j / W``
+Notation: for one sample with student logits ``s`` and teacher logits ``t`` let ``d = t - s`` and let ``w`` be the
+class weights. The weighted MSE of the paper runs over all pairs of classes. With ``W = sum_j w_j`` and
+``m = sum_j w_j d_j / W``
 
     1/4 sum_jk w_j w_k ((t_j - t_k) - (s_j - s_k))^2 = 1/2 W sum_j w_j (d_j - m)^2
 
@@ -14,7 +15,6 @@ gradient behind while the block is hot. The composed one is plain differentiable
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -38,20 +38,6 @@ class LossTerms(NamedTuple):
     soft_cross_entropy: Tensor
 
 
-class _Settings(NamedTuple):
-    """What distinguishes one call from another, beside its tensors."""
-
-    alpha: float
-    beta: float
-    temperature: float  # of the soft cross entropy
-    weight_temperature: float  # of the softmax that makes the weights, without a class prior
-    gamma: float  # power of the weights
-    mse_temperature: float  # divides the logits inside the weighted MSE
-    student_in_mse: bool  # False: the student side of the weighted MSE is detached (DKL)
-    divide_by_pairs: bool  # True: divide by the pair weights of the batch instead of its size (GKL)
-    reduction: str
-
-
 def dkl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -61,32 +47,30 @@ def dkl_loss(
     temperature: float = 1.0,
     reduction: str = "batchmean",
     check_finite: bool = False,
-    return_terms: bool = False,
-) -> Any:
+) -> Tensor:
     r"""Decoupled KL: for ``alpha = beta = 1`` it has the gradients of KL divergence, for both inputs.
 
     With ``a = teacher_logits / temperature``, ``b = student_logits / temperature`` and ``p = softmax(a)``, per sample::
 
         beta/4 sum_jk sg(p_j p_k) ((a_j - a_k) - sg(b_j - b_k))^2  -  alpha sum_j sg(p_j) log softmax(b)_j
 
-    where ``sg`` stops the gradient. The gradients are those of ``KL(p || softmax(b))``; the value is not: it differs from
-    KL by more than a constant.
+    where ``sg`` stops the gradient. The gradients are those of ``KL(p || softmax(b))``; the value is not, it differs
+    from KL by more than a constant.
 
     Args:
         student_logits: raw scores of the network that follows, shape (N, C) or (N, C, d1, ...), any floating dtype. In
             adversarial training these are the logits of the adversarial view.
         teacher_logits: raw scores of the reference, same shape and device. In adversarial training: the natural view.
-        alpha: weight of the soft-label cross entropy, at least 0. The paper calls it beta; this is the official code's name.
+        alpha: weight of the soft-label cross entropy, at least 0. The name is the official code's; the paper's is beta.
         beta: weight of the weighted MSE, at least 0; its 1/4 is inside. The paper's alpha.
         temperature: divides both logits in both terms, above 0. No factor ``temperature**2`` is applied.
         reduction: ``'batchmean'`` divides the sum by the number of samples N * d1 * ...; ``'sum'``; ``'none'``.
         check_finite: raise if the logits hold NaN or infinity. Off by default, as it reads the logits once more (and
             waits for the device). When off, a NaN goes through to the loss; it is never averaged away.
-        return_terms: return ``(loss, LossTerms)``, the second one detached.
 
     Returns:
-        A 0-dim tensor for ``'batchmean'`` and ``'sum'``, (N, d1, ...) for ``'none'``: float32 for half-precision inputs,
-        else the wider dtype of the two. An empty batch gives 0.
+        A 0-dim tensor for ``'batchmean'`` and ``'sum'``, (N, d1, ...) for ``'none'``. Its dtype is float32 for
+        half-precision inputs, else the wider dtype of the two. An empty batch gives 0.
 
     Raises:
         TypeError: logits that are not floating tensors, or weights and temperatures that are not numbers.
@@ -109,11 +93,9 @@ def dkl_loss(
         >>> torch.allclose(student.grad, student.softmax(1) - teacher.softmax(1))
         True
     """
-    settings = _Settings(
-        alpha=alpha, beta=beta, temperature=temperature, weight_temperature=temperature, gamma=1.0,
-        mse_temperature=temperature, student_in_mse=False, divide_by_pairs=False, reduction=reduction,
-    )  # fmt: skip
-    return _loss("dkl_loss", student_logits, teacher_logits, None, settings, check_finite, return_terms)
+    settings = dkl_settings(alpha=alpha, beta=beta, temperature=temperature, reduction=reduction)
+    loss, _ = evaluate("dkl_loss", student_logits, teacher_logits, None, settings, check_finite=check_finite)
+    return loss
 
 
 def ikl_loss(
@@ -127,8 +109,7 @@ def ikl_loss(
     class_prior: Tensor | None = None,
     reduction: str = "batchmean",
     check_finite: bool = False,
-    return_terms: bool = False,
-) -> Any:
+) -> Tensor:
     r"""Improved KL: the weighted MSE drives both sides, its weights may come from class-wise mean predictions.
 
     With ``w = class_prior``, or ``w = softmax(teacher_logits / weight_temperature)`` without one, per sample::
@@ -139,19 +120,19 @@ def ikl_loss(
     Args:
         student_logits: raw scores of the network that follows, shape (N, C) or (N, C, d1, ...), any floating dtype.
         teacher_logits: raw scores of the reference, same shape and device.
-        alpha: weight of the soft-label cross entropy, at least 0. The paper calls it beta; this is the official code's name.
-        beta: weight of the weighted MSE, at least 0; its 1/4 is inside. The paper's alpha, so "alpha/4 = 5" is beta 20.
-        temperature: of the cross entropy alone, both sides, above 0; the MSE sees raw logits. No ``temperature**2`` factor.
+        alpha: weight of the soft-label cross entropy, at least 0. The name is the official code's; the paper's is beta.
+        beta: weight of the weighted MSE, at least 0; its 1/4 is inside. The paper's alpha: its "alpha/4 = 5" is beta 20.
+        temperature: of the cross entropy alone, both sides, above 0; no factor ``temperature**2``. The MSE sees raw
+            logits.
         weight_temperature: of the softmax that makes the weights (the recipes' T2), above 0; unused with a class prior.
-        class_prior: shape (N, C), for each sample the class-wise mean prediction of its label (see :class:`ClassPrior`),
-            or the logits' own shape. Entries at least 0, rows meant to sum to 1; zeros are allowed.
+        class_prior: shape (N, C), for each sample the class-wise mean prediction of its label (see
+            :class:`ClassPrior`), or the logits' own shape. Entries at least 0, zeros allowed; rows should sum to 1.
         reduction: ``'batchmean'`` divides the sum by the number of samples N * d1 * ...; ``'sum'``; ``'none'``.
         check_finite: raise if the logits hold NaN or infinity (see :func:`dkl_loss`).
-        return_terms: return ``(loss, LossTerms)``, the second one detached.
 
     Returns:
-        A 0-dim tensor for ``'batchmean'`` and ``'sum'``, (N, d1, ...) for ``'none'``: float32 for half-precision inputs,
-        else the wider dtype of the two. An empty batch gives 0.
+        A 0-dim tensor for ``'batchmean'`` and ``'sum'``, (N, d1, ...) for ``'none'``. Its dtype is float32 for
+        half-precision inputs, else the wider dtype of the two. An empty batch gives 0.
 
     Raises:
         TypeError: logits or prior that are not floating tensors, or weights and temperatures that are not numbers.
@@ -174,11 +155,11 @@ def ikl_loss(
         >>> loss.item()
         0.0
     """
-    settings = _Settings(
-        alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature, gamma=1.0,
-        mse_temperature=1.0, student_in_mse=True, divide_by_pairs=False, reduction=reduction,
-    )  # fmt: skip
-    return _loss("ikl_loss", student_logits, teacher_logits, class_prior, settings, check_finite, return_terms)
+    settings = ikl_settings(
+        alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature, reduction=reduction
+    )
+    loss, _ = evaluate("ikl_loss", student_logits, teacher_logits, class_prior, settings, check_finite=check_finite)
+    return loss
 
 
 def gkl_loss(
@@ -193,8 +174,7 @@ def gkl_loss(
     class_prior: Tensor | None = None,
     reduction: str = "batchmean",
     check_finite: bool = False,
-    return_terms: bool = False,
-) -> Any:
+) -> Tensor:
     r"""Generalised KL: IKL with weights smoothed by a power and normalised over the batch.
 
     With ``v = w**gamma`` for the weights ``w`` of :func:`ikl_loss` and b running over the samples of the batch::
@@ -216,7 +196,6 @@ def gkl_loss(
             values whose mean and sum the other two are. The normaliser is the whole batch's in each case (under data
             parallelism: the batch of the rank).
         check_finite: raise if the logits hold NaN or infinity (see :func:`dkl_loss`).
-        return_terms: return ``(loss, LossTerms)``, the second one detached.
 
     Returns:
         As :func:`ikl_loss`. If every weight of the batch is 0 the weighted MSE is 0.
@@ -240,42 +219,90 @@ def gkl_loss(
         >>> gkl_loss(student, teacher, alpha=0.0, gamma=0.0).item()  # half the variance of the differences
         0.625
     """
-    settings = _Settings(
+    settings = gkl_settings(
         alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature, gamma=gamma,
-        mse_temperature=1.0, student_in_mse=True, divide_by_pairs=True, reduction=reduction,
+        reduction=reduction,
     )  # fmt: skip
-    return _loss("gkl_loss", student_logits, teacher_logits, class_prior, settings, check_finite, return_terms)
+    loss, _ = evaluate("gkl_loss", student_logits, teacher_logits, class_prior, settings, check_finite=check_finite)
+    return loss
 
 
-def _loss(
-    caller: str,
-    student: Tensor,
-    teacher: Tensor,
-    class_prior: Tensor | None,
-    settings: _Settings,
-    check_finite: bool,
-    return_terms: bool,
-) -> Tensor | tuple[Tensor, LossTerms]:
-    check.check_logits(caller, student, teacher)
+# --- what the functions and the modules of losses.py share ------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """What distinguishes one loss from another, beside its tensors."""
+
+    alpha: float
+    beta: float
+    temperature: float  # of the soft cross entropy
+    weight_temperature: float  # of the softmax that makes the weights, without a class prior
+    gamma: float  # power of the weights
+    mse_temperature: float  # divides the logits inside the weighted MSE
+    student_in_mse: bool  # False: the student side of the weighted MSE is detached (DKL)
+    divide_by_pairs: bool  # True: divide by the pair weights of the batch instead of its size (GKL)
+    reduction: str
+
+
+def dkl_settings(*, alpha: float, beta: float, temperature: float, reduction: str) -> Settings:
+    """DKL: the weights and both terms see the tempered logits, the MSE drives the teacher alone."""
+    return Settings(alpha, beta, temperature, temperature, 1.0, temperature, False, False, reduction)
+
+
+def ikl_settings(
+    *, alpha: float, beta: float, temperature: float, weight_temperature: float, reduction: str
+) -> Settings:
+    """IKL: the MSE sees raw logits and drives both sides."""
+    return Settings(alpha, beta, temperature, weight_temperature, 1.0, 1.0, True, False, reduction)
+
+
+def gkl_settings(
+    *, alpha: float, beta: float, temperature: float, weight_temperature: float, gamma: float, reduction: str
+) -> Settings:
+    """GKL: IKL with a power on the weights and the batch's pair weights for a divisor."""
+    return Settings(alpha, beta, temperature, weight_temperature, gamma, 1.0, True, True, reduction)
+
+
+def check_settings(caller: str, settings: Settings) -> None:
+    """Refuses weights, temperatures or a reduction out of range."""
     for name in ("alpha", "beta", "gamma"):
         check.check_number(caller, name, getattr(settings, name))
     for name in ("temperature", "weight_temperature"):
         check.check_number(caller, name, getattr(settings, name), positive=True)
     check.check_reduction(caller, settings.reduction)
+
+
+def evaluate(
+    caller: str,
+    student: Tensor,
+    teacher: Tensor,
+    class_prior: Tensor | None,
+    settings: Settings,
+    *,
+    check_finite: bool,
+    with_terms: bool = False,
+) -> tuple[Tensor, LossTerms | None]:
+    """Checks everything, then the loss, and on request its two terms, on the path that fits."""
+    check.check_logits(caller, student, teacher)
+    check_settings(caller, settings)
     if class_prior is not None:
         check.check_class_prior(caller, class_prior, student)
         class_prior = class_prior.detach()
-    elif settings.gamma == 1.0:
+    elif settings.divide_by_pairs and settings.gamma == 1.0:
         # The softmax sums to 1, so the pair weights of the batch sum to its size: GKL is IKL.
         settings = settings._replace(divide_by_pairs=False)
 
     if torch.compiler.is_compiling():
         loss, mse, cross_entropy = _composed(student, teacher, class_prior, settings)
-    else:
-        if check_finite:
-            check.check_finite_logits(caller, student_logits=student, teacher_logits=teacher)
-        loss, mse, cross_entropy = _FusedLoss.apply(student, teacher, class_prior, settings, torch.is_grad_enabled())
-    return (loss, LossTerms(mse.detach(), cross_entropy.detach())) if return_terms else loss
+        return loss, LossTerms(mse.detach(), cross_entropy.detach())
+    if check_finite:
+        check.check_finite_logits(caller, student_logits=student, teacher_logits=teacher)
+    watched = torch.is_grad_enabled()
+    needs = watched and student.requires_grad, watched and teacher.requires_grad
+    if not with_terms:
+        return _FusedLoss.apply(student, teacher, class_prior, settings, needs, False), None
+    loss, mse, cross_entropy = _FusedLoss.apply(student, teacher, class_prior, settings, needs, True)
+    return loss, LossTerms(mse, cross_entropy)
 
 
 def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -288,24 +315,18 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _reduce(rows: Tensor, settings: _Settings, shape: torch.Size) -> Tensor:
+def _reduce(rows: Tensor, settings: Settings, shape: torch.Size) -> Tensor:
     """Per-sample values (N * d1 * ...,) to the declared reduction for logits of ``shape``."""
     if settings.reduction == "none":
         return rows.reshape(shape[0], *shape[2:])
-    total = rows.sum()
-    return total if settings.reduction == "sum" or rows.numel() == 0 else total / rows.numel()
-
-
-def _row_scale(settings: _Settings, rows: int) -> float:
-    """What one row's value is multiplied by in the reduced loss."""
-    return 1.0 / rows if settings.reduction == "batchmean" and rows else 1.0
+    return rows.sum() if settings.reduction == "sum" or rows.numel() == 0 else rows.mean()
 
 
 # --- the composed path -----------------------------------------------------------------------------------------------
 
 
 def _composed(
-    student: Tensor, teacher: Tensor, class_prior: Tensor | None, settings: _Settings
+    student: Tensor, teacher: Tensor, class_prior: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, weighted-MSE part and cross-entropy part as ordinary differentiable tensor code."""
     dtype = _compute_dtype(student, teacher)
@@ -352,66 +373,64 @@ class _FusedLoss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         class_prior: Tensor | None,
-        settings: _Settings,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.needs = tuple(grad_enabled and tensor.requires_grad for tensor in (student, teacher))
-        mse, cross_entropy, gradients = _walk(student, teacher, class_prior, settings, *ctx.needs)
+        settings: Settings,
+        needs: tuple[bool, bool],
+        with_terms: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        mse, cross_entropy, ctx.gradients = _walk(student, teacher, class_prior, settings, needs)
         ctx.save_for_backward(student, teacher, class_prior)
         ctx.settings = settings
-        ctx.gradients = gradients
-        parts = _reduce(mse, settings, student.shape), _reduce(cross_entropy, settings, student.shape)
-        ctx.mark_non_differentiable(*parts)
-        return parts[0] + parts[1], *parts
+        ctx.needs = needs
+        loss = _reduce(mse + cross_entropy, settings, student.shape)
+        if not with_terms:
+            return loss
+        terms = _reduce(mse, settings, student.shape), _reduce(cross_entropy, settings, student.shape)
+        ctx.mark_non_differentiable(*terms)
+        return loss, *terms
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, class_prior = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Somebody wants the derivative of this gradient: hand out one that has a graph of its own.
-            return (
-                *_composed_gradients(student, teacher, class_prior, ctx.settings, ctx.needs, grad_loss),
-                None,
-                None,
-                None,
-            )
+            attached = _composed_gradients(student, teacher, class_prior, ctx.settings, ctx.needs, grad_loss)
+            return *attached, None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # A second call on a retained graph: the first one scaled its tensors in place and gave them away.
-            *_, gradients = _walk(student, teacher, class_prior, ctx.settings, *ctx.needs)
-        return *(
-            None if gradient is None else _scale_(gradient, grad_loss).to(tensor.dtype)
-            for gradient, tensor in zip(gradients, (student, teacher), strict=True)
-        ), None, None, None  # fmt: skip
+            gradients = _walk(student, teacher, class_prior, ctx.settings, ctx.needs)[2]
+        finished = _finish(gradients[0], grad_loss, student), _finish(gradients[1], grad_loss, teacher)
+        return *finished, None, None, None, None
 
 
-def _scale_(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+def _finish(gradient: Tensor | None, grad_loss: Tensor, like: Tensor) -> Tensor | None:
     """The chain rule's last factor, in place: a second tensor of the logits' size would double the peak memory."""
+    if gradient is None:
+        return None
     if grad_loss.dim() > 0:
-        return gradient.mul_(grad_loss.unsqueeze(1))
-    if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:
-        return gradient
-    return gradient.mul_(grad_loss)
+        gradient.mul_(grad_loss.unsqueeze(1))
+    elif grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+        gradient.mul_(grad_loss)
+    return gradient.to(like.dtype)
 
 
 def _composed_gradients(
     student: Tensor,
     teacher: Tensor,
     class_prior: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
     needs: tuple[bool, bool],
     grad_loss: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     loss, _, _ = _composed(student, teacher, class_prior, settings)
-    wanted = [tensor for tensor, need in zip((student, teacher), needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, allow_unused=True, materialize_grads=True)
-    )
-    return next(found) if needs[0] else None, next(found) if needs[1] else None
+    wanted = tuple(tensor for tensor, need in zip((student, teacher), needs, strict=True) if need)
+    # `materialize_grads`: beta = 0 leaves the teacher out of the graph, and its gradient is then 0.
+    found = torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, materialize_grads=True)
+    return found[0] if needs[0] else None, found[-1] if needs[1] else None
 
 
 class _Block(NamedTuple):
-    """A run of rows: of the flattened (N, L, C) order, and where it lies in the (N, C, L) tensors."""
+    """A run of rows: of the flattened order (sample, place), and where it lies in the (N, C, L) tensors."""
 
     rows: slice
     samples: slice
@@ -420,170 +439,212 @@ class _Block(NamedTuple):
     def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows (k, C) of a (N, C) or (N, C, L) tensor; a view where layout and dtype allow."""
         if tensor.dim() == 2:
-            return tensor[self.samples].to(dtype)
-        part = tensor[self.samples, :, self.places]
-        return part.transpose(1, 2).reshape(-1, tensor.shape[1]).to(dtype)
+            part = tensor[self.samples]
+        else:
+            part = tensor[self.samples, :, self.places].transpose(1, 2).reshape(-1, tensor.shape[1])
+        return part if part.dtype == dtype else part.to(dtype)
 
     def put(self, tensor: Tensor, rows: Tensor) -> None:
-        """The inverse of :meth:`take` for a (N, C, L) tensor."""
-        part = tensor[self.samples, :, self.places]
-        part.copy_(rows.view(part.shape[0], part.shape[2], part.shape[1]).transpose(1, 2))
+        """Writes rows (k, C) back to their places in a (N, C) or (N, C, L) tensor."""
+        if tensor.dim() == 2:
+            tensor[self.samples] = rows
+        else:
+            part = tensor[self.samples, :, self.places].transpose(1, 2)
+            part.copy_(rows.view(part.shape))
 
 
-def _blocks(samples: int, places: int, rows_per_block: int) -> Iterator[_Block]:
-    if places <= rows_per_block:
-        step = max(1, rows_per_block // max(1, places))
-        for start in range(0, samples, step):
-            stop = min(samples, start + step)
-            yield _Block(slice(start * places, stop * places), slice(start, stop), slice(0, places))
-        return
-    for sample in range(samples):
-        for start in range(0, places, rows_per_block):
-            stop = min(places, start + rows_per_block)
-            rows = slice(sample * places + start, sample * places + stop)
-            yield _Block(rows, slice(sample, sample + 1), slice(start, stop))
+def _blocks(samples: int, places: int, rows_per_block: int) -> list[_Block]:
+    if places > rows_per_block:
+        return [
+            _Block(slice(n * places + start, n * places + stop), slice(n, n + 1), slice(start, stop))
+            for n in range(samples)
+            for start in range(0, places, rows_per_block)
+            for stop in (min(places, start + rows_per_block),)
+        ]
+    step = rows_per_block // max(1, places)
+    return [
+        _Block(slice(start * places, stop * places), slice(start, stop), slice(0, places))
+        for start in range(0, samples, step)
+        for stop in (min(samples, start + step),)
+    ]
 
 
-def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """sum_j x_j y_j for each row, in full precision."""
-    if x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest":
-        return torch.linalg.vecdot(x, y)  # a matrix product inside, so not where those may be rounded to fewer bits
-    return (x * y).sum(1)
+class _Rows(NamedTuple):
+    """One block's operands and the scratch tensors (k, C) that its evaluation may overwrite."""
+
+    student: Tensor
+    teacher: Tensor
+    class_prior: Tensor | None
+    weights: Tensor
+    work: Tensor
 
 
 def _walk(
     student: Tensor,
     teacher: Tensor,
     class_prior: Tensor | None,
-    settings: _Settings,
-    student_needs: bool,
-    teacher_needs: bool,
+    settings: Settings,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Per-row values of both parts and the gradients of the reduced loss, block by block.
 
     Returns:
         beta * weighted MSE and alpha * soft cross entropy, each (N * L,), and the gradients for student and teacher in
-        the compute dtype (they are rounded to the inputs' dtype only after the chain rule's last factor, so that a loss
-        scale keeps small ones from vanishing).
+        the compute dtype: they are rounded to the inputs' dtype only after the chain rule's last factor, so that a loss
+        scale keeps small ones from vanishing.
     """
     shape = student.shape
     dtype = _compute_dtype(student, teacher)
-    with torch.no_grad(), _without_autocast(student.device):
-        dense = student.dim() > 2
-        s_all, t_all = (tensor.detach().flatten(2) if dense else tensor.detach() for tensor in (student, teacher))
-        prior_all = class_prior
-        if class_prior is not None and dense:
-            prior_all = class_prior.flatten(2) if class_prior.dim() > 2 else class_prior[:, :, None].expand(s_all.shape)
-        classes = shape[1]
-        places = s_all.shape[2] if dense else 1
-        rows = shape[0] * places
+    dense = student.dim() > 2
+    if dense:
+        if class_prior is not None:
+            whole = class_prior.dim() > 2
+            class_prior = (
+                class_prior.flatten(2) if whole else class_prior[:, :, None].expand(*shape[:2], shape[2:].numel())
+            )
+        student, teacher = student.flatten(2), teacher.flatten(2)
+    samples, classes = shape[:2]
+    rows = samples * shape[2:].numel()
+    limit = _BLOCK_ELEMENTS_CPU if student.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
+    rows_per_block = max(1, min(rows, limit // classes))
 
-        limit = _BLOCK_ELEMENTS_CPU if student.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
-        rows_per_block = max(1, min(rows, limit // classes))
-        scratch = [s_all.new_empty((rows_per_block, classes), dtype=dtype) for _ in range(4 if dense else 3)]
+    with _without_autocast(student.device):
+        blocks = _blocks(samples, shape[2:].numel(), rows_per_block)
+        scratch = [torch.empty((rows_per_block, classes), dtype=dtype, device=student.device) for _ in range(2)]
+        gradients = [torch.empty(student.shape, dtype=dtype, device=student.device) if need else None for need in needs]
 
-        teacher_moves = teacher_needs and settings.beta > 0
-        student_gradient = s_all.new_empty(s_all.shape, dtype=dtype) if student_needs else None
-        teacher_gradient = s_all.new_zeros(s_all.shape, dtype=dtype) if teacher_needs else None
-        mse = s_all.new_zeros(rows, dtype=dtype)
-        cross_entropy = s_all.new_zeros(rows, dtype=dtype)
-
-        # GKL's normaliser is the whole batch's and must be known before the first gradient: a pass of its own. It leaves
-        # the weights where the student's gradient will be written, if that is a tensor of the same layout.
-        pairs_needed = settings.divide_by_pairs and settings.beta > 0
-        stash = student_gradient if pairs_needed and not dense else None
-        mass = s_all.new_empty((rows, 1), dtype=dtype) if pairs_needed else None
-        if mass is not None:
-            for block in _blocks(shape[0], places, rows_per_block):
-                count = block.rows.stop - block.rows.start
-                weights = scratch[0][:count] if stash is None else stash[block.rows]
-                mass[block.rows] = _weigh(
-                    block, t_all, prior_all, settings, weights, scratch[1][:count], with_mass=True
-                )
-            pairs = (mass * mass).sum()
-            share = rows / torch.where(pairs > 0, pairs, 1.0)
-
-        scale = _row_scale(settings, rows)
-        mse_scale = settings.beta / settings.mse_temperature * scale
-        entropy_scale = settings.alpha / settings.temperature * scale
-        # The soft labels serve as weights too when their temperatures agree.
-        labels_are_weights = (
-            class_prior is None and settings.gamma == 1.0 and settings.weight_temperature == settings.temperature
-        )
-        for block in _blocks(shape[0], places, rows_per_block):
+        def operands(block: _Block) -> _Rows:
             count = block.rows.stop - block.rows.start
-            labels, work, force = (buffer[:count] for buffer in scratch[:3])
-            if student_gradient is None or dense:
-                out = scratch[3][:count] if dense else None
-            else:
-                out = student_gradient[block.rows]
-            s = block.take(s_all, dtype)
-            t = block.take(t_all, dtype)
+            prior_rows = None if class_prior is None else block.take(class_prior, dtype)
+            buffers = scratch if count == rows_per_block else [buffer[:count] for buffer in scratch]
+            return _Rows(block.take(student, dtype), block.take(teacher, dtype), prior_rows, *buffers)
 
-            if settings.alpha > 0 or labels_are_weights:
-                _softmax(t, settings.temperature, out=labels, work=work)
-
-            if settings.beta > 0:
-                # force = w * (d - m), the derivative of the weighted MSE with respect to d but for a factor per row.
-                if labels_are_weights:
-                    weights = labels
-                elif stash is not None:
-                    weights = stash[block.rows]
-                else:
-                    weights = force
-                    _weigh(block, t_all, prior_all, settings, weights, work, with_mass=False)
-                torch.sub(t, s, out=work)
-                if settings.mse_temperature != 1.0:
-                    work.mul_(1.0 / settings.mse_temperature)
-                mean = _row_dot(weights, work).unsqueeze(1)
-                factor = None
-                if class_prior is not None:
-                    row_mass = weights.sum(1, keepdim=True)
-                    mean /= torch.where(row_mass > 0, row_mass, 1.0)
-                    factor = row_mass
-                work.sub_(mean)
-                torch.mul(weights, work, out=force)
+        # GKL's normaliser is the whole batch's and must be known before the first gradient: a pass of its own. It
+        # leaves the weights where the student's gradient will be written, if rows lie there as they do in a block.
+        stash = None if dense else gradients[0]
+        factors: list[Tensor] | None = None
+        if settings.divide_by_pairs and settings.beta > 0 and blocks:
+            squares = []
+            for block in blocks:
+                part = operands(block)
+                mass = _weigh(part, settings, out=part.weights if stash is None else stash[block.rows])
                 if mass is not None:
-                    # A softmax of sum 1 stands for weights of sum `mass`; those of a prior carry their mass themselves.
-                    factor = mass[block.rows] * share if class_prior is not None else mass[block.rows].square() * share
-                if factor is not None:
-                    force.mul_(factor)
-                mse[block.rows] = (0.5 * settings.beta) * _row_dot(force, work)
-                if teacher_gradient is not None and teacher_moves:
-                    if dense:
-                        block.put(teacher_gradient, torch.mul(force, mse_scale, out=work))
-                    else:
-                        torch.mul(force, mse_scale, out=teacher_gradient[block.rows])
+                    squares.append(mass.square_())
+            pairs = torch.stack([square.sum() for square in squares]).sum()
+            share = rows / torch.where(pairs > 0, pairs, 1.0)
+            factors = [square * share for square in squares]
 
-            student_moves = out is not None and settings.beta > 0 and settings.student_in_mse
-            if settings.alpha > 0:
-                # With x = (s - max s) / T the log-softmax is x - log sum exp x, and that sum is 1 / max softmax(x).
-                torch.sub(s, s.amax(1, keepdim=True), out=work)
-                if settings.temperature != 1.0:
-                    work.mul_(1.0 / settings.temperature)
-                likelihood = out if out is not None else torch.empty_like(work)
-                torch.softmax(work, 1, out=likelihood)
-                cross_entropy[block.rows] = (_row_dot(labels, work) + likelihood.amax(1).log_()).mul_(-settings.alpha)
-                if out is not None:
-                    out.sub_(labels)
-                    if student_moves and mse_scale == entropy_scale:
-                        out.sub_(force).mul_(mse_scale)
-                    else:
-                        out.mul_(entropy_scale)
-                        if student_moves:
-                            out.sub_(force, alpha=mse_scale)
-            elif student_moves:
-                torch.mul(force, -mse_scale, out=out)
-            elif out is not None:
-                out.zero_()
-            if student_gradient is not None and dense and out is not None:
-                block.put(student_gradient, out)
+        scale = 1.0 / rows if settings.reduction == "batchmean" and rows else 1.0
+        values: tuple[list[Tensor], list[Tensor]] = [], []
+        for index, block in enumerate(blocks):
+            part = operands(block)
+            outs = tuple(
+                None if gradient is None else torch.empty_like(part.work) if dense else gradient[block.rows]
+                for gradient in gradients
+            )
+            factor = None if factors is None else factors[index]
+            stashed = factor is not None and stash is not None
+            for found, value in zip(
+                values, _evaluate(part, settings, scale, factor, outs, stashed=stashed), strict=True
+            ):
+                if value is not None:
+                    found.append(value)
+            if dense:
+                for gradient, out in zip(gradients, outs, strict=True):
+                    if gradient is not None and out is not None:
+                        block.put(gradient, out)
 
-        gradients = (
-            None if student_gradient is None else student_gradient.view(shape),
-            None if teacher_gradient is None else teacher_gradient.view(shape),
+        mse, cross_entropy = (torch.cat(found) if found else scratch[0].new_zeros(rows) for found in values)
+        student_gradient, teacher_gradient = (None if flat is None else flat.view(shape) for flat in gradients)
+        return mse, cross_entropy, (student_gradient, teacher_gradient)
+
+
+def _evaluate(
+    part: _Rows,
+    settings: Settings,
+    scale: float,
+    factor: Tensor | None,
+    outs: tuple[Tensor | None, ...],
+    *,
+    stashed: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both parts of the loss for each row (k,), None for 0, and the gradients of ``scale`` times their sum.
+
+    Args:
+        part: operands and scratch.
+        settings: the call's settings.
+        scale: what the reduction multiplies each row by.
+        factor: GKL's factor (k, 1) on the weighted MSE of each row; None for 1.
+        outs: where the gradients (k, C) of student and teacher go.
+        stashed: the student's place in ``outs`` holds the class weights already.
+    """
+    student, teacher, class_prior, weights, work = part
+    student_out, teacher_out = outs
+    s = settings
+    mse = cross_entropy = None
+
+    # p - q, minus the derivative of the cross entropy with respect to s / T.
+    pull = None
+    labels_weigh = class_prior is None and s.gamma == 1.0 and s.weight_temperature == s.temperature
+    if s.alpha > 0:
+        labels = weights
+        _softmax(teacher, s.temperature, out=labels, work=work)
+        spare = None if stashed else student_out
+        tempered = student if s.temperature == 1.0 else torch.mul(student, 1.0 / s.temperature, out=spare)
+        torch.log_softmax(tempered, 1, out=work)
+        cross_entropy = _row_dot(labels, work).mul_(-s.alpha)
+        if student_out is not None:
+            # log_softmax's own backward: labels - softmax * (sum of labels), in one pass.
+            pull = torch.empty_like(work) if stashed else student_out
+            torch._log_softmax_backward_data(labels, work, 1, work.dtype, out=pull)
+
+    # w * (d - m), the derivative of the weighted MSE with respect to d.
+    force = None
+    if s.beta > 0:
+        if stashed and student_out is not None:
+            weights = student_out
+        elif s.alpha == 0 or not labels_weigh:
+            mass = _weigh(part, s, out=weights)
+            if factor is None and mass is not None:
+                factor = mass.square_()
+        torch.sub(teacher, student, out=work)
+        if s.mse_temperature != 1.0:
+            work.mul_(1.0 / s.mse_temperature)
+        work.sub_(_row_dot(weights, work).unsqueeze_(1))
+        force = weights.mul_(work)
+        if factor is not None:
+            force.mul_(factor)
+        mse = _row_dot(force, work).mul_(0.5 * s.beta)
+
+    force_scale = s.beta * scale / s.mse_temperature
+    if teacher_out is not None:
+        torch.mul(force, force_scale, out=teacher_out) if force is not None else teacher_out.zero_()
+    if student_out is not None:
+        _combine(
+            pull, s.alpha * scale / s.temperature, force if s.student_in_mse else None, force_scale, out=student_out
         )
-        return mse, cross_entropy, gradients
+    return mse, cross_entropy
+
+
+def _combine(pull: Tensor | None, pull_scale: float, force: Tensor | None, force_scale: float, *, out: Tensor) -> None:
+    """``out = -pull_scale * pull - force_scale * force``; either operand may be ``out`` itself, or None for 0."""
+    if pull is None:
+        torch.mul(force, -force_scale, out=out) if force is not None else out.zero_()
+    elif force is None:
+        torch.mul(pull, -pull_scale, out=out)
+    elif pull_scale == force_scale:
+        torch.add(pull, force, out=out).mul_(-force_scale)
+    else:
+        pull.mul_(-pull_scale)
+        torch.sub(pull, force, alpha=force_scale, out=out)
+
+
+def _row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """sum_j x_j y_j for each row, in full precision."""
+    if x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest":
+        dots: Tensor = torch.linalg.vecdot(x, y)  # a matrix product inside, so only where those keep all digits
+        return dots
+    return (x * y).sum(1)
 
 
 def _softmax(logits: Tensor, temperature: float, *, out: Tensor, work: Tensor) -> None:
@@ -595,38 +656,24 @@ def _softmax(logits: Tensor, temperature: float, *, out: Tensor, work: Tensor) -
     torch.softmax(work, 1, out=out)
 
 
-def _weigh(
-    block: _Block,
-    teacher: Tensor,
-    class_prior: Tensor | None,
-    settings: _Settings,
-    out: Tensor,
-    work: Tensor,
-    *,
-    with_mass: bool,
-) -> Tensor | None:
-    """Class weights of the block into ``out``; with ``with_mass`` their row sums (k, 1).
+def _weigh(part: _Rows, settings: Settings, *, out: Tensor) -> Tensor | None:
+    """Class weights of a block into ``out``, rows divided by their mass; the mass (k, 1), or None where it is 1.
 
-    A prior's entries are raised to gamma as they are. Without a prior ``out`` is normalised, softmax(gamma t / T2), and
-    the sum that the power of softmax(t / T2) would have is the mass: with x = t - max t, sum exp(gamma x / T2) over
-    (sum exp(x / T2))**gamma, where each sum is 1 over the largest entry of its softmax.
+    The mass of a row is the sum of its weights to the power gamma. A softmax to the power gamma is, but for its mass,
+    the softmax of ``gamma * t / T2``. With x = t - max t its mass is sum exp(gamma x / T2) / (sum exp(x / T2))**gamma,
+    and each of these two sums is 1 over the largest entry of its softmax.
     """
-    if class_prior is not None:
-        rows = block.take(class_prior, out.dtype)
-        if settings.gamma == 1.0:
-            out.copy_(rows)
-        else:
-            torch.pow(rows, settings.gamma, out=out)
-        return out.sum(1, keepdim=True) if with_mass else None
-    logits = block.take(teacher, out.dtype)
-    mass = None
-    if with_mass:
-        _softmax(logits, settings.weight_temperature, out=out, work=work)
-        mass = out.amax(1, keepdim=True).pow_(settings.gamma)
+    if part.class_prior is not None:
+        torch.pow(part.class_prior, settings.gamma, out=out)
+        mass = out.sum(1, keepdim=True)
+        out.div_(torch.where(mass > 0, mass, 1.0))
+        return mass
+    largest = None
+    if settings.gamma != 1.0:
+        _softmax(part.teacher, settings.weight_temperature, out=out, work=part.work)
+        largest = out.amax(1, keepdim=True).pow_(settings.gamma)
     if settings.gamma == 0.0:
         out.fill_(1.0 / out.shape[1])
     else:
-        _softmax(logits, settings.weight_temperature / settings.gamma, out=out, work=work)
-    if mass is not None:
-        mass /= out.amax(1, keepdim=True)
-    return mass
+        _softmax(part.teacher, settings.weight_temperature / settings.gamma, out=out, work=part.work)
+    return None if largest is None else largest.div_(out.amax(1, keepdim=True))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import _validation as check
 from .class_prior import ClassPrior
-from .functional import LossTerms, dkl_loss, gkl_loss, ikl_loss
+from .functional import LossTerms, Settings, check_settings, dkl_settings, evaluate, gkl_settings, ikl_settings
 
 __all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "warmup_factor"]
 
@@ -42,29 +42,20 @@ def warmup_factor(epoch: int, warmup_epochs: int) -> float:
 class _DecoupledLoss(nn.Module):
     """What the three losses share: checked settings, the class prior and its epochs, the last terms."""
 
+    alpha: float
+    beta: float
+    temperature: float
+    reduction: str
     last_terms: LossTerms | None
 
     def __init__(
-        self,
-        *,
-        alpha: float,
-        beta: float,
-        temperature: float,
-        reduction: str,
-        check_finite: bool,
-        global_info: bool,
-        num_classes: int | None,
+        self, *, check_finite: bool, global_info: bool, num_classes: int | None, **settings: float | str
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check.check_number(name, "alpha", alpha)
-        check.check_number(name, "beta", beta)
-        check.check_number(name, "temperature", temperature, positive=True)
-        check.check_reduction(name, reduction)
-        self.alpha = alpha
-        self.beta = beta
-        self.temperature = temperature
-        self.reduction = reduction
+        for key, value in settings.items():
+            setattr(self, key, value)
+        check_settings(name, self._settings())
         self.check_finite = check_finite
         self.global_info = global_info
         self.num_classes = num_classes
@@ -78,6 +69,32 @@ class _DecoupledLoss(nn.Module):
             )
         self.class_prior = ClassPrior(num_classes) if global_info and num_classes is not None else None
 
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The loss of one batch; with ``global_info`` in training mode the batch then enters the prior's sums.
+
+        Args:
+            student_logits: shape (N, C) or (N, C, d1, ...).
+            teacher_logits: same shape.
+            targets: class indices (N,) or (N, d1, ...); needed with ``global_info``, else not used.
+
+        Returns:
+            A 0-dim tensor, or (N, d1, ...) for ``reduction='none'``.
+
+        Raises:
+            TypeError: dtypes that do not fit.
+            ValueError: shapes, a class count or labels that do not fit; missing ``targets``.
+        """
+        settings = self._settings()
+        rows = self._rows(student_logits, teacher_logits, targets)
+        loss, self.last_terms = evaluate(
+            type(self).__name__, student_logits, teacher_logits, rows, settings,
+            check_finite=self.check_finite, with_terms=True,
+        )  # fmt: skip
+        if self.class_prior is not None and targets is not None and self.training:
+            tempered = teacher_logits.detach() / settings.weight_temperature
+            self.class_prior.observe(torch.softmax(tempered, 1, dtype=torch.float32), targets)
+        return loss
+
     def end_epoch(self) -> None:
         """Rolls the class prior (:meth:`ClassPrior.end_epoch`); nothing to do without ``global_info``."""
         if self.class_prior is not None:
@@ -90,6 +107,9 @@ class _DecoupledLoss(nn.Module):
             if hasattr(self, name)
         }
         return ", ".join(f"{name}={value!r}" for name, value in parts.items())
+
+    def _settings(self) -> Settings:
+        raise NotImplementedError
 
     def _rows(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None) -> Tensor | None:
         """The prior's rows for the batch, after everything that a prior needs has been checked."""
@@ -169,14 +189,8 @@ class DKLLoss(_DecoupledLoss):
             global_info=False, num_classes=num_classes,
         )  # fmt: skip
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The loss of one batch; ``targets`` is accepted and not used."""
-        self._rows(student_logits, teacher_logits, targets)
-        loss, self.last_terms = dkl_loss(
-            student_logits, teacher_logits, alpha=self.alpha, beta=self.beta, temperature=self.temperature,
-            reduction=self.reduction, check_finite=self.check_finite, return_terms=True,
-        )  # fmt: skip
-        return loss
+    def _settings(self) -> Settings:
+        return dkl_settings(alpha=self.alpha, beta=self.beta, temperature=self.temperature, reduction=self.reduction)
 
 
 class IKLLoss(_DecoupledLoss):
@@ -218,6 +232,8 @@ class IKLLoss(_DecoupledLoss):
         tensor([0.3333, 0.3333, 0.3333])
     """
 
+    weight_temperature: float
+
     def __init__(
         self,
         *,
@@ -231,43 +247,18 @@ class IKLLoss(_DecoupledLoss):
         check_finite: bool = False,
     ) -> None:
         super().__init__(
-            alpha=alpha, beta=beta, temperature=temperature, reduction=reduction, check_finite=check_finite,
-            global_info=global_info, num_classes=num_classes,
+            alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature,
+            reduction=reduction, global_info=global_info, num_classes=num_classes, check_finite=check_finite,
         )  # fmt: skip
-        check.check_number(type(self).__name__, "weight_temperature", weight_temperature, positive=True)
-        self.weight_temperature = weight_temperature
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The loss of one batch.
-
-        Args:
-            student_logits: shape (N, C) or (N, C, d1, ...).
-            teacher_logits: same shape.
-            targets: class indices (N,) or (N, d1, ...); needed with ``global_info``.
-
-        Returns:
-            A 0-dim tensor, or (N, d1, ...) for ``reduction='none'``.
-
-        Raises:
-            TypeError: dtypes that do not fit.
-            ValueError: shapes, a class count or labels that do not fit; missing ``targets``.
-        """
-        rows = self._rows(student_logits, teacher_logits, targets)
-        loss, self.last_terms = self._loss(student_logits, teacher_logits, rows)
-        if self.class_prior is not None and targets is not None and self.training:
-            predictions = torch.softmax(teacher_logits.detach() / self.weight_temperature, 1, dtype=torch.float32)
-            self.class_prior.observe(predictions, targets)
-        return loss
-
-    def _loss(self, student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None) -> tuple[Tensor, LossTerms]:
-        return ikl_loss(
-            student_logits, teacher_logits, alpha=self.alpha, beta=self.beta, temperature=self.temperature,
-            weight_temperature=self.weight_temperature, class_prior=rows, reduction=self.reduction,
-            check_finite=self.check_finite, return_terms=True,
+    def _settings(self) -> Settings:
+        return ikl_settings(
+            alpha=self.alpha, beta=self.beta, temperature=self.temperature,
+            weight_temperature=self.weight_temperature, reduction=self.reduction,
         )  # fmt: skip
 
 
-class GKLLoss(IKLLoss):
+class GKLLoss(_DecoupledLoss):
     """Module form of :func:`ikl_plugins.gkl_loss`; everything else as :class:`IKLLoss`.
 
     Args:
@@ -295,6 +286,9 @@ class GKLLoss(IKLLoss):
         0.625
     """
 
+    weight_temperature: float
+    gamma: float
+
     def __init__(
         self,
         *,
@@ -309,15 +303,12 @@ class GKLLoss(IKLLoss):
         check_finite: bool = False,
     ) -> None:
         super().__init__(
-            alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature,
+            alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature, gamma=gamma,
             reduction=reduction, global_info=global_info, num_classes=num_classes, check_finite=check_finite,
         )  # fmt: skip
-        check.check_number(type(self).__name__, "gamma", gamma)
-        self.gamma = gamma
 
-    def _loss(self, student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None) -> tuple[Tensor, LossTerms]:
-        return gkl_loss(
-            student_logits, teacher_logits, alpha=self.alpha, beta=self.beta, temperature=self.temperature,
-            weight_temperature=self.weight_temperature, gamma=self.gamma, class_prior=rows, reduction=self.reduction,
-            check_finite=self.check_finite, return_terms=True,
+    def _settings(self) -> Settings:
+        return gkl_settings(
+            alpha=self.alpha, beta=self.beta, temperature=self.temperature,
+            weight_temperature=self.weight_temperature, gamma=self.gamma, reduction=self.reduction,
         )  # fmt: skip
