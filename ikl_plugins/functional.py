@@ -121,7 +121,7 @@ def ikl_loss(
         student_logits: raw scores of the network that follows, shape (N, C) or (N, C, d1, ...), any floating dtype.
         teacher_logits: raw scores of the reference, same shape and device.
         alpha: weight of the soft-label cross entropy, at least 0. The name is the official code's; the paper's is beta.
-        beta: weight of the weighted MSE, at least 0; its 1/4 is inside. The paper's alpha: its "alpha/4 = 5" is beta 20.
+        beta: weight of the weighted MSE, at least 0; its 1/4 is inside. The paper's alpha; "alpha/4 = 5" is beta 20.
         temperature: of the cross entropy alone, both sides, above 0; no factor ``temperature**2``. The MSE sees raw
             logits.
         weight_temperature: of the softmax that makes the weights (the recipes' T2), above 0; unused with a class prior.
@@ -378,7 +378,12 @@ class _FusedLoss(torch.autograd.Function):
         with_terms: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         mse, cross_entropy, ctx.gradients = _walk(student, teacher, class_prior, settings, needs)
-        ctx.save_for_backward(student, teacher, class_prior)
+        operands = student, teacher, class_prior
+        # A teacher under torch.inference_mode() hands out tensors that autograd refuses to save; they cannot change.
+        ctx.fixed = [tensor if tensor is not None and tensor.is_inference() else None for tensor in operands]
+        ctx.save_for_backward(
+            *(None if fixed is not None else tensor for tensor, fixed in zip(operands, ctx.fixed, strict=True))
+        )
         ctx.settings = settings
         ctx.needs = needs
         loss = _reduce(mse + cross_entropy, settings, student.shape)
@@ -390,7 +395,9 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, class_prior = ctx.saved_tensors
+        student, teacher, class_prior = (
+            saved if fixed is None else fixed for saved, fixed in zip(ctx.saved_tensors, ctx.fixed, strict=True)
+        )
         if torch.is_grad_enabled():
             # Somebody wants the derivative of this gradient: hand out one that has a graph of its own.
             attached = _composed_gradients(student, teacher, class_prior, ctx.settings, ctx.needs, grad_loss)
@@ -435,38 +442,41 @@ class _Block(NamedTuple):
     rows: slice
     samples: slice
     places: slice
+    size: int
+    whole: bool  # there is no other block
 
     def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows (k, C) of a (N, C) or (N, C, L) tensor; a view where layout and dtype allow."""
         if tensor.dim() == 2:
-            part = tensor[self.samples]
+            part = tensor if self.whole else tensor[self.samples]
         else:
             part = tensor[self.samples, :, self.places].transpose(1, 2).reshape(-1, tensor.shape[1])
         return part if part.dtype == dtype else part.to(dtype)
 
     def put(self, tensor: Tensor, rows: Tensor) -> None:
-        """Writes rows (k, C) back to their places in a (N, C) or (N, C, L) tensor."""
-        if tensor.dim() == 2:
-            tensor[self.samples] = rows
-        else:
-            part = tensor[self.samples, :, self.places].transpose(1, 2)
-            part.copy_(rows.view(part.shape))
+        """Writes rows (k, C) to their places in a (N, C, L) tensor."""
+        part = tensor[self.samples, :, self.places].transpose(1, 2)
+        part.copy_(rows.view(part.shape))
 
 
 def _blocks(samples: int, places: int, rows_per_block: int) -> list[_Block]:
+    """All rows in order: whole samples at a time where their places fit a block, else the places of one sample."""
     if places > rows_per_block:
-        return [
-            _Block(slice(n * places + start, n * places + stop), slice(n, n + 1), slice(start, stop))
+        corners = [
+            (n, n + 1, start, min(places, start + rows_per_block))
             for n in range(samples)
             for start in range(0, places, rows_per_block)
-            for stop in (min(places, start + rows_per_block),)
         ]
-    step = rows_per_block // max(1, places)
-    return [
-        _Block(slice(start * places, stop * places), slice(start, stop), slice(0, places))
-        for start in range(0, samples, step)
-        for stop in (min(samples, start + step),)
-    ]
+    else:
+        step = rows_per_block // max(1, places)
+        corners = [(n, min(samples, n + step), 0, places) for n in range(0, samples, step)]
+    whole = len(corners) == 1
+    blocks = []
+    for first, last, start, stop in corners:
+        size = (last - first) * (stop - start)
+        rows = slice(first * places + start, first * places + start + size)
+        blocks.append(_Block(rows, slice(first, last), slice(start, stop), size, whole))
+    return blocks
 
 
 class _Rows(NamedTuple):
@@ -496,27 +506,24 @@ def _walk(
     shape = student.shape
     dtype = _compute_dtype(student, teacher)
     dense = student.dim() > 2
+    places = shape[2:].numel()
     if dense:
         if class_prior is not None:
             whole = class_prior.dim() > 2
-            class_prior = (
-                class_prior.flatten(2) if whole else class_prior[:, :, None].expand(*shape[:2], shape[2:].numel())
-            )
+            class_prior = class_prior.flatten(2) if whole else class_prior[:, :, None].expand(*shape[:2], places)
         student, teacher = student.flatten(2), teacher.flatten(2)
-    samples, classes = shape[:2]
-    rows = samples * shape[2:].numel()
+    rows = shape[0] * places
     limit = _BLOCK_ELEMENTS_CPU if student.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
-    rows_per_block = max(1, min(rows, limit // classes))
+    rows_per_block = max(1, min(rows, limit // shape[1]))
 
     with _without_autocast(student.device):
-        blocks = _blocks(samples, shape[2:].numel(), rows_per_block)
-        scratch = [torch.empty((rows_per_block, classes), dtype=dtype, device=student.device) for _ in range(2)]
+        blocks = _blocks(shape[0], places, rows_per_block)
+        scratch = tuple(torch.empty((rows_per_block, shape[1]), dtype=dtype, device=student.device) for _ in range(2))
         gradients = [torch.empty(student.shape, dtype=dtype, device=student.device) if need else None for need in needs]
 
         def operands(block: _Block) -> _Rows:
-            count = block.rows.stop - block.rows.start
             prior_rows = None if class_prior is None else block.take(class_prior, dtype)
-            buffers = scratch if count == rows_per_block else [buffer[:count] for buffer in scratch]
+            buffers = scratch if block.size == rows_per_block else tuple(buffer[: block.size] for buffer in scratch)
             return _Rows(block.take(student, dtype), block.take(teacher, dtype), prior_rows, *buffers)
 
         # GKL's normaliser is the whole batch's and must be known before the first gradient: a pass of its own. It
@@ -535,28 +542,30 @@ def _walk(
             factors = [square * share for square in squares]
 
         scale = 1.0 / rows if settings.reduction == "batchmean" and rows else 1.0
-        values: tuple[list[Tensor], list[Tensor]] = [], []
+        mse: list[Tensor] = []
+        cross_entropy: list[Tensor] = []
         for index, block in enumerate(blocks):
             part = operands(block)
             outs = tuple(
-                None if gradient is None else torch.empty_like(part.work) if dense else gradient[block.rows]
+                None if gradient is None else torch.empty_like(part.work) if dense else block.take(gradient, dtype)
                 for gradient in gradients
             )
             factor = None if factors is None else factors[index]
-            stashed = factor is not None and stash is not None
-            for found, value in zip(
-                values, _evaluate(part, settings, scale, factor, outs, stashed=stashed), strict=True
-            ):
-                if value is not None:
-                    found.append(value)
+            values = _evaluate(part, settings, scale, factor, outs, stashed=factor is not None and stash is not None)
+            mse.append(values[0])
+            cross_entropy.append(values[1])
             if dense:
                 for gradient, out in zip(gradients, outs, strict=True):
                     if gradient is not None and out is not None:
                         block.put(gradient, out)
 
-        mse, cross_entropy = (torch.cat(found) if found else scratch[0].new_zeros(rows) for found in values)
-        student_gradient, teacher_gradient = (None if flat is None else flat.view(shape) for flat in gradients)
-        return mse, cross_entropy, (student_gradient, teacher_gradient)
+        if len(blocks) != 1:
+            nothing = torch.empty(0, dtype=dtype, device=student.device)
+            mse, cross_entropy = [torch.cat([nothing, *mse])], [torch.cat([nothing, *cross_entropy])]
+        student_gradient, teacher_gradient = (
+            flat.view(shape) if dense and flat is not None else flat for flat in gradients
+        )
+        return mse[0], cross_entropy[0], (student_gradient, teacher_gradient)
 
 
 def _evaluate(
@@ -567,8 +576,8 @@ def _evaluate(
     outs: tuple[Tensor | None, ...],
     *,
     stashed: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both parts of the loss for each row (k,), None for 0, and the gradients of ``scale`` times their sum.
+) -> tuple[Tensor, Tensor]:
+    """Both parts of the loss for each row (k,), and the gradients of ``scale`` times their sum.
 
     Args:
         part: operands and scratch.
@@ -623,7 +632,8 @@ def _evaluate(
         _combine(
             pull, s.alpha * scale / s.temperature, force if s.student_in_mse else None, force_scale, out=student_out
         )
-    return mse, cross_entropy
+    zeros = work.new_zeros(work.shape[0]) if mse is None or cross_entropy is None else work
+    return zeros if mse is None else mse, zeros if cross_entropy is None else cross_entropy
 
 
 def _combine(pull: Tensor | None, pull_scale: float, force: Tensor | None, force_scale: float, *, out: Tensor) -> None:
