@@ -16,18 +16,24 @@ from torch import Tensor
 REDUCTIONS = ("batchmean", "sum", "none")
 
 
-def check_number(caller: str, name: str, value: object, *, positive: bool = False) -> None:
-    """Refuses ``value`` unless it is a finite real number, at least 0 (above 0 if ``positive``)."""
+def check_number(caller: str, name: str, value: object, *, positive: bool = False) -> float:
+    """``value`` as a float, refused unless it is a finite real number, at least 0 (above 0 if ``positive``)."""
     if type(value) is float and 0.0 < value < math.inf:
-        return  # the common case, on the path of every call
+        return value  # the common case, on the path of every call
     rule = "a finite number above 0" if positive else "a finite number of at least 0"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(
             f"{caller}: `{name}` must be {rule}, got {value!r} of type {type(value).__name__}. "
             f"Pass a plain Python float."
         )
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{caller}: `{name}` must be {rule}, got {value}. Choose a value in that range.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        shown = value if number != math.inf else "a number beyond every float" if isinstance(value, int) else value
+        raise ValueError(f"{caller}: `{name}` must be {rule}, got {shown}. Choose a value in that range.")
+    return number
 
 
 def check_reduction(caller: str, reduction: str) -> None:

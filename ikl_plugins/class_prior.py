@@ -20,7 +20,7 @@ class ClassPrior(nn.Module):
     :meth:`prior` then serves for the whole next epoch. Until an epoch has ended every row is uniform, 1 / C.
 
     Everything is a buffer, the running sums included, so an interruption in the middle of an epoch loses nothing that a
-    checkpoint holds. Buffers follow the module to another device and keep at least float32 under ``.half()``.
+    checkpoint holds. Buffers follow the module to another device and keep their digits under ``.half()``.
 
     Args:
         num_classes: number of classes C, at least 1.
@@ -57,8 +57,10 @@ class ClassPrior(nn.Module):
         super().__init__()
         check.check_num_classes("ClassPrior", num_classes)
         self.num_classes = num_classes
-        self.register_buffer("matrix", torch.full((num_classes, num_classes), 1.0 / num_classes))
-        self.register_buffer("sums", torch.zeros(num_classes, num_classes))
+        shape = (num_classes, num_classes)
+        self.register_buffer("matrix", torch.full(shape, 1.0 / num_classes, dtype=torch.float32))
+        # An epoch of a dense task adds up so many predictions that float32 sums would stop growing as they should.
+        self.register_buffer("sums", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
 
     def prior(self, targets: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class ClassPrior(nn.Module):
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.counts)
         seen = (self.counts > 0).unsqueeze(1)
-        means = self.sums / self.counts.clamp(min=1).unsqueeze(1)
+        means = (self.sums / self.counts.clamp(min=1).unsqueeze(1)).to(self.matrix.dtype)
         # In place: whoever holds these buffers, a checkpoint for one, goes on seeing the current values.
         self.matrix.copy_(torch.where(seen, means, self.matrix))
         self.sums.zero_()
@@ -126,11 +128,13 @@ class ClassPrior(nn.Module):
         return f"num_classes={self.num_classes}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassPrior:
-        before = dict(self.named_buffers(recurse=False))
+        matrix, sums = self.matrix, self.sums
+        self.sums = sums.float()  # not every device knows float64
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Sums over an epoch need more digits than half precision has: `.half()` on a whole model moves them, no more.
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            if after.is_floating_point() and torch.finfo(after.dtype).bits < 32:
-                setattr(self, name, buffer.to(after.device))
+        # `.half()` or `.bfloat16()` on a whole model move the statistics, they do not take their digits.
+        device = self.sums.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = self.sums.to(wide) if sums.is_meta else sums.to(device, wide)
+        if self.matrix.dtype.itemsize < torch.float32.itemsize:
+            self.matrix = matrix.to(device)
         return self

@@ -263,13 +263,17 @@ def gkl_settings(
     return Settings(alpha, beta, temperature, weight_temperature, gamma, 1.0, True, True, reduction)
 
 
-def check_settings(caller: str, settings: Settings) -> None:
-    """Refuses weights, temperatures or a reduction out of range."""
-    for name in ("alpha", "beta", "gamma"):
-        check.check_number(caller, name, getattr(settings, name))
-    for name in ("temperature", "weight_temperature"):
-        check.check_number(caller, name, getattr(settings, name), positive=True)
+def check_settings(caller: str, settings: Settings) -> Settings:
+    """Refuses weights, temperatures or a reduction out of range; returns the settings with plain floats for numbers."""
     check.check_reduction(caller, settings.reduction)
+    return settings._replace(
+        alpha=check.check_number(caller, "alpha", settings.alpha),
+        beta=check.check_number(caller, "beta", settings.beta),
+        temperature=check.check_number(caller, "temperature", settings.temperature, positive=True),
+        weight_temperature=check.check_number(caller, "weight_temperature", settings.weight_temperature, positive=True),
+        gamma=check.check_number(caller, "gamma", settings.gamma),
+        mse_temperature=float(settings.mse_temperature),
+    )
 
 
 def evaluate(
@@ -284,7 +288,7 @@ def evaluate(
 ) -> tuple[Tensor, LossTerms | None]:
     """Checks everything, then the loss, and on request its two terms, on the path that fits."""
     check.check_logits(caller, student, teacher)
-    check_settings(caller, settings)
+    settings = check_settings(caller, settings)
     if class_prior is not None:
         check.check_class_prior(caller, class_prior, student)
         class_prior = class_prior.detach()
@@ -429,6 +433,8 @@ def _composed_gradients(
     needs: tuple[bool, bool],
     grad_loss: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
+    # Aliases: where one side's logits are computed from the other's, only the direct dependence is this function's.
+    student, teacher = student.view_as(student), teacher.view_as(teacher)
     loss, _, _ = _composed(student, teacher, class_prior, settings)
     wanted = tuple(tensor for tensor, need in zip((student, teacher), needs, strict=True) if need)
     # `materialize_grads`: beta = 0 leaves the teacher out of the graph, and its gradient is then 0.
@@ -650,10 +656,7 @@ def _combine(pull: Tensor | None, pull_scale: float, force: Tensor | None, force
 
 
 def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """sum_j x_j y_j for each row, in full precision."""
-    if x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest":
-        dots: Tensor = torch.linalg.vecdot(x, y)  # a matrix product inside, so only where those keep all digits
-        return dots
+    """sum_j x_j y_j for each row. Not as a matrix product: those may be set to fewer digits than float32 has."""
     return (x * y).sum(1)
 
 

@@ -91,8 +91,9 @@ class _DecoupledLoss(nn.Module):
             check_finite=self.check_finite, with_terms=True,
         )  # fmt: skip
         if self.class_prior is not None and targets is not None and self.training:
-            tempered = teacher_logits.detach() / settings.weight_temperature
-            self.class_prior.observe(torch.softmax(tempered, 1, dtype=torch.float32), targets)
+            teacher = teacher_logits.detach()
+            teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
+            self.class_prior.observe(torch.softmax(teacher / settings.weight_temperature, 1), targets)
         return loss
 
     def end_epoch(self) -> None:
