@@ -15,6 +15,7 @@ gradient behind while the block is hot. The composed one is plain differentiable
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -266,6 +267,8 @@ def gkl_settings(
 def check_settings(caller: str, settings: Settings) -> Settings:
     """Refuses weights, temperatures or a reduction out of range; returns the settings with plain floats for numbers."""
     check.check_reduction(caller, settings.reduction)
+    if all(type(number) is float and 0.0 < number < math.inf for number in settings[:6]):
+        return settings  # the common case, on the path of every call
     return settings._replace(
         alpha=check.check_number(caller, "alpha", settings.alpha),
         beta=check.check_number(caller, "beta", settings.beta),
@@ -382,12 +385,13 @@ class _FusedLoss(torch.autograd.Function):
         with_terms: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         mse, cross_entropy, ctx.gradients = _walk(student, teacher, class_prior, settings, needs)
-        operands = student, teacher, class_prior
-        # A teacher under torch.inference_mode() hands out tensors that autograd refuses to save; they cannot change.
-        ctx.fixed = [tensor if tensor is not None and tensor.is_inference() else None for tensor in operands]
-        ctx.save_for_backward(
-            *(None if fixed is not None else tensor for tensor, fixed in zip(operands, ctx.fixed, strict=True))
-        )
+        ctx.fixed = None
+        if teacher.is_inference() or (class_prior is not None and class_prior.is_inference()):
+            # Autograd refuses to save what torch.inference_mode() made; such tensors cannot change under our hands.
+            ctx.fixed = teacher, class_prior
+            ctx.save_for_backward(student, None, None)
+        else:
+            ctx.save_for_backward(student, teacher, class_prior)
         ctx.settings = settings
         ctx.needs = needs
         loss = _reduce(mse + cross_entropy, settings, student.shape)
@@ -399,9 +403,9 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, class_prior = (
-            saved if fixed is None else fixed for saved, fixed in zip(ctx.saved_tensors, ctx.fixed, strict=True)
-        )
+        student, teacher, class_prior = ctx.saved_tensors
+        if ctx.fixed is not None:
+            teacher, class_prior = ctx.fixed
         if torch.is_grad_enabled():
             # Somebody wants the derivative of this gradient: hand out one that has a graph of its own.
             attached = _composed_gradients(student, teacher, class_prior, ctx.settings, ctx.needs, grad_loss)
@@ -422,7 +426,7 @@ def _finish(gradient: Tensor | None, grad_loss: Tensor, like: Tensor) -> Tensor 
         gradient.mul_(grad_loss.unsqueeze(1))
     elif grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
         gradient.mul_(grad_loss)
-    return gradient.to(like.dtype)
+    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
 def _composed_gradients(
@@ -467,6 +471,8 @@ class _Block(NamedTuple):
 
 def _blocks(samples: int, places: int, rows_per_block: int) -> list[_Block]:
     """All rows in order: whole samples at a time where their places fit a block, else the places of one sample."""
+    if 0 < samples * places <= rows_per_block:
+        return [_Block(slice(0, samples * places), slice(0, samples), slice(0, places), samples * places, True)]
     if places > rows_per_block:
         corners = [
             (n, n + 1, start, min(places, start + rows_per_block))
@@ -476,12 +482,11 @@ def _blocks(samples: int, places: int, rows_per_block: int) -> list[_Block]:
     else:
         step = rows_per_block // max(1, places)
         corners = [(n, min(samples, n + step), 0, places) for n in range(0, samples, step)]
-    whole = len(corners) == 1
     blocks = []
     for first, last, start, stop in corners:
         size = (last - first) * (stop - start)
         rows = slice(first * places + start, first * places + start + size)
-        blocks.append(_Block(rows, slice(first, last), slice(start, stop), size, whole))
+        blocks.append(_Block(rows, slice(first, last), slice(start, stop), size, False))
     return blocks
 
 
@@ -524,8 +529,8 @@ def _walk(
 
     with _without_autocast(student.device):
         blocks = _blocks(shape[0], places, rows_per_block)
-        scratch = tuple(torch.empty((rows_per_block, shape[1]), dtype=dtype, device=student.device) for _ in range(2))
-        gradients = [torch.empty(student.shape, dtype=dtype, device=student.device) if need else None for need in needs]
+        scratch = student.new_empty((2, rows_per_block, shape[1]), dtype=dtype).unbind(0)
+        gradients = [student.new_empty(student.shape, dtype=dtype) if need else None for need in needs]
 
         def operands(block: _Block) -> _Rows:
             prior_rows = None if class_prior is None else block.take(class_prior, dtype)
@@ -607,13 +612,14 @@ def _evaluate(
         spare = None if stashed else student_out
         tempered = student if s.temperature == 1.0 else torch.mul(student, 1.0 / s.temperature, out=spare)
         torch.log_softmax(tempered, 1, out=work)
-        cross_entropy = _row_dot(labels, work).mul_(-s.alpha)
+        cross_entropy = (labels * work).sum(1).mul_(-s.alpha)
         if student_out is not None:
             # log_softmax's own backward: labels - softmax * (sum of labels), in one pass.
             pull = torch.empty_like(work) if stashed else student_out
             torch._log_softmax_backward_data(labels, work, 1, work.dtype, out=pull)
 
-    # w * (d - m), the derivative of the weighted MSE with respect to d.
+    # w * (d - m), the derivative of the weighted MSE with respect to d. (Row by row, sums of products and no matrix
+    # products: those may be set to fewer digits than float32 has.)
     force = None
     if s.beta > 0:
         if stashed and student_out is not None:
@@ -625,11 +631,11 @@ def _evaluate(
         torch.sub(teacher, student, out=work)
         if s.mse_temperature != 1.0:
             work.mul_(1.0 / s.mse_temperature)
-        work.sub_(_row_dot(weights, work).unsqueeze_(1))
+        work.sub_((weights * work).sum(1, keepdim=True))
         force = weights.mul_(work)
         if factor is not None:
             force.mul_(factor)
-        mse = _row_dot(force, work).mul_(0.5 * s.beta)
+        mse = work.mul_(force).sum(1).mul_(0.5 * s.beta)
 
     force_scale = s.beta * scale / s.mse_temperature
     if teacher_out is not None:
@@ -653,11 +659,6 @@ def _combine(pull: Tensor | None, pull_scale: float, force: Tensor | None, force
     else:
         pull.mul_(-pull_scale)
         torch.sub(pull, force, alpha=force_scale, out=out)
-
-
-def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """sum_j x_j y_j for each row. Not as a matrix product: those may be set to fewer digits than float32 has."""
-    return (x * y).sum(1)
 
 
 def _softmax(logits: Tensor, temperature: float, *, out: Tensor, work: Tensor) -> None:
