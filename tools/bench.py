@@ -108,6 +108,12 @@ def peak_memory(name: str) -> float:
     return (_status("VmHWM") - before) * 1024 / (student.numel() * student.element_size())
 
 
+def peak_memory_of(name: str) -> float:
+    """Median of :func:`peak_memory` over three fresh processes."""
+    command = [sys.executable, __file__, "--memory-of", name]
+    return statistics.median(float(subprocess.check_output(command)) for _ in range(3))
+
+
 def _status(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
@@ -173,8 +179,7 @@ def main() -> None:
         lines += [f"| {' | '.join(METHODS)} |", "|---" * len(METHODS) + "|"]
         peaks = []
         for name in METHODS:
-            command = [sys.executable, __file__, "--memory-of", name]
-            peak = statistics.median(float(subprocess.check_output(command)) for _ in range(3))
+            peak = peak_memory_of(name)
             peaks.append(f"{peak:.2f}")
             rows.append({"kind": "memory", "rows": MEMORY_SHAPE[0], "classes": MEMORY_SHAPE[1], "method": name,
                          "logits_tensors": f"{peak:.3f}"})  # fmt: skip

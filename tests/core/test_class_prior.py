@@ -1,0 +1,398 @@
+"""ClassPrior: what it collects, when it serves it, how it survives checkpoints, copies, devices and ranks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from ikl_plugins import ClassPrior
+
+
+def _batch(samples: int, classes: int, *places: int) -> tuple[Tensor, Tensor]:
+    probabilities = torch.softmax(torch.randn(samples, classes, *places, dtype=torch.float64), 1).float()
+    return probabilities, torch.randint(classes, (samples, *places))
+
+
+def _mean_of_each_class(batches: list[tuple[Tensor, Tensor]], before: Tensor) -> Tensor:
+    """The definition, one prediction at a time, in float64."""
+    classes = len(before)
+    rows = [[0.0] * classes for _ in range(classes)]
+    counts = [0] * classes
+    for probabilities, targets in batches:
+        flat = probabilities.double().movedim(1, -1).reshape(-1, classes).tolist()
+        for row, label in zip(flat, targets.reshape(-1).tolist(), strict=True):
+            counts[label] += 1
+            rows[label] = [total + entry for total, entry in zip(rows[label], row, strict=True)]
+    means = [
+        [total / counts[label] for total in rows[label]] if counts[label] else before[label].tolist()
+        for label in range(classes)
+    ]
+    return torch.tensor(means, dtype=torch.float64)
+
+
+def _filled(classes: int = 4) -> ClassPrior:
+    """A prior in the middle of its second epoch."""
+    prior = ClassPrior(classes)
+    prior.observe(*_batch(50, classes))
+    prior.end_epoch()
+    prior.observe(*_batch(7, classes))
+    return prior
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def _bits(prior: ClassPrior) -> int:
+    """Of the narrowest floating buffer."""
+    return min(torch.finfo(buffer.dtype).bits for buffer in prior.buffers() if buffer.is_floating_point())
+
+
+# --- collecting and serving ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_uniform_until_an_epoch_has_ended() -> None:
+    prior = ClassPrior(4)
+    assert torch.equal(prior.prior(torch.tensor([3, 0])), torch.full((2, 4), 0.25))
+    prior.observe(*_batch(20, 4))
+    assert torch.equal(prior.prior(torch.tensor([3, 0])), torch.full((2, 4), 0.25))
+
+
+@pytest.mark.parametrize("places", [(), (3,), (2, 3)], ids=str)
+def test_an_epoch_gives_the_mean_of_each_class(places: tuple[int, ...]) -> None:
+    prior = ClassPrior(5)
+    batches = [_batch(samples, 5, *places) for samples in (8, 1, 30)]
+    for batch in batches:
+        prior.observe(*batch)
+    prior.end_epoch()
+    expected = _mean_of_each_class(batches, torch.full((5, 5), 0.2))
+    torch.testing.assert_close(prior.matrix.double(), expected, rtol=1e-6, atol=1e-7)
+    targets = torch.randint(5, (4, *places))
+    rows = prior.prior(targets)
+    assert rows.shape == (4, 5, *places)
+    torch.testing.assert_close(rows.movedim(1, -1), prior.matrix[targets])
+    torch.testing.assert_close(rows.sum(1), torch.ones(4, *places))
+
+
+def test_the_next_epoch_starts_from_nothing() -> None:
+    prior = _filled()
+    prior.end_epoch()
+    batches = [_batch(40, 4)]
+    before = prior.matrix.clone()
+    prior.observe(*batches[0])
+    torch.testing.assert_close(prior.matrix, before, rtol=0, atol=0)
+    prior.end_epoch()
+    torch.testing.assert_close(prior.matrix.double(), _mean_of_each_class(batches, before), rtol=1e-6, atol=1e-7)
+
+
+def test_a_class_that_does_not_occur_keeps_its_row() -> None:
+    prior = ClassPrior(3)
+    prior.observe(torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]]), torch.tensor([0, 1]))
+    prior.end_epoch()
+    assert torch.equal(prior.matrix, torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [1 / 3] * 3]))
+    prior.observe(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([2]))
+    prior.end_epoch()
+    assert torch.equal(prior.matrix, torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    prior.end_epoch()  # an epoch without a batch changes nothing
+    assert torch.equal(prior.matrix, torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+
+
+def test_rows_served_earlier_do_not_change_with_the_epoch() -> None:
+    prior = _filled()
+    rows = prior.prior(torch.tensor([0, 1]))
+    kept = rows.clone()
+    prior.end_epoch()
+    assert torch.equal(rows, kept)
+    assert not torch.equal(prior.prior(torch.tensor([0, 1])), kept)
+
+
+def test_nothing_carries_gradient() -> None:
+    prior = ClassPrior(3)
+    logits = torch.randn(6, 3, requires_grad=True)
+    prior.observe(logits.softmax(1), torch.tensor([0, 1, 2, 0, 1, 2]))
+    prior.end_epoch()
+    assert not prior.prior(torch.tensor([0])).requires_grad
+    assert list(prior.parameters()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_labels_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    prior, other = ClassPrior(4), ClassPrior(4)
+    probabilities, targets = _batch(20, 4)
+    prior.observe(probabilities, targets.to(dtype))
+    other.observe(probabilities, targets)
+    prior.end_epoch()
+    other.end_epoch()
+    assert torch.equal(prior.matrix, other.matrix)
+    assert torch.equal(prior.prior(targets.to(dtype)), other.prior(targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_predictions_of_every_floating_dtype(dtype: torch.dtype) -> None:
+    prior = ClassPrior(4)
+    probabilities, targets = _batch(20, 4)
+    prior.observe(probabilities.to(dtype), targets)
+    prior.end_epoch()
+    assert prior.matrix.dtype == torch.float32
+    expected = _mean_of_each_class([(probabilities.to(dtype), targets)], torch.full((4, 4), 0.25))
+    torch.testing.assert_close(prior.matrix.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_empty_batch_adds_nothing() -> None:
+    prior = _filled()
+    before = copy.deepcopy(prior)
+    prior.observe(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
+    assert _same(prior, before)
+    assert prior.prior(torch.empty(0, dtype=torch.int64)).shape == (0, 4)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [True, 2.0, "10", None])
+def test_a_number_of_classes_that_is_not_an_integer_is_refused(num_classes: object) -> None:
+    with pytest.raises(TypeError, match="ClassPrior: `num_classes` must be an integer of at least 1, got ") as caught:
+        ClassPrior(num_classes)  # type: ignore[arg-type]
+    assert f"{num_classes!r} of type {type(num_classes).__name__}. Pass the number of classes" in str(caught.value)
+
+
+@pytest.mark.parametrize("num_classes", [0, -3])
+def test_a_number_of_classes_below_one_is_refused(num_classes: int) -> None:
+    with pytest.raises(ValueError, match=f"ClassPrior: `num_classes` must be .* got {num_classes}. Pass the number"):
+        ClassPrior(num_classes)
+
+
+@pytest.mark.parametrize("call", ["prior", "observe"])
+@pytest.mark.parametrize("labels", [[0, 4], [-1, 2], [-100, 0]], ids=str)
+def test_labels_out_of_range_are_refused(call: str, labels: list[int]) -> None:
+    prior = _filled(4)
+    before = copy.deepcopy(prior)
+    targets = torch.tensor(labels)
+    with pytest.raises(ValueError, match=f"ClassPrior.{call}: `targets` must lie in \\[0, 3\\], got values from ") as e:
+        prior.prior(targets) if call == "prior" else prior.observe(torch.full((2, 4), 0.25), targets)
+    assert f"from {min(labels)} to {max(labels)}. Set `num_classes` to the number of classes" in str(e.value)
+    assert _same(prior, before)
+
+
+@pytest.mark.parametrize("call", ["prior", "observe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64], ids=str)
+def test_labels_of_another_dtype_are_refused(call: str, dtype: torch.dtype) -> None:
+    prior = ClassPrior(4)
+    targets = torch.tensor([0, 1]).to(dtype)
+    with pytest.raises(TypeError, match=f"ClassPrior.{call}: `targets` must hold integer class indices, got {dtype}. "):
+        prior.prior(targets) if call == "prior" else prior.observe(torch.full((2, 4), 0.25), targets)
+
+
+def test_labels_that_are_not_a_tensor_are_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"ClassPrior.prior: `targets` must be a torch.Tensor of class indices, got list"
+    ):
+        ClassPrior(4).prior([0, 1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "came"), [(torch.zeros(2, 4, dtype=torch.int64), "torch.int64"), ([[0.5] * 4] * 2, "list")]
+)
+def test_predictions_that_are_not_floating_are_refused(probabilities: object, came: str) -> None:
+    message = f"ClassPrior.observe: `probabilities` must be a floating tensor, got {came}. Pass a softmax output."
+    with pytest.raises(TypeError) as caught:
+        ClassPrior(4).observe(probabilities, torch.tensor([0, 1]))  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "expected"), [((2, 5), (2,), (2, 4)), ((3, 4), (2,), (2, 4)), ((2, 4), (2, 3), (2, 4, 3))]
+)
+def test_predictions_of_another_shape_are_refused(
+    shape: tuple[int, ...], labels: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    prior = ClassPrior(4)
+    with pytest.raises(ValueError, match=r"ClassPrior.observe: `probabilities` must have shape ") as caught:
+        prior.observe(torch.rand(shape), torch.zeros(labels, dtype=torch.int64))
+    for part in (f"{expected} for targets of shape {labels} and num_classes=4, got {shape}.", "Set `num_classes`"):
+        assert part in str(caught.value)
+    assert _same(prior, ClassPrior(4))
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_holds_the_prior_and_the_running_sums() -> None:
+    assert {name: tuple(tensor.shape) for name, tensor in ClassPrior(4).state_dict().items()} == {
+        "matrix": (4, 4),
+        "sums": (4, 4),
+        "counts": (4,),
+    }
+
+
+def test_a_resumed_epoch_ends_like_an_uninterrupted_one() -> None:
+    uninterrupted = _filled()
+    file = io.BytesIO()
+    torch.save(uninterrupted.state_dict(), file)
+    file.seek(0)
+    resumed = ClassPrior(4)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert _same(resumed, uninterrupted)
+    batch = _batch(9, 4)
+    for prior in (uninterrupted, resumed):
+        prior.observe(*batch)
+        prior.end_epoch()
+    assert _same(resumed, uninterrupted)
+
+
+def test_the_state_dict_goes_on_seeing_the_current_values() -> None:
+    prior = _filled()
+    state = prior.state_dict()
+    prior.end_epoch()
+    prior.observe(*_batch(9, 4))
+    assert all(torch.equal(state[name], tensor) for name, tensor in prior.state_dict().items())
+
+
+def test_a_state_of_another_class_count_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="size mismatch for matrix"):
+        ClassPrior(4).load_state_dict(ClassPrior(5).state_dict())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda prior: pickle.loads(pickle.dumps(prior))])  # noqa: S301
+def test_copies_are_equal_and_independent(duplicate: object) -> None:
+    prior = _filled()
+    twin = duplicate(prior)  # type: ignore[operator]
+    assert _same(prior, twin)
+    assert twin.num_classes == 4
+    twin.observe(*_batch(5, 4))
+    twin.end_epoch()
+    assert not torch.equal(prior.matrix, twin.matrix)
+    assert prior.counts.sum() == 7
+
+
+@pytest.mark.parametrize("shrink", ["half", "bfloat16", "to"])
+def test_half_precision_leaves_the_sums_in_float32(shrink: str) -> None:
+    prior = _filled()
+    before = copy.deepcopy(prior)
+    network = nn.Sequential(nn.Linear(2, 4), prior)
+    returned = network.to(torch.float16) if shrink == "to" else getattr(network, shrink)()
+    assert returned is network
+    assert network[0].weight.dtype in (torch.float16, torch.bfloat16)
+    assert _same(prior, before)
+    assert _bits(prior) >= 32
+    assert prior.half() is prior
+    assert dict(prior.named_buffers()).keys() == {"matrix", "sums", "counts"}
+
+
+def test_double_widens_and_float_narrows() -> None:
+    prior = _filled().double()
+    assert prior.matrix.dtype == prior.sums.dtype == torch.float64
+    assert not prior.counts.is_floating_point()
+    prior.end_epoch()
+    assert prior.prior(torch.tensor([0])).dtype == torch.float64
+    assert prior.float().matrix.dtype == torch.float32
+
+
+def test_buffers_follow_the_module_to_a_device() -> None:
+    prior = _filled().to("meta")
+    assert {buffer.device.type for buffer in prior.buffers()} == {"meta"}
+    prior = _filled().to("meta", torch.float16)
+    assert {buffer.device.type for buffer in prior.buffers()} == {"meta"}
+    assert _bits(prior) >= 32
+    assert {buffer.device.type for buffer in _filled().to("cpu").buffers()} == {"cpu"}
+
+
+def test_a_half_precision_default_leaves_the_sums_in_float32() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        prior = ClassPrior(3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert _bits(prior) >= 32
+    torch.testing.assert_close(prior.matrix, torch.full((3, 3), 1 / 3), rtol=1e-7, atol=0)
+
+
+def test_sums_of_a_long_epoch_keep_their_digits() -> None:
+    """Two million places of a dense task. Added one by one in float32, a class's sum stops growing as it should."""
+    prior = ClassPrior(2)
+    row = torch.tensor([[0.1, 0.9]])
+    for _ in range(20):
+        prior.observe(row[:, :, None].expand(1, 2, 100_000), torch.zeros(1, 100_000, dtype=torch.int64))
+    prior.end_epoch()
+    torch.testing.assert_close(prior.matrix[0], row[0], rtol=1e-5, atol=0)
+
+
+def test_repr_names_the_class_count() -> None:
+    assert repr(ClassPrior(7)) == "ClassPrior(num_classes=7)"
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+from ikl_plugins import ClassPrior
+rank, store, data, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+prior = ClassPrior(5)
+for epoch in torch.load(data, weights_only=True):
+    for probabilities, targets in epoch[rank]:
+        prior.observe(probabilities, targets)
+    prior.end_epoch()
+torch.save(prior.state_dict(), f"{out}{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_give_the_prior_of_one(tmp_path: Path) -> None:
+    """Two epochs; the ranks see different classes, different numbers of batches, and class 4 only rank 1 in epoch 0."""
+    epochs = []
+    for epoch in range(2):
+        zero = [(torch.softmax(torch.randn(8, 5), 1), torch.randint(3, (8,))) for _ in range(3)]
+        one = [(torch.softmax(torch.randn(5, 5), 1), torch.randint(1, 5 - epoch, (5,)))]
+        epochs.append([zero, one])
+    torch.save(epochs, tmp_path / "data")
+    command = [sys.executable, "-c", RANK]
+    paths = [str(tmp_path / name) for name in ("store", "data", "rank")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), *paths], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+
+    alone = ClassPrior(5)
+    matrix = torch.full((5, 5), 0.2)
+    for epoch in epochs:
+        batches = [batch for rank in epoch for batch in rank]
+        for batch in batches:
+            alone.observe(*batch)
+        alone.end_epoch()
+        matrix = _mean_of_each_class(batches, matrix)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"rank{rank}", weights_only=True)
+        torch.testing.assert_close(state["matrix"], alone.matrix, rtol=0, atol=1e-6)
+        torch.testing.assert_close(state["matrix"].double(), matrix, rtol=0, atol=1e-6)
+        assert torch.count_nonzero(state["sums"]) == torch.count_nonzero(state["counts"]) == 0
+
+
+def test_a_group_of_one_rank_changes_nothing() -> None:
+    prior = _filled()
+    twin = copy.deepcopy(prior)
+    prior.end_epoch()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        twin.end_epoch()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert _same(prior, twin)
