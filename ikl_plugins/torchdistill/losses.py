@@ -1,0 +1,369 @@
+"""DKL, IKL and GKL as torchdistill mid-level losses: they find the logits, the core computes.
+
+Beside names and layouts these classes know one thing the core does not: where an epoch begins and ends.
+``ikl_pre_epoch_process`` tells them the number of the epoch and how many batches it has, and they roll their class
+prior behind the last of these batches. That is before torchdistill's scripts validate and save, so that a checkpoint
+holds the prior which the next epoch uses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _validation as check
+from .. import losses as core
+from ..class_prior import ClassPrior
+from ..functional import LossTerms
+
+__all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "MidLevelLoss", "find_losses"]
+
+_SELF = "."  # torchdistill's path of the model itself
+_CROSS_ENTROPY_REDUCTION = {"batchmean": "mean", "sum": "sum", "none": "none"}
+_PROCESS_LINE = "pre_epoch_process: 'ikl_pre_epoch_process'"
+
+
+class MidLevelLoss(nn.Module):
+    """What the three losses share: ``ce_weight * cross entropy to the labels + ramp * core loss``.
+
+    Args:
+        student_module_path: the student's module that gives the logits; ``'.'`` for the model itself, any other needs a
+            ``forward_hook`` in the config.
+        student_module_io: ``'output'`` or ``'input'`` of that module.
+        teacher_module_path: the same for the teacher.
+        teacher_module_io: the same for the teacher.
+        ce_weight: weight of the cross entropy to the labels, at least 0. KDLoss calls it ``alpha``; here ``alpha`` is
+            the core's weight of the soft-label cross entropy.
+        warmup_epochs: the core loss is multiplied by min(epoch / warmup_epochs, 1), epochs of the stage counted from 1;
+            0 and 1 mean no ramp. The cross entropy to the labels is not scaled.
+        **loss_keywords: keywords of the core class, see there.
+
+    Raises:
+        TypeError: an unknown keyword (the message names the nearest known one), or one of the wrong type.
+        ValueError: a value out of range.
+
+    Attributes:
+        core: the module of :mod:`ikl_plugins.losses`.
+        last_terms: the core's :class:`ikl_plugins.LossTerms` of the last batch, before the ramp; None before it.
+
+    Note:
+        A batch whose student logits require grad is a training batch: it is observed by the class prior and counted.
+        torchdistill never calls ``train()`` or ``eval()`` on a criterion.
+    """
+
+    core_class: ClassVar[type[core.DKLLoss | core.IKLLoss | core.GKLLoss]]
+
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        *,
+        ce_weight: float = 0.0,
+        warmup_epochs: int = 0,
+        **loss_keywords: Any,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        known = [*_keywords(MidLevelLoss), *_keywords(self.core_class)]
+        for keyword in loss_keywords:
+            if keyword not in known:
+                raise TypeError(check.unknown_name_message(name, "keyword", keyword, known))
+        self._places = {
+            "student": _place(name, "student", student_module_path, student_module_io),
+            "teacher": _place(name, "teacher", teacher_module_path, teacher_module_io),
+        }
+        check.check_number(name, "ce_weight", ce_weight)
+        check.check_number(name, "warmup_epochs", warmup_epochs)
+        self.ce_weight = ce_weight
+        self.warmup_epochs = warmup_epochs
+        self.core = self.core_class(**loss_keywords)
+        self._epoch: int | None = None
+        self._batches_per_epoch: int | None = None
+        self._batches_seen = 0
+        self._record: dict[str, Any] = {}
+
+    @property
+    def class_prior(self) -> ClassPrior | None:
+        """The core's class prior, None without ``global_info``."""
+        return self.core.class_prior
+
+    @property
+    def last_terms(self) -> LossTerms | None:
+        return self.core.last_terms
+
+    def forward(
+        self,
+        student_io_dict: Mapping[str, Mapping[str, Any]],
+        teacher_io_dict: Mapping[str, Mapping[str, Any]],
+        targets: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student_io_dict: what torchdistill recorded of the student, by module path and 'input' or 'output'.
+            teacher_io_dict: the same of the teacher.
+            targets: class indices (N,) or (N, d1, ...), needed for ``ce_weight`` above 0 and for ``global_info``; for
+                ``ce_weight`` alone, class probabilities of the logits' shape will do.
+            *args: ignored, as other mid-level losses do.
+            **kwargs: ignored.
+
+        Returns:
+            A 0-dim tensor, or (N, d1, ...) for ``reduction='none'``.
+
+        Raises:
+            TypeError: targets or logits of the wrong type.
+            ValueError: no logits at a module path; targets missing or out of range; epoch boundaries missing.
+        """
+        student = self._logits("student", student_io_dict)
+        teacher = self._logits("teacher", teacher_io_dict)
+        training = student.requires_grad
+        if training:
+            self._check_boundaries()
+        self.core.train(training)
+        prior = self.class_prior
+        if prior is not None and prior.matrix.device != student.device:
+            self.to(student.device)
+
+        loss: Tensor = self.core(student, teacher, self._labels(targets) if prior is not None else None)
+        if self._epoch is not None:
+            loss = loss * core.warmup_factor(self._epoch, self.warmup_epochs)
+        if self.ce_weight > 0:
+            loss = loss + self.ce_weight * self._cross_entropy(student, targets)
+
+        if training:
+            self._batches_seen += 1
+            if self._batches_seen == self._batches_per_epoch:
+                self.core.end_epoch()
+        return loss
+
+    def begin_epoch(self, epoch: int, batches: int | None) -> None:
+        """Starts an epoch: sets the ramp, and rolls a class prior that the last epoch, cut short, left pending.
+
+        All ranks must call this.
+
+        Args:
+            epoch: number of the epoch in its stage, 1 for the first.
+            batches: number of training batches of this rank; None if the loader cannot tell. The class prior is then
+                rolled at the beginning of the next epoch.
+        """
+        self.core.end_epoch()  # nothing new: all rows keep their value
+        self._epoch = epoch
+        self._batches_per_epoch = batches
+        self._batches_seen = 0
+
+    def prior_record(self, stage: int) -> dict[str, Any]:
+        """The class prior as a checkpoint keeps it: always the same dict, and its tensors are the live buffers.
+
+        Args:
+            stage: number of the training stage, part of the record.
+
+        Returns:
+            'stage' and the buffers of the class prior.
+        """
+        self._record["stage"] = stage
+        self._refresh_record()
+        return self._record
+
+    def restore_prior(self, record: Mapping[str, Any], term: str) -> None:
+        """Copies a record of :meth:`prior_record`, read from a checkpoint, into the class prior.
+
+        Args:
+            record: the record.
+            term: the loss's name in the criterion, for messages.
+
+        Raises:
+            ValueError: the record does not fit this class prior.
+        """
+        prior = self.class_prior
+        if prior is None:
+            return
+        for key, buffer in prior.named_buffers():
+            saved = record.get(key)
+            shape = tuple(saved.shape) if isinstance(saved, Tensor) else None
+            if not isinstance(saved, Tensor) or shape != tuple(buffer.shape):
+                raise ValueError(
+                    f"{type(self).__name__}: the checkpoint's class prior of term '{term}' must fit num_classes="
+                    f"{prior.num_classes}: its `{key}` must have shape {tuple(buffer.shape)}, got {shape}. "
+                    f"Resume with the config that wrote the checkpoint."
+                )
+        with torch.no_grad():
+            for key, buffer in prior.named_buffers():
+                buffer.copy_(record[key])
+
+    def extra_repr(self) -> str:
+        places = ", ".join(f"{role}='{path}' {io}" for role, (path, io) in self._places.items())
+        return f"{places}, ce_weight={self.ce_weight}, warmup_epochs={self.warmup_epochs}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MidLevelLoss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._record:
+            self._refresh_record()  # a move to another device replaces buffers
+        return self
+
+    def _refresh_record(self) -> None:
+        if self.class_prior is not None:
+            self._record.update(self.class_prior.named_buffers())
+
+    def _logits(self, role: str, io_dict: Mapping[str, Mapping[str, Any]]) -> Tensor:
+        name = type(self).__name__
+        path, io = self._places[role]
+        if role == "teacher" and not io_dict:
+            raise ValueError(
+                f"{name}: `teacher_module_path` must lead to a teacher, but this config trains without one. Give "
+                f"`models` a `teacher_model` and a `student_model`, and `train` a `teacher` and a `student`."
+            )
+        recorded = io_dict.get(path, {})
+        if io not in recorded:
+            known = [f"'{other}' ({', '.join(sorted(parts))})" for other, parts in io_dict.items() if parts]
+            raise ValueError(
+                f"{name}: `{role}_module_path` must name a module whose {io} is recorded, but '{path}' is not; "
+                f"recorded of the {role}: {'; '.join(known) or 'nothing'}. {_hook_lines(role, path, io)}"
+            )
+        logits = recorded[io]
+        if not isinstance(logits, Tensor):
+            what = f"a {type(logits).__name__}"
+            if isinstance(logits, Mapping):
+                what += f" with the keys {', '.join(map(repr, logits))}"
+            raise ValueError(
+                f"{name}: `{role}_module_path` must name a module whose {io} is the tensor of logits, but that of "
+                f"'{path}' is {what}. Name the layer that gives the logits, here called 'fc': "
+                f"{role}_module_path: 'fc'. {_hook_lines(role, 'fc', 'output')}"
+            )
+        return logits
+
+    def _labels(self, targets: Any) -> Tensor | None:
+        """The targets if they are a tensor; whoever needs them checks the rest."""
+        if targets is not None and not isinstance(targets, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: `targets` must be a tensor of class indices, got {type(targets).__name__}. "
+                f"Let the data set or the `collate_fn` of `train_data_loader` give one class index per prediction."
+            )
+        return targets
+
+    def _cross_entropy(self, student: Tensor, targets: Any) -> Tensor:
+        name = type(self).__name__
+        labels = self._labels(targets)
+        if labels is None:
+            raise ValueError(
+                f"{name}: `targets` must be given with ce_weight={self.ce_weight}, got None. "
+                f"Pass the labels of the batch, or set ce_weight: 0."
+            )
+        expected = (student.shape[0], *student.shape[2:])
+        soft = labels.is_floating_point() and labels.shape == student.shape
+        if not soft:
+            check.check_targets(name, labels, student.shape[1])
+            if tuple(labels.shape) != expected:
+                raise ValueError(
+                    f"{name}: `targets` must have shape {expected} for logits of shape {tuple(student.shape)}, got "
+                    f"{tuple(labels.shape)}. Pass one class index per prediction."
+                )
+            labels = labels.long()
+        logits = student.float() if torch.finfo(student.dtype).bits < 32 else student
+        return F.cross_entropy(logits, labels, reduction=_CROSS_ENTROPY_REDUCTION[self.core.reduction])
+
+    def _check_boundaries(self) -> None:
+        name = type(self).__name__
+        prior = self.class_prior
+        if self._epoch is None and (prior is not None or self.warmup_epochs > 1):
+            cause = "global_info=True" if prior is not None else f"warmup_epochs={self.warmup_epochs}"
+            raise ValueError(
+                f"{name}: {cause} must know where epochs begin, but nobody has said so. Add this line to `train:` of "
+                f"the config (or to each of its stages that uses the loss):\n  {_PROCESS_LINE}"
+            )
+        limit = self._batches_per_epoch
+        if prior is not None and limit is not None and self._batches_seen >= limit:
+            raise ValueError(
+                f"{name}: an epoch must have no more than the {limit} batches of `train_data_loader`, "
+                f"and the class prior has been rolled behind the last of them, but another one came. Call "
+                f"forward_process once per batch, and pre_epoch_process before each epoch."
+            )
+
+
+class DKLLoss(MidLevelLoss):
+    """:class:`ikl_plugins.DKLLoss` as a mid-level loss, keys ``DKLLoss`` and ``DKL``; see :class:`MidLevelLoss`.
+
+    Example:
+        >>> import torch
+        >>> from ikl_plugins.torchdistill import DKLLoss
+        >>> loss = DKLLoss(".", "output", ".", "output", temperature=4.0, ce_weight=1.0)
+        >>> io_dict = {".": {"output": torch.zeros(2, 3)}}
+        >>> round(loss(io_dict, io_dict, torch.tensor([0, 2])).item(), 4)  # log 3, twice
+        2.1972
+    """
+
+    core_class = core.DKLLoss
+
+
+class IKLLoss(MidLevelLoss):
+    """:class:`ikl_plugins.IKLLoss` as a mid-level loss, keys ``IKLLoss`` and ``IKL``; see :class:`MidLevelLoss`."""
+
+    core_class = core.IKLLoss
+
+
+class GKLLoss(MidLevelLoss):
+    """:class:`ikl_plugins.GKLLoss` as a mid-level loss, keys ``GKLLoss`` and ``GKL``; see :class:`MidLevelLoss`."""
+
+    core_class = core.GKLLoss
+
+
+def find_losses(criterion: nn.Module) -> dict[str, MidLevelLoss]:
+    """The losses of this package inside a criterion, by the names of their terms.
+
+    Args:
+        criterion: a box's criterion. torchdistill's high-level losses keep their terms in a plain dict, ``term_dict``,
+            as pairs of loss and weight; wrappers are looked into.
+
+    Returns:
+        The name of a loss is that of its term, and behind a dot its path inside a wrapper.
+    """
+    found: dict[str, MidLevelLoss] = {}
+
+    def visit(prefix: str, module: nn.Module) -> None:
+        for path, part in module.named_modules():
+            name = ".".join(filter(None, (prefix, path)))
+            if isinstance(part, MidLevelLoss):
+                found[name] = part
+            for term, entry in getattr(part, "term_dict", {}).items():
+                loss = entry[0] if isinstance(entry, tuple) else entry
+                if isinstance(loss, nn.Module):
+                    visit(".".join(filter(None, (name, term))), loss)
+
+    visit("", criterion)
+    return found
+
+
+def _keywords(cls: type) -> list[str]:
+    """The named parameters of a class's constructor."""
+    parameters = inspect.signature(cls).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+
+
+def _place(name: str, role: str, path: str, io: str) -> tuple[str, str]:
+    if not isinstance(path, str):
+        raise TypeError(
+            f"{name}: `{role}_module_path` must be a string, got {path!r} of type {type(path).__name__}. "
+            f"Name a module, or use '.' for the model itself."
+        )
+    if io not in ("input", "output"):
+        raise ValueError(
+            f"{name}: `{role}_module_io` must be 'output' or 'input', got {io!r}. Logits are mostly an 'output'."
+        )
+    if path == _SELF and io == "input":
+        raise ValueError(
+            f"{name}: `{role}_module_io` must be 'output' for the model itself, got 'input', which torchdistill does "
+            f"not record. Name a module in `{role}_module_path`, or use its output."
+        )
+    return path, io
+
+
+def _hook_lines(role: str, path: str, io: str) -> str:
+    return f"Add to `train:` of the config:\n  {role}:\n    forward_hook:\n      {io}: ['{path}']"

@@ -1,0 +1,162 @@
+"""The pre-epoch process: one line of a torchdistill config that closes what torchdistill leaves open.
+
+    train:
+      pre_epoch_process: 'ikl_pre_epoch_process'
+
+torchdistill never puts a frozen teacher in eval mode, tells no loss where an epoch begins, keeps no state of a loss in
+a checkpoint, and wraps a student in DistributedDataParallel only where the config says so and only on CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchdistill.common.module_util import check_if_wrapped, get_updatable_param_names
+from torchdistill.core.distillation import DistillationBox
+from torchdistill.core.interfaces.pre_epoch_proc import (
+    default_pre_epoch_process_with_teacher,
+    default_pre_epoch_process_without_teacher,
+)
+from torchdistill.models.wrapper import AuxiliaryModelWrapper
+
+from .losses import MidLevelLoss, find_losses
+
+__all__ = ["ikl_pre_epoch_process"]
+
+_logger = logging.getLogger(__name__)
+_CALLER = "ikl_pre_epoch_process"
+_RECORD = "ikl_plugins"  # the key in the optimizer's first parameter group
+
+
+def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> None:
+    """torchdistill's default pre-epoch process, and then what a teacher, a class prior and several ranks need.
+
+    - A frozen teacher is put in eval mode, so that its BatchNorm statistics stay as they are.
+    - Each of this package's losses in the criterion is told the epoch and its number of batches, and moved to the
+      device.
+    - Class priors join the optimizer's state, in ``param_groups[0]['ikl_plugins']``: whatever saves and loads the
+      optimizer, upstream's script with ``--start_epoch`` for one, carries them along.
+    - In distributed training a student that nobody has wrapped is wrapped in DistributedDataParallel.
+
+    Args:
+        box: torchdistill's distillation or training box, of one or several stages.
+        epoch: number of the epoch, 0 for the first.
+        **kwargs: passed on to the default process.
+
+    Raises:
+        ValueError: ``epoch`` is missing; a checkpoint's class prior does not fit; a teacher is to be trained on several
+            ranks without a wrapper.
+    """
+    if isinstance(epoch, bool) or not isinstance(epoch, int):
+        raise ValueError(
+            f"{_CALLER}: `epoch` must be the number of the epoch, 0 for the first, got {epoch!r}. "
+            f"Call pre_epoch_process(epoch=...)."
+        )
+    stage, first_epoch = _stage_of(box)
+    epoch_of_stage = max(1, epoch - first_epoch + 1)
+    with_teacher = isinstance(box, DistillationBox)
+    if box.distributed:
+        _replicate(box, "student_model" if with_teacher else "model")
+
+    if with_teacher:
+        default_pre_epoch_process_with_teacher(box, epoch=epoch, **kwargs)
+        _settle_teacher(box, first=epoch_of_stage == 1)
+    else:
+        default_pre_epoch_process_without_teacher(box, epoch=epoch, **kwargs)
+
+    losses = find_losses(box.criterion)
+    for loss in losses.values():
+        loss.to(box.device)
+    _keep_priors(box.optimizer, losses, stage, epoch_of_stage)
+    for loss in losses.values():
+        loss.begin_epoch(epoch_of_stage, _batches(box.train_data_loader))
+
+
+def _stage_of(box: Any) -> tuple[int, int]:
+    """Number of the running stage and of its first epoch."""
+    stage = getattr(box, "stage_number", None)
+    if stage is None:
+        return 1, 0
+    return stage, box.stage_end_epoch - box.train_config[f"stage{stage}"]["num_epochs"]
+
+
+def _batches(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # an iterable data set without a length
+        return None
+
+
+def _settle_teacher(box: Any, *, first: bool) -> None:
+    if not box.teacher_updatable:
+        box.teacher_model.eval()
+        return
+    if first:
+        _logger.warning(
+            "%s: the teacher is trained along, so it is not put in eval mode. If it should be frozen, add to `train:` "
+            "of the config:\n  teacher:\n    requires_grad: False",
+            _CALLER,
+        )
+    trained = len(get_updatable_param_names(box.teacher_model)) > 0
+    if box.distributed and trained and not _keeps_step(box.teacher_model):
+        raise ValueError(
+            f"{_CALLER}: a teacher that is trained on several ranks must be wrapped, got an unwrapped one, whose "
+            f"replicas would drift apart. Add to `train:` of the config:\n  teacher:\n    requires_grad: False\n"
+            f"or, on CUDA:\n  teacher:\n    wrapper: 'DistributedDataParallel'"
+        )
+
+
+# --- the class priors in the optimizer's state -----------------------------------------------------------------------
+
+
+def _keep_priors(optimizer: Any, losses: dict[str, MidLevelLoss], stage: int, epoch_of_stage: int) -> None:
+    """Makes the optimizer hold the live class priors, after taking over those that a checkpoint has left there."""
+    group = optimizer.param_groups[0]
+    saved = group.get(_RECORD, {})
+    records = {}
+    for term, loss in losses.items():
+        if loss.class_prior is None:
+            continue
+        record = saved.get(term)
+        records[term] = loss.prior_record(stage)
+        if record is not None and record.get("stage") == stage:
+            loss.restore_prior(record, term)  # in a run that goes on, the record is the prior itself
+        elif epoch_of_stage > 1:
+            held = [name for name, other in saved.items() if other.get("stage") == stage]
+            _logger.warning(
+                "%s: training goes on at epoch %d, but the checkpoint holds no class prior of term '%s' (of terms: "
+                "%s). It starts uniform.",
+                _CALLER,
+                epoch_of_stage,
+                term,
+                ", ".join(held) or "none",
+            )
+    if records:
+        group[_RECORD] = records
+    else:
+        group.pop(_RECORD, None)
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def _keeps_step(model: nn.Module) -> bool:
+    """Whether somebody else averages the gradients; auxiliary wrappers wrap their parts themselves."""
+    return check_if_wrapped(model) or isinstance(model, AuxiliaryModelWrapper)
+
+
+def _replicate(box: Any, attribute: str) -> None:
+    """Wraps the trained model unless somebody has. Each stage begins with the bare model and gets its own wrapper."""
+    model = getattr(box, attribute)
+    if _keeps_step(model) or not get_updatable_param_names(model):
+        return
+    some_frozen = box.student_any_frozen if attribute == "student_model" else box.model_any_frozen
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=box.device_ids if box.device.type == "cuda" else None,
+        find_unused_parameters=bool(some_frozen),
+    )
+    setattr(box, attribute, wrapped)

@@ -1,0 +1,63 @@
+"""What torchdistill knows after ``import ikl_plugins.torchdistill``, and under which keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchdistill.core.interfaces.registry import PRE_EPOCH_PROC_FUNC_DICT, register_pre_epoch_proc_func
+from torchdistill.losses.registry import (
+    LOSS_DICT,
+    LOW_LEVEL_LOSS_DICT,
+    MIDDLE_LEVEL_LOSS_DICT,
+    register_mid_level_loss,
+)
+from torchdistill.models.registry import MODEL_DICT, register_model
+
+from .. import models
+from .losses import DKLLoss, GKLLoss, IKLLoss
+from .processes import ikl_pre_epoch_process
+
+__all__ = ["register"]
+
+_LOSSES = {
+    "DKLLoss": DKLLoss,
+    "IKLLoss": IKLLoss,
+    "GKLLoss": GKLLoss,
+    "DKL": DKLLoss,
+    "IKL": IKLLoss,
+    "GKL": GKLLoss,
+}
+_PROCESSES = {"ikl_pre_epoch_process": ikl_pre_epoch_process}
+# The prefix keeps them apart from torchvision's: upstream's script looks there first, and finds a `vgg13`.
+_MODELS = {f"ikl_plugins.{name}": getattr(models, name) for name in models.__all__}
+
+
+def register() -> None:
+    """Registers losses, process and networks with torchdistill; a second call changes nothing.
+
+    Raises:
+        ValueError: somebody else holds one of the keys. Nothing is registered then.
+    """
+    # torchdistill overwrites in silence, so look first. A mid-level loss also hides a low-level one of its name.
+    for kind, registries, entries in (
+        ("loss", (MIDDLE_LEVEL_LOSS_DICT, LOW_LEVEL_LOSS_DICT, LOSS_DICT), _LOSSES),
+        ("pre-epoch process", (PRE_EPOCH_PROC_FUNC_DICT,), _PROCESSES),
+        ("model", (MODEL_DICT,), _MODELS),
+    ):
+        for key, ours in entries.items():
+            for registry in registries:
+                if key in registry and _full_name(registry[key]) != _full_name(ours):
+                    raise ValueError(
+                        f"ikl_plugins.torchdistill: the {kind} key '{key}' must be free, but "
+                        f"{_full_name(registry[key])} holds it. Register that one under another key."
+                    )
+    for key, loss in _LOSSES.items():
+        register_mid_level_loss(key=key)(loss)
+    for key, process in _PROCESSES.items():
+        register_pre_epoch_proc_func(key=key)(process)
+    for key, model in _MODELS.items():
+        register_model(key=key)(model)
+
+
+def _full_name(holder: Any) -> str:
+    return f"{holder.__module__}.{getattr(holder, '__qualname__', type(holder).__qualname__)}"

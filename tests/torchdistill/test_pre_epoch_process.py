@@ -1,0 +1,516 @@
+"""ikl_pre_epoch_process in torchdistill's own boxes: teacher, epochs, class priors through checkpoints, stages."""
+
+import argparse
+import copy
+import logging
+import re
+
+import oracles
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+
+pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
+
+from torchdistill.common.main_util import load_ckpt, save_ckpt
+from torchdistill.core.distillation import get_distillation_box
+from torchdistill.core.training import get_training_box
+from torchdistill.models.wrapper import EmptyModule
+
+from ikl_plugins.torchdistill import find_losses, ikl_pre_epoch_process
+
+CLASSES, IMAGES, BATCH = 4, 24, 8
+CPU = torch.device("cpu")
+OURS = "ikl_pre_epoch_process"
+DEFAULT = "default_pre_epoch_process_with_teacher"
+PLACES = {
+    "student_module_path": ".",
+    "student_module_io": "output",
+    "teacher_module_path": ".",
+    "teacher_module_io": "output",
+}
+UNIFORM = torch.full((CLASSES, CLASSES), 1 / CLASSES)
+PRIOR = {"global_info": True, "num_classes": CLASSES, "weight_temperature": 2.0}
+
+
+def net(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+class DictNet(nn.Module):
+    """A network as torchvision's segmentation models are: its output is a dict."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.body = net(seed)
+
+    def forward(self, x):
+        return {"out": self.body(x), "aux": x}
+
+
+def images():
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(IMAGES, 6, generator=generator)
+    return TensorDataset(x, torch.randint(CLASSES, (IMAGES,), generator=generator))
+
+
+def stage(key="IKLLoss", *, term="ikl", process=OURS, epochs=3, optimizer=True, accumulate=1, **kwargs):
+    loss = {"key": key, "kwargs": {**PLACES, **kwargs}}
+    config = {
+        "num_epochs": epochs,
+        "train_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": RandomSampler, "kwargs": None},
+            "kwargs": {"batch_size": BATCH},
+        },
+        "val_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": SequentialSampler, "kwargs": None},
+            "kwargs": {"batch_size": BATCH},
+        },
+        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {"forward_proc": "forward_batch_only"},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {"sub_terms": {term: {"criterion": loss, "weight": 1.0}}},
+        },
+    }
+    if optimizer:
+        config["optimizer"] = {
+            "key": "SGD",
+            "kwargs": {"lr": 0.1, "momentum": 0.9},
+            "grad_accum_step": accumulate,
+        }
+    if process is not None:
+        config["pre_epoch_process"] = process
+    return config
+
+
+def make_box(config, teacher=None, student=None, distributed=False):
+    teacher = net(1) if teacher is None else teacher
+    student = net(2) if student is None else student
+    return get_distillation_box(teacher, student, {"train": images()}, config, CPU, None, distributed, 1)
+
+
+def train_epoch(box, epoch, *, steps=None):
+    torch.manual_seed(100 + epoch)
+    box.pre_epoch_process(epoch=epoch)
+    for step, (x, y, extra) in enumerate(box.train_data_loader):
+        if step == steps:
+            break
+        box.post_forward_process(loss=box.forward_process(x, y, extra))
+
+
+def the_loss(box):
+    (loss,) = find_losses(box.criterion).values()
+    return loss
+
+
+@torch.no_grad()
+def mean_predictions(teacher, temperature=2.0):
+    """What the prior must be after an epoch: for each class the mean of softmax(teacher / T)."""
+    x, y = images().tensors
+    predictions = (copy.deepcopy(teacher).eval()(x) / temperature).softmax(1)
+    return torch.stack([predictions[y == label].mean(0) for label in range(CLASSES)])
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("process", "moves"), [(OURS, False), (DEFAULT, True), (None, True)])
+def test_only_our_process_keeps_the_teachers_statistics(process, moves):
+    teacher = net(1)
+    box = make_box(stage(process=process), teacher=teacher)
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+    for epoch in range(2):
+        train_epoch(box, epoch)
+        box.student_model.eval()  # as an evaluation between epochs does
+        box.post_epoch_process()
+    after = dict(teacher.named_buffers())
+    assert before  # there are statistics to move
+    for name, buffer in before.items():
+        assert torch.equal(buffer, after[name]) is not moves, name
+
+
+def test_the_student_is_in_training_mode_again_after_an_evaluation():
+    box = make_box(stage())
+    box.student_model.eval()
+    box.pre_epoch_process(epoch=0)
+    assert box.student_model.training
+    assert not box.teacher_model.training
+
+
+def test_a_teacher_that_is_trained_along_keeps_its_mode_and_is_warned_of_once(caplog):
+    config = stage()
+    config["teacher"]["requires_grad"] = True
+    box = make_box(config)
+    with caplog.at_level(logging.WARNING, logger="ikl_plugins"):
+        for epoch in range(3):
+            train_epoch(box, epoch)
+            box.post_epoch_process()
+    assert box.teacher_model.training
+    (record,) = caplog.records
+    assert "the teacher is trained along" in record.message
+    assert "teacher:\n    requires_grad: False" in record.message
+
+
+# --- epochs and the class prior --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_prior_is_the_mean_prediction_of_each_class_when_the_epoch_is_over(accumulate):
+    box = make_box(stage(**PRIOR, accumulate=accumulate))
+    expected = mean_predictions(box.teacher_model)
+    prior = the_loss(box).class_prior
+    torch.testing.assert_close(prior.matrix, UNIFORM)
+    for epoch in range(2):
+        train_epoch(box, epoch)
+        # Before validation and before anybody saves: upstream's script saves before post_epoch_process.
+        torch.testing.assert_close(prior.matrix, expected)
+        assert prior.counts.sum() == 0
+        box.post_epoch_process()
+    assert box.stage_grad_count == 2 * IMAGES // BATCH
+
+
+def test_an_epoch_that_a_script_cuts_short_still_counts():
+    box = make_box(stage(**PRIOR))
+    train_epoch(box, 0, steps=2)
+    prior = the_loss(box).class_prior
+    assert prior.counts.sum() == 2 * BATCH
+    box.post_epoch_process()
+    box.pre_epoch_process(epoch=1)
+    assert prior.counts.sum() == 0
+    assert not torch.equal(prior.matrix, UNIFORM)
+
+
+def test_a_loader_without_a_length_rolls_the_prior_at_the_next_epoch():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(images())
+
+    box = make_box(stage(**PRIOR))
+    expected = mean_predictions(box.teacher_model)
+    box.train_data_loader = torch.utils.data.DataLoader(
+        Stream(), batch_size=BATCH, collate_fn=lambda rows: (*map(torch.stack, zip(*rows, strict=True)), {})
+    )
+    train_epoch(box, 0)
+    prior = the_loss(box).class_prior
+    assert prior.counts.sum() == IMAGES
+    box.pre_epoch_process(epoch=1)
+    torch.testing.assert_close(prior.matrix, expected)
+
+
+def test_the_ramp_follows_the_epochs():
+    box = make_box(stage(warmup_epochs=4))
+    plain = make_box(stage())
+    x, y = images().tensors
+    for epoch, factor in ((0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (7, 1.0)):
+        box.pre_epoch_process(epoch=epoch)
+        plain.pre_epoch_process(epoch=epoch)
+        torch.testing.assert_close(box.forward_process(x, y), factor * plain.forward_process(x, y))
+
+
+@pytest.mark.parametrize("process", [None, DEFAULT])
+@pytest.mark.parametrize("kwargs", [PRIOR, {"warmup_epochs": 3}])
+def test_a_config_that_ends_no_epochs_is_refused_at_its_first_batch(process, kwargs):
+    box = make_box(stage(process=process, **kwargs))
+    with pytest.raises(
+        ValueError, match=r"Add this line to `train:`(.|\n)*\n  pre_epoch_process: 'ikl_pre_epoch_process'"
+    ):
+        train_epoch(box, 0)
+
+
+@pytest.mark.parametrize("epoch", [None, "3", True])
+def test_an_epoch_without_a_number_is_refused(epoch):
+    box = make_box(stage())
+    with pytest.raises(
+        ValueError, match=re.escape(f"`epoch` must be the number of the epoch, 0 for the first, got {epoch!r}")
+    ):
+        box.pre_epoch_process(epoch=epoch)
+
+
+def make_training_box(criterion=None, distributed=False):
+    config = stage()
+    config["model"] = config.pop("student")
+    del config["teacher"]
+    source = {"is_from_teacher": False, "module_path": ".", "io": "output"}
+    wrapper = {"key": "SimpleLossWrapper", "kwargs": {"input": source, "target": {"uses_label": True}}}
+    term = {"criterion": {"key": "CrossEntropyLoss", "kwargs": {}}, "criterion_wrapper": wrapper, "weight": 1.0}
+    config["criterion"] = criterion or {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"ce": term}}}
+    return get_training_box(net(2), {"train": images()}, config, CPU, None, distributed, 1)
+
+
+def test_a_training_box_takes_the_process_too():
+    box = make_training_box()
+    box.model.eval()
+    before = box.model[0].weight.detach().clone()
+    train_epoch(box, 0)
+    assert box.model.training
+    assert not torch.equal(before, box.model[0].weight)
+    assert "ikl_plugins" not in box.optimizer.param_groups[0]
+
+
+def test_a_distillation_loss_without_a_teacher_is_refused():
+    box = make_training_box(stage()["criterion"])
+    with pytest.raises(ValueError, match="this config trains without one"):
+        train_epoch(box, 0)
+
+
+# --- models with a dict for an output --------------------------------------------------------------------------------
+
+
+def dict_config(**kwargs):
+    config = stage(student_module_path="body", teacher_module_path="body", **kwargs)
+    for role in ("student", "teacher"):
+        config[role]["forward_hook"] = {"output": ["body"]}
+    return config
+
+
+def test_dict_valued_models_work_through_a_hook_and_as_plain_ones_do():
+    box = make_box(dict_config(**PRIOR), teacher=DictNet(1), student=DictNet(2))
+    plain = make_box(stage(**PRIOR))
+    for epoch in range(2):
+        train_epoch(box, epoch)
+        train_epoch(plain, epoch)
+    torch.testing.assert_close(the_loss(box).class_prior.matrix, the_loss(plain).class_prior.matrix)
+    for ours, theirs in zip(box.student_model.parameters(), plain.student_model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_dict_valued_model_without_a_hook_is_refused():
+    box = make_box(stage(), teacher=DictNet(1), student=DictNet(2))
+    with pytest.raises(ValueError, match=r"that of '\.' is a dict with the keys 'out', 'aux'"):
+        train_epoch(box, 0)
+
+
+# --- the prior through checkpoints -----------------------------------------------------------------------------------
+
+
+def save_as_upstream(box, path):
+    save_ckpt(box.org_student_model, box.optimizer, box.lr_scheduler, 0.0, argparse.Namespace(start_epoch=0), str(path))
+
+
+def resume_as_upstream(config, path):
+    box = make_box(config, student=net(3))
+    load_ckpt(str(path), model=box.org_student_model)
+    load_ckpt(str(path), optimizer=box.optimizer, lr_scheduler=box.lr_scheduler)
+    return box
+
+
+def test_the_prior_survives_start_epoch(tmp_path):
+    whole = make_box(stage(**PRIOR, epochs=4))
+    matrices = []
+    for epoch in range(4):
+        train_epoch(whole, epoch)
+        matrices.append(the_loss(whole).class_prior.matrix.clone())
+        save_as_upstream(whole, tmp_path / f"{epoch}.pt")
+        whole.post_epoch_process()
+
+    resumed = resume_as_upstream(stage(**PRIOR, epochs=4), tmp_path / "1.pt")
+    assert torch.equal(the_loss(resumed).class_prior.matrix, UNIFORM)
+    resumed.pre_epoch_process(epoch=2)
+    assert torch.equal(the_loss(resumed).class_prior.matrix, matrices[1])
+    for epoch in (2, 3):
+        train_epoch(resumed, epoch)
+        assert torch.equal(the_loss(resumed).class_prior.matrix, matrices[epoch])
+        resumed.post_epoch_process()
+    for ours, theirs in zip(resumed.student_model.parameters(), whole.student_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_checkpoint_holds_the_prior_of_its_own_epoch(tmp_path):
+    # The teacher changes between the epochs, and with it the prior.
+    box = make_box(stage(**PRIOR))
+    saved = []
+    for epoch in range(3):
+        train_epoch(box, epoch)
+        save_as_upstream(box, tmp_path / "best.pt")
+        record = torch.load(tmp_path / "best.pt", weights_only=False)["optimizer"]["param_groups"][0]["ikl_plugins"]
+        assert set(record) == {"ikl"}
+        assert torch.equal(record["ikl"]["matrix"], the_loss(box).class_prior.matrix)
+        assert record["ikl"]["counts"].sum() == 0
+        saved.append(record["ikl"]["matrix"])
+        with torch.no_grad():
+            box.teacher_model[-1].weight.mul_(2.0)
+    assert not torch.allclose(saved[0], saved[1])
+    assert not torch.allclose(saved[1], saved[2])
+
+
+def test_sums_of_an_unfinished_epoch_come_back_and_are_rolled(tmp_path):
+    box = make_box(stage(**PRIOR))
+    train_epoch(box, 0, steps=2)
+    save_as_upstream(box, tmp_path / "short.pt")
+    resumed = resume_as_upstream(stage(**PRIOR), tmp_path / "short.pt")
+    resumed.pre_epoch_process(epoch=1)
+    box.pre_epoch_process(epoch=1)
+    assert torch.equal(the_loss(resumed).class_prior.matrix, the_loss(box).class_prior.matrix)
+    assert not torch.equal(the_loss(box).class_prior.matrix, UNIFORM)
+
+
+def test_a_checkpoint_of_another_number_of_classes_is_refused(tmp_path):
+    box = make_box(stage(**PRIOR))
+    train_epoch(box, 0)
+    record = box.optimizer.param_groups[0]["ikl_plugins"]["ikl"]
+    record.update({name: torch.zeros(9, 9) for name in ("matrix", "sums")})
+    save_as_upstream(box, tmp_path / "nine.pt")
+    resumed = resume_as_upstream(stage(**PRIOR), tmp_path / "nine.pt")
+    with pytest.raises(
+        ValueError, match=r"class prior of term 'ikl' must fit num_classes=4.*got \(9, 9\).*config that wrote"
+    ):
+        resumed.pre_epoch_process(epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("written_by", "resumed_by", "warning"),
+    [
+        ({**PRIOR}, {**PRIOR}, None),
+        ({}, {}, None),
+        ({**PRIOR}, {}, None),
+        ({}, {**PRIOR}, "no class prior of term 'ikl' (of terms: none)"),
+        ({**PRIOR}, {**PRIOR, "term": "renamed"}, "no class prior of term 'renamed' (of terms: ikl)"),
+    ],
+)
+def test_a_prior_that_a_resumed_run_misses_is_warned_of_once(tmp_path, caplog, written_by, resumed_by, warning):
+    before = make_box(stage(**written_by))
+    train_epoch(before, 0)
+    save_as_upstream(before, tmp_path / "one.pt")
+    resumed = resume_as_upstream(stage(**resumed_by), tmp_path / "one.pt")
+    with caplog.at_level(logging.WARNING, logger="ikl_plugins"):
+        for epoch in (1, 2):
+            train_epoch(resumed, epoch)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == (warning is not None)
+    if warning is not None:
+        assert f"goes on at epoch 2, but the checkpoint holds {warning}. It starts uniform." in messages[0]
+
+
+# --- several stages --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_optimizer", [True, False])
+def test_each_stage_counts_its_own_epochs_and_has_its_own_prior(own_optimizer):
+    config = {
+        "stage1": stage("IKLLoss", **PRIOR, warmup_epochs=2, epochs=2),
+        "stage2": stage("GKLLoss", **PRIOR, warmup_epochs=4, epochs=3, optimizer=own_optimizer, gamma=0.5),
+    }
+    box = make_box(config)
+    means = mean_predictions(box.teacher_model)
+    x, y = images().tensors
+    for epoch in range(5):
+        torch.manual_seed(epoch)
+        box.pre_epoch_process(epoch=epoch)
+        loss = the_loss(box)
+        expected = UNIFORM if epoch in (0, 2) else means
+        torch.testing.assert_close(loss.class_prior.matrix, expected)
+        with torch.no_grad():  # not counted as a batch of the epoch
+            value = box.forward_process(x, y)
+            logits = box.student_model(x), box.teacher_model(x)
+        kind, keywords, factor = ("ikl", {}, (epoch + 1) / 2) if epoch < 2 else ("gkl", {"gamma": 0.5}, (epoch - 1) / 4)
+        wanted = oracles.decoupled(kind, *logits, class_prior=expected[y], **keywords).loss("batchmean")
+        torch.testing.assert_close(value, factor * wanted.float())
+        for images_, targets, extra in box.train_data_loader:
+            box.post_forward_process(loss=box.forward_process(images_, targets, extra))
+        record = box.optimizer.param_groups[0]["ikl_plugins"]["ikl"]
+        assert record["stage"] == (1 if epoch < 2 else 2)
+        assert record["matrix"] is loss.class_prior.matrix
+        torch.testing.assert_close(loss.class_prior.matrix, means)
+        box.post_epoch_process()
+
+
+def test_a_stage_without_a_prior_leaves_none_behind():
+    config = {"stage1": stage(**PRIOR, epochs=1), "stage2": stage(epochs=1, optimizer=False)}
+    box = make_box(config)
+    for epoch in range(2):
+        train_epoch(box, epoch)
+        assert ("ikl_plugins" in box.optimizer.param_groups[0]) is (epoch == 0)
+        box.post_epoch_process()
+
+
+def test_a_later_stage_without_the_process_is_refused():
+    config = {"stage1": stage(**PRIOR, epochs=1), "stage2": stage(**PRIOR, process=None, epochs=1)}
+    box = make_box(config)
+    train_epoch(box, 0)
+    box.post_epoch_process()
+    with pytest.raises(ValueError, match="or to each of its stages that uses the loss"):
+        train_epoch(box, 1)
+
+
+def test_a_process_of_ones_own_may_call_ours():
+    box = make_box(stage(process=DEFAULT, **PRIOR))
+    ikl_pre_epoch_process(box, epoch=0)
+    for x, y, extra in box.train_data_loader:
+        box.post_forward_process(loss=box.forward_process(x, y, extra))
+    torch.testing.assert_close(the_loss(box).class_prior.matrix, mean_predictions(box.teacher_model))
+
+
+# --- several ranks: what one process can see of it -------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_student_that_nobody_wrapped_is_wrapped_once_a_stage():
+    config = {"stage1": dict_config(**PRIOR, epochs=2), "stage2": dict_config(**PRIOR, epochs=1)}
+    config["stage1"]["student"]["frozen_modules"] = ["body.0"]
+    student = DictNet(2)
+    first = student.body[0].weight.detach().clone()
+    box = make_box(config, teacher=DictNet(1), student=student, distributed=True)
+    wrappers = []
+    for epoch in range(3):
+        train_epoch(box, epoch)
+        assert isinstance(box.student_model, DistributedDataParallel)
+        assert box.student_model.module is student
+        assert box.student_model.find_unused_parameters is (epoch < 2)
+        assert not isinstance(box.teacher_model, DistributedDataParallel)
+        assert torch.equal(student.body[0].weight, first) is (epoch < 2)
+        torch.testing.assert_close(the_loss(box).class_prior.matrix, mean_predictions(box.teacher_model.body))
+        wrappers.append(box.student_model)
+        box.post_epoch_process()
+    assert wrappers[0] is wrappers[1]
+    assert wrappers[1] is not wrappers[2]
+    box.clean_modules()
+    assert not student.body._forward_hooks
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_is_wrapped_or_trains_nothing_is_left_alone():
+    box = make_training_box(distributed=True)
+    wrapped = box.model = DistributedDataParallel(box.model)
+    box.pre_epoch_process(epoch=0)
+    assert box.model is wrapped
+
+    box = make_training_box(distributed=True)
+    box.model.requires_grad_(False)
+    box.pre_epoch_process(epoch=0)
+    assert not isinstance(box.model, DistributedDataParallel)
+    box.model.requires_grad_(True)
+    box.pre_epoch_process(epoch=0)
+    assert isinstance(box.model, DistributedDataParallel)
+
+    box = make_box(stage(), distributed=True)
+    auxiliary = box.student_model = EmptyModule()
+    auxiliary.weight = nn.Parameter(torch.zeros(1))
+    box.pre_epoch_process(epoch=0)
+    assert box.student_model is auxiliary
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_bare_teacher_that_is_trained_on_several_ranks_is_refused():
+    config = stage()
+    del config["teacher"]["requires_grad"]
+    box = make_box(config, distributed=True)
+    with pytest.raises(
+        ValueError, match=r"teacher that is trained on several ranks must be wrapped(.|\n)*requires_grad: False"
+    ):
+        box.pre_epoch_process(epoch=0)
+    box.teacher_model.requires_grad_(False)
+    box.pre_epoch_process(epoch=0)
