@@ -106,6 +106,8 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         deviation = "" if row.deviation is None else f" ± {row.deviation:.2f}"
         each = ", ".join(f"{accuracy:.2f}" for accuracy in row.accuracies)
+        if len(row.accuracies) > 5:
+            each = f"{min(row.accuracies):.2f} to {max(row.accuracies):.2f}"
         accuracy, relative, step = f"{row.mean:.2f}{deviation}", f"{row.relative_step:.2f}", f"{row.step_ms:.1f}"
         cells.append([METHODS[row.method], TITLES[row.method], accuracy, each, relative, step])
     return header, cells
@@ -155,7 +157,7 @@ def markdown(results: dict[str, Any]) -> str:
     seeds = sorted({run["seed"] for run in results["runs"].values()})
     return "\n".join(
         [
-            "# Digits: one student, five losses" if len(rows) == 5 else "# Digits: one student",
+            f"# Digits: one student, {len(rows)} losses",
             "",
             f"Teacher {results['networks']['teacher']}, {teacher['test_accuracy']:.2f} % on the test images; student "
             f"{results['networks']['student']}; {data['train']:,} training, {data['val']:,} validation and "
@@ -225,7 +227,9 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
             if curves:
                 _draw_curve(trained, method, curves, start=1)
         measured.set_title(
-            f"All students measured alike, validation images\n$\\alpha = \\beta = 1$, T = {MEASURED_AT:g}", **style
+            "All students measured alike, validation images\n"
+            f"$\\alpha = \\beta = 1$, T = {MEASURED_AT:g}, weights from the teacher",
+            **style,
         )
         trained.set_title(
             "What IKL and GKL trained on, training images\n$\\alpha$, $\\beta$, $\\gamma$ and prior of the configs",
@@ -241,6 +245,7 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
     panels[1][0].set_yscale("log")
     panels[0][1].set_ylabel("soft-label cross entropy\nabove the teacher's entropy [nats]")
     panels[0][1].legend(frameon=False)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     panels[1][1].legend(frameon=False)
     seeds = len({run["seed"] for run in results["runs"].values()})
     figure.suptitle(
@@ -305,7 +310,7 @@ def draw_table(results: dict[str, Any], path: Path) -> None:
             cell.set_text_props(weight="bold")
     teacher = results["teacher"]["test_accuracy"]
     middle, margin = statistics.fmean(row.mean for row in rows), _margin(rows, results["data"]["test"])
-    label = f"mean of all ± {margin:.1f}: what the choice\nof the test images leaves open (95 %)"
+    label = f"mean of all ± {margin:.1f}: what the choice of the test images leaves open (95 %)"
     bottom.axvspan(middle - margin, min(middle + margin, 100), color="black", alpha=0.06, lw=0, label=label)
     bottom.axvline(teacher, color="black", lw=1, ls=":", label="teacher")
     for place, row in enumerate(rows):
@@ -316,7 +321,7 @@ def draw_table(results: dict[str, Any], path: Path) -> None:
     bottom.set_ylim(len(rows) - 0.5, -0.5)
     bottom.set_xlabel(f"test top-1 [%] on {results['data']['test']} images: a dot per seed, a bar at their mean")
     bottom.grid(alpha=0.25, axis="x")
-    bottom.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    bottom.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     _save(figure, path)
     pyplot.close(figure)
 
@@ -368,7 +373,7 @@ class Demo:
         self.trained = 0
 
     def run(self) -> dict[str, Any]:
-        """Everything that is not there yet; returns the complete results."""
+        """Does whatever is not there yet; returns the results to report on."""
         self.torch.set_num_threads(THREADS)
         data = prepare_data.prepare_digits()
         splits = json.loads((data / "manifest.json").read_text())["splits"]
@@ -396,12 +401,10 @@ class Demo:
             for method, seed in wanted:
                 finished[f"{method}/{seed}"] = self._student(method, seed, {**common, "teacher": teacher}, bar)
             self._time_steps({**common, "teacher": teacher}, bar)
-        # Only the runs of this call: those of other seeds or settings would spoil the comparison.
-        content["runs"] = {
-            f"{method}/{seed}": finished[f"{method}/{seed}"] for seed in self.seeds for method in METHODS
-        }
+        # The file keeps runs of other seeds for a later call; the report is on those of this one.
+        content["reported"] = [f"{method}/{seed}" for seed in self.seeds for method in METHODS]
         self.results.write()
-        return content
+        return {**content, "runs": {key: finished[key] for key in content["reported"]}}
 
     def _config(self, method: str, checkpoint: Path) -> tuple[dict[str, Any], str]:
         """The shipped config with its checkpoints under the demo's folder, and the hash of the file."""

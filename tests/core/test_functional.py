@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ikl_plugins.functional
 from ikl_plugins import dkl_loss, gkl_loss, ikl_loss
@@ -67,10 +69,10 @@ def test_the_two_references_agree(kind: str, settings: dict[str, float], with_pr
 
 def test_the_comparison_notices_an_error_of_two_tolerances() -> None:
     expected = torch.tensor([[1.0, 0.5], [1e-3, 2e-3]], dtype=torch.float64)
-    for dtype, (relative, _) in oracles.TOLERANCES.items():
-        oracles.assert_close(expected * (1 + 0.5 * relative), expected, dtype)
+    for dtype, (relative, absolute) in oracles.TOLERANCES.items():
+        oracles.assert_close(expected * (1 + 0.5 * relative), expected, dtype, size=1.0)
         with pytest.raises(AssertionError, match="is allowed for"):
-            oracles.assert_close(expected * (1 + 2 * relative) + 1e-5, expected, dtype)
+            oracles.assert_close(expected * (1 + 2 * relative) + 2 * absolute, expected, dtype, size=1.0)
         with pytest.raises(AssertionError, match="is allowed for"):
             oracles.assert_close(expected * float("nan"), expected, dtype)
 
@@ -401,6 +403,53 @@ def test_the_shipped_block_size_with_two_threads(
         finally:
             torch.set_num_threads(1)
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-15)
+
+
+class _LargestResult(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation made; views of its operands do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        operands, results = (
+            [x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result)
+        )
+        known = {x.untyped_storage().data_ptr() for x in operands}
+        made = [x.numel() for x in results if x.untyped_storage().data_ptr() not in known]
+        self.elements = max([self.elements, *made])
+        return result
+
+
+@every_use
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_nothing_larger_than_the_logits_is_made(
+    kind: str, settings: dict[str, float], with_prior: bool, create_graph: bool
+) -> None:
+    """No table of pairs, whichever way the gradient takes."""
+    used: dict[str, Any] = {**settings, **({"class_prior": _prior(3, 50)} if with_prior else {})}
+    student, teacher = _logits(3, 50).requires_grad_(), _logits(3, 50).requires_grad_()
+    with _LargestResult() as largest:
+        loss = LOSSES[kind](student, teacher, **used)
+        torch.autograd.grad(loss, (student, teacher), create_graph=create_graph)
+    assert 3 * 50 <= largest.elements <= 2 * 3 * 50  # two blocks of scratch may come in one piece
+
+
+@every_use
+def test_without_gradients_nothing_larger_than_the_scratch_is_made(
+    monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, float], with_prior: bool
+) -> None:
+    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 4 * 5)
+    used: dict[str, Any] = {**settings, **({"class_prior": _prior(30, 5)} if with_prior else {})}
+    student, teacher = _logits(30, 5).requires_grad_(), _logits(30, 5).requires_grad_()
+    with torch.no_grad(), _LargestResult() as largest:
+        LOSSES[kind](student, teacher, **used)
+    assert largest.elements <= 2 * 4 * 5
+    with _LargestResult() as largest:
+        LOSSES[kind](student, teacher.detach(), **used)
+    assert largest.elements == 30 * 5
 
 
 def test_blocks_bound_the_size_of_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:

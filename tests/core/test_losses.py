@@ -116,6 +116,18 @@ def test_last_terms_are_detached_and_sum_to_the_loss(kind: str, reduction: str) 
 
 
 @every_kind
+def test_last_terms_are_detached_on_the_way_of_compilation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, _ = _batch()
+    module = MODULES[kind](**SETTINGS[kind])
+    module(student, teacher)
+    fused = module.last_terms
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    module(student, teacher)
+    assert not any(term.requires_grad for term in module.last_terms)
+    torch.testing.assert_close(list(module.last_terms), list(fused), rtol=1e-10, atol=0)
+
+
+@every_kind
 def test_last_terms_are_zero_for_a_weight_of_zero(kind: str) -> None:
     student, teacher, _ = _batch()
     module = MODULES[kind](alpha=0.0)

@@ -76,6 +76,12 @@ def test_one_seed_has_no_deviation_and_a_loss_without_runs_no_row():
     assert [(row.method, row.deviation) for row in rows] == [("ce", None), ("ikl", None)]
 
 
+def test_many_seeds_show_their_range():
+    results = made_up_results(seeds=6)
+    accuracies = [results["runs"][f"ikl/{seed}"]["test_accuracy"] for seed in range(6)]
+    assert f"| {min(accuracies):.2f} to {max(accuracies):.2f} |" in demo.markdown(results)
+
+
 def test_the_report_prints_the_numbers_and_their_order_whatever_it_is():
     results = made_up_results(seeds=2)
     accuracies = {"ce": (97.0, 98.0), "kd": (90.0, 91.0), "dkl": (90.0, 91.0), "ikl": (80.0, 84.0), "gkl": (99.0, 99.0)}
@@ -169,13 +175,24 @@ def here(few_digits, tmp_path, monkeypatch):
 class FakeTraining:
     """Stands in for the driver's run: an untrained network as the checkpoint, made-up numbers."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, here):
         import train_torchdistill
 
         self.driver = train_torchdistill
         self.calls = []
         self.stop_before = None
         monkeypatch.setattr(train_torchdistill, "run", self)
+        # Two epochs each, so that there is an end of an epoch in the middle of a run.
+        self.configs = here / "configs"
+        self.configs.mkdir()
+        for path in demo.CONFIGS.glob("*.yaml"):
+            text, changes = re.subn(r"num_epochs: \d+", "num_epochs: 2", path.read_text())
+            assert changes == 1
+            (self.configs / path.name).write_text(text)
+        monkeypatch.setattr(demo, "CONFIGS", self.configs)
+        monkeypatch.setattr(demo, "TIMED_EPOCHS", 1)
+        for draw in ("draw_table", "draw_curves", "draw_class_prior"):  # they take seconds and have a test of their own
+            monkeypatch.setattr(demo, draw, lambda results, path: path.write_bytes(b""))
 
     def __call__(self, config, *, device="cpu", seed=0, start_epoch=0, progress=None):
         from ikl_plugins import models
@@ -212,7 +229,7 @@ def read_results(output):
 
 
 def test_a_second_call_keeps_every_run_and_fresh_forgets_them(here, monkeypatch, capsys):
-    training = FakeTraining(monkeypatch)
+    training = FakeTraining(monkeypatch, here)
     demo.main(["--seeds", "2"])
     assert training.calls == [
         "teacher",
@@ -222,7 +239,7 @@ def test_a_second_call_keeps_every_run_and_fresh_forgets_them(here, monkeypatch,
     out = capsys.readouterr().out
     assert "12 parts done, 0 kept from an earlier call" in out
     first = read_results(here / "runs/demo")
-    assert list(first["runs"]) == [f"{method}/{seed}" for seed in (0, 1) for method in demo.METHODS]
+    assert first["reported"] == [f"{method}/{seed}" for seed in (0, 1) for method in demo.METHODS]
     assert sorted(path.name for path in (here / "runs/demo").iterdir()) == [
         "checkpoints", "class_prior.png", "curves.png", "results.json", "table.md", "table.png",
     ]  # fmt: skip
@@ -238,29 +255,32 @@ def test_a_second_call_keeps_every_run_and_fresh_forgets_them(here, monkeypatch,
     assert list(read_results(here / "runs/demo")["runs"]) == [f"{method}/0" for method in demo.METHODS]
 
 
-def test_more_seeds_add_runs_and_fewer_show_fewer(here, monkeypatch):
-    training = FakeTraining(monkeypatch)
+def test_more_seeds_add_runs_and_fewer_show_fewer_and_lose_none(here, monkeypatch):
+    training = FakeTraining(monkeypatch, here)
     demo.main(["--seeds", "1"])
     training.calls.clear()
     demo.main(["--seeds", "2"])
     assert training.calls == [f"{method}_seed1" for method in ("kd", "dkl", "ikl", "gkl", "ce")]
+    assert "over seeds 0, 1." in (here / "runs/demo/table.md").read_text()
+    training.calls.clear()
+    demo.main(["--seeds", "1"])
+    assert "over seeds 0." in (here / "runs/demo/table.md").read_text()
+    assert read_results(here / "runs/demo")["reported"] == [f"{method}/0" for method in demo.METHODS]
+    demo.main(["--seeds", "2"])
+    assert training.calls == []
 
 
-def test_runs_of_other_settings_are_made_anew(here, monkeypatch, few_digits):
-    training = FakeTraining(monkeypatch)
+def test_runs_of_other_settings_are_made_anew(here, monkeypatch):
+    training = FakeTraining(monkeypatch, here)
     demo.main(["--quick"])
     training.calls.clear()
     demo.main(["--seeds", "1"])  # more epochs
     assert len(training.calls) == 6
 
     training.calls.clear()
-    original = demo.CONFIGS
-    configs = here / "configs"
-    shutil.copytree(original, configs)
-    text = (configs / "ikl.yaml").read_text()
+    text = (training.configs / "ikl.yaml").read_text()
     assert "beta: 4.0" in text
-    (configs / "ikl.yaml").write_text(text.replace("beta: 4.0", "beta: 5.0"))
-    monkeypatch.setattr(demo, "CONFIGS", configs)
+    (training.configs / "ikl.yaml").write_text(text.replace("beta: 4.0", "beta: 5.0"))
     demo.main(["--seeds", "1"])
     assert training.calls == ["ikl_seed0"]
 
@@ -271,7 +291,7 @@ def test_runs_of_other_settings_are_made_anew(here, monkeypatch, few_digits):
 
 
 def test_an_interruption_keeps_the_finished_runs(here, monkeypatch):
-    training = FakeTraining(monkeypatch)
+    training = FakeTraining(monkeypatch, here)
     training.stop_before = "dkl_seed0"
     with pytest.raises(SystemExit, match=r"interrupted; 3 finished parts are kept in runs/demo, call again to go on"):
         demo.main(["--seeds", "1"])
@@ -287,7 +307,7 @@ def test_an_interruption_keeps_the_finished_runs(here, monkeypatch):
 
 
 def test_both_terms_are_measured_after_each_epoch(here, monkeypatch):
-    training = FakeTraining(monkeypatch)
+    training = FakeTraining(monkeypatch, here)
     demo.main(["--seeds", "1"])
     results = read_results(here / "runs/demo")
     from ikl_plugins import models
@@ -308,7 +328,7 @@ def test_both_terms_are_measured_after_each_epoch(here, monkeypatch):
         mse += 0.25 * (label[:, None] * label[None, :] * pairs**2).sum().item() / len(labels)
     cross_entropy = -(labels * (student / 4).log_softmax(1)).sum(1).mean().item()
     measured = results["runs"]["kd/0"]["measured"]
-    assert len(measured) == config["train"]["num_epochs"]
+    assert len(measured) == config["train"]["num_epochs"] == 2
     assert measured[-1]["weighted_mse"] == pytest.approx(mse, rel=1e-4)
     assert measured[-1]["soft_cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
     entropy = -(labels * labels.log()).sum(1).mean().item()
@@ -374,9 +394,9 @@ def test_a_killed_demo_goes_on_where_it_stopped(few_digits, tmp_path):
     finished = read_results(tmp_path / "demo")
     assert finished["teacher"] == kept["teacher"]
     assert {key: finished["runs"][key] for key in kept["runs"]} == kept["runs"]
-    assert list(finished["runs"]) == [f"{method}/0" for method in demo.METHODS]
+    assert finished["reported"] == [f"{method}/0" for method in demo.METHODS]
     assert "[ 3/7] KL   seed 0" in again.stdout
-    assert again.stdout.count("kept from an earlier call") == len(kept["runs"]) + 1
+    assert again.stdout.count("(kept from an earlier call)") == len(kept["runs"]) + 1
     assert {len(seconds) for seconds in finished["step_seconds"].values()} == {1}
     assert TABLE_LINE.findall(again.stdout) == ["CE", "KL", "DKL", "IKL", "GKL"]
     assert (tmp_path / "demo/table.md").read_text() in again.stdout
