@@ -441,8 +441,7 @@ def _composed_gradients(
     student, teacher = student.view_as(student), teacher.view_as(teacher)
     loss, _, _ = _composed(student, teacher, class_prior, settings)
     wanted = tuple(tensor for tensor, need in zip((student, teacher), needs, strict=True) if need)
-    # `materialize_grads`: beta = 0 leaves the teacher out of the graph, and its gradient is then 0.
-    found = torch.autograd.grad(loss, wanted, grad_loss, create_graph=True, materialize_grads=True)
+    found = torch.autograd.grad(loss, wanted, grad_loss, create_graph=True)
     return found[0] if needs[0] else None, found[-1] if needs[1] else None
 
 
@@ -498,6 +497,7 @@ class _Rows(NamedTuple):
     class_prior: Tensor | None
     weights: Tensor
     work: Tensor
+    spare: Tensor
 
 
 def _walk(
@@ -529,7 +529,7 @@ def _walk(
 
     with _without_autocast(student.device):
         blocks = _blocks(shape[0], places, rows_per_block)
-        scratch = student.new_empty((2, rows_per_block, shape[1]), dtype=dtype).unbind(0)
+        scratch = student.new_empty((3, rows_per_block, shape[1]), dtype=dtype).unbind(0)
         gradients = [student.new_empty(student.shape, dtype=dtype) if need else None for need in needs]
 
         def operands(block: _Block) -> _Rows:
@@ -598,7 +598,7 @@ def _evaluate(
         outs: where the gradients (k, C) of student and teacher go.
         stashed: the student's place in ``outs`` holds the class weights already.
     """
-    student, teacher, class_prior, weights, work = part
+    student, teacher, class_prior, weights, work, spare = part
     student_out, teacher_out = outs
     s = settings
     mse = cross_entropy = None
@@ -609,21 +609,21 @@ def _evaluate(
     if s.alpha > 0:
         labels = weights
         _softmax(teacher, s.temperature, out=labels, work=work)
-        spare = None if stashed else student_out
         tempered = student if s.temperature == 1.0 else torch.mul(student, 1.0 / s.temperature, out=spare)
         torch.log_softmax(tempered, 1, out=work)
-        cross_entropy = (labels * work).sum(1).mul_(-s.alpha)
+        cross_entropy = torch.mul(labels, work, out=spare).sum(1).mul_(-s.alpha)
         if student_out is not None:
             # log_softmax's own backward: labels - softmax * (sum of labels), in one pass.
-            pull = torch.empty_like(work) if stashed else student_out
+            pull = spare if stashed else student_out
             torch._log_softmax_backward_data(labels, work, 1, work.dtype, out=pull)
 
     # w * (d - m), the derivative of the weighted MSE with respect to d. (Row by row, sums of products and no matrix
     # products: those may be set to fewer digits than float32 has.)
     force = None
     if s.beta > 0:
+        product = spare
         if stashed and student_out is not None:
-            weights = student_out
+            weights, product = student_out, weights
         elif s.alpha == 0 or not labels_weigh:
             mass = _weigh(part, s, out=weights)
             if factor is None and mass is not None:
@@ -631,7 +631,7 @@ def _evaluate(
         torch.sub(teacher, student, out=work)
         if s.mse_temperature != 1.0:
             work.mul_(1.0 / s.mse_temperature)
-        work.sub_((weights * work).sum(1, keepdim=True))
+        work.sub_(torch.mul(weights, work, out=product).sum(1, keepdim=True))
         force = weights.mul_(work)
         if factor is not None:
             force.mul_(factor)

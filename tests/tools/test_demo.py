@@ -230,7 +230,9 @@ def read_results(output):
 
 def test_a_second_call_keeps_every_run_and_fresh_forgets_them(here, monkeypatch, capsys):
     training = FakeTraining(monkeypatch, here)
+    torch.set_num_threads(2)
     demo.main(["--seeds", "2"])
+    assert torch.get_num_threads() == 1
     assert training.calls == [
         "teacher",
         *(f"{method}_seed0" for method in ("ce", "kd", "dkl", "ikl", "gkl")),
@@ -366,10 +368,12 @@ def test_a_missing_package_names_the_pip_line(here, monkeypatch):
         demo.main(["--quick"])
 
 
-def test_an_output_that_cannot_be_a_folder_is_named(here):
+def test_an_output_that_cannot_be_a_folder_is_named_before_the_training(here, monkeypatch):
+    training = FakeTraining(monkeypatch, here)
     (here / "file").write_text("")
     with pytest.raises(SystemExit, match=r"error: .*Not a directory: 'file/out"):
         demo.main(["--quick", "--output", "file/out"])
+    assert training.calls == []
 
 
 def test_a_killed_demo_goes_on_where_it_stopped(few_digits, tmp_path):
