@@ -121,7 +121,7 @@ def test_the_shipped_configs_share_one_shape(path):
     assert written == f"runs/torchdistill/{dataset}/{name}/{name}.pt"
 
 
-@pytest.mark.parametrize("path", ["digits/teacher.yaml", "digits/ikl.yaml"])
+@pytest.mark.parametrize("path", SHIPPED)
 def test_upstreams_script_runs_the_shipped_configs(path, workplace):
     script = os.environ.get("IKL_PLUGINS_UPSTREAM_SCRIPT")
     if not script:
@@ -134,10 +134,10 @@ def test_upstreams_script_runs_the_shipped_configs(path, workplace):
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    name = Path(path).stem
-    content = load_checkpoint(f"runs/torchdistill/digits/{name}/{name}.pt")
-    if name == "ikl":
-        assert content["optimizer"]["param_groups"][0]["ikl_plugins"]["ikl"]["matrix"].shape == (10, 10)
+    dataset, name = path.removesuffix(".yaml").split("/")
+    content = load_checkpoint(f"runs/torchdistill/{dataset}/{name}/{name}.pt")
+    if name == "gkl":
+        assert content["optimizer"]["param_groups"][0]["ikl_plugins"]["gkl"]["matrix"].shape == (10, 10)
 
 
 # --- going on where a run has stopped --------------------------------------------------------------------------------
