@@ -1,0 +1,404 @@
+"""The inner maximisation of adversarial training: projected gradient ascent in pixel space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _validation as check
+from ..functional import ikl_loss
+from .modes import frozen_statistics, model_mode
+from .schedule import (
+    BudgetRow,
+    Strength,
+    check_budget,
+    check_epoch,
+    check_steps,
+    largest_distance,
+    pixel_number,
+    ramp,
+    row_of,
+)
+
+__all__ = ["MODEL_MODES", "NORMS", "OBJECTIVES", "PGD", "RANDOM_STARTS"]
+
+NORMS = ("linf", "l2")
+RANDOM_STARTS = ("normal", "uniform", "none")
+OBJECTIVES = ("cross_entropy", "ikl", "soft_cross_entropy")
+MODEL_MODES = ("eval", "train")
+
+_NORMAL_START = 0.001  # standard deviation of the authors' start, in pixel units
+_TINY = 1e-12  # keeps a gradient of 0 from being divided by 0
+
+
+class PGD:
+    r"""Projected gradient descent: images in the ball of radius eps around the natural ones that the model gets wrong.
+
+    From a start ``x_0`` near the natural images ``x`` it takes steps up the objective ``L`` and back into the ball::
+
+        linf:  x_{i+1} = clip(x_i + step_size * sign(dL/dx_i))         l2:  x_{i+1} = clip(x_i + step_size * g / |g|_2)
+
+    where ``clip`` projects onto the ball and then onto [0, 1].
+
+    Args:
+        eps: radius in pixel units, a number or text such as ``'8/255'``. At most 1 for L-inf; for L2 at most the
+            largest distance between two images, the root of their number of values (55 for 32x32 RGB).
+        steps: number of steps, at least 1; with ``step_size``, instead of ``budget``.
+        step_size: length of a step in pixel units at the full ``eps``; while eps is smaller it shrinks with it.
+        budget: ``'low'``, ``'high'``, ``'high_as_executed'`` (see :data:`BUDGETS`), or rows (until, steps, step size /
+            eps), the first a fraction of the training: how steps and step size change over the epochs.
+        eps_ramp: fraction of the training over which eps grows linearly from 0; 0 for none, 1 for all of it, as in the
+            authors' scripts. Epochs are counted from 1, so that the last one of the ramp has the full eps.
+        norm: ``'linf'`` or ``'l2'``.
+        random_start: ``'normal'`` adds 0.001 N(0, 1), not projected before the first step (the authors' and TRADES'
+            start); ``'uniform'`` draws from the ball; ``'none'`` starts at the natural images.
+        objective: ``'soft_cross_entropy'`` to the natural predictions, whose gradient is that of KL divergence;
+            ``'ikl'``, the same plus the weighted MSE of the logit differences, each with weight 1; ``'cross_entropy'``
+            to the labels.
+        model_mode: ``'eval'``, or ``'train'`` for the statistics of the batch and dropout. Running statistics stay as
+            they are in both.
+
+    Raises:
+        TypeError: a number that is none.
+        ValueError: a value out of range, an unknown name, or a start from which the objective has no gradient.
+
+    Note:
+        Gradients are taken with respect to the images alone: no parameter's ``.grad`` is touched, and the attack works
+        under ``torch.no_grad()``, too. Each module's training flag is restored. Under autocast the model runs as
+        autocast decides, the objective in float32.
+
+    References:
+        Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, equation 1 and section
+        2.1; Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019 (TRADES),
+        algorithm 1; Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from ikl_plugins.adversarial import PGD
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+        >>> images = torch.full((4, 3, 1, 1), 0.5)
+        >>> attack = PGD(eps="8/255", steps=10, step_size="2/255")
+        >>> adversarial = attack(model, images, labels=torch.tensor([0, 1, 0, 1]))
+        >>> bool((adversarial - images).abs().max() <= 8 / 255 + 1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        eps: float | str,
+        steps: int | None = None,
+        step_size: float | str | None = None,
+        budget: str | Sequence[Sequence[float]] | None = None,
+        eps_ramp: float = 0.0,
+        norm: str = "linf",
+        random_start: str = "uniform",
+        objective: str = "cross_entropy",
+        model_mode: str = "eval",
+    ) -> None:
+        for kind, value, known in (
+            ("norm", norm, NORMS),
+            ("random_start", random_start, RANDOM_STARTS),
+            ("objective", objective, OBJECTIVES),
+            ("model_mode", model_mode, MODEL_MODES),
+        ):
+            if value not in known:
+                raise ValueError(check.unknown_name_message("PGD", f"`{kind}`", str(value), known))
+        self.norm = norm
+        self.random_start = random_start
+        self.objective = objective
+        self.model_mode = model_mode
+        self.eps = pixel_number("PGD", "eps", eps)
+        if norm == "linf" and self.eps > 1:
+            raise ValueError(_beyond_pixels("eps", self.eps, eps))
+        self.eps_ramp = check.check_number("PGD", "eps_ramp", eps_ramp)
+        if self.eps_ramp > 1:
+            raise ValueError(
+                f"PGD: `eps_ramp` must be a fraction of the training, from 0 to 1, got {eps_ramp}. "
+                f"For a ramp over all epochs pass 1.0."
+            )
+        if random_start == "none" and objective != "cross_entropy":
+            raise ValueError(
+                f"PGD: `random_start` must be 'normal' or 'uniform' with objective='{objective}', got 'none'. At the "
+                f"natural images that objective has no gradient, so that no step would leave them."
+            )
+        if (budget is None) == (steps is None) or (steps is None) != (step_size is None):
+            given = {"steps": steps, "step_size": step_size, "budget": budget}
+            shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ValueError(
+                f"PGD: `steps` and `step_size` must both be given, or a `budget` instead, got {shown}. For instance "
+                f"steps=10, step_size='2/255', or budget='high_as_executed'."
+            )
+        if budget is None:
+            size = pixel_number("PGD", "step_size", step_size)
+            if norm == "linf" and size > 1:
+                raise ValueError(_beyond_pixels("step_size", size, step_size))
+            self.budget: tuple[BudgetRow, ...] = (BudgetRow(1.0, check_steps("PGD", "steps", steps), size / self.eps),)
+        else:
+            self.budget = check_budget("PGD", budget)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the strength depends on the epoch."""
+        return self.eps_ramp > 0 or len(self.budget) > 1
+
+    def strength(self, epoch: int | None = None, epochs: int | None = None) -> Strength:
+        """What the attack may do in an epoch.
+
+        Args:
+            epoch: number of the epoch, 1 for the first; needed where the strength changes over the epochs.
+            epochs: how many epochs the training has.
+
+        Returns:
+            Radius, number of steps and step size.
+
+        Raises:
+            ValueError: an epoch that is missing or out of range.
+
+        Example:
+            >>> attack = PGD(eps=0.5, budget="high", eps_ramp=1.0)
+            >>> [attack.strength(epoch, 4) for epoch in (1, 4)]
+            [Strength(eps=0.125, steps=2, step_size=0.125), Strength(eps=0.5, steps=5, step_size=0.25)]
+        """
+        eps, row = self.eps, self.budget[0]
+        if self.changes:
+            epoch, epochs = check_epoch("PGD.strength", epoch, epochs)
+            eps *= ramp(epoch, epochs, self.eps_ramp)
+            row = row_of(self.budget, epoch, epochs)
+        return Strength(eps, row.steps, eps * row.relative_step)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        forward: Callable[[Tensor], Any] | None = None,
+        labels: Tensor | None = None,
+        natural_logits: Tensor | None = None,
+        class_prior: Tensor | None = None,
+        strength: Strength | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Adversarial images.
+
+        Args:
+            model: the network, not wrapped for several ranks; its modes are changed and restored.
+            images: natural images, floating, shape (N, C, H, W) or (N, ...), values in [0, 1].
+            forward: from such images to logits (N, classes); by default the model itself. The place for a
+                normalisation.
+            labels: class indices (N,), for the objective ``'cross_entropy'``.
+            natural_logits: logits (N, classes) of the natural images for the other objectives. By default they are
+                computed here, once, in the mode of the attack.
+            class_prior: rows (N, classes) that weigh the objective ``'ikl'``; by default the natural predictions do.
+            strength: what the attack may do; by default :meth:`strength` without an epoch.
+            generator: of the random start, on the device of the images; by default torch's own.
+
+        Returns:
+            Images of the same shape, within eps of the natural ones and within [0, 1], without gradient.
+
+        Raises:
+            TypeError: images that are not floating, or labels that are not integers.
+            ValueError: images outside [0, 1], a radius beyond every image, missing labels, a model that is not
+                differentiable with respect to its input, or logits that are not finite.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"PGD: `model` must be a torch.nn.Module, whose modes can be changed, got {type(model).__name__}. "
+                f"Pass the network, and the function from images to logits as `forward`."
+            )
+        eps, steps, step_size = self.strength() if strength is None else _check_strength(strength)
+        self._check_images(images, eps)
+        forward = model if forward is None else forward
+        graph, mode = torch.inference_mode(False), model_mode(model, self.model_mode)
+        try:
+            with graph, torch.enable_grad(), mode, frozen_statistics(model):
+                images = images.clone() if images.is_inference() else images.detach()
+                ascend = self._objective(forward, images, labels, natural_logits, class_prior)
+                low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
+                adversarial = self._start(images, low, high, eps, generator)
+                for _ in range(steps):
+                    adversarial.requires_grad_()
+                    value, gradient = ascend(adversarial)
+                    adversarial = self._step(adversarial.detach(), gradient, images, low, high, eps, step_size)
+        finally:
+            # Under autocast older releases of torch keep the natural pass's copies of the weights, which have no graph.
+            torch.clear_autocast_cache()
+        # The sign of NaN is 0, so that the images alone would not show it.
+        if not (torch.isfinite(value) & torch.isfinite(gradient).all()):
+            raise ValueError(
+                f"PGD: logits and their gradient must stay finite, but those of the objective '{self.objective}' do "
+                f"not: its value is {value.item()}. Lower the learning rate, or look for the layer that overflows."
+            )
+        return adversarial
+
+    def _check_images(self, images: Tensor, eps: float) -> None:
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"PGD: `images` must be a floating tensor of pixels in [0, 1], got {kind}. Divide by 255.")
+        if images.dim() < 2 or images.numel() == 0:
+            raise ValueError(
+                f"PGD: `images` must be a batch (N, C, H, W) of at least one image, got shape {tuple(images.shape)}. "
+                f"Give a single image its batch dimension with `.unsqueeze(0)`; skip empty batches."
+            )
+        low, high = (bound.item() for bound in torch.aminmax(images.detach()))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"PGD: `images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}. Attack the pixels and "
+                f"normalise behind the attack, inside the model or in `forward`; divide 0..255 by 255."
+            )
+        largest = largest_distance(self.norm, images[0].numel())
+        if eps > largest:
+            raise ValueError(_beyond_pixels("eps", eps, eps, largest))
+
+    def _objective(
+        self,
+        forward: Callable[[Tensor], Any],
+        images: Tensor,
+        labels: Tensor | None,
+        natural_logits: Tensor | None,
+        class_prior: Tensor | None,
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """From images to the value of the objective, summed over the batch, and its gradient."""
+        if self.objective == "cross_entropy":
+            if labels is None:
+                raise ValueError(
+                    "PGD: `labels` must be given with objective='cross_entropy', got None. Pass the class indices, or "
+                    "use the objective 'soft_cross_entropy'."
+                )
+            _check_labels(labels, len(images))
+            targets = labels.clone().long()  # those made in inference mode cannot be saved for backward
+
+            def objective(logits: Tensor) -> Tensor:
+                if int(targets.max()) >= logits.shape[1]:
+                    raise ValueError(
+                        f"PGD: `labels` must lie in [0, {logits.shape[1] - 1}], the classes of the logits, got "
+                        f"{int(targets.max())}. Look at the number of classes of the model and of the data."
+                    )
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                return F.cross_entropy(wide, targets, reduction="sum")
+
+        else:
+            if natural_logits is None:
+                with torch.no_grad():
+                    natural_logits = _logits(forward(images))
+            elif not isinstance(natural_logits, Tensor) or natural_logits.dim() != 2:
+                raise TypeError(
+                    f"PGD: `natural_logits` must be a tensor of shape (N, classes), got {_kind(natural_logits)}. Pass "
+                    f"the model's logits of `images`, or leave them out."
+                )
+            reference = natural_logits.detach()
+            beta = 1.0 if self.objective == "ikl" else 0.0
+
+            def objective(logits: Tensor) -> Tensor:
+                return ikl_loss(logits, reference, alpha=1.0, beta=beta, class_prior=class_prior, reduction="sum")
+
+        def ascend(adversarial: Tensor) -> tuple[Tensor, Tensor]:
+            logits = _logits(forward(adversarial))
+            gradient = None
+            if logits.requires_grad:
+                value = objective(logits)
+                (gradient,) = torch.autograd.grad(value, adversarial, allow_unused=True)
+            if gradient is None:
+                raise ValueError(
+                    "PGD: `model` must be differentiable with respect to its input, but its logits carry no gradient. "
+                    "Look for a detach(), a torch.no_grad() or an argmax on the way from the images to the logits."
+                )
+            return value.detach(), gradient
+
+        return ascend
+
+    def _start(
+        self, images: Tensor, low: Tensor, high: Tensor, eps: float, generator: torch.Generator | None
+    ) -> Tensor:
+        # Drawn by logical position, so that the memory format does not decide who gets which number.
+        options: dict[str, Any] = {"generator": generator, "device": images.device, "dtype": images.dtype}
+        if self.random_start == "none":
+            return images.clone()
+        if self.random_start == "normal":
+            return torch.add(images, torch.randn(images.shape, **options), alpha=_NORMAL_START)
+        if self.norm == "linf":
+            offset = torch.rand(images.shape, **options).mul_(2 * eps).sub_(eps)
+        else:
+            direction = torch.randn(images.shape, **options)
+            radius = torch.rand(len(images), **options) ** (1.0 / images[0].numel())
+            offset = direction * _per_image(eps * radius / _norms(direction), images)
+        return torch.clamp((images + offset).to(images.dtype), low, high)
+
+    def _step(
+        self, adversarial: Tensor, gradient: Tensor, images: Tensor, low: Tensor, high: Tensor, eps: float, size: float
+    ) -> Tensor:
+        if self.norm == "linf":
+            # The projections onto the ball and onto [0, 1] are one clamp, as the natural image lies in both.
+            return torch.clamp(torch.add(adversarial, gradient.sign(), alpha=size), low, high)
+        offset = adversarial - images + size * (gradient / _per_image(_norms(gradient), gradient))
+        offset *= _per_image((eps / _norms(offset)).clamp_(max=1.0), images)
+        # The way back into [0, 1] is one towards the natural image, so it stays in the ball.
+        return (images + offset).clamp_(0, 1).to(images.dtype)
+
+    def __repr__(self) -> str:
+        names = ("eps", "budget", "eps_ramp", "norm", "random_start", "objective", "model_mode")
+        return f"PGD({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise ValueError(
+            f"PGD: `model` must return logits of shape (N, classes), got {_kind(output)}. Name the logits with "
+            f"`forward`, for instance forward=lambda images: model(images)[0]."
+        )
+    return output
+
+
+def _kind(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _check_strength(strength: Strength) -> Strength:
+    eps, steps, step_size = strength
+    return Strength(
+        check.check_number("PGD", "strength: eps", eps, positive=True),
+        check_steps("PGD", "strength: steps", steps),
+        check.check_number("PGD", "strength: step_size", step_size, positive=True),
+    )
+
+
+def _check_labels(labels: Tensor, images: int) -> None:
+    integers = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if not integers:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"PGD: `labels` must be a tensor of integer class indices, got {kind}. Pass hard labels (for soft or mixed "
+            f"labels their argmax), or use the objective 'soft_cross_entropy'."
+        )
+    if tuple(labels.shape) != (images,):
+        raise ValueError(
+            f"PGD: `labels` must have shape ({images},), one class index for each image, got {tuple(labels.shape)}. "
+            f"Pass the indices of the batch; turn one-hot rows into indices with `.argmax(1)`."
+        )
+    if int(labels.min()) < 0:
+        raise ValueError(
+            f"PGD: `labels` must be class indices of at least 0, got {int(labels.min())}. Drop ignored samples first."
+        )
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """The L2 norm of each image, (N,), never quite 0, in a dtype that knows numbers so small."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=wide)
+    return norms.clamp_(min=_TINY)
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (images.dim() - 1))
+
+
+def _beyond_pixels(name: str, number: float, given: object, largest: float = 1.0) -> str:
+    return (
+        f"PGD: `{name}` must be at most {largest:.4g}, as pixels lie in [0, 1], got {given!r}. A value meant for "
+        f"pixels of 0..255 is written as a fraction, '{number:g}/255'."
+    )

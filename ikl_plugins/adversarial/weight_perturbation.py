@@ -1,0 +1,145 @@
+"""Adversarial weight perturbation (AWP): the training gradient is taken where the loss is worse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from .. import _validation as check
+
+__all__ = ["AdversarialWeightPerturbation"]
+
+_TINY = 1e-20  # keeps a gradient of 0 from being divided by 0
+
+
+class AdversarialWeightPerturbation:
+    r"""Moves the weights up the loss for one training step, and back.
+
+    Each weight tensor w of at least two dimensions, g its gradient of the loss, becomes for the training pass::
+
+        w + gamma * ||w|| * g / ||g||
+
+    and is restored from a copy before the optimizer's step, so that weight decay and averages see the weights
+    themselves. Biases and the affine parameters of normalisation layers stay.
+
+    Args:
+        gamma: relative size of the perturbation, above 0; the published runs have 5e-3.
+        warmup_epochs: the first epoch with a perturbation, epochs counted from 1; 0 and 1 for all of them.
+
+    Raises:
+        TypeError: a value that is no number.
+        ValueError: a value out of range.
+
+    Note:
+        When ``torch.distributed`` is initialised the gradients of all ranks are added first: one perturbation for all
+        of them, so that replicas stay equal. All ranks must call :meth:`perturb`.
+
+    References:
+        Wu et al., Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020, equations 8 to 12. The
+        selection of weights is that of its authors' code: 'weight' in the name and at least two dimensions.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(model.weight, 1.0)
+        >>> awp = AdversarialWeightPerturbation(gamma=0.1)
+        >>> images = torch.tensor([[1.0, 0.0]])
+        >>> with awp.perturbed(model, model(images).sum()):
+        ...     model(images).sum().backward()
+        ...     print(model.weight.data)
+        tensor([[1.1414, 1.0000]])
+        >>> model.weight.data
+        tensor([[1., 1.]])
+    """
+
+    def __init__(self, *, gamma: float = 5e-3, warmup_epochs: int = 10) -> None:
+        caller = type(self).__name__
+        self.gamma = check.check_number(caller, "gamma", gamma, positive=True)
+        self.warmup_epochs = check.check_number(caller, "warmup_epochs", warmup_epochs)
+        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+
+    def active(self, epoch: int) -> bool:
+        """Whether weights are perturbed in ``epoch``, 1 for the first."""
+        return epoch >= self.warmup_epochs
+
+    def perturb(self, model: nn.Module, loss: Tensor) -> None:
+        """Perturbs the weights of ``model``; :meth:`restore` must follow.
+
+        Args:
+            model: the network, not wrapped for several ranks.
+            loss: a scalar with a graph to the weights: the training loss at the weights as they are. The graph is used
+                up; no parameter's ``.grad`` is touched.
+
+        Raises:
+            ValueError: weights are perturbed already, ``loss`` depends on no weight tensor, or it is not a scalar.
+        """
+        caller = f"{type(self).__name__}.perturb"
+        if self._originals:
+            raise ValueError(f"{caller}: weights must be restored first, but they are perturbed. Call restore().")
+        if loss.dim() > 0 or not loss.requires_grad:
+            raise ValueError(
+                f"{caller}: `loss` must be a scalar with a graph to the weights, got shape {tuple(loss.shape)} and "
+                f"requires_grad={loss.requires_grad}. Pass the training loss, not detached."
+            )
+        weights = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.dim() >= 2 and "weight" in name
+        ]
+        found = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
+        if all(gradient is None for gradient in found):
+            raise ValueError(
+                f"{caller}: `loss` must depend on a weight tensor of `model` with at least two dimensions, but it does "
+                f"on none. Pass the model that the loss was computed with, and leave some weights trainable."
+            )
+        gradients = [
+            torch.zeros_like(weight) if gradient is None else gradient
+            for weight, gradient in zip(weights, found, strict=True)
+        ]
+        _sum_over_ranks(gradients)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                self._originals.append((weight, weight.detach().clone()))
+                scale = self.gamma * _norm(weight) / (_norm(gradient) + _TINY)
+                weight.add_(gradient * scale)
+        torch.clear_autocast_cache()  # or the training pass would see copies of the weights as they were
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the weights back, to the bit; nothing happens when none are perturbed."""
+        for weight, original in self._originals:
+            weight.copy_(original)
+        self._originals.clear()
+        torch.clear_autocast_cache()
+
+    @contextmanager
+    def perturbed(self, model: nn.Module, loss: Tensor) -> Iterator[None]:
+        """Runs a block, the training forward and backward, with perturbed weights; see :meth:`perturb`."""
+        try:
+            self.perturb(model, loss)
+            yield
+        finally:
+            self.restore()
+
+
+def _norm(values: Tensor) -> Tensor:
+    """The norm of a tensor, in a dtype that knows numbers as small as ``_TINY``."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
+    return norm
+
+
+def _sum_over_ranks(gradients: list[Tensor]) -> None:
+    """The sum over the ranks, in place and in one message; the perturbation does not depend on its scale."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, summed in zip(gradients, torch.split(flat, sizes), strict=True):
+        gradient.copy_(summed.view(gradient.shape))

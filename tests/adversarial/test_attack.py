@@ -1,0 +1,1184 @@
+"""The attack against a reference in plain float64 sums, and what it promises about the model, its input and its output.
+
+The reference has a network of one hidden layer, whose gradient with respect to the pixels is written out by hand, and
+takes the steps of Madry et al. one pixel at a time::
+
+    logits = W tanh(V x)       d/dx_d = sum_h (sum_k r_k W[k, h]) (1 - tanh_h^2) V[h, d]
+
+where r is the gradient of the objective with respect to the logits: q - onehot for the cross entropy, q - p for KL
+divergence, and that of the pairwise C x C sum for IKL.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import decoupled_loops
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ikl_plugins.adversarial import MODEL_MODES, NORMS, OBJECTIVES, PGD, RANDOM_STARTS, Strength
+
+each_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
+each_objective = pytest.mark.parametrize("objective", ["cross_entropy", "soft_cross_entropy", "ikl"])
+
+SHAPE = (2, 3, 3)  # of an image of the reference
+CLASSES = 4
+LABELS = torch.tensor([3, 0, 1])
+
+
+def refused(error: type[Exception], call: Callable[[], Any], message: str) -> None:
+    """``call`` raises exactly ``error``, and its message is ``message`` from the first to the last character."""
+    with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
+        call()
+    assert caught.type is error
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def hidden_network() -> nn.Sequential:
+    first, second = nn.Linear(18, 6, bias=False), nn.Linear(6, CLASSES, bias=False)
+    with torch.no_grad():
+        first.weight.mul_(3)
+        second.weight.mul_(4)
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), second).double()
+
+
+def forward_by_hand(model: nn.Sequential, pixels: list[float]) -> tuple[list[float], list[float]]:
+    """Activations of the hidden layer, logits."""
+    inner, outer = model[1].weight.tolist(), model[3].weight.tolist()
+    hidden = [math.tanh(math.fsum(v * x for v, x in zip(row, pixels, strict=True))) for row in inner]
+    return hidden, [math.fsum(w * h for w, h in zip(row, hidden, strict=True)) for row in outer]
+
+
+def softmax(logits: list[float]) -> list[float]:
+    total = math.fsum(math.exp(z) for z in logits)
+    return [math.exp(z) / total for z in logits]
+
+
+def pull_of_logits(
+    objective: str, logits: list[float], natural: list[float], label: int, prior: list[float] | None
+) -> list[float]:
+    """The gradient of one image's objective with respect to its logits."""
+    q, p = softmax(logits), softmax(natural)
+    if objective == "cross_entropy":
+        return [q[k] - (1.0 if k == label else 0.0) for k in range(len(q))]
+    pull = [q[k] - p[k] for k in range(len(q))]
+    if objective == "ikl":  # 1/4 sum_jk w_j w_k ((t_j - t_k) - (s_j - s_k))^2, each pair met twice
+        w = p if prior is None else prior
+        for j in range(len(q)):
+            for k in range(len(q)):
+                pull[j] += w[j] * w[k] * ((logits[j] - logits[k]) - (natural[j] - natural[k]))
+    return pull
+
+
+def attack_by_hand(
+    model: nn.Sequential,
+    image: list[float],
+    start: list[float],
+    strength: tuple[float, int, float],
+    norm: str,
+    objective: str,
+    label: int,
+    natural: list[float],
+    prior: list[float] | None,
+) -> list[float]:
+    eps, steps, size = strength
+    inner, outer = model[1].weight.tolist(), model[3].weight.tolist()
+    pixels = range(len(image))
+    x = list(start)
+    for _ in range(steps):
+        hidden, logits = forward_by_hand(model, x)
+        pull = pull_of_logits(objective, logits, natural, label, prior)
+        back = [
+            math.fsum(pull[k] * outer[k][h] for k in range(len(pull))) * (1 - hidden[h] ** 2)
+            for h in range(len(hidden))
+        ]
+        gradient = [math.fsum(back[h] * inner[h][d] for h in range(len(back))) for d in pixels]
+        if norm == "linf":
+            moved = [x[d] + size * math.copysign(1.0, gradient[d]) for d in pixels]
+            projected = [min(max(moved[d], image[d] - eps), image[d] + eps) for d in pixels]
+        else:
+            length = math.sqrt(math.fsum(g * g for g in gradient))
+            offset = [x[d] + size * gradient[d] / length - image[d] for d in pixels]
+            distance = math.sqrt(math.fsum(o * o for o in offset))
+            shrink = min(1.0, eps / distance)
+            projected = [image[d] + shrink * offset[d] for d in pixels]
+        x = [min(max(value, 0.0), 1.0) for value in projected]
+    return x
+
+
+def start_by_hand(images: Tensor, norm: str, random_start: str, eps: float, seed: int) -> Tensor:
+    """The first point of the attack, from the numbers that the generator gives, one image and pixel at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"generator": generator, "dtype": images.dtype}
+    flat = images.flatten(1)
+    start = flat.clone()
+    if random_start == "normal":
+        drawn = torch.randn(images.shape, **options).flatten(1)
+        for n, row in enumerate(flat):
+            for d, value in enumerate(row):
+                start[n, d] = value + 0.001 * drawn[n, d]  # not brought back into the ball or into [0, 1]
+    elif random_start == "uniform" and norm == "linf":
+        drawn = torch.rand(images.shape, **options).flatten(1)
+        for n, row in enumerate(flat):
+            for d, value in enumerate(row):
+                start[n, d] = min(max(float(value + (2 * drawn[n, d] - 1) * eps), 0.0), 1.0)
+    elif random_start == "uniform":
+        direction = torch.randn(images.shape, **options).flatten(1)
+        share = torch.rand(len(images), **options)
+        for n, row in enumerate(flat):
+            radius = eps * float(share[n]) ** (1 / len(row))
+            length = math.sqrt(math.fsum(float(x) ** 2 for x in direction[n]))
+            for d, value in enumerate(row):
+                start[n, d] = min(max(float(value + radius * direction[n, d] / length), 0.0), 1.0)
+    return start.reshape(images.shape)
+
+
+@pytest.mark.parametrize(
+    ("objective", "random_start"),
+    [
+        ("cross_entropy", "none"),
+        *itertools.product(["cross_entropy", "soft_cross_entropy", "ikl"], ["normal", "uniform"]),
+    ],
+)
+@each_norm
+def test_the_attack_is_that_of_the_papers(norm: str, objective: str, random_start: str) -> None:
+    model = hidden_network()
+    images = torch.rand(3, *SHAPE, dtype=torch.float64)
+    images[0, 0, 0] = torch.tensor([0.0, 1.0, 0.01])  # at the ends of the range
+    eps = 0.2 if norm == "linf" else 0.6
+    attack = PGD(eps=eps, steps=5, step_size=0.3 * eps, norm=norm, objective=objective, random_start=random_start)
+    found = attack(model, images, labels=LABELS, generator=torch.Generator().manual_seed(7))
+
+    starts = start_by_hand(images, norm, random_start, eps, seed=7)
+    for n in range(3):
+        image, start = images[n].flatten().tolist(), starts[n].flatten().tolist()
+        natural = forward_by_hand(model, image)[1]
+        strength = (eps, 5, 0.3 * eps)
+        expected = attack_by_hand(model, image, start, strength, norm, objective, int(LABELS[n]), natural, None)
+        torch.testing.assert_close(found[n].flatten(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-11)
+    # The scene has all cases: pixels inside the ball, on its border (L-inf), at 0 and 1.
+    assert bool(((found == 0) | (found == 1)).any())
+    assert float((found - images).abs().max()) > 0.05
+
+
+@each_norm
+def test_the_weights_of_ikl_come_from_the_class_prior(norm: str) -> None:
+    model = hidden_network()
+    images = torch.rand(3, *SHAPE, dtype=torch.float64)
+    prior = torch.softmax(3 * torch.randn(3, CLASSES, dtype=torch.float64), 1)
+    attack = PGD(eps=0.4, steps=3, step_size=0.15, norm=norm, objective="ikl")
+    found = attack(model, images, class_prior=prior, generator=torch.Generator().manual_seed(7))
+    without = attack(model, images, generator=torch.Generator().manual_seed(7))
+    starts = start_by_hand(images, norm, "uniform", 0.4, seed=7)
+    for n in range(3):
+        image, start = images[n].flatten().tolist(), starts[n].flatten().tolist()
+        natural = forward_by_hand(model, image)[1]
+        rows = prior[n].tolist()
+        expected = attack_by_hand(model, image, start, (0.4, 3, 0.15), norm, "ikl", 0, natural, rows)
+        torch.testing.assert_close(found[n].flatten(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-11)
+    assert float((found - without).abs().max()) > 1e-3
+
+
+def test_the_hand_written_pulls_are_those_of_the_shared_reference() -> None:
+    student, teacher = torch.randn(3, CLASSES).double(), torch.randn(3, CLASSES).double()
+    for beta, objective in ((0.0, "soft_cross_entropy"), (1.0, "ikl")):
+        expected = decoupled_loops("ikl", student, teacher, alpha=1.0, beta=beta).student_gradient
+        for n in range(3):
+            pull = pull_of_logits(objective, student[n].tolist(), teacher[n].tolist(), 0, None)
+            torch.testing.assert_close(torch.tensor(pull, dtype=torch.float64), expected[n], rtol=1e-12, atol=1e-12)
+
+
+def test_the_names_are_the_documented_ones() -> None:
+    assert set(NORMS) == {"linf", "l2"}
+    assert set(RANDOM_STARTS) == {"normal", "uniform", "none"}
+    assert set(OBJECTIVES) == {"cross_entropy", "soft_cross_entropy", "ikl"}
+    assert set(MODEL_MODES) == {"eval", "train"}
+
+
+# --- networks that watch ---------------------------------------------------------------------------------------------
+
+
+class Watched(nn.Module):
+    """Convolution, batch normalisation, dropout, head; notes every call."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, classes)
+        self.inputs: list[Tensor] = []
+        self.modes: list[tuple[bool, bool, bool]] = []
+        self.gradients: list[tuple[bool, bool]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.inputs.append(images.detach().clone())
+        self.modes.append((self.training, self.norm.training, self.drop.training))
+        self.gradients.append((torch.is_grad_enabled(), images.requires_grad))
+        return self.head(self.drop(torch.relu(self.norm(self.conv(images)))).mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> Watched:
+    """With running statistics that differ from those of the test's batches."""
+    model = Watched()
+    for _ in range(3):
+        model(torch.rand(8, 3, 6, 6))
+    model.inputs.clear(), model.modes.clear(), model.gradients.clear()
+    return model
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 6, 6)
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.tensor([0, 4, 2, 2])
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def linf(**settings: Any) -> PGD:
+    return PGD(**{"eps": "8/255", "steps": 3, "step_size": "4/255", **settings})
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("random_start", ["normal", "uniform", "none"])
+@each_norm
+def test_the_first_point_is_the_draw_of_the_generator(
+    model: Watched, images: Tensor, labels: Tensor, norm: str, random_start: str
+) -> None:
+    images[0, 0, 0, 0], images[0, 0, 0, 1] = 0.0, 1.0
+    attack = linf(norm=norm, random_start=random_start, eps=0.0005, step_size=0.0005, steps=1)
+    attack(model, images, labels=labels, generator=seeded(11))
+    expected = start_by_hand(images, norm, random_start, 0.0005, seed=11)
+    torch.testing.assert_close(model.inputs[0], expected, rtol=0, atol=1e-7)
+    outside = (model.inputs[0] < 0) | (model.inputs[0] > 1) | ((model.inputs[0] - images).abs() > 0.0006)
+    assert bool(outside.any()) == (random_start == "normal"), "the authors' start alone leaves the ball and [0, 1]"
+
+
+def test_the_first_point_follows_torchs_own_seed_without_a_generator(images: Tensor, labels: Tensor) -> None:
+    def first(seed: int) -> Tensor:
+        watched = Watched()
+        torch.manual_seed(seed)
+        linf()(watched, images, labels=labels)
+        return watched.inputs[0]
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_the_uniform_start_fills_the_ball_evenly() -> None:
+    """In d dimensions the share of the ball within a radius r is (r / eps)^d: so that power is uniform."""
+    images = torch.full((4000, 3), 0.5, dtype=torch.float64)
+    watched: list[Tensor] = []
+    attack = PGD(eps=0.4, steps=1, step_size=0.1, norm="l2")
+    model = nn.Linear(3, 2).double()
+    attack(
+        model,
+        images,
+        forward=lambda x: (watched.append(x.detach().clone()), model(x))[1],
+        labels=torch.zeros(4000, dtype=torch.int64),
+    )
+    offset = watched[0] - images
+    shares = torch.sort((torch.linalg.vector_norm(offset, dim=1) / 0.4) ** 3).values
+    assert float((shares - torch.linspace(0, 1, 4000, dtype=torch.float64)).abs().max()) < 0.03
+    assert float(offset.mean(0).abs().max()) < 0.02
+
+    watched.clear()
+    PGD(eps=0.4, steps=1, step_size=0.1)(
+        model,
+        images,
+        forward=lambda x: (watched.append(x.detach().clone()), model(x))[1],
+        labels=torch.zeros(4000, dtype=torch.int64),
+    )
+    values = torch.sort((watched[0] - images).flatten() / 0.8 + 0.5).values
+    assert float((values - torch.linspace(0, 1, 12000, dtype=torch.float64)).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("random_start", ["normal", "uniform"])
+@each_norm
+def test_memory_format_changes_neither_the_draw_nor_the_result(
+    model: Watched, images: Tensor, labels: Tensor, norm: str, random_start: str
+) -> None:
+    attack = linf(norm=norm, random_start=random_start, eps=0.5, step_size=0.1)
+    plain = attack(model, images, labels=labels, generator=seeded())
+    first = model.inputs[0]
+    model.inputs.clear()
+    strided = images.to(memory_format=torch.channels_last)
+    adversarial = attack(model, strided, labels=labels, generator=seeded())
+    assert torch.equal(model.inputs[0], first)
+    torch.testing.assert_close(adversarial, plain, rtol=0, atol=1e-6)
+    for tensor in (*model.inputs, adversarial):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert not tensor.is_contiguous()
+    assert plain.is_contiguous()
+
+
+# --- forward passes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_mode", ["eval", "train"])
+@pytest.mark.parametrize("objective", ["soft_cross_entropy", "ikl"])
+def test_natural_logits_are_computed_once(model: Watched, images: Tensor, objective: str, model_mode: str) -> None:
+    linf(objective=objective, model_mode=model_mode, steps=5)(model, images)
+    assert len(model.inputs) == 6
+    assert model.gradients == [(False, False)] + [(True, True)] * 5, "the natural pass keeps no graph"
+    assert torch.equal(model.inputs[0], images)
+    assert model.modes == [(model_mode == "train",) * 3] * 6, "the natural pass is in the mode of the attack"
+    assert [torch.equal(point, images) for point in model.inputs[1:]] == [False] * 5
+
+
+@pytest.mark.parametrize("objective", ["soft_cross_entropy", "ikl"])
+def test_natural_logits_that_are_given_are_used(model: Watched, images: Tensor, objective: str) -> None:
+    attack = linf(objective=objective, steps=5)
+    with torch.no_grad():
+        natural = copy.deepcopy(model).eval()(images)
+    alone = attack(model, images, generator=seeded())
+    model.inputs.clear()
+    given = attack(model, images, natural_logits=natural, generator=seeded())
+    assert len(model.inputs) == 5
+    assert torch.equal(given, alone)
+    elsewhere = attack(model, images, natural_logits=natural.roll(1, 1), generator=seeded())
+    assert not torch.equal(elsewhere, alone)
+
+
+def test_natural_logits_with_a_graph_keep_it(model: Watched, images: Tensor) -> None:
+    """The training step goes on with them."""
+    natural = model.eval()(images)
+    linf(objective="ikl")(model, images, natural_logits=natural)
+    natural.sum().backward()
+    assert model.head.weight.grad is not None
+
+
+def test_cross_entropy_needs_no_natural_logits(model: Watched, images: Tensor, labels: Tensor) -> None:
+    linf(steps=5)(model, images, labels=labels)
+    assert len(model.inputs) == 5
+    assert model.gradients == [(True, True)] * 5
+
+
+@each_objective
+def test_forward_takes_the_place_of_the_model(model: Watched, images: Tensor, labels: Tensor, objective: str) -> None:
+    """Normalisation, and logits named in a richer output; the ball stays one of pixels."""
+
+    def forward(pixels: Tensor) -> Tensor:
+        return {"logits": model((pixels - 0.5) / 0.2)}["logits"]
+
+    model.eval()
+    adversarial = linf(objective=objective)(model, images, forward=forward, labels=labels, generator=seeded())
+    inputs = list(model.inputs)
+    folded = copy.deepcopy(model)  # the same function as one network
+    whole = nn.Sequential(Scale(), folded).eval()
+    same = linf(objective=objective)(whole, images, labels=labels, generator=seeded())
+    torch.testing.assert_close(adversarial, same, rtol=0, atol=1e-6)
+    assert float(torch.cat(inputs).max()) > 1
+    assert float((adversarial - images).abs().max()) <= 8 / 255 + 1e-6
+
+
+class Scale(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels - 0.5) / 0.2
+
+
+def test_steps_and_strength_are_those_of_the_epoch(model: Watched, images: Tensor, labels: Tensor) -> None:
+    attack = PGD(eps="8/255", budget="high", eps_ramp=1.0)
+    adversarial = attack(model, images, labels=labels, strength=attack.strength(2, 4))
+    assert len(model.inputs) == 3
+    assert float((adversarial - images).abs().max()) == pytest.approx(4 / 255, rel=1e-4)
+    with pytest.raises(ValueError, match=r"^PGD\.strength: `epoch` must be an integer of at least 1, .*got None"):
+        attack(model, images, labels=labels)
+    adversarial = attack(model, images, labels=labels, strength=Strength(1 / 255, 1, 0.5 / 255))
+    assert float((adversarial - images).abs().max()) <= 1 / 255 + 1e-6
+
+
+# --- modes, statistics, gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("model_mode", ["eval", "train"])
+@each_objective
+def test_the_model_is_as_before(
+    model: Watched, images: Tensor, labels: Tensor, objective: str, model_mode: str, training: bool
+) -> None:
+    model.train(training)
+    model.norm.train(not training)
+    model.conv.bias.requires_grad_(False)
+    model.head.weight.grad = torch.full_like(model.head.weight, 7.0)
+    kept = model.head.weight.grad
+    flags = [(module, module.training) for module in model.modules()]
+    requires = [parameter.requires_grad for parameter in model.parameters()]
+    before = state(model)
+
+    linf(objective=objective, model_mode=model_mode)(model, images, labels=labels)
+
+    assert set(model.modes) == {(model_mode == "train",) * 3}
+    assert [(module, module.training) for module in model.modules()] == flags
+    assert_same(state(model), before)
+    assert model.norm.track_running_stats is True
+    assert [parameter.requires_grad for parameter in model.parameters()] == requires
+    assert model.head.weight.grad is kept
+    assert bool((kept == 7.0).all())
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == ["head.weight"]
+
+
+@pytest.mark.parametrize("model_mode", ["eval", "train"])
+def test_the_mode_decides_which_statistics_normalise(
+    model: Watched, images: Tensor, labels: Tensor, model_mode: str
+) -> None:
+    """One step from the natural images, against torch's own gradient of a copy in that mode."""
+    model.drop.p = 0.0
+    adversarial = linf(model_mode=model_mode, random_start="none", steps=1)(model, images, labels=labels)
+    steps = {}
+    for mode in ("eval", "train"):
+        twin = copy.deepcopy(model).train(mode == "train")
+        pixels = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(twin(pixels), labels), pixels)
+        steps[mode] = (images + 4 / 255 * torch.sign(gradient)).clamp(0, 1)
+    assert not torch.equal(steps["eval"], steps["train"])
+    torch.testing.assert_close(adversarial, steps[model_mode], rtol=0, atol=1e-6)
+
+
+def test_dropout_is_awake_in_training_mode_alone(model: Watched, images: Tensor, labels: Tensor) -> None:
+    def twice(model_mode: str) -> bool:
+        attack = linf(model_mode=model_mode, random_start="none")
+        return torch.equal(attack(model, images, labels=labels), attack(model, images, labels=labels))
+
+    assert twice("eval")
+    assert not twice("train")
+
+
+def test_running_statistics_of_instance_normalisation_stay(images: Tensor, labels: Tensor) -> None:
+    model = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.Flatten(), nn.Linear(108, 5))
+    before = state(model)
+    linf(model_mode="train")(model, images, labels=labels)
+    assert_same(state(model), before)
+
+
+@pytest.mark.parametrize("model_mode", ["eval", "train"])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_the_model_is_as_before_when_the_attack_raises(
+    model: Watched, images: Tensor, model_mode: str, calls: int
+) -> None:
+    """In the natural pass, in the first step, in the second."""
+    model.drop.eval()
+    flags = [module.training for module in model.modules()]
+    before = state(model)
+
+    def forward(pixels: Tensor) -> Tensor:
+        if len(model.inputs) == calls:
+            raise KeyError("from the model")
+        return model(pixels)
+
+    with pytest.raises(KeyError, match="from the model"):
+        linf(objective="ikl", model_mode=model_mode)(model, images, forward=forward)
+    assert [module.training for module in model.modules()] == flags
+    assert model.norm.track_running_stats is True
+    assert_same(state(model), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+@each_norm
+@each_objective
+def test_images_are_not_changed_and_the_result_stands_alone(
+    model: Watched, labels: Tensor, norm: str, objective: str
+) -> None:
+    leaf = torch.rand(4, 3, 6, 6, requires_grad=True)
+    images = leaf * 1.0  # within a graph
+    before = images.detach().clone()
+    for random_start in ("normal", "uniform", *(["none"] if objective == "cross_entropy" else [])):
+        attack = linf(norm=norm, objective=objective, random_start=random_start)
+        adversarial = attack(model, images, labels=labels)
+        assert torch.equal(images, before)
+        assert adversarial.data_ptr() != images.data_ptr()
+        assert not adversarial.requires_grad
+        assert adversarial.grad_fn is None
+        assert adversarial.is_leaf
+    assert leaf.grad is None
+    images.sum().backward()
+    assert leaf.grad is not None
+
+
+# --- contexts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("inside", [False, True], ids=["images of outside", "images of inside"])
+@each_norm
+@each_objective
+def test_the_attack_works_where_no_graph_is_kept(
+    model: Watched, images: Tensor, labels: Tensor, objective: str, norm: str, inside: bool, context: Any
+) -> None:
+    attack = linf(norm=norm, objective=objective, eps=0.3, step_size=0.1)
+    expected = attack(model, images, labels=labels, generator=seeded())
+    with context():
+        given = images * 1.0 if inside else images
+        assert given.is_inference() == (inside and context is torch.inference_mode)
+        found = attack(model, given, labels=labels, generator=seeded())
+        assert not torch.is_grad_enabled()
+    assert torch.equal(found, expected)
+    assert not found.is_inference(), "the training forward can record with it"
+
+
+@pytest.mark.parametrize("what", ["natural_logits", "class_prior"])
+def test_inference_tensors_beside_the_images(model: Watched, images: Tensor, what: str) -> None:
+    attack = linf(objective="ikl")
+    with torch.inference_mode():
+        given = torch.softmax(torch.arange(20.0).reshape(4, 5) % 3, 1)
+    expected = attack(model, images, **{what: given.clone()}, generator=seeded())
+    assert torch.equal(attack(model, images, **{what: given}, generator=seeded()), expected)
+
+
+def test_labels_made_in_inference_mode(model: Watched, images: Tensor) -> None:
+    """A validation loop under torch.inference_mode() has such."""
+    with torch.inference_mode():
+        labels = torch.tensor([0, 4, 2, 2])
+        linf()(model, images, labels=labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int16], ids=str)
+def test_labels_of_other_integer_types(model: Watched, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+    expected = linf()(model, images, labels=labels, generator=seeded())
+    assert torch.equal(linf()(model, images, labels=labels.to(dtype), generator=seeded()), expected)
+
+
+@each_norm
+@each_objective
+def test_autocast_runs_the_model_and_leaves_the_objective_in_float32(
+    model: Watched, images: Tensor, labels: Tensor, objective: str, norm: str
+) -> None:
+    model.eval()
+    seen: list[torch.dtype] = []
+
+    def forward(pixels: Tensor) -> Tensor:
+        logits = model(pixels)
+        seen.append(logits.dtype)
+        return logits
+
+    attack = linf(norm=norm, objective=objective, eps=0.2, step_size=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attack(model, images, forward=forward, labels=labels, generator=seeded())
+    assert set(seen) == {torch.bfloat16}
+    assert found.dtype == torch.float32
+    assert bool(torch.isfinite(found).all())
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
+
+    x, eps = start_by_hand(images, norm, "uniform", 0.2, seed=3), 0.2
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        natural = model(images).float()
+    for _ in range(3):  # torch's own gradient of float32 objectives at bf16 logits
+        x.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(x)
+        logits = logits.float()
+        p = torch.softmax(natural, 1)
+        if objective == "cross_entropy":
+            value = F.cross_entropy(logits, labels, reduction="sum")
+        else:
+            value = -(p * torch.log_softmax(logits, 1)).sum()
+        if objective == "ikl":
+            gaps = (natural - logits)[:, :, None] - (natural - logits)[:, None, :]
+            value = value + (p[:, :, None] * p[:, None, :] * gaps**2).sum() / 4
+        (gradient,) = torch.autograd.grad(value, x)
+        x = x.detach()
+        if norm == "linf":
+            x = torch.minimum(torch.maximum(x + 0.1 * gradient.sign(), images - eps), images + eps).clamp(0, 1)
+        else:
+            lengths = torch.linalg.vector_norm(gradient.flatten(1), dim=1).reshape(-1, 1, 1, 1)
+            offset = x + 0.1 * gradient / lengths - images
+            lengths = torch.linalg.vector_norm(offset.flatten(1), dim=1).reshape(-1, 1, 1, 1)
+            x = (images + offset * torch.clamp(eps / lengths, max=1)).clamp(0, 1)
+    different = (found - x).abs() > 1e-3
+    assert int(different.sum()) <= 0.02 * images.numel(), "a sign may flip where the gradient is 0 but for rounding"
+
+
+@each_objective
+def test_the_objective_of_a_half_precision_network_is_in_float32(objective: str) -> None:
+    """Seen in the gradient that comes back to the logits: exact but for the last rounding to bf16."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).bfloat16()
+    with torch.no_grad():
+        model[1].weight.mul_(20)
+    seen: list[Tensor] = []
+
+    def forward(pixels: Tensor) -> Tensor:
+        logits = model(pixels)
+        if logits.requires_grad:
+            seen.append(logits.detach().double())
+            logits.register_hook(lambda gradient: seen.append(gradient.double()))
+        return logits
+
+    images, labels = torch.rand(6, 3, 2, 2).bfloat16(), torch.tensor([0, 1, 2, 3, 0, 1])
+    natural = torch.randn(6, 4).bfloat16()
+    attack = PGD(eps=0.1, steps=1, step_size=0.1, objective=objective)
+    attack(model, images, forward=forward, labels=labels, natural_logits=natural)
+    logits, gradient = seen
+    rows = zip(logits.tolist(), natural.tolist(), labels.tolist(), strict=True)
+    pulls = [pull_of_logits(objective, z, t, label, None) for z, t, label in rows]
+    torch.testing.assert_close(gradient, torch.tensor(pulls, dtype=torch.float64), rtol=2**-8, atol=1e-5)
+
+
+@each_objective
+def test_the_training_step_goes_on_in_the_same_autocast_region(
+    model: Watched, images: Tensor, labels: Tensor, objective: str
+) -> None:
+    """Autocast keeps the copies of the weights that a pass made; one without a graph would leave no gradient."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        adversarial = linf(objective=objective)(model, images, labels=labels)
+        loss = F.cross_entropy(model(adversarial), labels)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often weights of a shape are cast."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "_to_copy" in str(function) and args[0].shape == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_copy_of_a_weight_outlives_the_attack(model: Watched, images: Tensor) -> None:
+    """Some versions of torch keep the copies that a pass without a graph made; training with them has no gradient."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linf(objective="ikl")(model, images)
+        with Casts((5, 6)) as casts:
+            model(images)
+            assert casts.count == 1
+            model(images)
+            assert casts.count == 1, "autocast keeps copies at all"
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype"),
+    [
+        ("linf", torch.float64),
+        ("linf", torch.float32),
+        ("linf", torch.bfloat16),
+        ("linf", torch.float16),
+        ("l2", torch.float64),
+        ("l2", torch.float32),
+        ("l2", torch.bfloat16),
+    ],
+    ids=str,
+)
+@each_objective
+def test_the_result_has_the_dtype_of_the_images(dtype: torch.dtype, norm: str, objective: str) -> None:
+    model = Watched().eval().to(dtype)
+    images, labels = torch.rand(4, 3, 6, 6).to(dtype), torch.tensor([0, 1, 2, 3])
+    found = linf(norm=norm, objective=objective, eps=0.25, step_size=0.125)(model, images, labels=labels)
+    assert found.dtype == dtype
+    offset = (found - images).double()
+    sizes = offset.flatten(1).norm(dim=1) if norm == "l2" else offset.abs()
+    assert float(sizes.max()) <= 0.25 + {torch.bfloat16: 0.01, torch.float16: 0.001}.get(dtype, 1e-6)
+    assert float(sizes.max()) > 0.1
+
+
+def test_a_gradient_of_0_in_float16() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).half()
+    nn.init.zeros_(model[1].weight)
+    images = torch.rand(2, 3, 2, 2).half()
+    labels = torch.tensor([0, 1])
+    attack = PGD(eps=0.5, steps=2, step_size=0.25, norm="l2", random_start="none")
+    torch.testing.assert_close(attack(model, images, labels=labels), images)
+
+
+@each_norm
+def test_a_gradient_of_0_moves_nothing(images: Tensor, labels: Tensor, norm: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+    nn.init.zeros_(model[1].weight)
+    found = linf(norm=norm, random_start="none")(model, images, labels=labels)
+    torch.testing.assert_close(found, images, rtol=0, atol=1e-7)
+
+
+@each_norm
+def test_a_small_gradient_gives_a_whole_step(images: Tensor, labels: Tensor, norm: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5, bias=False)).double()
+    nn.init.normal_(model[1].weight, std=1e-8)
+    attack = linf(norm=norm, random_start="none", eps=0.5, step_size=0.1, steps=1)
+    images = images.double() * 0.5 + 0.25
+    offset = (attack(model, images, labels=labels) - images).flatten(1)
+    length = offset.norm(dim=1) if norm == "l2" else offset.abs().amax(1)
+    torch.testing.assert_close(length, torch.full((4,), 0.1, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_a_gradient_that_is_a_view(images: Tensor, labels: Tensor) -> None:
+    """A network that begins with a sum over places: the gradient is one number per channel, expanded."""
+    model = nn.Linear(3, 5)
+    attack = linf(random_start="none", steps=1)
+    found = attack(model, images, forward=lambda pixels: model(pixels.sum((2, 3))), labels=labels)
+    assert float((found - images).abs().max()) == pytest.approx(4 / 255, rel=1e-4)
+
+
+@each_norm
+def test_a_batch_of_one(images: Tensor, labels: Tensor, norm: str) -> None:
+    """An image gets alone what it gets in a batch: no step is shared, no mean over the batch hides one."""
+    model = Watched().eval()
+    attack = linf(norm=norm, random_start="none", eps=0.3, step_size=0.1)
+    batch = attack(model, images, labels=labels)
+    for n in range(4):
+        alone = attack(model, images[n : n + 1], labels=labels[n : n + 1])
+        assert alone.shape == (1, 3, 6, 6)
+        torch.testing.assert_close(alone[0], batch[n], rtol=0, atol=1e-5)
+
+
+def random_cases(count: int) -> Iterator[dict[str, Any]]:
+    random = torch.Generator().manual_seed(20)
+
+    def pick(options: Any) -> Any:
+        return options[int(torch.randint(len(options), (), generator=random))]
+
+    for seed in range(count):
+        norm, objective = pick(["linf", "l2"]), pick(["cross_entropy", "soft_cross_entropy", "ikl"])
+        yield {
+            "seed": seed,
+            "norm": norm,
+            "objective": objective,
+            "random_start": pick(["normal", "uniform", *(["none"] if objective == "cross_entropy" else [])]),
+            "shape": pick([(1,), (2,), (5,)]) + pick([(7,), (1, 1, 1), (3, 4, 4), (1, 5, 3), (2, 3), (4, 2, 2, 2)]),
+            "classes": pick([2, 3, 10]),
+            "dtype": pick([torch.float32, torch.float64]),
+            "eps": pick([1e-4, 8 / 255, 0.3, 1.0]),
+            "steps": pick([1, 2, 7]),
+            "relative": pick([0.1, 0.5, 1.0, 3.0]),
+            "ends": pick([0.0, 0.5]),
+        }
+
+
+@pytest.mark.parametrize("case", list(random_cases(60)), ids=lambda case: str(case["seed"]))
+def test_within_the_ball_and_within_0_and_1(case: dict[str, Any]) -> None:
+    torch.manual_seed(case["seed"])
+    images = torch.rand(case["shape"], dtype=case["dtype"])
+    images = torch.where(torch.rand(images.shape) < case["ends"], images.round(), images)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), case["classes"])).to(case["dtype"])
+    labels = torch.randint(case["classes"], (len(images),))
+    names = ("norm", "objective", "random_start", "eps", "steps")
+    size = min(1.0, case["relative"] * case["eps"])
+    attack = PGD(**{name: case[name] for name in names}, step_size=size)
+    found = attack(model, images, labels=labels)
+    assert found.shape == images.shape
+    assert found.dtype == images.dtype
+    assert bool(((found >= 0) & (found <= 1)).all()), "written so that NaN fails"
+    offset = (found - images).flatten(1)
+    sizes = offset.norm(dim=1) if case["norm"] == "l2" else offset.abs().amax(1)
+    assert float(sizes.max()) <= case["eps"] + 2e-7
+
+
+# --- strength in practice --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network that tells three patterns apart, and images that it gets right."""
+    random = torch.Generator().manual_seed(5)
+    patterns = torch.rand(3, 1, 6, 6, generator=random)
+    labels = torch.arange(60) % 3
+    images = (0.25 + 0.5 * patterns[labels] + 0.08 * torch.randn(60, 1, 6, 6, generator=random)).clamp(0, 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    assert bool((model(images).argmax(1) == labels).all())
+    return model, images, labels
+
+
+def objective_of(objective: str, logits: Tensor, natural: Tensor, labels: Tensor) -> float:
+    p = torch.softmax(natural, 1)
+    if objective == "cross_entropy":
+        return float(F.cross_entropy(logits, labels))
+    value = -(p * torch.log_softmax(logits, 1)).sum(1)
+    if objective == "ikl":
+        gaps = (natural - logits)[:, :, None] - (natural - logits)[:, None, :]
+        value = value + (p[:, :, None] * p[:, None, :] * gaps**2).sum((1, 2)) / 4
+    return float(value.mean())
+
+
+@pytest.mark.parametrize("random_start", ["normal", "uniform"])
+@each_objective
+@each_norm
+@torch.no_grad()
+def test_the_objective_rises_with_eps_and_with_steps(
+    trained: tuple[nn.Module, Tensor, Tensor], norm: str, objective: str, random_start: str
+) -> None:
+    model, images, labels = trained
+    natural = model(images)
+
+    def value(eps: float, steps: int) -> float:
+        attack = PGD(eps=eps, steps=steps, step_size=eps / 4, norm=norm, objective=objective, random_start=random_start)
+        found = attack(model, images, labels=labels, generator=seeded())
+        return objective_of(objective, model(found), natural, labels)
+
+    unit = 1.0 if norm == "linf" else 6.0  # the square root of the number of pixels
+    before = objective_of(objective, natural, natural, labels)
+    by_eps = [before, *(value(eps * unit, 10) for eps in (0.01, 0.03, 0.1))]
+    assert by_eps == sorted(by_eps)
+    assert by_eps[-1] > 2 * before + 0.5
+    by_steps = [value(0.1 * unit, steps) for steps in (1, 3, 10)]
+    assert by_steps == sorted(by_steps)
+    assert by_steps[0] > before
+
+
+@each_norm
+@torch.no_grad()
+def test_the_attack_finds_what_noise_does_not(trained: tuple[nn.Module, Tensor, Tensor], norm: str) -> None:
+    model, images, labels = trained
+    eps = 0.15 if norm == "linf" else 0.8
+    found = PGD(eps=eps, steps=10, step_size=eps / 4, norm=norm)(model, images, labels=labels, generator=seeded())
+    noise = torch.randn(images.shape, generator=seeded())
+    noise = eps * (noise.sign() if norm == "linf" else noise / noise.flatten(1).norm(dim=1)[:, None, None, None])
+    accuracy = [float((model(x).argmax(1) == labels).float().mean()) for x in (found, (images + noise).clamp(0, 1))]
+    assert accuracy[0] < 0.3
+    assert accuracy[1] > 0.9
+
+
+# --- refusals: settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "nearest", "known"),
+    [
+        ("norm", "linff", "linf", "l2, linf"),
+        ("norm", "L2", None, "l2, linf"),
+        ("norm", 2, "l2", "l2, linf"),
+        ("random_start", "unifrom", "uniform", "none, normal, uniform"),
+        ("random_start", None, "none", "none, normal, uniform"),
+        ("objective", "crossentropy", "cross_entropy", "cross_entropy, ikl, soft_cross_entropy"),
+        ("objective", "kl", "ikl", "cross_entropy, ikl, soft_cross_entropy"),
+        ("objective", "margin", None, "cross_entropy, ikl, soft_cross_entropy"),
+        ("model_mode", "evaluate", "eval", "eval, train"),
+        ("model_mode", True, None, "eval, train"),
+    ],
+)
+def test_unknown_names(kind: str, name: Any, nearest: str | None, known: str) -> None:
+    hint = f"Did you mean `{nearest}`? " if nearest else ""
+    refused(ValueError, lambda: linf(**{kind: name}), f"PGD: unknown `{kind}` `{name}`. {hint}Known: {known}.")
+
+
+@pytest.mark.parametrize("objective", ["soft_cross_entropy", "ikl"])
+def test_a_start_without_gradient(objective: str) -> None:
+    refused(
+        ValueError,
+        lambda: linf(random_start="none", objective=objective),
+        f"PGD: `random_start` must be 'normal' or 'uniform' with objective='{objective}', got 'none'. At the natural "
+        f"images that objective has no gradient, so that no step would leave them.",
+    )
+    assert linf(random_start="none").random_start == "none"
+
+
+def test_settings_are_named() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        PGD(0.1)  # type: ignore[misc]
+
+
+def test_a_step_may_be_longer_than_the_ball_and_l2_radii_longer_than_1(
+    model: Watched, images: Tensor, labels: Tensor
+) -> None:
+    found = PGD(eps="8/255", steps=2, step_size="16/255")(model, images, labels=labels)
+    assert float((found - images).abs().max()) <= 8 / 255 + 1e-6
+    attack = PGD(eps=3.0, steps=2, step_size=2.0, norm="l2")
+    assert (attack.eps, attack.strength().step_size) == (3.0, pytest.approx(2.0))
+    attack(model, images, labels=labels)
+
+
+# --- refusals: input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda images: (images * 255).to(torch.uint8), "torch.uint8"),
+        (lambda images: images > 0.5, "torch.bool"),
+        (lambda images: images.to(torch.complex64), "torch.complex64"),
+        (lambda images: images.tolist(), "list"),
+        (lambda images: None, "NoneType"),
+    ],
+    ids=["uint8", "bool", "complex", "list", "None"],
+)
+def test_images_that_are_not_floating(model: Watched, images: Tensor, labels: Tensor, make: Any, kind: str) -> None:
+    refused(
+        TypeError,
+        lambda: linf()(model, make(images), labels=labels),
+        f"PGD: `images` must be a floating tensor of pixels in [0, 1], got {kind}. Divide by 255.",
+    )
+    assert model.inputs == []
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 3, 6, 6), (4, 0)], ids=str)
+def test_images_without_a_batch(model: Watched, labels: Tensor, shape: tuple[int, ...]) -> None:
+    refused(
+        ValueError,
+        lambda: linf()(model, torch.zeros(shape), labels=labels),
+        f"PGD: `images` must be a batch (N, C, H, W) of at least one image, got shape {shape}. Give a single image its "
+        f"batch dimension with `.unsqueeze(0)`; skip empty batches.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (-0.5, 0.5, "-0.5 to 0.5"),
+        (0.0, 1.5, "0 to 1.5"),
+        (0.0, 255.0, "0 to 255"),
+        (-2.118, 2.64, "-2.118 to 2.64"),
+        (math.nan, 0.5, "nan to nan"),
+        (0.0, math.inf, "0 to inf"),
+        (-math.inf, 0.5, "-inf to 0.5"),
+    ],
+)
+def test_images_outside_0_and_1(model: Watched, labels: Tensor, low: float, high: float, shown: str) -> None:
+    images = torch.full((4, 3, 6, 6), 0.25)
+    images[0, 0, 0, 0], images[-1, -1, -1, -1] = low, high
+    refused(
+        ValueError,
+        lambda: linf()(model, images, labels=labels),
+        f"PGD: `images` must lie in [0, 1], got values from {shown}. Attack the pixels and normalise behind the "
+        f"attack, inside the model or in `forward`; divide 0..255 by 255.",
+    )
+    assert model.inputs == []
+
+
+def test_l2_radii_beyond_every_image(model: Watched, images: Tensor, labels: Tensor) -> None:
+    """128/255 written as 128. The distance from black to white is sqrt(108) for these images."""
+    refused(
+        ValueError,
+        lambda: linf(norm="l2", eps=128.0)(model, images, labels=labels),
+        "PGD: `eps` must be at most 10.39, as pixels lie in [0, 1], got 128.0. A value meant for pixels of 0..255 is "
+        "written as a fraction, '128/255'.",
+    )
+    linf(norm="l2", eps=10.39)(model, images, labels=labels)
+
+
+def test_a_strength_beyond_every_image(model: Watched, images: Tensor, labels: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^PGD: `eps` must be at most 1, .* \[0, 1\], got 8\.0\. .*'8/255'\.$"):
+        linf()(model, images, labels=labels, strength=Strength(8.0, 1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("strength", "name"),
+    [(Strength(-0.1, 1, 0.1), "eps"), (Strength(0.1, 0, 0.1), "steps"), (Strength(0.1, 1, 0.0), "step_size")],
+)
+def test_a_strength_out_of_range(model: Watched, images: Tensor, labels: Tensor, strength: Strength, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^PGD: `strength: {name}` must be"):
+        linf()(model, images, labels=labels, strength=strength)
+
+
+def test_labels_that_are_missing(model: Watched, images: Tensor) -> None:
+    refused(
+        ValueError,
+        lambda: linf()(model, images),
+        "PGD: `labels` must be given with objective='cross_entropy', got None. Pass the class indices, or use the "
+        "objective 'soft_cross_entropy'.",
+    )
+    for objective in ("soft_cross_entropy", "ikl"):
+        linf(objective=objective)(model, images)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "rule"),
+    [
+        (torch.rand(4), TypeError, "must be a tensor of integer class indices, got torch.float32. "),
+        (torch.rand(4, 5), TypeError, "must be a tensor of integer class indices, got torch.float32. "),
+        (torch.ones(4, dtype=torch.bool), TypeError, "must be a tensor of integer class indices, got torch.bool. "),
+        (torch.tensor([0, 1, 2, 5]), ValueError, "must lie in [0, 4], the classes of the logits, got 5. "),
+        (torch.tensor([0, -100, 2, 3]), ValueError, "must be class indices of at least 0, got -100. "),
+        ([0, 1, 2, 3], TypeError, "must be a tensor of integer class indices, got list. "),
+    ],
+    ids=["float", "soft", "bool", "too large", "ignored", "list"],
+)
+def test_labels_that_are_no_class_indices(
+    model: Watched, images: Tensor, labels: Any, error: type[Exception], rule: str
+) -> None:
+    with pytest.raises(error, match=rf"^PGD: `labels` {re.escape(rule)}\S"):
+        linf()(model, images, labels=labels)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3, dtype=torch.int64), torch.eye(5, dtype=torch.int64)[:4]])
+def test_labels_of_another_shape(model: Watched, images: Tensor, labels: Tensor) -> None:
+    """A batch too short, and one-hot rows."""
+    with pytest.raises(ValueError, match=r"^PGD: `labels` must have shape \(4,\), one class index for each image, got"):
+        linf()(model, images, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [
+        (lambda logits: (logits, logits), "a tuple"),
+        (lambda logits: {"logits": logits}, "a dict"),
+        (lambda logits: None, "a NoneType"),
+        (lambda logits: logits[:, :, None], "shape (4, 5, 1)"),
+        (lambda logits: logits.argmax(1), "shape (4,)"),
+        (lambda logits: logits.sum(), "shape ()"),
+    ],
+    ids=["tuple", "dict", "None", "3-D", "argmax", "scalar"],
+)
+@pytest.mark.parametrize("objective", ["cross_entropy", "ikl"])
+def test_outputs_that_are_no_logits(
+    model: Watched, images: Tensor, labels: Tensor, objective: str, output: Any, kind: str
+) -> None:
+    refused(
+        ValueError,
+        lambda: linf(objective=objective)(model, images, forward=lambda x: output(model(x)), labels=labels),
+        f"PGD: `model` must return logits of shape (N, classes), got {kind}. Name the logits with `forward`, for "
+        f"instance forward=lambda images: model(images)[0].",
+    )
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda model: lambda x: model(x).detach(),
+        lambda model: lambda x: model(x.detach()),  # the parameters have a graph, the images none
+        lambda model: torch.no_grad()(model),
+        lambda model: torch.inference_mode()(model),
+        lambda model: lambda x: F.one_hot(model(x).argmax(1), 5),
+        lambda model: lambda x: F.one_hot(model(x).argmax(1), 5).float(),
+        lambda model: lambda x: model(torch.tensor(x.tolist())),
+    ],
+    ids=["detached", "detached input", "no_grad", "inference_mode", "argmax", "float argmax", "through numbers"],
+)
+@each_objective
+def test_models_without_gradient(model: Watched, images: Tensor, labels: Tensor, objective: str, forward: Any) -> None:
+    flags = [module.training for module in model.modules()]
+    refused(
+        ValueError,
+        lambda: linf(objective=objective)(model, images, forward=forward(model), labels=labels),
+        "PGD: `model` must be differentiable with respect to its input, but its logits carry no gradient. Look for a "
+        "detach(), a torch.no_grad() or an argmax on the way from the images to the logits.",
+    )
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_a_frozen_model_has_a_gradient_all_the_same(model: Watched, images: Tensor, labels: Tensor) -> None:
+    expected = linf()(model, images, labels=labels, generator=seeded())
+    model.requires_grad_(False)
+    assert torch.equal(linf()(model, images, labels=labels, generator=seeded()), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@each_norm
+@each_objective
+def test_weights_that_are_not_finite(
+    model: Watched, images: Tensor, labels: Tensor, norm: str, objective: str, bad: float
+) -> None:
+    with torch.no_grad():
+        model.head.weight[0, 0] = bad
+    before = state(model)
+    with pytest.raises(
+        ValueError,
+        match=rf"^PGD: logits and their gradient must stay finite, but those of the objective '{objective}' do not: "
+        r"its value is (nan|inf)\. Lower the learning rate, or look for the layer that overflows\.$",
+    ):
+        linf(norm=norm, objective=objective)(model, images, labels=labels)
+    assert model.training
+    for name, tensor in state(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_objective_that_overflows(images: Tensor, labels: Tensor) -> None:
+    """Finite logits, of which the label's is the least: their difference is beyond float32."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+    ends = torch.full((4, 5), 3e38).scatter_(1, labels[:, None], -3e38)
+    with pytest.raises(ValueError, match=r"^PGD: .*the objective 'cross_entropy' do not: its value is inf\. "):
+        linf()(model, images, forward=lambda x: model(x) + ends, labels=labels)
+
+
+@each_norm
+def test_gradients_that_are_not_finite(images: Tensor, labels: Tensor, norm: str) -> None:
+    """The square root at 0: under L2 the result is NaN; under L-inf it is the start, as the sign of NaN is 0."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+    attack = linf(norm=norm, random_start="none", steps=1)
+    with pytest.raises(ValueError, match=r"^PGD: .*finite"):
+        attack(model, images, forward=lambda x: model(x + 0 * (x - x.detach()).sqrt()), labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("prior", "error", "rule"),
+    [
+        (torch.full((4, 4), 0.25), ValueError, "`class_prior` must have shape"),
+        (torch.full((4, 5), -0.2), ValueError, "`class_prior` must hold finite weights of at least 0"),
+        ([0.2] * 5, TypeError, "`class_prior` must be a torch.Tensor"),
+    ],
+    ids=["shape", "negative", "list"],
+)
+def test_class_priors_that_do_not_fit(
+    model: Watched, images: Tensor, prior: Any, error: type[Exception], rule: str
+) -> None:
+    with pytest.raises(error, match=re.escape(rule)):
+        linf(objective="ikl")(model, images, class_prior=prior)
+
+
+def test_natural_logits_of_another_shape(model: Watched, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must have one shape, got \(4, 5\) and \(4, 3\)"):
+        linf(objective="ikl")(model, images, natural_logits=torch.zeros(4, 3))
+
+
+def test_natural_logits_that_are_no_tensor(model: Watched, images: Tensor) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^PGD: `natural_logits` must"):
+        linf(objective="ikl")(model, images, natural_logits=(torch.zeros(4, 5),))
+
+
+def test_a_model_that_is_no_module(model: Watched, images: Tensor, labels: Tensor) -> None:
+    with pytest.raises(TypeError, match=r"^PGD: `model` must"):
+        linf()(lambda x: model(x), images, labels=labels)
+
+
+# --- copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda attack: pickle.loads(pickle.dumps(attack))])  # noqa: S301
+def test_copies_attack_alike(model: Watched, images: Tensor, labels: Tensor, duplicate: Any) -> None:
+    for settings in ({"steps": 3, "step_size": "2/255"}, {"budget": "high", "eps_ramp": 0.5}):
+        attack = PGD(eps="8/255", norm="l2", random_start="normal", objective="ikl", model_mode="train", **settings)
+        twin = duplicate(attack)
+        assert vars(twin) == vars(attack)
+        assert repr(twin) == repr(attack)
+        assert twin.strength(3, 8) == attack.strength(3, 8)
+        model.drop.p = 0.0
+        strength = attack.strength(3, 8)
+        one = attack(model, images, strength=strength, generator=seeded())
+        assert torch.equal(twin(model, images, strength=strength, generator=seeded()), one)
+
+
+def test_repr_names_every_setting() -> None:
+    attack = PGD(eps=0.5, steps=2, step_size=0.25, norm="l2", random_start="normal", model_mode="train")
+    assert repr(attack) == (
+        "PGD(eps=0.5, budget=(BudgetRow(until=1.0, steps=2, relative_step=0.5),), eps_ramp=0.0, norm='l2', "
+        "random_start='normal', objective='cross_entropy', model_mode='train')"
+    )

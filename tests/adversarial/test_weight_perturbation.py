@@ -1,0 +1,520 @@
+"""Adversarial weight perturbation against w + gamma ||w|| g / ||g|| summed by hand, and what it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ikl_plugins.adversarial import AdversarialWeightPerturbation
+
+GAMMA = 0.05
+
+
+def refused(error: type[Exception], call: Any, message: str) -> None:
+    """``call`` raises exactly ``error``, and its message is ``message`` from the first to the last character."""
+    with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
+        call()
+    assert caught.type is error
+
+
+class Net(nn.Module):
+    """Weights of 4, 3 and 2 dimensions; biases, affine parameters, and a table that is not called a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.norm = nn.BatchNorm2d(3)
+        self.line = nn.Conv1d(3, 3, 1)
+        self.head = nn.Linear(3, 4)
+        self.position = nn.Parameter(torch.randn(3, 9))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.norm(self.conv(images)).flatten(2) + self.position
+        return self.head(torch.tanh(self.line(features)).mean(2))
+
+
+MOVED = ("conv.weight", "line.weight", "head.weight")
+IMAGES = torch.rand(6, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def loss_of(model: nn.Module, images: Tensor = IMAGES, labels: Tensor = LABELS) -> Tensor:
+    return F.cross_entropy(model(images), labels)
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Tells 0 from -0 and one NaN from another."""
+    return tensor.detach().contiguous().view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(bits(tensor), bits(other[name])), name
+
+
+def length(tensor: Tensor) -> float:
+    return math.sqrt(math.fsum(float(x) ** 2 for x in tensor.detach().double().reshape(-1)))
+
+
+def perturbed_by_hand(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
+    """w + gamma ||w|| g / ||g||, in float64."""
+    return weight.detach().double() + gamma * length(weight) / length(gradient) * gradient.double()
+
+
+def gradients_of(model: nn.Module, images: Tensor = IMAGES, labels: Tensor = LABELS) -> dict[str, Tensor]:
+    """From a copy, so that the model under test sees nothing of it."""
+    twin = copy.deepcopy(model)
+    loss_of(twin, images, labels).backward()
+    return {name: parameter.grad for name, parameter in twin.named_parameters() if parameter.grad is not None}
+
+
+# --- the perturbation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weights_move_up_the_gradient_by_gamma_of_their_length(
+    dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    model, images = Net().to(dtype).to(memory_format=memory_format), IMAGES.to(dtype)
+    before, gradients = values(model), gradients_of(model, images)
+    awp = AdversarialWeightPerturbation(gamma=GAMMA)
+    loss = loss_of(model, images)
+    awp.perturb(model, loss)
+
+    after = values(model)
+    for name, value in after.items():
+        if name in MOVED:
+            expected = perturbed_by_hand(before[name], gradients[name], GAMMA)
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=tolerance)
+            assert length(value - before[name]) == pytest.approx(GAMMA * length(before[name]), rel=1e-4)
+        else:
+            assert torch.equal(bits(value), bits(before[name])), f"{name} is no weight that the perturbation moves"
+    assert loss_of(model, images) > loss + 1e-3, "the perturbation is the direction in which the loss rises"
+    awp.restore()
+    assert_same_bits(values(model), before)
+    assert all(
+        parameter.is_contiguous(memory_format=memory_format) for parameter in model.parameters() if parameter.dim() == 4
+    )
+
+
+def test_gamma_is_5e_3_by_default() -> None:
+    model = Net()
+    before = values(model)
+    AdversarialWeightPerturbation().perturb(model, loss_of(model))
+    for name in MOVED:
+        moved = values(model)[name] - before[name]
+        assert length(moved) == pytest.approx(5e-3 * length(before[name]), rel=1e-3)
+
+
+def test_restored_to_the_bit() -> None:
+    """A copy, not the difference taken back: large weights swallow what is added to them, and -0 + v - v is +0."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight[0] = torch.tensor([1e8, -0.0, 1e-30, -1e-8])
+    before = values(model)
+    awp = AdversarialWeightPerturbation(gamma=0.3)
+    for _ in range(3):
+        awp.perturb(model, model(torch.randn(5, 4)).square().sum())
+        assert not torch.equal(model[0].weight, before["0.weight"])
+        awp.restore()
+        assert_same_bits(values(model), before)
+    awp.restore()  # nothing is perturbed, nothing happens
+    with torch.no_grad():
+        model[0].weight.fill_(2.0)
+    awp.restore()
+    assert bool((model[0].weight == 2.0).all()), "an old copy is not kept"
+
+
+def test_parameters_stay_the_objects_that_the_optimizer_holds() -> None:
+    model = Net()
+    held = dict(model.named_parameters())
+    places = {name: parameter.data_ptr() for name, parameter in held.items()}
+    awp = AdversarialWeightPerturbation(gamma=GAMMA)
+    awp.perturb(model, loss_of(model))
+    awp.restore()
+    for name, parameter in model.named_parameters():
+        assert parameter is held[name]
+        assert parameter.data_ptr() == places[name]
+
+
+def test_grad_and_requires_grad_are_not_touched() -> None:
+    model = Net()
+    model.conv.weight.grad = torch.full_like(model.conv.weight, 7.0)
+    model.line.bias.requires_grad_(False)
+    kept, before = model.conv.weight.grad, {name: p.requires_grad for name, p in model.named_parameters()}
+    awp = AdversarialWeightPerturbation(gamma=GAMMA)
+    with torch.no_grad():
+        loss = torch.enable_grad()(loss_of)(model)
+        awp.perturb(model, loss)
+    awp.restore()
+    assert model.conv.weight.grad is kept
+    assert bool((kept == 7.0).all())
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == ["conv.weight"]
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_frozen_weights_stay() -> None:
+    model = Net()
+    model.conv.weight.requires_grad_(False)
+    before, gradients = values(model), gradients_of(model)
+    AdversarialWeightPerturbation(gamma=GAMMA).perturb(model, loss_of(model))
+    after = values(model)
+    assert torch.equal(after["conv.weight"], before["conv.weight"])
+    for name in ("line.weight", "head.weight"):
+        expected = perturbed_by_hand(before[name], gradients[name], GAMMA)
+        torch.testing.assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_weight_shared_by_two_layers_moves_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    model[2].weight = model[0].weight
+    before = model[0].weight.detach().clone()
+    inputs = torch.rand(4, 3)
+    (gradient,) = torch.autograd.grad(model(inputs).square().sum(), model[0].weight)
+    AdversarialWeightPerturbation(gamma=GAMMA).perturb(model, model(inputs).square().sum())
+    expected = perturbed_by_hand(before, gradient, GAMMA)
+    torch.testing.assert_close(model[0].weight.detach().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_zeros_move_nothing_and_make_no_nan() -> None:
+    """A gradient of 0 (a dead layer) and a weight of 0 (a fresh residual branch)."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    nn.init.zeros_(model[1].weight)  # so the first layer's gradient is 0, and this one has no length
+    before = values(model)
+    awp = AdversarialWeightPerturbation(gamma=GAMMA)
+    awp.perturb(model, model(torch.rand(5, 3)).square().sum())
+    after = values(model)
+    assert_same_bits({name: after[name] + 0.0 for name in before if name != "2.weight"}, before_without(before))
+    assert not torch.equal(after["2.weight"], before["2.weight"])
+    assert all(bool(torch.isfinite(value).all()) for value in after.values())
+
+
+def before_without(before: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value + 0.0 for name, value in before.items() if name != "2.weight"}
+
+
+def test_small_gradients_give_a_whole_step() -> None:
+    """The direction counts, not the size: a loss times 1e-10 perturbs the same."""
+    model, twin = Net(), Net()
+    twin.load_state_dict(model.state_dict())
+    AdversarialWeightPerturbation(gamma=GAMMA).perturb(model, loss_of(model))
+    AdversarialWeightPerturbation(gamma=GAMMA).perturb(twin, loss_of(twin) * 1e-10)
+    for name, value in values(model).items():
+        torch.testing.assert_close(values(twin)[name], value, rtol=1e-4, atol=1e-6)
+
+
+# --- the training step -----------------------------------------------------------------------------------------------
+
+
+def linear_gradient(weight: Tensor, inputs: Tensor, labels: list[int]) -> Tensor:
+    """d/dW of the mean cross entropy of logits W x: the mean of (q - onehot) x', one sample and entry at a time."""
+    gradient = torch.zeros_like(weight)
+    for x, label in zip(inputs, labels, strict=True):
+        logits = [math.fsum(float(w * v) for w, v in zip(row, x, strict=True)) for row in weight]
+        total = math.fsum(math.exp(z) for z in logits)
+        for k, z in enumerate(logits):
+            for d, v in enumerate(x):
+                gradient[k, d] += (math.exp(z) / total - (1.0 if k == label else 0.0)) * float(v) / len(inputs)
+    return gradient
+
+
+def test_the_step_is_taken_with_the_gradient_at_the_perturbed_weights_and_decays_the_restored_ones() -> None:
+    model = nn.Linear(4, 3, bias=False).double()
+    inputs, labels = torch.randn(5, 4, dtype=torch.float64), [0, 2, 1, 1, 0]
+    targets = torch.tensor(labels)
+    weight = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.1)
+    awp = AdversarialWeightPerturbation(gamma=0.2)
+
+    with awp.perturbed(model, F.cross_entropy(model(inputs), targets)):
+        F.cross_entropy(model(inputs), targets).backward()
+    assert torch.equal(bits(model.weight), bits(weight))
+    optimizer.step()
+
+    there = perturbed_by_hand(weight, linear_gradient(weight, inputs, labels), 0.2)
+    gradient = linear_gradient(there, inputs, labels)
+    torch.testing.assert_close(model.weight.grad, gradient, rtol=1e-10, atol=1e-12)
+    expected = weight - 0.5 * (gradient + 0.1 * weight)
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-10, atol=1e-12)
+    here = linear_gradient(weight, inputs, labels)
+    assert float((gradient - here).abs().max()) > 1e-3, "the two gradients differ enough to be told apart"
+
+
+def test_the_context_restores_on_an_exception() -> None:
+    model = Net()
+    before = values(model)
+    awp = AdversarialWeightPerturbation(gamma=GAMMA)
+    seen: list[Tensor] = []
+
+    def fail() -> None:
+        seen.append(model.head.weight.detach().clone())
+        raise KeyError("from the block")
+
+    with pytest.raises(KeyError, match="from the block"), awp.perturbed(model, loss_of(model)):
+        fail()
+    assert not torch.equal(seen[0], before["head.weight"])
+    assert_same_bits(values(model), before)
+    awp.perturb(model, loss_of(model))  # not refused
+    awp.restore()
+
+
+def test_the_graph_of_the_loss_is_used_up() -> None:
+    model = Net()
+    loss = loss_of(model)
+    with AdversarialWeightPerturbation(gamma=GAMMA).perturbed(model, loss):
+        pass
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_autocast_sees_the_perturbed_weights_and_the_restored_ones() -> None:
+    """A host may open one autocast region around the whole training step."""
+    model = Net()
+    model.eval()
+    awp = AdversarialWeightPerturbation(gamma=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        natural = loss_of(model)
+        before = natural.item()
+        awp.perturb(model, natural)
+        perturbed = loss_of(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            expected = loss_of(model).item()
+        perturbed.backward()
+        awp.restore()
+        restored = loss_of(model).item()
+    assert expected > before + 0.05
+    assert perturbed.item() == pytest.approx(expected, rel=1e-6)
+    assert restored == pytest.approx(before, rel=1e-6)
+    assert model.conv.weight.grad is not None
+
+
+# --- epochs ----------------------------------------------------------------------------------------------------------
+
+
+def test_epochs_with_a_perturbation() -> None:
+    assert [epoch for epoch in range(1, 13) if AdversarialWeightPerturbation().active(epoch)] == [10, 11, 12]
+    for warmup in (0, 1):
+        assert AdversarialWeightPerturbation(warmup_epochs=warmup).active(1)
+    awp = AdversarialWeightPerturbation(warmup_epochs=3)
+    assert [awp.active(epoch) for epoch in (1, 2, 3, 4)] == [False, False, True, True]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+CALL = "AdversarialWeightPerturbation.perturb"
+
+
+def test_perturbed_weights_are_not_perturbed_again() -> None:
+    model = Net()
+    before = values(model)
+    awp = AdversarialWeightPerturbation(gamma=GAMMA)
+    awp.perturb(model, loss_of(model))
+    once = values(model)
+    refused(
+        ValueError,
+        lambda: awp.perturb(model, loss_of(model)),
+        f"{CALL}: weights must be restored first, but they are perturbed. Call restore().",
+    )
+    assert_same_bits(values(model), once)
+    awp.restore()
+    assert_same_bits(values(model), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "graph"),
+    [
+        (lambda model: F.cross_entropy(model(IMAGES), LABELS, reduction="none"), (6,), True),
+        (lambda model: loss_of(model).reshape(1), (1,), True),
+        (lambda model: loss_of(model).detach(), (), False),
+        (lambda model: torch.tensor(1.0), (), False),
+    ],
+    ids=["per sample", "one entry", "detached", "constant"],
+)
+def test_losses_that_are_no_scalars_with_a_graph(make: Any, shape: tuple[int, ...], graph: bool) -> None:
+    model = Net()
+    before, loss = values(model), make(model)
+    refused(
+        ValueError,
+        lambda: AdversarialWeightPerturbation().perturb(model, loss),
+        f"{CALL}: `loss` must be a scalar with a graph to the weights, got shape {shape} and requires_grad={graph}. "
+        f"Pass the training loss, not detached.",
+    )
+    assert_same_bits(values(model), before)
+
+
+@pytest.mark.parametrize("case", ["another model", "frozen weights", "only vectors"])
+def test_losses_that_depend_on_no_weight(case: str) -> None:
+    model = Net()
+    loss_from = model
+    if case == "another model":
+        loss_from = Net()
+    elif case == "frozen weights":
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dim() < 2)
+    else:
+        model = loss_from = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(50))
+    before, loss = values(model), loss_of(loss_from)
+    awp = AdversarialWeightPerturbation()
+    refused(
+        ValueError,
+        lambda: awp.perturb(model, loss),
+        f"{CALL}: `loss` must depend on a weight tensor of `model` with at least two dimensions, but it does on none. "
+        f"Pass the model that the loss was computed with, and leave some weights trainable.",
+    )
+    assert_same_bits(values(model), before)
+    good = Net()
+    awp.perturb(good, loss_of(good))  # the refusal left no trace
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"gamma": 0.0}, ValueError, "`gamma` must be a finite number above 0, got 0.0. Choose a value in that range."),
+        ({"gamma": -1}, ValueError, "`gamma` must be a finite number above 0, got -1. Choose a value in that range."),
+        (
+            {"gamma": math.inf},
+            ValueError,
+            "`gamma` must be a finite number above 0, got inf. Choose a value in that range.",
+        ),
+        (
+            {"gamma": "5e-3"},
+            TypeError,
+            "`gamma` must be a finite number above 0, got '5e-3' of type str. Pass a plain Python float.",
+        ),
+        (
+            {"warmup_epochs": -1},
+            ValueError,
+            "`warmup_epochs` must be a finite number of at least 0, got -1. Choose a value in that range.",
+        ),
+        (
+            {"warmup_epochs": None},
+            TypeError,
+            "`warmup_epochs` must be a finite number of at least 0, got None of type NoneType. Pass a plain Python "
+            "float.",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    refused(error, lambda: AdversarialWeightPerturbation(**settings), f"AdversarialWeightPerturbation: {message}")
+
+
+def test_settings_are_named() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        AdversarialWeightPerturbation(5e-3)  # type: ignore[misc]
+
+
+# --- copies and ranks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda awp: pickle.loads(pickle.dumps(awp))])  # noqa: S301
+def test_copies_have_the_settings_and_no_weights_of_the_original(duplicate: Any) -> None:
+    awp = AdversarialWeightPerturbation(gamma=0.25, warmup_epochs=3)
+    twin = duplicate(awp)
+    assert (twin.gamma, twin.warmup_epochs) == (0.25, 3)
+    model, before = (net := Net()), values(net)
+    awp.perturb(model, loss_of(model))
+    other = Net()
+    twin.perturb(other, loss_of(other))  # on its own, not refused as perturbed already
+    twin.restore()
+    assert not torch.equal(model.head.weight, before["head.weight"])
+    awp.restore()
+    assert_same_bits(values(model), before)
+
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from ikl_plugins.adversarial import AdversarialWeightPerturbation
+rank, store, data, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+given = torch.load(data, weights_only=True)
+awp = AdversarialWeightPerturbation(gamma=given["gamma"])
+images, labels = given["images"][rank], given["labels"][rank]
+ends = []
+for memory_format in (torch.contiguous_format, torch.channels_last):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4), nn.Linear(4, 4))
+    model.load_state_dict(given["model"])
+    model = model.to(memory_format=memory_format)
+    # Only rank 1 passes through the last layer: on rank 0 its gradient is None, and the mean is half of rank 1's.
+    logits = model(images) if rank else model[:4](images)
+    loss = nn.functional.cross_entropy(logits, labels)
+    with awp.perturbed(model, loss):
+        perturbed = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    ends.append({"perturbed": perturbed, "restored": model.state_dict(), "grads": grads})
+torch.save(ends, f"{out}{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_take_one_perturbation_that_of_the_averaged_gradients(tmp_path: Path) -> None:
+    """Batches of different size: each rank's mean counts alike, as in data-parallel training."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4), nn.Linear(4, 4))
+    images, labels = [IMAGES[:4], IMAGES[4:]], [LABELS[:4], LABELS[4:]]
+    torch.save(
+        {"model": model.state_dict(), "images": images, "labels": labels, "gamma": GAMMA},
+        tmp_path / "data",
+    )
+    command = [sys.executable, "-c", RANK]
+    paths = [str(tmp_path / name) for name in ("store", "data", "rank")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), *paths], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+
+    F.cross_entropy(model[:4](images[0]), labels[0]).backward()
+    F.cross_entropy(model(images[1]), labels[1]).backward()  # .grad is now the sum over the ranks
+    both = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in range(2)]
+    for zero, one in zip(*both, strict=True):  # contiguous, then channels_last
+        assert zero["grads"] == one["grads"] == []
+        for name, parameter in model.named_parameters():
+            moved = zero["perturbed"][name]
+            assert torch.equal(bits(moved), bits(one["perturbed"][name])), f"ranks part at {name}"
+            for rank in (zero, one):
+                assert torch.equal(bits(rank["restored"][name]), bits(parameter)), name
+            if name.endswith("weight"):
+                expected = perturbed_by_hand(parameter, parameter.grad / 2, GAMMA)
+                torch.testing.assert_close(moved.double(), expected, rtol=1e-6, atol=1e-6)
+                assert not torch.equal(moved, parameter)
+            else:
+                assert torch.equal(bits(moved), bits(parameter)), name
+
+
+def test_a_group_of_one_rank_changes_nothing() -> None:
+    model, twin = Net(), Net()
+    twin.load_state_dict(model.state_dict())
+    AdversarialWeightPerturbation(gamma=GAMMA).perturb(model, loss_of(model))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        AdversarialWeightPerturbation(gamma=GAMMA).perturb(twin, loss_of(twin))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same_bits(values(model), values(twin))
