@@ -5,6 +5,8 @@ Importing this package registers with torchdistill, once:
 - the mid-level losses ``DKLLoss``, ``IKLLoss``, ``GKLLoss`` and, for short, ``DKL``, ``IKL``, ``GKL``;
 - the pre-epoch process ``ikl_pre_epoch_process``;
 - the networks of :mod:`ikl_plugins.models`, each as ``ikl_plugins.<name>``.
+
+``adversarial_forward`` and ``image_folder`` are for ``!import_call``; the first registers a forward process.
 """
 
 try:
@@ -15,16 +17,20 @@ except ImportError as error:
         f"Run: pip install 'ikl_plugins[torchdistill]'"
     ) from error
 
+from .adversarial import AdversarialForward, adversarial_forward
 from .data import image_folder
-from .losses import DKLLoss, GKLLoss, IKLLoss, MidLevelLoss, find_losses
+from .losses import AdversarialLogits, DKLLoss, GKLLoss, IKLLoss, MidLevelLoss, find_losses
 from .processes import ikl_pre_epoch_process
 from .registration import register
 
 __all__ = [
+    "AdversarialForward",
+    "AdversarialLogits",
     "DKLLoss",
     "GKLLoss",
     "IKLLoss",
     "MidLevelLoss",
+    "adversarial_forward",
     "find_losses",
     "ikl_pre_epoch_process",
     "image_folder",

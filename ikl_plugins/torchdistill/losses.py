@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,25 @@ from .. import losses as core
 from ..class_prior import ClassPrior
 from ..functional import LossTerms
 
-__all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "MidLevelLoss", "find_losses"]
+__all__ = ["AdversarialLogits", "DKLLoss", "GKLLoss", "IKLLoss", "MidLevelLoss", "find_losses"]
 
 _SELF = "."  # torchdistill's path of the model itself
 _CROSS_ENTROPY_REDUCTION = {"batchmean": "mean", "sum": "sum", "none": "none"}
-_PROCESS_LINE = "pre_epoch_process: 'ikl_pre_epoch_process'"
+PROCESS_LINE = "pre_epoch_process: 'ikl_pre_epoch_process'"
+
+
+class AdversarialLogits(NamedTuple):
+    """What a model gives in adversarial training: logits (N, C) of the natural and of the adversarial images."""
+
+    natural: Tensor
+    adversarial: Tensor
 
 
 class MidLevelLoss(nn.Module):
     """What the three losses share: ``ce_weight * cross entropy to the labels + ramp * core loss``.
+
+    In adversarial training, where the student's output is :class:`AdversarialLogits`, the adversarial logits are the
+    student's, the natural ones the teacher's unless there is a teacher, and the natural ones meet the labels.
 
     Args:
         student_module_path: the student's module that gives the logits; ``'.'`` for the model itself, any other needs a
@@ -123,8 +133,14 @@ class MidLevelLoss(nn.Module):
             TypeError: targets or logits of the wrong type.
             ValueError: no logits at a module path; targets missing or out of range; epoch boundaries missing.
         """
-        student = self._logits("student", student_io_dict)
-        teacher = self._logits("teacher", teacher_io_dict)
+        views = student_io_dict.get(_SELF, {}).get("output")
+        if isinstance(views, AdversarialLogits):
+            student, labelled = views.adversarial, views.natural
+            teacher = self._logits("teacher", teacher_io_dict) if teacher_io_dict else views.natural
+            self._check_own_places(with_teacher=bool(teacher_io_dict))
+        else:
+            student = labelled = self._logits("student", student_io_dict)
+            teacher = self._logits("teacher", teacher_io_dict)
         training = student.requires_grad
         if training:
             self._check_boundaries()
@@ -137,7 +153,7 @@ class MidLevelLoss(nn.Module):
         if self._epoch is not None:
             loss = loss * core.warmup_factor(self._epoch, self.warmup_epochs)
         if self.ce_weight > 0:
-            loss = loss + self.ce_weight * self._cross_entropy(student, targets)
+            loss = loss + self.ce_weight * self._cross_entropy(labelled, targets)
 
         if training:
             self._batches_seen += 1
@@ -219,7 +235,9 @@ class MidLevelLoss(nn.Module):
         if role == "teacher" and not io_dict:
             raise ValueError(
                 f"{name}: `teacher_module_path` must lead to a teacher, but this config trains without one. Give "
-                f"`models` a `teacher_model` and a `student_model`, and `train` a `teacher` and a `student`."
+                f"`models` a `teacher_model` and a `student_model`, and `train` a `teacher` and a `student`. For "
+                f"adversarial training give `train: model:` the forward_proc of "
+                f"ikl_plugins.torchdistill.adversarial_forward."
             )
         recorded = io_dict.get(path, {})
         if io not in recorded:
@@ -229,6 +247,11 @@ class MidLevelLoss(nn.Module):
                 f"recorded of the {role}: {'; '.join(known) or 'nothing'}. {_hook_lines(role, path, io)}"
             )
         logits = recorded[io]
+        if isinstance(logits, AdversarialLogits):
+            raise ValueError(
+                f"{name}: a teacher must see natural images, but its forward_proc is one of adversarial training. "
+                f"Set `forward_proc: 'forward_batch_only'` under `train: {role}:`."
+            )
         if not isinstance(logits, Tensor):
             what = f"a {type(logits).__name__}"
             if isinstance(logits, Mapping):
@@ -240,6 +263,16 @@ class MidLevelLoss(nn.Module):
             )
         return logits
 
+    def _check_own_places(self, *, with_teacher: bool) -> None:
+        """Refuses a hooked module in adversarial training: it keeps the last of several forwards."""
+        for role in ("student",) if with_teacher else ("student", "teacher"):
+            path, io = self._places[role]
+            if path != _SELF:
+                raise ValueError(
+                    f"{type(self).__name__}: `{role}_module_path` must be '.' in adversarial training, got '{path}' "
+                    f"({io}): a hook records the last of several forwards alone. Set {role}_module_path: '.'."
+                )
+
     def _labels(self, targets: Any) -> Tensor | None:
         """The targets if they are a tensor; whoever needs them checks the rest."""
         if targets is not None and not isinstance(targets, Tensor):
@@ -249,7 +282,7 @@ class MidLevelLoss(nn.Module):
             )
         return targets
 
-    def _cross_entropy(self, student: Tensor, targets: Any) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, targets: Any) -> Tensor:
         name = type(self).__name__
         labels = self._labels(targets)
         if labels is None:
@@ -257,18 +290,18 @@ class MidLevelLoss(nn.Module):
                 f"{name}: `targets` must be given with ce_weight={self.ce_weight}, got None. "
                 f"Pass the labels of the batch, or set ce_weight: 0."
             )
-        expected = (student.shape[0], *student.shape[2:])
-        soft = labels.is_floating_point() and labels.shape == student.shape
+        expected = (logits.shape[0], *logits.shape[2:])
+        soft = labels.is_floating_point() and labels.shape == logits.shape
         if not soft:
-            check.check_targets(name, labels, student.shape[1])
+            check.check_targets(name, labels, logits.shape[1])
             if tuple(labels.shape) != expected:
                 raise ValueError(
-                    f"{name}: `targets` must have shape {expected} for logits of shape {tuple(student.shape)}, got "
+                    f"{name}: `targets` must have shape {expected} for logits of shape {tuple(logits.shape)}, got "
                     f"{tuple(labels.shape)}. Pass one class index per prediction."
                 )
             labels = labels.long()
-        logits = student.float() if torch.finfo(student.dtype).bits < 32 else student
-        return F.cross_entropy(logits, labels, reduction=_CROSS_ENTROPY_REDUCTION[self.core.reduction])
+        wide = logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
+        return F.cross_entropy(wide, labels, reduction=_CROSS_ENTROPY_REDUCTION[self.core.reduction])
 
     def _check_boundaries(self) -> None:
         name = type(self).__name__
@@ -277,7 +310,7 @@ class MidLevelLoss(nn.Module):
             cause = "global_info=True" if prior is not None else f"warmup_epochs={self.warmup_epochs}"
             raise ValueError(
                 f"{name}: {cause} must know where epochs begin, but nobody has said so. Add this line to `train:` of "
-                f"the config (or to each of its stages that uses the loss):\n  {_PROCESS_LINE}"
+                f"the config (or to each of its stages that uses the loss):\n  {PROCESS_LINE}"
             )
         limit = self._batches_per_epoch
         if prior is not None and limit is not None and self._batches_seen >= limit:

@@ -3,8 +3,9 @@
     train:
       pre_epoch_process: 'ikl_pre_epoch_process'
 
-torchdistill never puts a frozen teacher in eval mode, tells no loss where an epoch begins, keeps no state of a loss in
-a checkpoint, and wraps a student in DistributedDataParallel only where the config says so and only on CUDA.
+torchdistill never puts a frozen teacher in eval mode, tells neither a loss nor an attack where an epoch begins, keeps
+no state of a loss in a checkpoint, and wraps a student in DistributedDataParallel only where the config says so and
+only on CUDA.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torchdistill.core.interfaces.pre_epoch_proc import (
 )
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
+from .adversarial import AdversarialForward
 from .losses import MidLevelLoss, find_losses
 
 __all__ = ["ikl_pre_epoch_process"]
@@ -37,6 +39,7 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
     - A frozen teacher is put in eval mode, so that its BatchNorm statistics stay as they are.
     - Each of this package's losses in the criterion is told the epoch and its number of batches, and moved to the
       device.
+    - A forward process of adversarial training is told the epoch and the number of epochs.
     - Class priors join the optimizer's state, in ``param_groups[0]['ikl_plugins']``: whatever saves and loads the
       optimizer, upstream's script with ``--start_epoch`` for one, carries them along.
     - In distributed training a student that nobody has wrapped is wrapped in DistributedDataParallel.
@@ -55,7 +58,7 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
             f"{_CALLER}: `epoch` must be the number of the epoch, 0 for the first, got {epoch!r}. "
             f"Call pre_epoch_process(epoch=...)."
         )
-    stage, first_epoch = _stage_of(box)
+    stage, first_epoch, epochs = _stage_of(box)
     epoch_of_stage = max(1, epoch - first_epoch + 1)
     with_teacher = isinstance(box, DistillationBox)
     if box.distributed:
@@ -66,6 +69,10 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
         _settle_teacher(box, first=epoch_of_stage == 1)
     else:
         default_pre_epoch_process_without_teacher(box, epoch=epoch, **kwargs)
+    process = "student_forward_proc" if with_teacher else "model_forward_proc"
+    forward = getattr(box, process)
+    if isinstance(forward, AdversarialForward):
+        setattr(box, process, forward.in_epoch(epoch_of_stage, epochs))
 
     losses = find_losses(box.criterion)
     for loss in losses.values():
@@ -75,12 +82,13 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
         loss.begin_epoch(epoch_of_stage, _batches(box.train_data_loader))
 
 
-def _stage_of(box: Any) -> tuple[int, int]:
-    """Number of the running stage and of its first epoch."""
+def _stage_of(box: Any) -> tuple[int, int, int]:
+    """Number of the running stage, of its first epoch, and how many epochs it has."""
     stage = getattr(box, "stage_number", None)
     if stage is None:
-        return 1, 0
-    return stage, box.stage_end_epoch - box.train_config[f"stage{stage}"]["num_epochs"]
+        return 1, 0, box.num_epochs
+    epochs = box.train_config[f"stage{stage}"]["num_epochs"]
+    return stage, box.stage_end_epoch - epochs, epochs
 
 
 def _batches(loader: Any) -> int | None:

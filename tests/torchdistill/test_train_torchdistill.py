@@ -23,6 +23,8 @@ CONFIGS = TOOL.parent.parent / "configs" / "torchdistill"
 SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 IKL = CONFIGS / "digits" / "ikl.yaml"
 IKL_PATH = Path("runs/torchdistill/digits/ikl/ikl.pt")
+ADVERSARIAL = CONFIGS / "digits" / "adversarial_ikl.yaml"
+ADVERSARIAL_PATH = Path("runs/torchdistill/digits/adversarial_ikl/adversarial_ikl.pt")
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +90,9 @@ def assert_same(ours, theirs):
 
 
 def test_there_are_the_promised_configs():
-    assert {f"digits/{name}.yaml" for name in ("teacher", "ce", "kd", "dkl", "ikl", "gkl")} <= set(SHIPPED)
+    assert {f"digits/{name}.yaml" for name in ("teacher", "ce", "kd", "dkl", "ikl", "gkl", "adversarial_ikl")} <= set(
+        SHIPPED
+    )
     assert {f"cifar10_folder/{name}.yaml" for name in ("teacher", "ce", "kd", "ikl", "gkl")} <= set(SHIPPED)
     for folder in CONFIGS.iterdir():
         assert (folder / "README.md").is_file()
@@ -105,9 +109,10 @@ def test_each_shipped_config_trains(path, workplace):
     best = Path("runs/torchdistill") / dataset / name / f"{name}.pt"
     assert set(load_checkpoint(best)) == {"model", "optimizer", "lr_scheduler", "best_value", "args"}
     # In the style of the recipes, IKL on CIFAR has no class prior.
-    with_prior = name in ("ikl", "gkl") and path != "cifar10_folder/ikl.yaml"
-    assert set(result["class_prior"]) == ({name} if with_prior else set())
-    assert (f"{name}/weighted_mse" in row) is (name in ("dkl", "ikl", "gkl"))
+    term = name.removeprefix("adversarial_")
+    with_prior = term in ("ikl", "gkl") and path != "cifar10_folder/ikl.yaml"
+    assert set(result["class_prior"]) == ({term} if with_prior else set())
+    assert (f"{term}/weighted_mse" in row) is (term in ("dkl", "ikl", "gkl"))
 
 
 @pytest.mark.parametrize("path", SHIPPED)
@@ -189,6 +194,34 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(workplace, change, stop, ep
         ours.pop("seconds_per_step")
         assert ours.items() <= theirs.items()
     assert resumed["test_accuracy"] == whole["test_accuracy"]
+
+
+def test_a_resumed_adversarial_run_ends_as_the_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def adversarial(start_epoch=0, progress=None):
+        run(shrink(load_config(ADVERSARIAL), epochs=3), seed=5, start_epoch=start_epoch, progress=progress)
+        return load_checkpoint(last_path(ADVERSARIAL_PATH))
+
+    whole = adversarial()
+
+    class StopError(Exception):
+        pass
+
+    def interrupt(step, steps, text):
+        if step == 5:  # in the middle of the second epoch, in which eps is another than in the first
+            raise StopError
+
+    with pytest.raises(StopError):
+        adversarial(progress=interrupt)
+    assert load_checkpoint(last_path(ADVERSARIAL_PATH))["epoch"] == 1
+    resumed = adversarial(start_epoch=1)
+    assert_same(resumed["model"], whole["model"])
+    records = [content["optimizer"]["param_groups"][0]["ikl_plugins"]["ikl"] for content in (resumed, whole)]
+    assert torch.equal(records[0]["matrix"], records[1]["matrix"])
+    for ours, theirs in zip(resumed["history"], whole["history"], strict=True):
+        ours.pop("seconds_per_step")
+        assert ours.items() <= theirs.items()
 
 
 def test_a_killed_process_is_resumed(workplace):
@@ -425,9 +458,20 @@ def test_the_command_trains_and_writes_its_log(workplace):
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
+def launch(*names):
+    """What two processes end with, by the names of the YAML files here: (rank 0's, rank 1's)."""
+    worker = str(Path(__file__).with_name("two_ranks.py"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, *names],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: [torch.load(f"{name}{rank}.pt") for rank in (0, 1)] for name in names}
+
+
 @pytest.fixture
 def two_ranks(workplace):
-    """What two processes end with: {config: (rank 0's, rank 1's)}."""
+    """One process pair's runs of three configs."""
     text = IKL.read_text().replace("batch_size: 64", "batch_size: 4")
     text = re.sub(r"num_epochs: \d+", "num_epochs: 2", text)
     Path("one.yaml").write_text(text)
@@ -450,13 +494,7 @@ def two_ranks(workplace):
     blocks = [f"  stage{n}:\n" + re.sub("^", "  ", stage, flags=re.MULTILINE) for n, stage in enumerate(stages, 1)]
     Path("two_stages.yaml").write_text(head + "\ntrain:\n" + "\n".join(blocks) + "\ntest:\n" + test)
 
-    worker = str(Path(__file__).with_name("two_ranks.py"))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, "."],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: [torch.load(f"{name}{rank}.pt") for rank in (0, 1)] for name in ("one", "two_stages", "drift")}
+    return launch("one", "two_stages", "drift")
 
 
 def test_two_processes_stay_in_step_and_find_the_prior_of_one(two_ranks):
@@ -496,3 +534,49 @@ def test_two_processes_stay_in_step_and_find_the_prior_of_one(two_ranks):
     for name in ("one", "two_stages"):
         shared = two_ranks[name][0]["result"]["class_prior"]["ikl"]
         torch.testing.assert_close(shared, alone["class_prior"]["ikl"], rtol=1e-6, atol=1e-6)
+
+
+def test_two_processes_stay_in_step_in_adversarial_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = ADVERSARIAL.read_text().replace("batch_size: 64", "batch_size: 4")
+    Path("adversarial.yaml").write_text(re.sub(r"num_epochs: \d+", "num_epochs: 2", text))
+    first, second = launch("adversarial")["adversarial"]
+    assert_same(first["end"], second["end"])
+    matrix = first["result"]["class_prior"]["ikl"]
+    assert torch.equal(matrix, second["result"]["class_prior"]["ikl"])
+    torch.testing.assert_close(matrix.sum(1), torch.ones(10))
+    assert not torch.equal(matrix, torch.full((10, 10), 0.1))
+    # Each rank has attacked its own images, with its own draws.
+    last = load_checkpoint(last_path(ADVERSARIAL_PATH))
+    assert all(torch.equal(value, last["model"][name]) for name, value in first["end"].items())
+    start = train_torchdistill.Trainer(load_config("adversarial.yaml"), torch.device("cpu"), 3).model
+    assert not torch.equal(start.conv1.weight, first["end"]["conv1.weight"])
+
+
+# --- adversarial training on the real digits -------------------------------------------------------------------------
+
+
+def test_the_readmes_commands_train_a_network_that_resists(tmp_path, monkeypatch):
+    """The commands of configs/torchdistill/digits/README.md, with a few epochs."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path / "data"))
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (CONFIGS / "digits" / "README.md").read_text(), re.DOTALL | re.M)
+    (tmp_path / "robust.py").write_text(snippet)
+    for folder in ("tools", "configs"):
+        (tmp_path / folder).symlink_to(TOOL.parent.parent / folder)
+    text, changes = re.subn(r"num_epochs: \d+", "num_epochs: 3", ADVERSARIAL.read_text())
+    assert changes == 1
+    (tmp_path / "few.yaml").write_text(text.replace("T_max: 10", "T_max: 3"))
+
+    def command(*arguments):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    command("tools/prepare_data.py", "digits")
+    command("tools/train_torchdistill.py", "few.yaml", "--device", "cpu", "--seed", "0")
+    natural, robust = map(float, command("robust.py", str(last_path(ADVERSARIAL_PATH))).split())
+    assert natural > 70
+    assert robust > 10  # of a network trained on natural images alone 0 remain

@@ -1,10 +1,9 @@
-"""One rank of the test of two processes; torchrun starts it: FOLDER.
+"""One rank of the tests of two processes; torchrun starts it: NAME...
 
-Runs one.yaml, two_stages.yaml and drift.yaml, and writes to FOLDER what the rank ends each with.
+Runs NAME.yaml, one after another, and writes to NAME<rank>.pt what the rank ends each with.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,15 +19,15 @@ class Recorded(Trainer):
         super().save_last(epochs)
 
 
-def main(folder):
+def main(names):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     train_torchdistill.Trainer = Recorded
-    for name in ("one", "two_stages", "drift"):
+    for name in names:
         result = run(load_config(f"{name}.yaml"), seed=3)
-        torch.save({"end": Recorded.end, "result": result}, Path(folder) / f"{name}{dist.get_rank()}.pt")
+        torch.save({"end": Recorded.end, "result": result}, f"{name}{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

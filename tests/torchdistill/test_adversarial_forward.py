@@ -1,0 +1,572 @@
+"""Adversarial training through torchdistill's boxes: the two views, the attack in pixel space, its epochs, refusals."""
+
+import copy
+import logging
+import re
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
+
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torchdistill.common.yaml_util import load_yaml_file
+from torchdistill.core.distillation import get_distillation_box
+from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT
+from torchdistill.core.training import get_training_box
+
+from ikl_plugins.adversarial import PGD, Strength
+from ikl_plugins.torchdistill import AdversarialLogits, IKLLoss, adversarial_forward, find_losses
+
+CLASSES, IMAGES, BATCH = 4, 24, 8
+CPU = torch.device("cpu")
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+NORMALISED = {"mean": list(MEAN), "std": list(STD)}
+WEAK = {"eps": "8/255", "steps": 2, "step_size": "4/255"}
+STAGE = """
+num_epochs: {epochs}
+train_data_loader: &loader
+  dataset_id: 'train'
+  sampler:
+    class_or_func: !import_get
+      key: 'torch.utils.data.RandomSampler'
+    kwargs:
+  kwargs:
+    batch_size: 8
+val_data_loader: *loader
+{models}
+optimizer:
+  key: 'SGD'
+  kwargs:
+    lr: 0.1
+{process}
+criterion:
+  key: 'WeightedSumLoss'
+  kwargs:
+    sub_terms:
+      term:
+        criterion:
+          key: '{key}'
+          kwargs: {loss}
+        weight: 1.0
+"""
+MODEL = """
+model:
+  forward_proc: !import_call
+    key: 'ikl_plugins.torchdistill.adversarial_forward'
+    init:
+      kwargs: {attack}
+"""
+PLACES = {
+    "student_module_path": ".",
+    "student_module_io": "output",
+    "teacher_module_path": ".",
+    "teacher_module_io": "output",
+}
+PROCESS = "pre_epoch_process: 'ikl_pre_epoch_process'"
+
+
+def net(seed=2):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 2), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Flatten(), nn.Linear(72, CLASSES),
+    )  # fmt: skip
+
+
+def channels(values, dtype=torch.float32):
+    return torch.tensor(values, dtype=dtype).reshape(-1, 1, 1)
+
+
+def normalise(pixels):
+    return (pixels - channels(MEAN, pixels.dtype)) / channels(STD, pixels.dtype)
+
+
+def images():
+    generator = torch.Generator().manual_seed(7)
+    pixels = torch.rand(IMAGES, 3, 6, 6, generator=generator)
+    return pixels, torch.randint(CLASSES, (IMAGES,), generator=generator)
+
+
+def dataset():
+    pixels, labels = images()
+    return TensorDataset(normalise(pixels), labels)
+
+
+def stage(folder, *, key="IKLLoss", epochs=4, attack=WEAK, process=PROCESS, models=MODEL, **loss):
+    """The `train:` block of a YAML file."""
+    path = folder / "train.yaml"
+    models = models.format(attack={**NORMALISED, **attack})
+    path.write_text(STAGE.format(epochs=epochs, models=models, process=process, key=key, loss={**PLACES, **loss}))
+    return load_yaml_file(str(path))
+
+
+def make_box(config, model=None, distributed=False):
+    return get_training_box(model or net(), {"train": dataset()}, config, CPU, None, distributed, 1)
+
+
+def train_epoch(box, epoch):
+    torch.manual_seed(100 + epoch)
+    box.pre_epoch_process(epoch=epoch)
+    for x, y, extra in box.train_data_loader:
+        box.post_forward_process(loss=box.forward_process(x, y, extra))
+    box.post_epoch_process()
+
+
+def the_loss(box):
+    (loss,) = find_losses(box.criterion).values()
+    return loss
+
+
+class Record:
+    """What a network has seen and given: (its mode, input, output) of each forward."""
+
+    def __init__(self, model):
+        self.forwards = []
+        model.register_forward_hook(lambda module, inputs, output: self.note(module.training, *inputs, output))
+
+    def note(self, training, inputs, output):
+        self.forwards.append((training, inputs.detach().clone(), output.detach().clone()))
+
+    @property
+    def adversarial(self):
+        """The input of the last batch but one forward: that of the adversarial images."""
+        return self.forwards[-2][1]
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["DKLLoss", "IKLLoss", "GKLLoss"])
+def test_a_step_is_that_of_the_formula(tmp_path, key):
+    settings = {"alpha": 4.0, "beta": 20.0}
+    if key != "DKLLoss":
+        settings["weight_temperature"] = 4.0
+    box = make_box(stage(tmp_path, key=key, ce_weight=1.5, **settings))
+    wide = copy.deepcopy(box.model).double().train()
+    record = Record(box.model)
+    x, y = dataset()[:BATCH]
+    box.pre_epoch_process(epoch=0)
+    loss = box.forward_process(x, y)
+
+    # The authors' order; float64, on the images that were crafted.
+    adversarial, natural = wide(record.adversarial.double()), wide(x.double())
+    expected = oracles.decoupled(key[:3].lower(), adversarial, natural, **settings)
+    rows = torch.arange(BATCH)
+    value = expected.loss("batchmean") - 1.5 * natural.log_softmax(1)[rows, y].mean()
+    torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=1e-5)
+
+    entropy_pull = (natural.softmax(1) - F.one_hot(y, CLASSES)) / BATCH
+    torch.autograd.backward(
+        [adversarial, natural],
+        [expected.student_gradient / BATCH, expected.teacher_gradient / BATCH + 1.5 * entropy_pull],
+    )
+    box.post_forward_process(loss=loss)
+    for ours, theirs in zip(box.model.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs - 0.1 * theirs.grad, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(box.model.buffers(), wide.buffers(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)
+    assert box.model[1].num_batches_tracked == 2  # both views, and not the attack
+
+
+def test_dkl_is_trades(tmp_path):
+    box = make_box(stage(tmp_path, key="DKLLoss", ce_weight=1.0, alpha=6.0, beta=6.0))
+    plain = copy.deepcopy(box.model).train()
+    record = Record(box.model)
+    x, y = dataset()[:BATCH]
+    box.forward_process(x, y).backward()
+    adversarial, natural = plain(record.adversarial), plain(x)
+    divergence = F.kl_div(adversarial.log_softmax(1), natural.softmax(1), reduction="batchmean")
+    (F.cross_entropy(natural, y) + 6.0 * divergence).backward()
+    for ours, theirs in zip(box.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        {**WEAK, "objective": "soft_cross_entropy", "random_start": "normal"},
+        {**WEAK, "objective": "ikl"},
+        {**WEAK, "objective": "cross_entropy", "norm": "l2", "eps": 0.5, "model_mode": "train"},
+        {"eps": "64/255", "eps_ramp": 1.0, "budget": "high"},
+    ],
+)
+def test_the_attack_is_that_of_the_package_in_pixel_space(tmp_path, attack):
+    box = make_box(stage(tmp_path, attack=attack))
+    bare = copy.deepcopy(box.model)
+    record = Record(box.model)
+    pixels, y = images()
+    box.pre_epoch_process(epoch=1)
+    torch.manual_seed(5)
+    box.forward_process(normalise(pixels), y)
+    ours = record.adversarial * channels(STD) + channels(MEAN)
+    pgd = PGD(**attack)
+    strength = pgd.strength(2, 4)
+    torch.manual_seed(5)
+    expected = pgd(bare, pixels, forward=lambda one: bare(normalise(one)), labels=y, strength=strength)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    moved = (ours - pixels).abs()
+    assert moved.max() > strength.eps / 4
+    if pgd.norm == "linf":
+        assert moved.max() <= strength.eps + 1e-5
+    assert ours.min() >= -1e-6
+    assert ours.max() <= 1 + 1e-6
+    # The natural logits of the attack come once, each step has a forward, and then both views train.
+    first = pgd.objective != "cross_entropy"
+    trained = [training for training, *_ in record.forwards]
+    assert trained == [attack.get("model_mode") == "train"] * (first + strength.steps) + [True, True]
+    assert torch.equal(record.forwards[-1][1], normalise(pixels))
+
+
+def test_images_may_be_pixels(tmp_path):
+    pixels, y = images()
+    model = net()
+    record = Record(model)
+    natural, adversarial = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK)](model, pixels, y)
+    assert torch.equal(record.forwards[-1][1], pixels)
+    assert (record.adversarial - pixels).abs().max() <= 8 / 255 + 1e-6
+    assert torch.equal(natural, record.forwards[-1][2])
+    assert torch.equal(adversarial, record.forwards[-2][2])
+
+
+def test_the_attack_leaves_gradients_and_modes_alone(tmp_path):
+    box = make_box(stage(tmp_path))
+    x, y = dataset()[:BATCH]
+    box.pre_epoch_process(epoch=0)
+    box.model[1].eval()  # a frozen layer
+    flags = [module.training for module in box.model.modules()]
+    statistics = box.model[1].running_mean.clone()
+    loss = box.forward_process(x, y)
+    assert all(parameter.grad is None for parameter in box.model.parameters())
+    assert all(parameter.requires_grad for parameter in box.model.parameters())
+    assert [module.training for module in box.model.modules()] == flags
+    assert torch.equal(box.model[1].running_mean, statistics)
+    assert box.model[4].num_batches_tracked == 2
+    loss.backward()
+    before = [parameter.grad.clone() for parameter in box.model.parameters()]
+    box.forward_process(x, y)  # a second batch of an accumulation
+    for parameter, gradient in zip(box.model.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+# --- epochs and the class prior --------------------------------------------------------------------------------------
+
+
+def test_eps_and_steps_follow_the_epochs(tmp_path):
+    config = stage(tmp_path, attack={"eps": 0.4, "eps_ramp": 1.0, "budget": "high"})
+    box, other = make_box(config), make_box(config)
+    strengths = []
+    for epoch in range(4):
+        train_epoch(box, epoch)
+        strengths.append(box.model_forward_proc.strength)
+    expected = [(0.1, 2, 0.1), (0.2, 3, 0.2 * 2 / 3), (0.3, 4, 0.15), (0.4, 5, 0.2)]
+    torch.testing.assert_close(torch.tensor(strengths), torch.tensor(expected))
+    # A box of the same settings has its own epochs.
+    other.pre_epoch_process(epoch=1)
+    assert other.model_forward_proc.strength == strengths[1]
+    assert box.model_forward_proc.strength == strengths[3]
+
+
+def test_a_constant_strength_is_the_attacks_own(tmp_path):
+    box = make_box(stage(tmp_path))
+    assert box.model_forward_proc.strength is None
+    box.pre_epoch_process(epoch=9)
+    assert box.model_forward_proc.strength == Strength(eps=8 / 255, steps=2, step_size=4 / 255)
+    assert re.match(r"AdversarialForward\(PGD\(eps=.*\), mean=\[0\.4, 0\.5, 0\.6\], std=", repr(box.model_forward_proc))
+
+
+def test_each_stage_has_its_own_ramp(tmp_path):
+    attack = {**WEAK, "eps": 0.1, "eps_ramp": 1.0}
+    config = {
+        "stage1": stage(tmp_path, attack=attack, epochs=1),
+        "stage2": stage(tmp_path, attack={**attack, "eps": 0.2}, epochs=2),
+    }
+    box = make_box(config)
+    for epoch, eps in enumerate((0.1, 0.1, 0.2)):
+        torch.manual_seed(0)
+        box.pre_epoch_process(epoch=epoch)
+        assert box.model_forward_proc.strength.eps == pytest.approx(eps)
+        x, y = dataset()[:BATCH]
+        box.post_forward_process(loss=box.forward_process(x, y))
+        box.post_epoch_process()
+
+
+def test_the_prior_holds_the_natural_predictions_of_the_training_forward(tmp_path):
+    box = make_box(stage(tmp_path, global_info=True, num_classes=CLASSES, weight_temperature=2.0))
+    record = Record(box.model)
+    x, y = dataset().tensors
+    torch.testing.assert_close(the_loss(box).class_prior.matrix, torch.full((CLASSES, CLASSES), 0.25))
+    train_epoch(box, 0)
+    assert the_loss(box).class_prior.counts.sum() == 0
+    rows = [
+        (y[(x == image).flatten(1).all(1)], (logits / 2.0).softmax(0))
+        for _, batch, output in record.forwards[3::4]  # two steps, adversarial, natural
+        for image, logits in zip(batch, output, strict=True)
+    ]
+    assert len(rows) == IMAGES
+    by_class = ([row for label, row in rows if label == one] for one in range(CLASSES))
+    expected = torch.stack([torch.stack(some).mean(0) for some in by_class])
+    torch.testing.assert_close(the_loss(box).class_prior.matrix, expected)
+
+    # The next epoch uses it.
+    box.pre_epoch_process(epoch=1)
+    loss = box.forward_process(x, y)
+    wanted = oracles.decoupled(
+        "ikl", record.forwards[-2][2].double(), record.forwards[-1][2].double(), class_prior=expected[y].double()
+    )
+    torch.testing.assert_close(loss.double(), wanted.loss("batchmean"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("process", ["", "pre_epoch_process: 'default_pre_epoch_process_without_teacher'"])
+def test_a_strength_that_changes_needs_the_epochs(tmp_path, process):
+    constant = make_box(stage(tmp_path, process=process))
+    train_epoch(constant, 0)
+    changing = make_box(stage(tmp_path, process=process, attack={**WEAK, "eps_ramp": 0.5}))
+    message = r"must know where epochs begin, but nobody(.|\n)*\n  pre_epoch_process: 'ikl_pre_epoch_process'"
+    with pytest.raises(ValueError, match=message):
+        train_epoch(changing, 0)
+
+
+# --- beside a teacher ------------------------------------------------------------------------------------------------
+
+
+def distillation_box(folder, teacher_proc, **loss):
+    models = MODEL.replace("model:", "student:", 1) + teacher_proc
+    config = stage(folder, models=models, **loss)
+    return get_distillation_box(net(1), net(2), {"train": dataset()}, config, CPU, None, False, 1)
+
+
+def test_a_teacher_takes_the_place_of_the_natural_logits(tmp_path):
+    proc = "teacher: {{forward_proc: 'forward_batch_only', requires_grad: False}}"
+    box = distillation_box(tmp_path, proc, ce_weight=1.0, attack={**WEAK, "eps_ramp": 1.0})
+    student = Record(box.student_model)
+    x, y = dataset()[:BATCH]
+    box.pre_epoch_process(epoch=2)
+    assert box.student_forward_proc.strength.eps == pytest.approx(8 / 255 * 3 / 4)
+    loss = box.forward_process(x, y)
+    (_, _, adversarial), (_, _, natural) = student.forwards[-2:]
+    with torch.no_grad():
+        teacher = box.teacher_model(x)
+    expected = oracles.decoupled("ikl", adversarial.double(), teacher.double()).loss("batchmean")
+    expected += F.cross_entropy(natural.double(), y)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_teacher_is_not_attacked(tmp_path):
+    proc = MODEL.replace("model:", "teacher:", 1).rstrip() + "\n  requires_grad: False\n"
+    box = distillation_box(tmp_path, proc)
+    x, y = dataset()[:BATCH]
+    box.pre_epoch_process(epoch=0)
+    message = r"a teacher must see natural images(.|\n)*'forward_batch_only'` under `train: teacher:`"
+    with pytest.raises(ValueError, match=message):
+        box.forward_process(x, y)
+
+
+# --- the key ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_settings_are_registered_once():
+    key = adversarial_forward(eps="8/255", budget="low", **NORMALISED)
+    assert key == (
+        "ikl_plugins.adversarial_forward(budget='low', eps='8/255', mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])"
+    )
+    held = FORWARD_PROC_FUNC_DICT[key]
+    assert adversarial_forward(budget="low", **NORMALISED, eps="8/255") == key
+    assert FORWARD_PROC_FUNC_DICT[key] is held
+    assert "eps=0.0313" in repr(held)
+    other = adversarial_forward(eps="9/255", budget="low", **NORMALISED)
+    assert other != key
+    assert FORWARD_PROC_FUNC_DICT[key] is held
+    assert FORWARD_PROC_FUNC_DICT[other].attack.eps == pytest.approx(9 / 255)
+
+
+def test_a_key_of_somebody_else_is_refused_and_kept(monkeypatch):
+    key = adversarial_forward(**WEAK)
+    monkeypatch.setitem(FORWARD_PROC_FUNC_DICT, key, print)
+    with pytest.raises(ValueError, match=r"key '.*' must be free, but <built-in function print> holds it\. Register"):
+        adversarial_forward(**WEAK)
+    assert FORWARD_PROC_FUNC_DICT[key] is print
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"step_sizes": 1}, TypeError, r"unknown keyword `step_sizes`\. Did you mean `step_size`\? Known: budget, eps"),
+        ({"means": [0.5]}, TypeError, r"unknown keyword `means`\. Did you mean `mean`\?"),
+        ({"eps": None}, TypeError, r"PGD: `eps` must be a finite number above 0, got None"),
+        ({"eps": "32"}, ValueError, r"PGD: `eps` must be at most 1.*'32/255'"),
+        ({"mean": [0.5]}, ValueError, r"`mean` and `std` must be given together, got no `std`\. Give both of the data"),
+        ({"std": [0.5]}, ValueError, r"`mean` and `std` must be given together, got no `mean`\."),
+        ({"mean": [0.5, 0.5], "std": [0.5]}, ValueError, r"must have one length, got 2 and 1\. Give one number per"),
+        ({"mean": 0.5, "std": 0.5}, TypeError, r"`mean` must be a list of numbers, one per channel, got 0\.5\."),
+        ({"mean": [], "std": []}, TypeError, r"`mean` must be a list of numbers, one per channel, got \[\]\."),
+        ({"mean": "0.5", "std": "0.5"}, TypeError, r"`mean` must be a list of numbers, one per channel, got '0\.5'\."),
+        ({"mean": ["a"], "std": [0.5]}, TypeError, r"`mean` must be a finite number of at least 0, got 'a'"),
+        ({"mean": [0.0], "std": [0.0]}, ValueError, r"`std` must be a finite number above 0, got 0\.0"),
+        ({"mean": [123.7], "std": [58.4]}, ValueError, r"`mean` must hold numbers of at most 1.*\[123\.7\]\. Divide"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change, kind, message):
+    before = set(FORWARD_PROC_FUNC_DICT)
+    with pytest.raises(kind, match=message):
+        adversarial_forward(**{**WEAK, **change})
+    assert set(FORWARD_PROC_FUNC_DICT) == before
+
+
+def test_a_radius_is_needed():
+    with pytest.raises(TypeError, match=r"adversarial_forward: `eps` must be given, the radius"):
+        adversarial_forward(budget="low")
+
+
+# --- batches and models that do not fit ------------------------------------------------------------------------------
+
+
+class DictNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return {"out": self.body(x), "aux": x}
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "message"),
+    [
+        (
+            {},
+            lambda pixels: normalise(pixels),
+            r"must be pixels in \[0, 1\], got values from -.*give the attack the `m",
+        ),
+        ({}, lambda pixels: pixels / 2 - 0.005, r"got values from -0\.00"),
+        ({}, lambda pixels: pixels / 2 + 0.505, r"got values from 0\.5\d* to 1\.00"),
+        (NORMALISED, lambda pixels: normalise(normalise(pixels)), r"once `mean` and `std` are undone, got values from"),
+        (NORMALISED, lambda pixels: 255 * pixels, r"once `mean` and `std` are undone, got .*behind ToTensor"),
+        (NORMALISED, lambda pixels: pixels * torch.nan, r"are undone, got values from nan to nan"),
+        (
+            NORMALISED,
+            lambda pixels: pixels[:, :2],
+            r"one number per channel of the images, got 3 for images of .* 2, 6",
+        ),
+        (NORMALISED, lambda pixels: pixels[:0], r"PGD: `images` must have shape"),
+    ],
+)
+def test_images_that_are_no_pixels_are_refused(settings, batch, message):
+    pixels, y = images()
+    forward = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK, **settings)]
+    with pytest.raises(ValueError, match=message):
+        forward(net(), batch(pixels), y)
+
+
+@pytest.mark.parametrize("batch", [[1, 2], torch.zeros(2, 3, 6, 6, dtype=torch.uint8)])
+def test_a_batch_that_is_no_floating_tensor_is_refused(batch):
+    forward = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK)]
+    with pytest.raises(
+        TypeError, match=r"must be a floating tensor of images, got (list|torch\.uint8)\. Let the trans"
+    ):
+        forward(net(), batch, torch.zeros(2, dtype=torch.long))
+
+
+def test_one_number_serves_all_channels_and_rounding_is_forgiven():
+    pixels, y = images()
+    forward = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK, mean=[0.5], std=[0.25])]
+    model = net().bfloat16()
+    record = Record(model)
+    edge = pixels.round().bfloat16()
+    forward(model, (edge - 0.5) / 0.25 * 1.01, y)
+    assert (record.adversarial * 0.25 + 0.5 - edge).abs().max() <= 8 / 255 + 0.02
+
+
+@pytest.mark.parametrize(("mean", "warned"), [([0.25], True), ([0.0], False)])
+def test_images_that_seem_not_normalised_are_warned_of_once(caplog, mean, warned):
+    pixels, y = images()
+    forward = FORWARD_PROC_FUNC_DICT[adversarial_forward(eps=0.02, steps=1, step_size=0.02, mean=mean, std=[0.5])]
+    with caplog.at_level(logging.WARNING, logger="ikl_plugins"):
+        for epoch in (1, 2):
+            told = forward.in_epoch(epoch, 2)
+            for _ in range(2):
+                told(net(), pixels, y)
+    assert [("no pixel is darker than `mean`" in record.message) for record in caplog.records] == [True] * warned
+
+
+def test_labels_are_needed_for_the_cross_entropy(tmp_path):
+    x, _ = dataset()[:BATCH]
+    box = make_box(stage(tmp_path))
+    with pytest.raises(ValueError, match=r"`targets` must be given with objective='cross_entropy', got None\. Let the"):
+        box.forward_process(x)
+    box = make_box(stage(tmp_path, attack={**WEAK, "objective": "ikl"}))
+    assert box.forward_process(x).requires_grad
+
+
+def test_a_model_that_returns_no_logits_is_refused(tmp_path):
+    box = make_box(stage(tmp_path), model=DictNet())
+    x, y = dataset()[:BATCH]
+    with pytest.raises(ValueError, match=r"must return the tensor of logits, got a dict with the keys 'out', 'aux'\."):
+        box.forward_process(x, y)
+    assert all(module.training for module in box.model.modules())
+
+
+def test_a_sharded_model_is_refused():
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(model)
+    forward = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK)]
+    with pytest.raises(ValueError, match=r"must be whole in each process, got one sharded by FullyShardedDataParallel"):
+        forward(model, *images())
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_hooked_module_is_refused(tmp_path, role):
+    hook = "\n  forward_hook: {{output: ['7']}}\n"
+    config = stage(tmp_path, models=MODEL.rstrip() + hook, **{f"{role}_module_path": "7"})
+    box = make_box(config)
+    x, y = dataset()[:BATCH]
+    message = rf"`{role}_module_path` must be '\.' in adversarial training, got '7' \(output\)(.|\n)*_path: '\.'"
+    with pytest.raises(ValueError, match=message):
+        box.forward_process(x, y)
+
+
+def test_the_loss_takes_the_views_by_itself():
+    loss = IKLLoss(*PLACES.values(), ce_weight=0.5)
+    natural, adversarial = torch.randn(2, 5, 3, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    value = loss({".": {"output": AdversarialLogits(natural=natural, adversarial=adversarial)}}, {}, labels)
+    expected = oracles.decoupled("ikl", adversarial, natural).loss("batchmean")
+    torch.testing.assert_close(value, expected + 0.5 * F.cross_entropy(natural, labels))
+    with pytest.raises(ValueError, match="For adversarial training give `train: model:` the forward_proc of ikl_plug"):
+        loss({".": {"output": natural}}, {}, labels)
+
+
+# --- several ranks: what one process can see of it -------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_wrapper_sees_the_adversarial_images_alone(tmp_path):
+    settings = {"global_info": True, "num_classes": CLASSES, "ce_weight": 1.0}
+    boxes = [make_box(stage(tmp_path, **settings), distributed=distributed) for distributed in (True, False)]
+    for box in boxes:
+        torch.manual_seed(5)
+        box.pre_epoch_process(epoch=0)
+        if box.distributed:
+            record = Record(box.model)
+            assert isinstance(box.model, DistributedDataParallel)
+        x, y = dataset()[:BATCH]
+        for _ in range(2):
+            box.post_forward_process(loss=box.forward_process(x, y))
+    assert len(record.forwards) == 2
+    assert not torch.equal(record.forwards[0][1], x)
+    wrapped, lone = boxes
+    for name, value in lone.model.state_dict().items():
+        torch.testing.assert_close(wrapped.model.module.state_dict()[name], value, msg=name)
