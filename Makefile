@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := demo,test
+FORK_VENV := .venv-fork
+FORK_EXTRAS := mmpretrain_fork,data,test
 
-.PHONY: demo test test-slow lint type bench clean help
+.PHONY: demo test test-slow test-fork lint type bench clean help
 
 help:
 	@echo "make demo       distil a small student on real digits with CE, KL, IKL and GKL; table and plots in runs/demo"
 	@echo "make test       tests, doctests, coverage"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-fork  the MMPretrain tests, in a second environment with the maintained forks (onedl-*)"
 	@echo "make lint       ruff"
 	@echo "make type       mypy"
 	@echo "make bench      time and memory of the losses; table and CSV in runs/bench"
@@ -28,6 +31,14 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
+$(FORK_VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FORK_VENV)
+	$(FORK_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(FORK_EXTRAS)]'
+	touch $@
+
+test-fork: $(FORK_VENV)/installed
+	$(FORK_VENV)/bin/python -m pytest tests/mmpretrain
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +50,4 @@ bench: $(VENV)/installed
 	$(BIN)/python tools/bench.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) $(FORK_VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -1,0 +1,19 @@
+# GKL: as distill_ikl.py, with the class prior raised to the power gamma.
+#
+# python tools/prepare_data.py digits
+# python tools/train_mmpretrain.py configs/mmpretrain/digits/teacher.py
+# python tools/train_mmpretrain.py configs/mmpretrain/digits/distill_gkl.py
+_base_ = "./plain.py"
+
+model = dict(
+    type="DistillationClassifier",
+    teacher="{{ fileDirname }}/teacher.py",
+    teacher_ckpt="runs/mmpretrain/digits/teacher/epoch_10.pth",
+    teacher_val_batches=1,  # logs the accuracy of the teacher on the first validation batch
+    distill_loss=dict(
+        type="GKLLoss", alpha=1.0, beta=4.0, gamma=0.2, temperature=4.0, weight_temperature=4.0, global_info=True
+    ),
+    warmup_epochs=2,
+)
+
+work_dir = "runs/mmpretrain/digits/distill_gkl"

@@ -1,0 +1,311 @@
+"""Adversarial training and robust validation of an ``ImageClassifier``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmpretrain.models import CrossEntropyLoss, LabelSmoothLoss
+from torch import Tensor
+
+from .. import _validation as check
+from ..adversarial import PGD, AdversarialWeightPerturbation, frozen_statistics
+from .classifier import EpochClassifier, term_scalars
+from .metrics import ROBUST_SCORE
+from .pixels import PixelSpace
+
+__all__ = ["AdversarialClassifier"]
+
+_CALLER = "AdversarialClassifier"
+
+
+class AdversarialClassifier(EpochClassifier):
+    r"""An ``ImageClassifier`` that is trained on adversarial images, and validated on them if asked to.
+
+    The loss of a batch, with natural images x and adversarial images x' that the attack makes from them::
+
+        natural_weight * cross entropy(f(x), y) + robust_loss(student = f(x'), teacher = f(x))
+
+    ``robust_loss=dict(type='KLLoss', loss_weight=6.0)`` is TRADES; with ``IKLLoss`` or ``GKLLoss`` it is the paper's.
+    Backbone, neck and head stay where an ``ImageClassifier`` has them, and the plain config tests the checkpoint.
+
+    Args:
+        backbone: as in ``ImageClassifier``.
+        neck: as in ``ImageClassifier``.
+        head: as in ``ImageClassifier``; its loss is the natural cross entropy.
+        attack: keywords of :class:`ikl_plugins.adversarial.PGD`, in pixel units whatever the data preprocessor does:
+            the inner maximisation of the training. The objective ``'ikl'`` is weighed by the class prior of the robust
+            loss if it has one.
+        robust_loss: config of a loss registered by this package.
+        natural_weight: weight of the head's loss, at least 0.
+        label_smoothing: replaces the head's cross entropy by one with labels of ``1 - label_smoothing``, and
+            ``label_smoothing`` spread over all classes; in [0, 1).
+        awp: keywords of :class:`ikl_plugins.adversarial.AdversarialWeightPerturbation`; None for none. The perturbation
+            goes up the whole training loss.
+        augmented_weight: weight of the robust loss of the second view, where the data preprocessor is a
+            ``TwoViewDataPreprocessor``; the natural loss weighs both views alike, the class prior collects the first.
+        val_attack: keywords of the attack in validation and test; None for natural accuracy alone. ``RobustAccuracy``
+            reads what it finds.
+        val_seed: seed of the random start in validation, the same for each batch.
+        pixel_range: value of a white pixel before the data preprocessor: 255, or 1 where the pipeline divides.
+        channels_last: lays weights and images out channels last, which makes convolutions faster on CPUs and under
+            mixed precision on GPUs. Checkpoints are the same.
+        pretrained: as in ``ImageClassifier``.
+        train_cfg: as in ``ImageClassifier``.
+        data_preprocessor: as in ``ImageClassifier``; mean, std and channel order are read from it.
+        init_cfg: as in ``ImageClassifier``.
+
+    Raises:
+        TypeError: a number that is none, or an unknown keyword.
+        ValueError: a value out of range, a class prior of another class count than the head, a head that has no plain
+            cross entropy to smooth.
+
+    Note:
+        The training forward takes the adversarial images first, then the natural ones, as the authors' code does; each
+        has its own batch statistics. Natural logits for the attack are computed once. Both branches of the robust
+        loss carry gradient. Schedules, class prior and AWP need ``custom_hooks = [dict(type='IKLHook')]``.
+
+    References:
+        Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, section 3.4 and algorithm 1; Zhang et al.,
+        Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019 (TRADES).
+    """
+
+    head: Any
+    robust_loss: Any
+
+    def __init__(
+        self,
+        backbone: Any,
+        neck: Any = None,
+        head: Any = None,
+        *,
+        attack: Mapping[str, Any],
+        robust_loss: Any,
+        natural_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        awp: Mapping[str, Any] | None = None,
+        augmented_weight: float | None = None,
+        val_attack: Mapping[str, Any] | None = None,
+        val_seed: int = 0,
+        pixel_range: float = 255.0,
+        channels_last: bool = False,
+        pretrained: str | None = None,
+        train_cfg: Any = None,
+        data_preprocessor: Any = None,
+        init_cfg: Any = None,
+    ) -> None:
+        super().__init__(
+            backbone=backbone, neck=neck, head=head, pretrained=pretrained, train_cfg=train_cfg,
+            data_preprocessor=data_preprocessor, init_cfg=init_cfg,
+        )  # fmt: skip
+        self.attack = _build("attack", PGD, attack)
+        self.val_attack = None if val_attack is None else _build("val_attack", PGD, val_attack)
+        if self.val_attack is not None and self.val_attack.changes:
+            raise ValueError(
+                f"{_CALLER}: `val_attack` must be the same in all epochs, or their accuracies could not be compared, "
+                f"got {self.val_attack}. Leave `eps_ramp` and a budget of several rows to `attack`."
+            )
+        self.awp = None if awp is None else _build("awp", AdversarialWeightPerturbation, awp)
+        self.robust_loss = self.build_loss("robust_loss", robust_loss)
+        self.natural_weight = check.check_number(_CALLER, "natural_weight", natural_weight)
+        self.augmented_weight = augmented_weight
+        if augmented_weight is not None:
+            self.augmented_weight = check.check_number(_CALLER, "augmented_weight", augmented_weight)
+        if label_smoothing:
+            self._smooth_labels(label_smoothing)
+        self.val_seed = val_seed
+        self.pixels = PixelSpace(self.data_preprocessor, pixel_range=pixel_range)
+        self.channels_last = channels_last
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def loss(self, inputs: Tensor | Sequence[Tensor], data_samples: list[Any]) -> dict[str, Tensor]:
+        """The losses of one batch, and what else the log shows.
+
+        Args:
+            inputs: what the data preprocessor hands on, shape (N, C, H, W), or two such views.
+            data_samples: one for each image, with labels.
+
+        Returns:
+            ``loss_ce`` and ``loss_robust``; beside them ``weighted_mse`` and ``soft_cross_entropy``, the two parts of
+            the robust loss (of the first view), ``adversarial_accuracy`` in percent and ``eps``.
+
+        Raises:
+            ValueError: no hook tells the epochs; views and ``augmented_weight`` do not fit; labels that are not hard
+                where hard ones are needed; images that are no pixels behind the preprocessor.
+        """
+        self.check_epochs()
+        self._restore()
+        views = self._views(inputs)
+        data_samples = data_samples * len(views)
+        natural = self._arranged(torch.cat(views) if len(views) > 1 else views[0])
+        labels = self._labels(data_samples)
+        prior = self.robust_loss.class_prior
+        rows = prior.prior(labels) if prior is not None and self.attack.objective == "ikl" else None
+        strength = self.attack.strength(self.epoch, self.epochs)
+        adversarial = self.pixels.to_inputs(
+            self.attack(
+                self, self.pixels.to_pixels(natural), forward=self._pixel_logits, labels=labels, class_prior=rows,
+                strength=strength,
+            )
+        )  # fmt: skip
+        batch = adversarial, natural, data_samples, labels, len(views)
+        if self.awp is not None and self.epoch is not None and self.awp.active(self.epoch):
+            with frozen_statistics(self):
+                losses = self._losses(*batch, observe=False)
+                self.awp.perturb(self, sum(value for name, value in losses.items() if "loss" in name))
+        return {**self._losses(*batch, observe=True), "eps": natural.new_tensor(strength.eps)}
+
+    def predict(self, inputs: Tensor, data_samples: list[Any] | None = None, **kwargs: Any) -> list[Any]:
+        """Predictions of natural images, and under ``val_attack`` of adversarial ones.
+
+        Args:
+            inputs: what the data preprocessor hands on, shape (N, C, H, W).
+            data_samples: one for each image; without labels there is no attack.
+            **kwargs: those of the head.
+
+        Returns:
+            Data samples with ``pred_score`` and ``pred_label``, and under attack ``robust_pred_score``.
+        """
+        inputs = self._arranged(inputs)
+        attacked = self.val_attack is not None and data_samples is not None and "gt_label" in data_samples[0]
+        predictions: list[Any] = super().predict(inputs, data_samples, **kwargs)
+        if self.val_attack is None or not attacked:
+            return predictions
+        adversarial = self.val_attack(
+            self, self.pixels.to_pixels(inputs), forward=self._pixel_logits,
+            labels=self.hard_labels(predictions, "`val_attack`"),
+            generator=torch.Generator(inputs.device).manual_seed(self.val_seed),
+        )  # fmt: skip
+        scores = torch.softmax(self._pixel_logits(adversarial).float(), 1)
+        for sample, score in zip(predictions, scores, strict=True):
+            sample.set_field(score, ROBUST_SCORE)
+        return predictions
+
+    def attach(self, runner: Any) -> None:
+        """Prepares for a run: weights that AWP has perturbed are restored before the optimizer's step.
+
+        Args:
+            runner: MMEngine's runner.
+
+        Raises:
+            ValueError: AWP with several optimizers.
+        """
+        super().attach(runner)
+        if self.awp is None:
+            return
+        optimizer = getattr(runner.optim_wrapper, "optimizer", None)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"{_CALLER}: `awp` must have a single optimizer, whose step comes after the restoration of all "
+                f"weights, got {type(runner.optim_wrapper).__name__}. Use one optimizer, with param groups if need be."
+            )
+        optimizer.register_step_pre_hook(lambda *_: self._restore())
+
+    def end_iteration(self) -> None:
+        """Restores the weights where no optimizer's step has done it, as between those of accumulated gradients."""
+        self._restore()
+
+    def epoch_reasons(self) -> list[str]:
+        """Why this model must know where epochs begin."""
+        reasons = super().epoch_reasons()
+        if self.attack.changes:
+            reasons.append("an `attack` that changes over the epochs")
+        if self.awp is not None:
+            reasons.append("`awp`")
+        return reasons
+
+    def _restore(self) -> None:
+        if self.awp is not None:
+            self.awp.restore()
+
+    def _labels(self, data_samples: list[Any]) -> Tensor | None:
+        """The class indices, if something needs them."""
+        if self.robust_loss.class_prior is not None:
+            return self.hard_labels(data_samples, "the class prior of `robust_loss`")
+        if self.attack.objective == "cross_entropy":
+            return self.hard_labels(data_samples, "the objective 'cross_entropy' of `attack`")
+        return None
+
+    def _views(self, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        views = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        if (len(views) == 2) != (self.augmented_weight is not None) or len(views) > 2:
+            raise ValueError(
+                f"{_CALLER}: `augmented_weight` goes with two views of each image, got {self.augmented_weight} and "
+                f"{len(views)}. For two use data_preprocessor=dict(type='TwoViewDataPreprocessor') and "
+                f"MultiView(num_views=[1, 1]); for one leave `augmented_weight` out."
+            )
+        return views
+
+    def _losses(
+        self,
+        adversarial: Tensor,
+        natural: Tensor,
+        data_samples: list[Any],
+        labels: Tensor | None,
+        views: int,
+        *,
+        observe: bool,
+    ) -> dict[str, Tensor]:
+        adversarial_logits = self.logits(adversarial)
+        feats = self.extract_feat(natural)
+        natural_logits = self.head_logits(feats)
+        losses = self.head_losses(feats, natural_logits, data_samples, self.natural_weight)
+        shares: Sequence[Tensor | None] = [None] * views if labels is None else labels.chunk(views)
+        robust = natural_logits.new_zeros(())
+        for view, (student, teacher, own) in enumerate(
+            zip(adversarial_logits.chunk(views), natural_logits.chunk(views), shares, strict=True)
+        ):
+            # The class prior collects the natural predictions of the training pass, of the first view alone.
+            self.robust_loss.train(observe and self.training and view == 0)
+            weight = 1.0 if view == 0 else self.augmented_weight
+            robust = robust + weight * self.robust_loss(student, teacher, own)
+            if view == 0:
+                losses.update(term_scalars(self.robust_loss))
+        self.robust_loss.train(self.training)
+        losses["loss_robust"] = robust
+        if labels is not None:
+            right = adversarial_logits.detach().argmax(1) == labels
+            losses["adversarial_accuracy"] = 100.0 * right.float().mean()
+        return losses
+
+    def _pixel_logits(self, pixels: Tensor) -> Tensor:
+        return self.logits(self.pixels.to_inputs(pixels))
+
+    def _arranged(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def _smooth_labels(self, label_smoothing: float) -> None:
+        smoothing = check.check_number(_CALLER, "label_smoothing", label_smoothing)
+        if smoothing >= 1:
+            raise ValueError(
+                f"{_CALLER}: `label_smoothing` must be below 1, got {smoothing}. The published value is 0.1."
+            )
+        loss: Any = getattr(self.head, "loss_module", None)
+        if type(loss) is not CrossEntropyLoss or loss.use_soft or loss.use_sigmoid:
+            raise ValueError(
+                f"{_CALLER}: `label_smoothing` goes with a head whose loss is a plain CrossEntropyLoss, got "
+                f"{type(loss).__name__}. Set label_smoothing=0 and give the head the loss it should have."
+            )
+        self.head.loss_module = LabelSmoothLoss(
+            smoothing, num_classes=self.head.num_classes, mode="original", loss_weight=loss.loss_weight
+        )
+
+
+def _build(name: str, kind: type, settings: Any) -> Any:
+    """An object from its keywords; unknown ones are refused with the nearest known."""
+    if not isinstance(settings, Mapping):
+        raise TypeError(
+            f"{_CALLER}: `{name}` must be a dict of keywords of {kind.__name__}, got {type(settings).__name__}. "
+            f"Write {name}=dict(...)."
+        )
+    known = list(inspect.signature(kind).parameters)
+    for keyword in settings:
+        if keyword not in known:
+            raise TypeError(check.unknown_name_message(_CALLER, f"keyword of `{name}`", str(keyword), known))
+    try:
+        return kind(**settings)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{_CALLER}: in `{name}`: {error}") from error

@@ -1,0 +1,264 @@
+"""What the classifiers of this package share: epochs, class priors, labels, logits and the names in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmpretrain.models.classifiers import ImageClassifier
+from mmpretrain.models.heads import ClsHead
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+from ..class_prior import ClassPrior
+
+__all__ = ["EpochClassifier", "term_scalars"]
+
+HOOK_LINE = "custom_hooks = [dict(type='IKLHook')]"
+_CE_KEY = "loss_ce"
+
+
+class EpochClassifier(ImageClassifier):  # type: ignore[misc]  # the base class has no types
+    """An ``ImageClassifier`` that knows the epoch and rolls its class priors; base of the classifiers here.
+
+    It is an ``ImageClassifier`` in every other respect: the same backbone, neck and head under the same names in the
+    checkpoint, the same predictions.
+
+    Args:
+        *args: those of ``ImageClassifier``.
+        **kwargs: those of ``ImageClassifier``; ``head`` must be given.
+
+    Raises:
+        ValueError: there is no head.
+
+    Attributes:
+        epoch: number of the running epoch, 1 for the first; None until ``IKLHook`` has said so.
+        epochs: number of epochs of the training; None likewise.
+        attached: whether ``IKLHook`` has introduced itself.
+    """
+
+    epoch: int | None
+    epochs: int | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch = None
+        self.epochs = None
+        self.attached = False
+        if not self.with_head:
+            raise ValueError(
+                f"{self._name}: `head` must be given, got None. Logits come from the head: "
+                f"head=dict(type='LinearClsHead', num_classes=..., in_channels=...)."
+            )
+
+    # --- epochs ------------------------------------------------------------------------------------------------------
+
+    def attach(self, runner: Any) -> None:
+        """Called by ``IKLHook`` before the training.
+
+        Args:
+            runner: the runner that trains this model.
+        """
+        self.attached = True
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Starts an epoch.
+
+        Args:
+            epoch: its number, 1 for the first.
+            epochs: number of epochs of the training.
+
+        Raises:
+            ValueError: ``epoch`` is below 1.
+        """
+        if epoch < 1:
+            raise ValueError(
+                f"{self._name}.begin_epoch: `epoch` must be at least 1, got {epoch}. Epochs are counted from 1."
+            )
+        self.epoch = epoch
+        self.epochs = epochs
+
+    def end_iteration(self) -> None:
+        """Called after every training iteration."""
+
+    def end_epoch(self) -> None:
+        """Rolls the class priors. All ranks must call this."""
+        for prior in self.class_priors().values():
+            prior.end_epoch()
+
+    def class_priors(self) -> dict[str, ClassPrior]:
+        """The class priors inside this model, by module path."""
+        return {path: module for path, module in self.named_modules() if isinstance(module, ClassPrior)}
+
+    def epoch_reasons(self) -> list[str]:
+        """The settings that must know where epochs begin, empty if none does; subclasses add theirs."""
+        return [f"global_info=True of `{path.rpartition('.')[0]}`" for path in self.class_priors()]
+
+    def check_epochs(self) -> None:
+        """Refuses a training batch if something must know the epoch and nobody has said so.
+
+        Raises:
+            ValueError: the message has the config line that is missing.
+        """
+        if self.epoch is not None or not self.training:
+            return
+        reasons = self.epoch_reasons()
+        if reasons:
+            raise ValueError(
+                f"{self._name}: {' and '.join(reasons)} must know where epochs begin, but nobody has said so. "
+                f"Add this line to the config, or its dict to the `custom_hooks` there:\n  {HOOK_LINE}"
+            )
+
+    # --- logits, labels and losses -----------------------------------------------------------------------------------
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Class scores of what the data preprocessor hands on.
+
+        Args:
+            inputs: shape (N, ...), what the backbone takes.
+
+        Returns:
+            Shape (N, C).
+
+        Raises:
+            ValueError: the head gives something other than a tensor.
+        """
+        return self.head_logits(self.extract_feat(inputs))
+
+    def head_logits(self, feats: Any) -> Tensor:
+        """Class scores of features that :meth:`extract_feat` has given; see :meth:`logits`."""
+        logits = self.head(feats)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{self._name}: `head` must give one tensor of logits, but {type(self.head).__name__} gives a "
+                f"{type(logits).__name__}. Use a head with one set of logits, LinearClsHead for one."
+            )
+        return logits
+
+    def head_losses(
+        self, feats: Any, logits: Tensor, data_samples: Sequence[Any], weight: float = 1.0
+    ) -> dict[str, Any]:
+        """The head's own losses and accuracies, from logits that are already there wherever the head allows that.
+
+        Args:
+            feats: the features.
+            logits: the head's output for them.
+            data_samples: one ``DataSample`` per image.
+            weight: factor of every loss; accuracies keep their value.
+
+        Returns:
+            The head's dict, its key ``loss`` renamed to ``loss_ce``.
+        """
+        # A head with its own way from features to a loss, one with margins for example, is asked for the whole way.
+        if type(self.head).loss is ClsHead.loss:
+            losses = self.head._get_loss(logits, data_samples)
+        else:
+            losses = self.head.loss(feats, data_samples)
+        return {
+            _CE_KEY if name == "loss" else name: _scaled(value, weight) if "loss" in name else value
+            for name, value in losses.items()
+        }
+
+    def hard_labels(self, data_samples: Sequence[Any] | None, needed_by: str) -> Tensor:
+        """The class index of every sample, for whatever needs exactly one.
+
+        Args:
+            data_samples: one ``DataSample`` per image, with ``gt_label``.
+            needed_by: what needs them, for the message.
+
+        Returns:
+            Shape (N,), integer.
+
+        Raises:
+            ValueError: labels are missing, are scores (one-hot, mixup, CutMix), or are several per sample.
+        """
+        if not data_samples or any("gt_label" not in sample for sample in data_samples):
+            raise ValueError(
+                f"{self._name}: every data sample must have a `gt_label`, which {needed_by} needs, but some have none. "
+                f"Let the data set give labels and end the pipeline with PackInputs, or set global_info=False."
+            )
+        if any("gt_score" in sample for sample in data_samples):
+            raise ValueError(
+                f"{self._name}: {needed_by} needs one class per sample, but these samples have a `gt_score` for every "
+                f"class (one-hot, mixup or CutMix labels), and a mixed image has no class of its own. Drop `augments` "
+                f"from `train_cfg` and `to_onehot` from `data_preprocessor`, or set global_info=False."
+            )
+        labels = [sample.gt_label for sample in data_samples]
+        if any(label.numel() != 1 for label in labels):
+            raise ValueError(
+                f"{self._name}: {needed_by} needs one class per sample, but some samples have none or several. "
+                f"Use a data set with one class per image, or set global_info=False."
+            )
+        return torch.cat([label.reshape(1) for label in labels])
+
+    def build_loss(self, key: str, loss: Mapping[str, Any] | nn.Module) -> Any:
+        """A loss between two sets of logits, from its config, with the head's class count filled in.
+
+        Args:
+            key: the key of the model's config, for messages.
+            loss: config dict or module.
+
+        Returns:
+            The module: ``loss(student_logits, teacher_logits, targets)``.
+
+        Raises:
+            TypeError: neither a dict nor a module.
+            ValueError: not such a loss, or its class count is not the head's.
+        """
+        classes = getattr(self.head, "num_classes", None)
+        if isinstance(loss, Mapping):
+            config = dict(loss)
+            if config.get("global_info") and config.get("num_classes") is None:
+                if classes is None:
+                    raise ValueError(
+                        f"{self._name}: `{key}` must give `num_classes` with global_info=True, because "
+                        f"{type(self.head).__name__} has no such attribute. Add num_classes=... to `{key}`."
+                    )
+                config["num_classes"] = classes
+            loss = MODELS.build(config)
+        if not isinstance(loss, nn.Module):
+            raise TypeError(
+                f"{self._name}: `{key}` must be a config dict or a module, got {type(loss).__name__}. "
+                f"Write {key}=dict(type='IKLLoss')."
+            )
+        if not all(hasattr(loss, name) for name in ("class_prior", "last_terms", "end_epoch")):
+            raise ValueError(
+                f"{self._name}: `{key}` must be a loss between two sets of logits, got {type(loss).__name__}. "
+                f"Use one of DKLLoss, IKLLoss, GKLLoss, KLLoss."
+            )
+        own = getattr(loss, "num_classes", None)
+        if own is not None and classes is not None and own != classes:
+            raise ValueError(
+                f"{self._name}: `{key}` must have the class count of the head, got num_classes={own} and a "
+                f"{type(self.head).__name__} with num_classes={classes}. Drop num_classes from `{key}`: it is taken "
+                f"from the head."
+            )
+        return loss
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+
+def term_scalars(loss: Any, scale: float = 1.0) -> dict[str, Tensor]:
+    """The terms of a loss's last value for the log, as they enter the total.
+
+    MMEngine adds up every entry whose name contains "loss", so these names do not.
+
+    Args:
+        loss: a loss of this package; one without terms gives an empty dict.
+        scale: the factor with which its value enters the total.
+
+    Returns:
+        ``weighted_mse`` and ``soft_cross_entropy``, detached, 0-dim.
+    """
+    terms = loss.last_terms
+    return {} if terms is None else {name: scale * term.detach().mean() for name, term in terms._asdict().items()}
+
+
+def _scaled(value: Any, weight: float) -> Any:
+    """A loss entry, a tensor or a list of tensors, times ``weight``."""
+    if weight == 1.0:
+        return value
+    return [weight * entry for entry in value] if isinstance(value, (list, tuple)) else weight * value

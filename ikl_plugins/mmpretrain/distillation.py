@@ -1,0 +1,216 @@
+"""Knowledge distillation for MMPretrain: an image classifier with a teacher, by config alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mmengine.dist
+import numpy
+import torch
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from .. import _validation as check
+from ..losses import warmup_factor
+from .classifier import EpochClassifier, term_scalars
+from .teacher import build_teacher
+
+__all__ = ["DistillationClassifier"]
+
+
+class DistillationClassifier(EpochClassifier):
+    """An ``ImageClassifier`` that also learns from a teacher: ``loss_ce + ramp * distill_weight * distill_loss``.
+
+    In validation, test and inference it is the ``ImageClassifier`` of its backbone, neck and head, and its checkpoint
+    loads into the config of that one. The teacher is frozen and in eval mode, and neither the checkpoint nor the
+    optimizer nor a weight average knows it.
+
+    Args:
+        backbone: config of the student's backbone.
+        neck: config of its neck.
+        head: config of its head.
+        teacher: path of a config, config dict of a model, or the network (see
+            :func:`ikl_plugins.mmpretrain.build_teacher`).
+        teacher_ckpt: file or http(s) address of the teacher's checkpoint.
+        distill_loss: config of DKLLoss, IKLLoss, GKLLoss or KLLoss. With ``global_info=True`` the number of classes is
+            taken from the head.
+        distill_weight: weight of that loss, at least 0.
+        warmup_epochs: it is also multiplied by min(epoch / warmup_epochs, 1), epochs counted from 1; 0 and 1 mean no
+            ramp.
+        ce_weight: weight of the head's own loss, at least 0. It is not ramped.
+        teacher_val_batches: before training, log the teacher's accuracy on so many batches of the validation data.
+        train_cfg: that of ``ImageClassifier``. Mixup and CutMix go with every loss that has no class prior.
+        data_preprocessor: likewise. A teacher with other means, stds or channel order gets its own inputs.
+        pretrained: likewise.
+        init_cfg: likewise.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a value out of range, or a teacher that does not fit.
+
+    Note:
+        A class prior (``global_info=True``) and a ramp must know the epoch: ``custom_hooks = [dict(type='IKLHook')]``.
+        The log shows ``loss_ce``, ``loss_distill`` and the two terms of the latter, ``weighted_mse`` and
+        ``soft_cross_entropy``, weight and ramp included.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        neck: Any = None,
+        head: Any = None,
+        *,
+        teacher: str | Path | Mapping[str, Any] | nn.Module,
+        teacher_ckpt: str | Path | None = None,
+        distill_loss: Mapping[str, Any] | nn.Module | None = None,
+        distill_weight: float = 1.0,
+        warmup_epochs: int = 0,
+        ce_weight: float = 1.0,
+        teacher_val_batches: int = 0,
+        train_cfg: Any = None,
+        data_preprocessor: Any = None,
+        pretrained: str | None = None,
+        init_cfg: Any = None,
+    ) -> None:
+        name = type(self).__name__
+        check.check_number(name, "distill_weight", distill_weight)
+        check.check_number(name, "warmup_epochs", warmup_epochs)
+        check.check_number(name, "ce_weight", ce_weight)
+        if isinstance(teacher_val_batches, bool) or not isinstance(teacher_val_batches, int) or teacher_val_batches < 0:
+            raise ValueError(
+                f"{name}: `teacher_val_batches` must be a number of batches, got {teacher_val_batches!r}. "
+                f"Use 0 to leave the teacher untested."
+            )
+        super().__init__(
+            backbone=backbone, neck=neck, head=head, pretrained=pretrained, train_cfg=train_cfg,
+            data_preprocessor=data_preprocessor, init_cfg=init_cfg,
+        )  # fmt: skip
+        loss = {"type": "IKLLoss"} if distill_loss is None else distill_loss
+        self.distill_loss = self.build_loss("distill_loss", loss)
+        self.distill_weight = distill_weight
+        self.warmup_epochs = warmup_epochs
+        self.ce_weight = ce_weight
+        self.teacher_val_batches = teacher_val_batches
+        self.teacher = build_teacher(teacher, teacher_ckpt, student=self)
+
+    def attach(self, runner: Any) -> None:
+        """Logs the teacher's accuracy on the first validation batches, if ``teacher_val_batches`` asks for it.
+
+        Args:
+            runner: the runner that trains this model. Neither its state nor any random number generator is changed.
+        """
+        super().attach(runner)
+        if self.teacher_val_batches == 0:
+            return
+        logger = MMLogger.get_current_instance()
+        name = type(self).__name__
+        if runner.val_loop is None:
+            logger.warning("%s: the teacher is not tested, because the config has no `val_dataloader`.", name)
+            return
+        with _kept_random_states():
+            right, total, classes = self._test_teacher(runner.val_loop.dataloader)
+        if total == 0:
+            logger.warning("%s: the teacher is not tested: the validation data has no batches or no labels.", name)
+            return
+        accuracy = 100.0 * right / total
+        logger.info("%s: the teacher's top-1 accuracy on %d validation images is %.2f %%.", name, total, accuracy)
+        if right * classes <= total:
+            logger.warning(
+                "%s: the teacher is not better than chance (%.2f %% of %d classes). Check `teacher_ckpt`, the order of "
+                "its classes, and mean, std and to_rgb of its `data_preprocessor`.",
+                name,
+                accuracy,
+                classes,
+            )
+
+    def loss(self, inputs: Tensor, data_samples: Sequence[Any]) -> dict[str, Any]:
+        """The losses of one batch.
+
+        Args:
+            inputs: shape (N, C, H, W), from the data preprocessor.
+            data_samples: one ``DataSample`` per image, with labels.
+
+        Returns:
+            ``loss_ce`` and ``loss_distill``, which add up to the total; ``weighted_mse`` and ``soft_cross_entropy``,
+            the terms of the latter; accuracies, if the head computes them.
+
+        Raises:
+            ValueError: nobody says where epochs begin; labels or class counts that do not fit.
+        """
+        prior = self.distill_loss.class_prior
+        self.check_epochs()
+        labels = None if prior is None else self.hard_labels(data_samples, "the class prior of `distill_loss`")
+        feats = self.extract_feat(inputs)
+        logits = self.head_logits(feats)
+        teacher_logits = self.teacher(inputs)
+        if teacher_logits.shape != logits.shape:
+            raise ValueError(
+                f"{type(self).__name__}: `teacher` must have the class count of the student, got logits of shape "
+                f"{tuple(teacher_logits.shape)} and {tuple(logits.shape)}. Take a teacher that was trained on the same "
+                f"classes."
+            )
+        losses = self.head_losses(feats, logits, data_samples, self.ce_weight)
+        scale = self.distill_weight
+        if self.epoch is not None:
+            scale *= warmup_factor(self.epoch, self.warmup_epochs)
+        losses["loss_distill"] = scale * self.distill_loss(logits, teacher_logits, labels)
+        losses.update(term_scalars(self.distill_loss, scale))
+        return losses
+
+    def epoch_reasons(self) -> list[str]:
+        """The class prior and the ramp."""
+        reasons = super().epoch_reasons()
+        if self.warmup_epochs > 1:
+            reasons.append(f"warmup_epochs={self.warmup_epochs}")
+        return reasons
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillationClassifier:
+        super()._apply(fn, recurse)
+        self.teacher.apply(fn)
+        return self
+
+    @torch.no_grad()
+    def _test_teacher(self, loader: Any) -> tuple[int, int, int]:
+        """Right answers, images and classes of the first validation batches of all ranks."""
+        counts = torch.zeros(2, dtype=torch.int64)
+        classes = 1
+        for batch in islice(_batches(loader), self.teacher_val_batches):
+            data = self.data_preprocessor(batch, False)
+            if not data["data_samples"] or any("gt_label" not in sample for sample in data["data_samples"]):
+                break
+            logits = self.teacher(data["inputs"])
+            classes = logits.shape[1]
+            guesses = logits.argmax(1).tolist()
+            right = sum(guess in sample.gt_label for guess, sample in zip(guesses, data["data_samples"], strict=True))
+            counts += torch.tensor([right, len(guesses)])
+        mmengine.dist.all_reduce(counts)
+        right, total = counts.tolist()
+        return right, total, classes
+
+
+def _batches(loader: Any) -> Iterator[Any]:
+    """The loader's batches, made here: its workers and its own iterator stay as they are."""
+    if getattr(loader, "batch_sampler", None) is None:
+        yield from loader
+        return
+    for indices in loader.batch_sampler:
+        yield loader.collate_fn([loader.dataset[index] for index in indices])
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    """Gives Python's, NumPy's and torch's generators back as they were."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if started else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)

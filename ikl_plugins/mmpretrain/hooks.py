@@ -1,0 +1,193 @@
+"""IKLHook: tells the classifiers of this package where training begins and ends, and keeps it repeatable."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import EMAHook, Hook, SyncBuffersHook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner.checkpoint import find_latest_checkpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..class_prior import ClassPrior
+from .checkpoints import verify
+from .classifier import EpochClassifier
+
+__all__ = ["IKLHook"]
+
+
+class IKLHook(Hook):  # type: ignore[misc]
+    """What the classifiers of this package need from the training loop: ``custom_hooks = [dict(type='IKLHook')]``.
+
+    - Before a checkpoint is loaded or resumed it is read with :func:`ikl_plugins.mmpretrain.checkpoints.verify`.
+    - The classifier hears the number of each epoch. At its end the class priors are rolled, on all ranks and before
+      the checkpoint of the epoch is written.
+    - Random numbers are seeded for each epoch from the run's seed, the epoch and the rank, so that a resumed run draws
+      what the uninterrupted one has drawn.
+    - With an ``EMAHook`` the checkpoint holds the class prior that is in use, not an average of past ones, both under
+      'state_dict' and 'ema_state_dict'.
+
+    With an ``IterBasedTrainLoop`` an epoch is as many iterations as it takes to see the training data once, and random
+    numbers are seeded for each iteration. With any other model the hook verifies and seeds, no more.
+
+    Args:
+        seed_epochs: seed the random numbers of Python, NumPy and torch. They are those of this process; MMEngine seeds
+            the workers of a data loader itself.
+        verify_checkpoints: refuse checkpoints that hold more than data.
+
+    Raises:
+        ValueError: in training, what would give wrong results without a word: several ranks whose model is not
+            wrapped; a wrapper that overwrites the ranks' running sums; a SyncBuffersHook that does so in the middle of
+            an epoch; a checkpoint that must not be read.
+    """
+
+    priority = "ABOVE_NORMAL"  # the priors are rolled before EMAHook, SyncBuffersHook and CheckpointHook see them
+
+    def __init__(self, *, seed_epochs: bool = True, verify_checkpoints: bool = True) -> None:
+        self.seed_epochs = seed_epochs
+        self.verify_checkpoints = verify_checkpoints
+        self._iterations_per_epoch: int | None = None  # None where the loop has epochs of its own
+        self._epoch: int | None = None
+
+    def before_run(self, runner: Any) -> None:
+        """Verifies the checkpoint that the runner is about to read."""
+        if not self.verify_checkpoints or runner._has_loaded:
+            return
+        path = runner._load_from
+        if path is None and runner._resume:
+            path = find_latest_checkpoint(runner.work_dir)
+        if path is not None:
+            verify(path)
+
+    def before_train(self, runner: Any) -> None:
+        """Refuses what would go wrong silently, and introduces the runner to the model."""
+        loop = runner.train_loop
+        by_iteration = isinstance(loop, IterBasedTrainLoop)
+        self._iterations_per_epoch = _iterations_per_epoch(loop.dataloader) if by_iteration else None
+        self._epoch = None
+        _check_ranks(runner, by_iteration)
+        model = _unwrap(runner.model)
+        if get_rank() > 0:
+            _forget_running_sums(model)  # a checkpoint holds those of rank 0, once is enough
+        if isinstance(model, EpochClassifier):
+            model.attach(runner)
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Seeds and begins an epoch of an epoch-based loop."""
+        if self._iterations_per_epoch is not None:
+            return
+        self._seed(runner, runner.epoch)
+        model = _unwrap(runner.model)
+        _forget_running_sums(model)  # saved in the middle of this epoch, which begins anew and sees all images again
+        if isinstance(model, EpochClassifier):
+            model.begin_epoch(runner.epoch + 1, runner.max_epochs)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Seeds each iteration of an iteration-based loop, and begins its epochs."""
+        length = self._iterations_per_epoch
+        if length is None:
+            return
+        self._seed(runner, runner.iter)
+        model = _unwrap(runner.model)
+        epoch = runner.iter // length + 1
+        if epoch != self._epoch and isinstance(model, EpochClassifier):
+            model.begin_epoch(epoch, math.ceil(runner.max_iters / length))
+        self._epoch = epoch
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Ends an iteration, and an epoch of an iteration-based loop."""
+        model = _unwrap(runner.model)
+        if not isinstance(model, EpochClassifier):
+            return
+        model.end_iteration()
+        length = self._iterations_per_epoch
+        if length is not None and (runner.iter + 1) % length == 0:
+            model.end_epoch()
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Ends an epoch of an epoch-based loop."""
+        model = _unwrap(runner.model)
+        if self._iterations_per_epoch is None and isinstance(model, EpochClassifier):
+            model.end_epoch()
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Brings EMAHook's copy up to date; that hook then exchanges it with the model's entries of the checkpoint.
+
+        EMAHook copies or averages buffers in each iteration, so its copy lags behind what the end of the epoch has
+        changed: the class priors, and the statistics that a SyncBuffersHook has averaged over ranks.
+        """
+        model = _unwrap(runner.model)
+        of_priors = {f"{path}.{name}" for path, prior in _priors(model).items() for name, _ in prior.named_buffers()}
+        for hook in runner.hooks:
+            if not isinstance(hook, EMAHook) or not hasattr(hook, "ema_model"):
+                continue
+            copies = dict(hook.ema_model.module.named_buffers())
+            for name, buffer in model.named_buffers():
+                if name in of_priors or not hook.ema_model.update_buffers:
+                    copies[name].copy_(buffer)
+
+    def _seed(self, runner: Any, position: int) -> None:
+        if not self.seed_epochs:
+            return
+        numbers = numpy.random.SeedSequence((runner.seed, position, get_rank())).generate_state(3)
+        python, array, tensor = numbers.tolist()
+        random.seed(python)
+        numpy.random.seed(array)
+        torch.manual_seed(tensor)
+
+
+def _unwrap(model: Any) -> nn.Module:
+    module: nn.Module = model.module if is_model_wrapper(model) else model
+    return module
+
+
+def _forget_running_sums(model: nn.Module) -> None:
+    for prior in _priors(model).values():
+        prior.sums.zero_()
+        prior.counts.zero_()
+
+
+def _priors(model: nn.Module) -> dict[str, ClassPrior]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, ClassPrior)}
+
+
+def _iterations_per_epoch(loader: DataLoader[Any]) -> int:
+    """How many iterations see the training data once."""
+    sampler = loader.sampler
+    if isinstance(sampler, InfiniteSampler):  # its length is that of the data, on every rank
+        batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+        length: int = math.ceil(len(sampler) / (batch_size * get_world_size()))
+        return length
+    return len(loader)
+
+
+def _check_ranks(runner: Any, by_iteration: bool) -> None:
+    """Refuses settings with which several ranks would train apart or lose running sums."""
+    if get_world_size() < 2:
+        return
+    if not is_model_wrapper(runner.model):
+        raise ValueError(
+            f"IKLHook: the model of {get_world_size()} ranks must be wrapped, or each trains for itself on its share "
+            f"of the data, but it is not. Start mmpretrain's tools/train.py with --launcher pytorch."
+        )
+    if not _priors(_unwrap(runner.model)):
+        return
+    if getattr(runner.model, "broadcast_buffers", False):
+        raise ValueError(
+            "IKLHook: `model_wrapper_cfg` must have broadcast_buffers=False, or rank 0's class statistics replace "
+            "those of the others in every iteration. Use model_wrapper_cfg = dict(type='MMDistributedDataParallel', "
+            "broadcast_buffers=False)."
+        )
+    if by_iteration and any(isinstance(hook, SyncBuffersHook) for hook in runner.hooks):
+        raise ValueError(
+            "IKLHook: a SyncBuffersHook must not be there in an iteration-based loop, as it averages the class "
+            "statistics of the ranks in the middle of an epoch. Take it out of `custom_hooks`."
+        )

@@ -1,0 +1,198 @@
+"""DKL, IKL and GKL, and KL as their baseline, with the keywords of OpenMMLab's losses: the core computes.
+
+They are registered in MMEngine's root registry, so the scopes mmpretrain, mmdet, mmseg and mmrazor resolve them all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _validation as check
+from .. import losses as core
+from ..functional import LossTerms
+
+__all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "KLLoss"]
+
+_CORE_REDUCTION = {"mean": "batchmean", "batchmean": "batchmean", "sum": "sum", "none": "none"}
+
+
+class _WithLossWeight(core._DecoupledLoss):
+    """What the three losses share: OpenMMLab's names of the reductions, and ``loss_weight``."""
+
+    def __init__(self, *, loss_weight: float = 1.0, reduction: str = "mean", **core_keywords: Any) -> None:
+        name = type(self).__name__
+        known = {"loss_weight", *inspect.signature(super().__init__).parameters}
+        for keyword in core_keywords:
+            if keyword not in known:
+                raise TypeError(check.unknown_name_message(name, "keyword", keyword, known))
+        check.check_number(name, "loss_weight", loss_weight)
+        super().__init__(reduction=_core_reduction(name, reduction), **core_keywords)
+        self.loss_weight = loss_weight
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The core's forward, times ``loss_weight``; ``last_terms`` carries it as well."""
+        loss = super().forward(student_logits, teacher_logits, targets)
+        if self.loss_weight == 1.0:
+            return loss
+        if self.last_terms is not None:
+            self.last_terms = LossTerms(*(self.loss_weight * term for term in self.last_terms))
+        return self.loss_weight * loss
+
+    def extra_repr(self) -> str:
+        return f"loss_weight={self.loss_weight}, {super().extra_repr()}"
+
+
+class DKLLoss(_WithLossWeight, core.DKLLoss):
+    """:class:`ikl_plugins.DKLLoss` in OpenMMLab's convention; see there for the formula and :class:`IKLLoss` here.
+
+    Args:
+        loss_weight: factor of the loss, at least 0.
+        reduction: ``'mean'``, ``'sum'`` or ``'none'`` (see :class:`IKLLoss`).
+        **core_keywords: ``alpha``, ``beta``, ``temperature``, ``num_classes``, ``check_finite``.
+
+    Raises:
+        TypeError: an unknown keyword, or one of the wrong type.
+        ValueError: a value out of range.
+    """
+
+
+class IKLLoss(_WithLossWeight, core.IKLLoss):
+    """:class:`ikl_plugins.IKLLoss` in OpenMMLab's convention.
+
+    Args:
+        loss_weight: factor of the loss, at least 0.
+        reduction: ``'mean'``, ``'sum'`` or ``'none'``. ``'mean'`` is the mean over samples (over all places, where the
+            logits have some): the core's ``'batchmean'``, which is also accepted under that name. It is not the
+            ``'mean'`` of ``F.kl_div``, which divides by the number of classes as well.
+        **core_keywords: ``alpha``, ``beta``, ``temperature``, ``weight_temperature``, ``global_info``,
+            ``num_classes``, ``check_finite``.
+
+    Raises:
+        TypeError: an unknown keyword (the message names the nearest known one), or one of the wrong type.
+        ValueError: a value out of range.
+
+    Attributes:
+        last_terms: :class:`ikl_plugins.LossTerms` of the last call, ``loss_weight`` included, so that they sum to its
+            value.
+
+    Example:
+        >>> import torch
+        >>> from mmengine.registry import MODELS
+        >>> import ikl_plugins.mmpretrain
+        >>> loss = MODELS.build(dict(type="IKLLoss", loss_weight=2.0))
+        >>> round(loss(torch.zeros(2, 3), torch.zeros(2, 3)).item(), 4)  # twice log 3
+        2.1972
+    """
+
+
+class GKLLoss(_WithLossWeight, core.GKLLoss):
+    """:class:`ikl_plugins.GKLLoss` in OpenMMLab's convention; see :class:`IKLLoss` here.
+
+    Args:
+        loss_weight: factor of the loss, at least 0.
+        reduction: ``'mean'``, ``'sum'`` or ``'none'`` (see :class:`IKLLoss`).
+        **core_keywords: those of :class:`IKLLoss`, and ``gamma``.
+
+    Raises:
+        TypeError: an unknown keyword, or one of the wrong type.
+        ValueError: a value out of range.
+    """
+
+
+class KLLoss(nn.Module):
+    """KL(softmax(teacher / T) || softmax(student / T)) of ``F.kl_div``: the baseline that the others replace.
+
+    With ``temperature=4`` and ``scale_by_temperature_squared=True`` it is the classic distillation loss, with the
+    defaults the robust term of TRADES. The gradient reaches both sides.
+
+    Args:
+        loss_weight: factor of the loss, at least 0.
+        temperature: T, above 0; divides both logits.
+        scale_by_temperature_squared: multiply by T**2, so that the size of the gradient hardly depends on T.
+        reduction: ``'mean'`` (also called ``'batchmean'``), ``'sum'`` or ``'none'``. ``'mean'`` is the mean over
+            samples of the sum over classes, not ``F.kl_div``'s ``'mean'``.
+
+    Raises:
+        TypeError: a number of the wrong type.
+        ValueError: a value out of range.
+
+    Note:
+        Half precision computes in float32, also under autocast.
+
+    Example:
+        >>> import torch
+        >>> from ikl_plugins.mmpretrain import KLLoss
+        >>> KLLoss()(torch.ones(2, 3), torch.zeros(2, 3)).item()
+        0.0
+    """
+
+    # The same interface as the other losses': a loss without a class prior, whose value is one term.
+    class_prior = None
+    global_info = False
+    num_classes = None
+    last_terms = None
+
+    def __init__(
+        self,
+        *,
+        loss_weight: float = 1.0,
+        temperature: float = 1.0,
+        scale_by_temperature_squared: bool = False,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        check.check_number("KLLoss", "loss_weight", loss_weight)
+        check.check_number("KLLoss", "temperature", temperature, positive=True)
+        self.loss_weight = loss_weight
+        self.temperature = temperature
+        self.scale_by_temperature_squared = scale_by_temperature_squared
+        self.reduction = _core_reduction("KLLoss", reduction)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            student_logits: shape (N, C) or (N, C, d1, ...).
+            teacher_logits: same shape.
+            targets: not used; here so that a config may exchange the losses.
+
+        Returns:
+            A 0-dim tensor, or (N, d1, ...) for ``reduction='none'``.
+
+        Raises:
+            TypeError: logits that are not floating tensors.
+            ValueError: shapes that do not fit.
+        """
+        check.check_logits("KLLoss", student_logits, teacher_logits)
+        dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+        student = F.log_softmax(student_logits.to(dtype) / self.temperature, 1)
+        teacher = F.log_softmax(teacher_logits.to(dtype) / self.temperature, 1)
+        # With log probabilities the gradient stays finite where a probability is 0. Autocast keeps all this in float32.
+        rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+        factor = self.loss_weight * (self.temperature**2 if self.scale_by_temperature_squared else 1.0)
+        if self.reduction == "none":
+            return factor * rows
+        return factor * (rows.sum() if self.reduction == "sum" or rows.numel() == 0 else rows.mean())
+
+    def end_epoch(self) -> None:
+        """Nothing to do: there is no class prior."""
+
+    def extra_repr(self) -> str:
+        return (
+            f"loss_weight={self.loss_weight}, temperature={self.temperature}, scale_by_temperature_squared="
+            f"{self.scale_by_temperature_squared}, reduction={self.reduction!r}"
+        )
+
+
+def _core_reduction(caller: str, reduction: str) -> str:
+    if reduction not in _CORE_REDUCTION:
+        raise ValueError(
+            f"{caller}: `reduction` must be one of 'mean', 'sum', 'none', got {reduction!r}. "
+            f"Use 'mean' for the mean over samples."
+        )
+    return _CORE_REDUCTION[reduction]

@@ -1,0 +1,56 @@
+"""What MMEngine and MMPretrain know after ``import ikl_plugins.mmpretrain``, and under which names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mmengine.registry as root
+import mmpretrain.registry as host
+
+from .adversarial import AdversarialClassifier
+from .distillation import DistillationClassifier
+from .hooks import IKLHook
+from .losses import DKLLoss, GKLLoss, IKLLoss, KLLoss
+from .metrics import RobustAccuracy
+from .optim import AutocastOptimWrapper
+from .preprocessing import TwoViewDataPreprocessor
+
+__all__ = ["register"]
+
+# Every OpenMMLab library finds what is in MMEngine's root registry.
+_ENTRIES: tuple[tuple[Any, str, str, Any], ...] = (
+    (root.MODELS, "loss", "DKLLoss", DKLLoss),
+    (root.MODELS, "loss", "IKLLoss", IKLLoss),
+    (root.MODELS, "loss", "GKLLoss", GKLLoss),
+    (root.MODELS, "loss", "KLLoss", KLLoss),
+    (root.HOOKS, "hook", "IKLHook", IKLHook),
+    (root.OPTIM_WRAPPERS, "optimizer wrapper", "AutocastOptimWrapper", AutocastOptimWrapper),
+    (host.MODELS, "model", "AdversarialClassifier", AdversarialClassifier),
+    (host.MODELS, "model", "DistillationClassifier", DistillationClassifier),
+    (host.MODELS, "data preprocessor", "TwoViewDataPreprocessor", TwoViewDataPreprocessor),
+    (host.METRICS, "metric", "RobustAccuracy", RobustAccuracy),
+)
+
+
+def register() -> None:
+    """Registers everything of this adapter; a second call changes nothing.
+
+    Raises:
+        ValueError: somebody else holds one of the names. Nothing is registered then.
+    """
+    for registry, kind, name, ours in _ENTRIES:
+        # The same name in another library's registry would hide that of the root.
+        for where in (registry, *registry.children.values()):
+            holder = where.module_dict.get(name)
+            if holder is not None and _full_name(holder) != _full_name(ours):
+                raise ValueError(
+                    f"ikl_plugins.mmpretrain: the {kind} name '{name}' must be free, but {_full_name(holder)} holds it "
+                    f"in the registry of {where.scope}. Register that one under another name."
+                )
+    for registry, _, name, ours in _ENTRIES:
+        if registry.module_dict.get(name) is not ours:
+            registry.register_module(name=name, module=ours, force=True)
+
+
+def _full_name(holder: Any) -> str:
+    return f"{holder.__module__}.{getattr(holder, '__qualname__', type(holder).__qualname__)}"

@@ -1,0 +1,224 @@
+"""The teacher of a distillation: built, filled with weights, checked, and kept out of everything that is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.model.weight_init import PretrainedInit
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+from .checkpoints import load_weights
+from .classifier import EpochClassifier
+from .pixels import PixelSpace
+
+__all__ = ["TeacherHolder", "build_teacher"]
+
+_SHOWN = 4  # names in a message
+_PLAIN_KEYS = ("backbone", "neck", "head", "pretrained", "data_preprocessor", "init_cfg")
+_EXTRAS = ("distill_loss.", "robust_loss.", "data_preprocessor.")
+_INLINE = "teacher=dict(type='ImageClassifier', backbone=..., head=...)"
+
+
+class TeacherHolder:
+    """Holds a frozen network outside the module tree.
+
+    No checkpoint, optimizer, weight average or data-parallel wrapper sees it. A copy of the model shares the teacher:
+    ``copy.deepcopy`` of the holder is the holder. Its owner forwards ``.to()``, ``.half()`` and the like to
+    :meth:`apply`.
+
+    Args:
+        module: the network; its parameters are frozen and it is put in eval mode.
+        conversion: from the student's inputs to the teacher's; None where they are the same.
+
+    Attributes:
+        module: the network.
+        num_classes: number of classes if its head says so, else None.
+    """
+
+    def __init__(self, module: nn.Module, conversion: Callable[[Tensor], Tensor] | None = None) -> None:
+        module.eval()  # some of MMPretrain's networks return nothing from it
+        self.module = module.requires_grad_(False)
+        self.conversion = conversion
+        self.num_classes: int | None = getattr(getattr(module, "head", None), "num_classes", None)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The teacher's logits, under the caller's autocast.
+
+        Args:
+            inputs: the student's inputs, shape (N, C, H, W).
+
+        Returns:
+            Shape (N, classes), without gradient.
+
+        Raises:
+            ValueError: the network gives something else.
+        """
+        if self.module.training:  # somebody else holds it as well
+            self.module.eval()
+        logits = self.module(inputs if self.conversion is None else self.conversion(inputs))
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(
+                f"teacher: `{type(self.module).__name__}` must give logits of shape (N, C), got {what}. "
+                f"Use a classifier with a head that has one set of logits."
+            )
+        return logits
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies what ``nn.Module._apply`` does to the owner's tensors."""
+        self.module._apply(function)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TeacherHolder:
+        return self
+
+
+def build_teacher(
+    teacher: str | Path | Mapping[str, Any] | nn.Module,
+    teacher_ckpt: str | Path | None = None,
+    *,
+    student: EpochClassifier,
+) -> TeacherHolder:
+    """A teacher from a config, with its weights, checked against the student.
+
+    Args:
+        teacher: path of a config file, whose ``model`` is built with its ``data_preprocessor``; or config dict of a
+            model; or the network itself. Of a classifier of this package the plain ``ImageClassifier`` inside is built.
+        teacher_ckpt: file or http(s) address of its checkpoint. Without one a network keeps the weights that it has,
+            and a config must name pretrained weights itself.
+        student: the classifier that it will teach.
+
+    Returns:
+        The holder. Where mean, std or channel order of the teacher's data preprocessor are not the student's, the
+        holder converts; a config dict or a network without data preprocessor sees the student's inputs. Padding is
+        left as the student has it.
+
+    Raises:
+        TypeError: ``teacher`` is none of these.
+        ValueError: a file is missing; weights do not fit the network or are missing; class counts differ.
+    """
+    caller = type(student).__name__
+    origin = ""
+    if isinstance(teacher, nn.Module):
+        module = teacher
+    else:
+        if isinstance(teacher, (str, Path)):
+            origin = str(teacher)
+            config = _read_config(caller, origin)
+        elif isinstance(teacher, Mapping):
+            config = copy.deepcopy(dict(teacher))
+        else:
+            raise TypeError(
+                f"{caller}: `teacher` must be the path of a config, a config dict or a module, got "
+                f"{type(teacher).__name__}. Write teacher='configs/.../teacher.py' or {_INLINE}."
+            )
+        config = _plain(config)
+        own_inputs = config.get("data_preprocessor") is not None or bool(origin)
+        module = MODELS.build(config)
+        if teacher_ckpt is None:
+            _initialise(caller, module, config)
+    if teacher_ckpt is not None:
+        _load(caller, module, str(teacher_ckpt), origin)
+
+    conversion = None
+    if isinstance(teacher, nn.Module) or own_inputs:
+        conversion = _conversion(student, module)
+    holder = TeacherHolder(module, conversion)
+    classes = getattr(student.head, "num_classes", None)
+    if None not in (classes, holder.num_classes) and classes != holder.num_classes:
+        raise ValueError(
+            f"{caller}: `teacher` must have the class count of the student, got {holder.num_classes} and {classes} "
+            f"classes. Take a teacher that was trained on the same classes, or correct num_classes of a head."
+        )
+    return holder
+
+
+def _read_config(caller: str, path: str) -> dict[str, Any]:
+    if not Path(path).expanduser().is_file():
+        raise ValueError(
+            f"{caller}: `teacher` must be the path of a config file, but there is none at {path} (seen from "
+            f"{Path.cwd()}). Correct the path, or write {_INLINE}."
+        )
+    file = Config.fromfile(str(Path(path).expanduser()))
+    model = file.get("model")
+    if not isinstance(model, Mapping):
+        raise ValueError(f"{caller}: `teacher` must be a config with a `model`, but {path} has none. Name another one.")
+    config = copy.deepcopy(dict(model))
+    if config.get("data_preprocessor") is None:
+        config["data_preprocessor"] = copy.deepcopy(file.get("data_preprocessor")) or {}
+    return config
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a classifier of this package the classifier that its checkpoint loads into."""
+    kind = config.get("type")
+    cls = MODELS.get(kind) if isinstance(kind, str) else kind
+    if isinstance(cls, type) and issubclass(cls, EpochClassifier):
+        return {"type": "ImageClassifier", **{key: config[key] for key in _PLAIN_KEYS if key in config}}
+    return config
+
+
+def _initialise(caller: str, module: Any, config: Mapping[str, Any]) -> None:
+    """Loads the pretrained weights that a config names, or refuses: nobody wants an untrained teacher."""
+    if not _names_weights(config):
+        raise ValueError(
+            f"{caller}: `teacher_ckpt` must be given, got None, and the teacher's config names no pretrained weights: "
+            f"an untrained teacher teaches noise. Write teacher_ckpt='....pth', or give the teacher "
+            f"init_cfg=dict(type='Pretrained', checkpoint=...)."
+        )
+    module.init_weights()
+
+
+def _names_weights(config: Any) -> bool:
+    if isinstance(config, Mapping):
+        if config.get("pretrained") or config.get("type") in ("Pretrained", "PretrainedInit", PretrainedInit):
+            return True
+        return any(_names_weights(value) for value in config.values())
+    return isinstance(config, (list, tuple)) and any(map(_names_weights, config))
+
+
+def _load(caller: str, module: nn.Module, path: str, origin: str) -> None:
+    """Loads a checkpoint whose names and shapes are exactly those of the network."""
+    if not path.startswith(("http://", "https://")) and not Path(path).expanduser().is_file():
+        train = origin or "TEACHER_CONFIG"
+        raise ValueError(
+            f"{caller}: `teacher_ckpt` must be a checkpoint file, but there is none at {path} (seen from "
+            f"{Path.cwd()}). Correct the path, or train the teacher first: "
+            f"python tools/train_mmpretrain.py {train}"
+        )
+    own = module.state_dict()
+    weights = {key: value for key, value in load_weights(path).items() if key in own or not key.startswith(_EXTRAS)}
+    shapes = [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    found = "" if not shapes else f"; other shapes: {_some(shapes)}"
+    if not shapes:
+        # Only now, after the hooks with which some backbones rename the keys of foreign checkpoints.
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+        found += f"; missing: {_some(missing)}" if missing else ""
+        found += f"; unexpected: {_some(unexpected)}" if unexpected else ""
+    if found:
+        raise ValueError(
+            f"{caller}: `teacher_ckpt` must be a checkpoint of the network in `teacher`, but {path} does not fit it"
+            f"{found}. Name the config that the checkpoint was trained with, or another checkpoint."
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _conversion(student: EpochClassifier, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    theirs = getattr(module, "data_preprocessor", None)
+    if theirs is None:
+        return None
+    return PixelSpace(student.data_preprocessor).conversion_to(PixelSpace(theirs))

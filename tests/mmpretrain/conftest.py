@@ -1,0 +1,48 @@
+"""A small network of MMPretrain, and batches as its data loaders give them."""
+
+import warnings
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    # mmcv-lite says at its import which operators it lacks.
+    warnings.simplefilter("ignore")
+    pytest.importorskip("mmpretrain.models", reason="the MMPretrain adapter needs mmpretrain")
+
+from mmpretrain.structures import DataSample
+
+CLASSES = 3
+
+
+@pytest.fixture
+def small_network():
+    """Backbone, neck, head and data preprocessor of a small classifier, changed by keywords."""
+
+    def config(classes=CLASSES, channels=2, mean=(120.0, 110.0, 100.0), std=(60.0, 55.0, 50.0), **keywords):
+        return {
+            "backbone": {"type": "ResNet_CIFAR", "depth": 18, "stem_channels": channels, "base_channels": channels},
+            "neck": {"type": "GlobalAveragePooling"},
+            "head": {"type": "LinearClsHead", "num_classes": classes, "in_channels": 8 * channels},
+            "data_preprocessor": {"mean": list(mean), "std": list(std), "to_rgb": True, "num_classes": classes},
+            **keywords,
+        }
+
+    return config
+
+
+@pytest.fixture
+def small_batch():
+    """A batch before the data preprocessor: byte images, and one data sample for each."""
+
+    def batch(images=6, classes=CLASSES, size=16, labels=None):
+        generator = torch.Generator().manual_seed(7)
+        labels = list(range(classes)) * images if labels is None else labels
+        return {
+            "inputs": [
+                torch.randint(256, (3, size, size), dtype=torch.uint8, generator=generator) for _ in range(images)
+            ],
+            "data_samples": [DataSample().set_gt_label(labels[index]) for index in range(images)],
+        }
+
+    return batch

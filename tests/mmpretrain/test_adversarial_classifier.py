@@ -1,0 +1,566 @@
+"""AdversarialClassifier against steps written out by hand, with real MMPretrain models and data samples."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.model import ExponentialMovingAverage
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmpretrain.models import ImageClassifier
+from mmpretrain.structures import DataSample
+from torch import nn
+
+import ikl_plugins.mmpretrain  # noqa: F401 - registers what the configs name
+from ikl_plugins.mmpretrain import AdversarialClassifier, RobustAccuracy
+
+CLASSES = 4
+SIZE = 8
+EPS = 16 / 255
+MEAN, STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
+
+
+class TinyBackbone(nn.Module):
+    """Two convolutions with batch normalisation: enough for statistics, modes and memory formats."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = F.softplus(self.bn1(self.conv1(x)))
+        return (F.softplus(self.bn2(self.conv2(x))).mean((2, 3)),)
+
+
+def head(**changes):
+    return {"type": "LinearClsHead", "num_classes": CLASSES, "in_channels": 8, **changes}
+
+
+def preprocessor(**changes):
+    return {"type": "ClsDataPreprocessor", "mean": MEAN, "std": STD, "to_rgb": True, **changes}
+
+
+def make(seed=0, kind=AdversarialClassifier, **changes):
+    torch.manual_seed(seed)
+    settings = {
+        "backbone": TinyBackbone(),
+        "head": head(),
+        "data_preprocessor": preprocessor(),
+        "attack": {
+            "eps": EPS, "steps": 3, "step_size": EPS / 2, "random_start": "normal", "objective": "soft_cross_entropy",
+        },
+        "robust_loss": {"type": "KLLoss", "loss_weight": 6.0},
+    } | changes  # fmt: skip
+    if kind is ImageClassifier:
+        settings = {key: settings[key] for key in ("backbone", "head", "data_preprocessor")}
+    return kind(**settings)
+
+
+def ikl(**changes):
+    return {"type": "IKLLoss", "alpha": 4.0, "beta": 20.0, "weight_temperature": 4.0, "global_info": True, **changes}
+
+
+def batch(n=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator) for _ in range(n)]
+    return {"inputs": images, "data_samples": [DataSample().set_gt_label(i % CLASSES) for i in range(n)]}
+
+
+def prepared(model, data):
+    """Inputs in float64, samples and labels, as the model's ``loss`` gets them."""
+    data = model.data_preprocessor(copy.deepcopy(data), training=True)
+    labels = torch.cat([sample.gt_label for sample in data["data_samples"]])
+    return data["inputs"].double(), data["data_samples"], labels
+
+
+def kl(student, teacher):
+    p, q = torch.softmax(teacher, 1), torch.softmax(student, 1)
+    return (p * (p.log() - q.log())).sum(1).mean()
+
+
+def pairwise_mse(student, teacher, weights):
+    """1/4 sum_jk w_j w_k ((t_j - t_k) - (s_j - s_k))^2, a mean over samples; the paper's equation 10."""
+    total = 0.0
+    for s, t, w in zip(student, teacher, weights, strict=True):
+        gap = (t[:, None] - t[None, :]) - (s[:, None] - s[None, :])
+        total = total + 0.25 * (w[:, None] * w[None, :] * gap**2).sum()
+    return total / len(student)
+
+
+def soft_ce(student, teacher):
+    return -(torch.softmax(teacher, 1).detach() * torch.log_softmax(student, 1)).sum(1).mean()
+
+
+def attack_by_hand(network, inputs, seed, steps=3, eps=EPS, step=EPS / 2, objective=None):
+    """PGD as the authors write it, in pixels, with the network in eval mode."""
+    mean = torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1) / 255
+    std = torch.tensor(STD, dtype=torch.float64).view(3, 1, 1) / 255
+    network = copy.deepcopy(network).eval()
+    pixels = inputs * std + mean
+    torch.manual_seed(seed)
+    adversarial = pixels + 0.001 * torch.randn(pixels.shape, dtype=torch.float64)
+    for _ in range(steps):
+        adversarial = adversarial.detach().requires_grad_()
+        natural = network((pixels - mean) / std).detach()
+        logits = network((adversarial - mean) / std)
+        value = kl(logits, natural) if objective is None else objective(logits, natural)
+        (gradient,) = torch.autograd.grad(value, adversarial)
+        adversarial = adversarial.detach() + step * gradient.sign()
+        adversarial = torch.min(torch.max(adversarial, pixels - eps), pixels + eps).clamp(0, 1)
+    return (adversarial - mean) / std
+
+
+def network_of(model):
+    """The bare network of a copy, from inputs to logits."""
+    return nn.Sequential(model.backbone, _First(), model.head.fc)
+
+
+class _First(nn.Module):
+    def forward(self, feats):
+        return feats[0]
+
+
+def total_of(losses):
+    return sum(value for name, value in losses.items() if "loss" in name)
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_trades_step_equals_the_one_by_hand():
+    model = make().double().train()
+    inputs, samples, labels = prepared(model, batch())
+    network = copy.deepcopy(network_of(model))
+    adversarial = attack_by_hand(network, inputs, seed=5)
+    student, teacher = network(adversarial), network(inputs)
+    expected = F.cross_entropy(teacher, labels) + 6.0 * kl(student, teacher)
+    expected.backward()
+
+    torch.manual_seed(5)
+    losses = model.loss(inputs, samples)
+    total_of(losses).backward()
+    torch.testing.assert_close(losses["loss_robust"], 6.0 * kl(student, teacher), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(total_of(losses), expected, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(network_of(model).parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-10)
+    for ours, theirs in zip(network_of(model).buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)  # the adversarial images first
+
+
+def test_an_ikl_step_with_prior_and_awp_equals_the_one_by_hand():
+    model = make(robust_loss=ikl(), awp={"gamma": 5e-3, "warmup_epochs": 2}).double().train()
+    prior = torch.rand(CLASSES, CLASSES, generator=torch.Generator().manual_seed(3)).softmax(1)
+    model.robust_loss.class_prior.matrix.copy_(prior)
+    inputs, samples, labels = prepared(model, batch())
+    rows = prior.double()[labels]
+    network = copy.deepcopy(network_of(model))
+    adversarial = attack_by_hand(network, inputs, seed=5)
+
+    def loss_of(net):
+        student, teacher = net(adversarial), net(inputs)
+        mse = 20.0 * pairwise_mse(student, teacher, rows)
+        return F.cross_entropy(teacher, labels) + mse + 4.0 * soft_ce(student, teacher), mse, teacher
+
+    proxy = copy.deepcopy(network)
+    gradients = torch.autograd.grad(loss_of(proxy)[0], list(proxy.parameters()))
+    with torch.no_grad():
+        for (name, weight), gradient in zip(network.named_parameters(), gradients, strict=True):
+            if weight.dim() >= 2 and "weight" in name:
+                weight += 5e-3 * weight.norm() * gradient / gradient.norm()
+    expected, mse, teacher = loss_of(network)
+    expected.backward()
+
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model.begin_epoch(2, 4)
+    torch.manual_seed(5)
+    losses = model.loss(inputs, samples)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    total_of(losses).backward()
+    torch.testing.assert_close(total_of(losses), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(losses["weighted_mse"], mse.detach(), rtol=1e-8, atol=1e-10)
+    for ours, theirs in zip(network_of(model).parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+    for ours, theirs in zip(network_of(model).buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)  # neither attack nor AWP's pass moved them
+    model.end_iteration()
+    assert all(map(torch.equal, model.parameters(), before))
+    # The prior collects the natural predictions of the training pass, of the perturbed weights, and collects once.
+    sums = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
+    sums.index_add_(0, labels, torch.softmax(teacher.detach() / 4.0, 1))
+    torch.testing.assert_close(model.robust_loss.class_prior.sums, sums, rtol=1e-8, atol=1e-10)
+
+
+def test_the_objective_ikl_is_weighed_by_the_class_prior():
+    attack = {"eps": EPS, "steps": 3, "step_size": EPS / 2, "random_start": "normal", "objective": "ikl"}
+    model = make(robust_loss=ikl(), attack=attack).double().train()
+    prior = torch.rand(CLASSES, CLASSES, generator=torch.Generator().manual_seed(3)).mul(6).softmax(1)
+    model.robust_loss.class_prior.matrix.copy_(prior)
+    inputs, samples, labels = prepared(model, batch())
+    network = copy.deepcopy(network_of(model))
+
+    def objective(student, teacher):
+        return soft_ce(student, teacher) + pairwise_mse(student, teacher, prior.double()[labels])
+
+    adversarial = attack_by_hand(network, inputs, seed=5, objective=objective)
+    expected = 20.0 * pairwise_mse(network(adversarial), network(inputs), prior.double()[labels])
+    model.begin_epoch(1, 4)
+    torch.manual_seed(5)
+    torch.testing.assert_close(model.loss(inputs, samples)["weighted_mse"], expected.detach(), rtol=1e-8, atol=1e-10)
+
+
+def test_two_views_weigh_the_second_and_collect_the_first():
+    model = make(
+        robust_loss=ikl(), augmented_weight=0.3, data_preprocessor=preprocessor(type="TwoViewDataPreprocessor")
+    )
+    model = model.double().train()
+    inputs, samples, labels = prepared(make(), batch())
+    second = prepared(make(), batch(seed=9))[0]
+    both = torch.cat([inputs, second])
+    network = copy.deepcopy(network_of(model))
+    adversarial = attack_by_hand(network, both, seed=5)
+    student, teacher = network(adversarial), network(both)
+    rows = torch.full((6, CLASSES), 1 / CLASSES, dtype=torch.float64)
+    robust = [20.0 * pairwise_mse(s, t, rows) + 4.0 * soft_ce(s, t)
+              for s, t in zip(student.chunk(2), teacher.chunk(2), strict=True)]  # fmt: skip
+    expected = F.cross_entropy(teacher, labels.repeat(2)) + robust[0] + 0.3 * robust[1]
+
+    model.begin_epoch(1, 4)
+    torch.manual_seed(5)
+    losses = model.loss([inputs, second], samples)
+    torch.testing.assert_close(total_of(losses), expected, rtol=1e-8, atol=1e-10)
+    sums = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
+    sums.index_add_(0, labels, torch.softmax(teacher[:6].detach() / 4.0, 1))
+    torch.testing.assert_close(model.robust_loss.class_prior.sums, sums, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"to_rgb": False}, {"mean": None, "std": None}, {"mean": [0.0] * 3, "std": [255.0] * 3}],
+    ids=["normalised", "bgr", "raw", "divided"],
+)
+def test_the_attack_is_measured_in_pixels(settings):
+    model = make(data_preprocessor=preprocessor(**settings)).train()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if module.training else None)
+    model.train_step(batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+    adversarial, natural = (model.pixels.to_pixels(inputs) for inputs in seen)
+    images = torch.stack(batch()["inputs"]).float() / 255
+    torch.testing.assert_close(natural, images.flip(1) if settings.get("to_rgb", True) else images)
+    distance = (adversarial - natural).abs().max().item()
+    assert distance == pytest.approx(EPS, abs=1e-5)
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+
+
+def test_eps_grows_with_the_epochs_and_is_logged():
+    model = make(attack={"eps": "8/255", "budget": "high_as_executed", "eps_ramp": 1.0, "objective": "ikl"}).train()
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))
+    seen = []
+    for epoch in (1, 2, 4):
+        model.begin_epoch(epoch, 4)
+        seen.append(model.train_step(batch(), wrapper)["eps"].item())
+    assert seen == pytest.approx([2 / 255, 4 / 255, 8 / 255])
+
+
+def test_the_log_counts_nothing_twice():
+    model = make(robust_loss=ikl(loss_weight=0.5)).train()
+    model.begin_epoch(1, 4)
+    log = model.train_step(batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+    values = {name: value.item() for name, value in log.items()}
+    assert values["loss"] == pytest.approx(values["loss_ce"] + values["loss_robust"])
+    assert values["loss_robust"] == pytest.approx(values["weighted_mse"] + values["soft_cross_entropy"], rel=1e-5)
+    assert 0 <= values["adversarial_accuracy"] <= 100
+
+
+def test_natural_weight_and_label_smoothing():
+    model = make(natural_weight=0.5, label_smoothing=0.1).double().train()
+    inputs, samples, labels = prepared(model, batch())
+    network = copy.deepcopy(network_of(model))
+    attack_by_hand(network, inputs, seed=5)
+    log_probabilities = torch.log_softmax(network(inputs), 1)
+    smooth = torch.full_like(log_probabilities, 0.1 / CLASSES)
+    smooth[torch.arange(len(labels)), labels] += 0.9
+    expected = 0.5 * -(smooth * log_probabilities).sum(1).mean()
+    torch.testing.assert_close(model.loss(inputs, samples)["loss_ce"], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_channels_last_changes_the_layout_alone():
+    plain, other = make().double().train(), make(channels_last=True).double().train()
+    other.load_state_dict(plain.state_dict())
+    assert other.backbone.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    layouts = []
+    other.backbone.register_forward_pre_hook(
+        lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    inputs, samples, _ = prepared(plain, batch())
+    values = []
+    for model in (plain, other):
+        torch.manual_seed(5)
+        total = total_of(model.loss(inputs, samples))
+        total.backward()
+        values.append(total)
+    assert layouts
+    assert all(layouts)
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(other.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-10)
+
+
+# --- perturbed weights ------------------------------------------------------------------------------------------------
+
+
+class _Runner:
+    def __init__(self, model, **options):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        self.optim_wrapper = OptimWrapper(optimizer, **options)
+
+
+def test_the_step_and_its_weight_decay_act_on_the_restored_weights():
+    model = make(robust_loss=ikl(), awp={"gamma": 0.5, "warmup_epochs": 1}).train()
+    runner = _Runner(model)
+    model.attach(runner)
+    model.begin_epoch(1, 4)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.data_preprocessor(batch())
+    data = model.data_preprocessor(batch(), training=True)
+    total = total_of(model(**data, mode="loss"))
+    assert not torch.equal(model.backbone.conv1.weight, before["backbone.conv1.weight"])
+    total.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    runner.optim_wrapper.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.data, before[name] - 0.1 * (gradients[name] + 0.1 * before[name]))
+
+
+def test_accumulated_gradients_and_averages_see_the_weights_themselves():
+    model = make(robust_loss=ikl(), awp={"gamma": 0.5, "warmup_epochs": 1}).train()
+    runner = _Runner(model, accumulative_counts=2)
+    average = ExponentialMovingAverage(model, momentum=0.5)
+    model.attach(runner)
+    model.begin_epoch(1, 4)
+    before = copy.deepcopy(model.state_dict())
+    with runner.optim_wrapper.optim_context(model):
+        runner.optim_wrapper.initialize_count_status(model, 0, 4)
+        model.train_step(batch(), runner.optim_wrapper)
+    model.end_iteration()  # what IKLHook calls, before EMAHook
+    average.update_parameters(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(average.module.get_parameter(name), before[name])
+
+
+def test_awp_begins_with_its_epoch():
+    model = make(awp={"gamma": 0.5, "warmup_epochs": 3}).train()
+    weight = model.backbone.conv1.weight
+    before = weight.detach().clone()
+    inputs, samples, _ = prepared(model, batch())
+    for epoch, moved in ((2, False), (3, True)):
+        model.begin_epoch(epoch, 4)
+        model.loss(inputs.float(), samples)
+        assert torch.equal(weight, before) is not moved
+    model.loss(inputs.float(), samples)  # after an iteration that was cut short the weights come back first
+    model.end_iteration()
+    assert torch.equal(weight, before)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+VAL_ATTACK = {"eps": EPS, "steps": 4, "step_size": EPS / 2}
+
+
+def test_predictions_are_those_of_the_plain_classifier_and_robust_ones_beside_them():
+    model = make(val_attack=VAL_ATTACK)
+    plain = make(kind=ImageClassifier)
+    plain.load_state_dict(model.state_dict())
+    model.eval(), plain.eval()
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        ours, again, theirs = model.val_step(batch()), model.test_step(batch()), plain.val_step(batch())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not model.training
+    for first, second, third in zip(ours, again, theirs, strict=True):
+        assert torch.equal(first.pred_score, third.pred_score)
+        assert torch.equal(first.robust_pred_score, second.robust_pred_score)
+    labels = torch.cat([sample.gt_label for sample in ours])
+    scores = torch.stack([sample.pred_score for sample in ours])
+    robust = torch.stack([sample.robust_pred_score for sample in ours])
+    picked = torch.arange(len(labels)), labels
+    assert (robust[picked] < scores[picked]).all()  # the attack lowers the score of each label
+    torch.testing.assert_close(robust.sum(1), torch.ones(len(labels)))
+
+
+def test_robust_accuracy_reads_what_the_model_predicts():
+    metric = RobustAccuracy()
+    samples = [
+        DataSample().set_gt_label(0).set_pred_score(torch.tensor([0.9, 0.1])),
+        DataSample().set_gt_label(1).set_pred_score(torch.tensor([0.2, 0.8])),
+    ]
+    with pytest.raises(ValueError, match="AdversarialClassifier"):
+        metric.process(None, [sample.to_dict() for sample in samples])
+    for sample in samples:
+        sample.set_field(torch.tensor([0.9, 0.1]), "robust_pred_score")
+    metric.process(None, [sample.to_dict() for sample in samples])
+    assert metric.evaluate(2) == {"robust/top1": 50.0}
+
+
+def test_without_labels_there_is_no_attack():
+    model = make(val_attack=VAL_ATTACK).eval()
+    with torch.no_grad():
+        (prediction,) = model.predict(torch.zeros(1, 3, SIZE, SIZE))
+    assert "robust_pred_score" not in prediction
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+ATTACK = {"eps": "8/255", "steps": 2, "step_size": "4/255"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attack": ATTACK | {"eps": 8}}, r"in `attack`: PGD: `eps` must be at most 1.*'8/255'"),
+        ({"attack": ATTACK | {"step_size": 0}}, r"in `attack`: PGD: `step_size` must be a finite number above 0"),
+        ({"attack": ATTACK | {"objective": "ilk"}}, r"unknown `objective` `ilk`. Did you mean `ikl`"),
+        ({"val_attack": ATTACK | {"eps": 8}}, r"in `val_attack`: PGD: `eps`"),
+        ({"val_attack": ATTACK | {"eps_ramp": 0.5}}, r"`val_attack` must be the same in all epochs"),
+        ({"awp": {"gamma": 0}}, r"in `awp`: AdversarialWeightPerturbation: `gamma`"),
+        (
+            {"robust_loss": ikl(num_classes=7)},
+            r"`robust_loss` must have the class count of the head, got num_classes=7",
+        ),
+        ({"label_smoothing": 1.0}, r"`label_smoothing` must be below 1"),
+        (
+            {"label_smoothing": 0.1, "head": head(loss={"type": "LabelSmoothLoss", "label_smooth_val": 0.1})},
+            r"`label_smoothing` goes with a head whose loss is a plain CrossEntropyLoss, got LabelSmoothLoss",
+        ),
+        ({"natural_weight": -1.0}, r"`natural_weight` must be a finite number of at least 0"),
+        ({"pixel_range": 0}, r"`pixel_range` must be a finite number above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attack": ATTACK | {"epsilon": 1}}, r"unknown keyword of `attack` `epsilon`. Did you mean `eps`"),
+        ({"attack": "pgd"}, r"`attack` must be a dict of keywords of PGD, got str"),
+        ({"awp": True}, r"`awp` must be a dict of keywords of AdversarialWeightPerturbation, got bool"),
+    ],
+)
+def test_other_kinds_are_refused(changes, message):
+    with pytest.raises(TypeError, match=message):
+        make(**changes)
+
+
+def step(model, data=None):
+    return model.train().train_step(data or batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"robust_loss": ikl()}, "global_info=True"),
+        ({"attack": {"eps": 0.1, "budget": "high"}}, "changes over the epochs"),
+        ({"awp": {}}, "`awp`"),
+    ],
+)
+def test_epochs_that_nobody_tells_are_asked_for(changes, reason):
+    with pytest.raises(ValueError, match=rf"(?s){reason}.*custom_hooks = \[dict\(type='IKLHook'\)\]"):
+        step(make(**changes))
+
+
+def test_normalising_twice_is_noticed():
+    data = batch()
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    data["inputs"] = [(image - mean) / std for image in data["inputs"]]
+    with pytest.raises(ValueError, match="normalised twice"):
+        step(make(), data)
+
+
+def test_images_that_the_pipeline_has_divided_are_noticed():
+    data = batch()
+    data["inputs"] = [image / 255 for image in data["inputs"]]
+    settings = preprocessor(mean=None, std=None)
+    with pytest.raises(ValueError, match=r"pixel_range=1\.0"):
+        step(make(data_preprocessor=settings), data)
+    step(make(data_preprocessor=settings, pixel_range=1.0), data)
+
+
+def test_a_prior_needs_one_class_per_sample():
+    model = make(robust_loss=ikl(), data_preprocessor=preprocessor(to_onehot=True, num_classes=CLASSES))
+    model.begin_epoch(1, 4)
+    with pytest.raises(ValueError, match=r"class prior of `robust_loss` needs one class per sample.*gt_score"):
+        step(model)
+
+
+def test_scores_for_labels_do_without_a_prior():
+    settings = preprocessor(to_onehot=True, num_classes=CLASSES)
+    model = make(data_preprocessor=settings, head=head(loss={"type": "CrossEntropyLoss", "use_soft": True}))
+    assert torch.isfinite(step(model)["loss"])
+
+
+def test_a_backbone_without_gradient_is_refused():
+    class Closed(TinyBackbone):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    model = make(backbone=Closed())
+    model.head.requires_grad_(False)
+    with pytest.raises(ValueError, match="`model` must be differentiable with respect to its input"):
+        step(model)
+
+
+@pytest.mark.parametrize(("weight", "views"), [(0.5, 1), (None, 2)])
+def test_views_and_their_weight_go_together(weight, views):
+    model = make(augmented_weight=weight).train()
+    inputs, samples, _ = prepared(model, batch())
+    with pytest.raises(ValueError, match="`augmented_weight` goes with two views"):
+        model.loss(inputs.float() if views == 1 else [inputs.float()] * 2, samples)
+
+
+def test_awp_with_several_optimizers_is_refused():
+    model = make(awp={})
+
+    class Runner:
+        optim_wrapper = OptimWrapperDict(all=OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
+
+    with pytest.raises(ValueError, match="`awp` must have a single optimizer"):
+        model.attach(Runner())
+
+
+# --- mixed precision --------------------------------------------------------------------------------------------------
+
+
+def test_a_bfloat16_step_trains_every_weight_in_float32():
+    """Under autocast the attack's natural pass must not leave copies of the weights that have no graph."""
+    model = make(robust_loss=ikl(), awp={"gamma": 0.5, "warmup_epochs": 1}).train()
+    inputs, samples, _ = prepared(model, batch())
+    model.begin_epoch(1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.loss(inputs.float(), samples)
+    total_of(losses).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert losses["loss_robust"].dtype == torch.float32
+
+
+def test_under_autocast_the_training_pass_sees_the_perturbed_weights():
+    """Autocast keeps copies of the weights in half precision; those from before the perturbation are out of date."""
+    model = make(awp={"gamma": 0.5}).train()
+    inputs = prepared(model, batch())[0].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model.logits(inputs)
+        model.awp.perturb(model, before.float().square().sum())
+        during = model.logits(inputs)
+        model.end_iteration()
+        after = model.logits(inputs)
+    assert torch.equal(before, after)
+    assert (during - before).abs().max() > 0.05

@@ -1,0 +1,273 @@
+"""Checkpoints: what MMEngine writes is read, what would run code is not."""
+
+import os
+import pickle
+import re
+
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer, MessageHub
+
+from ikl_plugins.mmpretrain import checkpoints
+from ikl_plugins.mmpretrain.checkpoints import allow_mmengine_checkpoints, load_content, load_weights, verify
+
+FORK = hasattr(checkpoints.mmengine.runner.checkpoint, "get_torch_safe_globals")
+
+
+class Bomb:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, path, function=os.mkdir):
+        self.call = function, (str(path),)
+
+    def __reduce__(self):
+        return self.call
+
+
+class Attribute:
+    """Pickles to a call of getattr."""
+
+    def __init__(self, owner, name):
+        self.call = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def mmengine_checkpoint(tmp_path):
+    """A file with all that a checkpoint of MMEngine holds beyond weights."""
+    hub = MessageHub.get_instance("test_checkpoints")
+    hub.update_scalar("train/loss", 0.5)
+    hub.update_scalar("train/loss", 1.5)
+    hub.update_info("iter", 3)
+    path = tmp_path / "epoch_1.pth"
+    weights = {"head.weight": torch.arange(6.0).reshape(2, 3)}
+    torch.save({"meta": {"epoch": 1, "seed": 0}, "state_dict": weights, "message_hub": hub.state_dict()}, path)
+    return path
+
+
+def spoil(path, place):
+    """Flips a bit of the file, ``place`` of the way through it."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_mmengine_is_read(mmengine_checkpoint):
+    content = load_content(mmengine_checkpoint)
+    history = content["message_hub"]["log_scalars"]["train/loss"]
+    assert isinstance(history, HistoryBuffer)
+    assert history.mean() == 1.0
+    assert history.statistics("max") == 1.5
+    verify(mmengine_checkpoint)
+
+
+@pytest.mark.parametrize("core", ["numpy._core", "numpy.core"])
+def test_arrays_are_read_whichever_numpy_has_written_them(core, mmengine_checkpoint):
+    content = mmengine_checkpoint.read_bytes()
+    names = len(re.findall(rb"numpy\._core\.multiarray", content))
+    assert names > 0
+    plain = torch.load(mmengine_checkpoint, weights_only=False)
+    path = mmengine_checkpoint.with_name("legacy.pth")
+    torch.save(plain, path, _use_new_zipfile_serialization=False)  # not zipped, so that a name can be replaced
+    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", f"c{core}.multiarray\n".encode()))
+    history = load_content(path)["message_hub"]["log_scalars"]["train/loss"]
+    assert history.current() == 1.5
+
+
+def test_the_host_reads_its_own_checkpoints(mmengine_checkpoint):
+    content = checkpoints.mmengine.runner.checkpoint.load_checkpoint(torch.nn.Linear(3, 2), str(mmengine_checkpoint))
+    assert content["meta"]["epoch"] == 1
+
+
+def test_reading_leaves_the_allow_list_as_it_was(mmengine_checkpoint):
+    before = set(torch.serialization.get_safe_globals())
+    load_content(mmengine_checkpoint)
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_the_allow_list_is_there_once_and_only_where_it_is_needed():
+    before = torch.serialization.get_safe_globals()
+    needed = allow_mmengine_checkpoints()
+    assert needed is not FORK
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+    listed = [entry for entry in before if isinstance(entry, tuple) and entry[1] == "builtins.getattr"]
+    assert [entry[0] for entry in listed] == ([checkpoints._statistic] if needed else [])
+    assert getattr not in before
+
+
+def test_without_weights_only_by_default_nothing_is_listed(monkeypatch):
+    monkeypatch.setattr(checkpoints, "_READS_WEIGHTS_ONLY", False)
+    monkeypatch.setattr(torch.serialization, "add_safe_globals", pytest.fail)
+    assert allow_mmengine_checkpoints() is False
+    with pytest.raises(ValueError, match=r"takes torch 2\.6 or newer, this is .*pip install 'torch>=2\.6'"):
+        load_content(__file__)
+
+
+# --- refusing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["meta", "state_dict", "optimizer"])
+@pytest.mark.parametrize("read", [load_content, load_weights, verify])
+@pytest.mark.parametrize("function", [os.mkdir, os.system, exec, eval, pickle.loads])
+def test_a_checkpoint_that_runs_code_is_refused(place, read, function, tmp_path):
+    path = tmp_path / "bomb.pth"
+    torch.save({"state_dict": {"weight": torch.ones(2)}, place: {"x": Bomb(tmp_path / "exploded", function)}}, path)
+    with pytest.raises(
+        ValueError, match=rf"the checkpoint .*bomb\.pth .* would run code .*{function.__name__}\. Do not trust it"
+    ):
+        read(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_bomb_of_these_tests_explodes(tmp_path):
+    torch.save({"x": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pth")
+    torch.load(tmp_path / "bomb.pth", weights_only=False)
+    assert (tmp_path / "exploded").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(HistoryBuffer, "__init__"), (HistoryBuffer, "__globals__"), (torch.Tensor, "mean"), (dict, "get")],
+)
+def test_getattr_gives_a_checkpoint_four_statistics_and_nothing_else(owner, name, tmp_path):
+    path = tmp_path / "attribute.pth"
+    for allowed in ("min", "max", "current", "mean"):
+        torch.save({"x": Attribute(HistoryBuffer, allowed)}, path)
+        assert load_content(path) == {"x": getattr(HistoryBuffer, allowed)}
+    torch.save({"x": Attribute(owner, name)}, path)
+    with pytest.raises(ValueError, match=r"would run code"):
+        load_content(path)
+
+
+def test_the_host_refuses_code_too(tmp_path):
+    if FORK:
+        pytest.skip("this MMEngine reads such a file a second time and runs it; IKLHook verifies it before")
+    torch.save({"state_dict": {}, "x": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoints.mmengine.runner.checkpoint.load_checkpoint(torch.nn.Linear(1, 1), str(tmp_path / "bomb.pth"))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(share, mmengine_checkpoint):
+    content = mmengine_checkpoint.read_bytes()
+    mmengine_checkpoint.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"epoch_1\.pth must hold .* reading it gave: .* truncated or damaged"):
+        verify(mmengine_checkpoint)
+
+
+def test_a_flipped_bit_is_never_taken_for_weights(tmp_path):
+    path = tmp_path / "weights.pth"
+    weights = {"weight": torch.ones(4096)}
+    for place in (0.3, 0.5, 0.7):
+        torch.save(weights, path)
+        load_weights(path)
+        spoil(path, place)
+        with pytest.raises(ValueError, match=r"weights\.pth must hold .* truncated or damaged"):
+            load_weights(path)
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a file, but there is none at .*nothing\.pth\. Check the path"):
+        load_weights(tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match=r"must be a file, but that is a folder at"):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["torchvision://resnet18", "s3://bucket/a.pth", "open-mmlab://resnet"])
+def test_what_cannot_be_checked_is_refused(address):
+    with pytest.raises(ValueError, match=r"must be a file or an http\(s\) address .*verify_checkpoints=False"):
+        verify(address)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_are_found_whoever_saved_them(key, prefix, tmp_path):
+    weights = {"head.fc.weight": torch.arange(6.0), "backbone.bn.num_batches_tracked": torch.tensor(3)}
+    saved = {prefix + name: value for name, value in weights.items()}
+    torch.save(saved if key is None else {key: saved, "epoch": 3}, tmp_path / "a.pth")
+    found = load_weights(tmp_path / "a.pth")
+    assert list(found) == list(weights)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_a_prefix_that_some_names_lack_stays(tmp_path):
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "a.pth")
+    assert list(load_weights(tmp_path / "a.pth")) == ["module.a", "b"]
+
+
+def test_a_weight_called_like_a_key_is_a_weight(tmp_path):
+    torch.save({"model": torch.ones(1), "state_dict": torch.ones(2)}, tmp_path / "a.pth")
+    assert list(load_weights(tmp_path / "a.pth")) == ["model", "state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ([torch.ones(1)], r"must hold weights by name, got a list\."),
+        ({}, r"must hold weights by name, got an empty mapping\."),
+        ({"epoch": 3, "weight": torch.ones(1)}, r"must hold tensors alone, but these are none: 'epoch' \(int\)\."),
+        ({"state_dict": dict.fromkeys("abcdefg", 1)}, r"must hold tensors .*'a' \(int\), .*'e' \(int\) and 2 more\."),
+    ],
+)
+def test_what_is_no_weights_is_refused(content, what, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"the checkpoint .*a\.pth {what}"):
+        load_weights(tmp_path / "a.pth")
+
+
+# --- addresses -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """A local server's address of ``served``; torch's hub folder is a temporary one."""
+    import functools
+    import http.server
+    import threading
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    served = tmp_path / "served"
+    served.mkdir()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(served))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", served
+        server.shutdown()
+        thread.join()
+
+
+def test_weights_come_from_an_address(address, mmengine_checkpoint):
+    url, served = address
+    mmengine_checkpoint.rename(served / "a.pth")
+    assert list(load_weights(f"{url}/a.pth")) == ["head.weight"]
+    verify(f"{url}/a.pth")
+
+
+def test_an_address_gets_no_more_trust_than_a_file(address, tmp_path):
+    url, served = address
+    torch.save({"state_dict": {}, "x": Bomb(tmp_path / "exploded")}, served / "bomb.pth")
+    for read in (load_weights, verify):
+        with pytest.raises(ValueError, match=rf"the checkpoint {url}/bomb\.pth \(kept as .*bomb\.pth\) .*run code"):
+            read(f"{url}/bomb.pth")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_an_address_that_leads_nowhere_is_refused(address):
+    url, _ = address
+    with pytest.raises(ValueError, match=rf"the checkpoint {url}/no\.pth cannot be fetched: .*404"):
+        verify(f"{url}/no.pth")

@@ -1,0 +1,507 @@
+"""DistillationClassifier: its losses by their formulas, its teacher out of reach, and an ImageClassifier otherwise."""
+
+import copy
+import logging
+import pickle
+import random
+from types import SimpleNamespace
+
+import numpy
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.logging import MMLogger
+from mmengine.model import ExponentialMovingAverage
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.runner import load_state_dict
+from mmpretrain.models import ImageClassifier
+from mmpretrain.structures import DataSample
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ikl_plugins import IKLLoss
+from ikl_plugins.mmpretrain import DistillationClassifier
+
+
+@pytest.fixture
+def teacher(small_network):
+    module = ImageClassifier(**small_network(channels=3))
+    module.train()
+    module(torch.randn(8, 3, 16, 16))  # BatchNorm statistics of their own
+    return module
+
+
+@pytest.fixture
+def make(small_network, teacher):
+    """The classifier, its teacher a copy of `teacher`; keywords as in a config."""
+
+    def build(network=None, **keywords):
+        keywords.setdefault("teacher", copy.deepcopy(teacher))
+        return DistillationClassifier(**(network or small_network()), **keywords)
+
+    return build
+
+
+def labels_of(samples):
+    return torch.cat([sample.gt_label for sample in samples])
+
+
+def prepared(model, batch):
+    data = model.data_preprocessor(copy.deepcopy(batch), True)
+    return data["inputs"], data["data_samples"]
+
+
+@torch.no_grad()
+def plain_logits(model, inputs):
+    """Student's and teacher's logits in the modes of a training step, without its traces."""
+    student = copy.deepcopy(model).train()
+    return student.head(student.extract_feat(inputs)), model.teacher.module.eval()(inputs)
+
+
+def captured(caplog):
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger=logger.name)
+    return logger
+
+
+# --- the losses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [None, 1, 3])
+def test_the_total_is_the_labels_and_the_ramped_formula(make, small_batch, epoch):
+    keywords = {"alpha": 2.0, "beta": 3.0, "temperature": 4.0, "weight_temperature": 2.0}
+    warmup = 0 if epoch is None else 4
+    model = make(distill_loss={"type": "IKLLoss", **keywords}, distill_weight=0.5, ce_weight=0.25, warmup_epochs=warmup)
+    if epoch is not None:
+        model.begin_epoch(epoch, 10)
+    ramp = 1.0 if epoch is None else epoch / 4
+    inputs, samples = prepared(model, small_batch())
+    student, teacher = plain_logits(model, inputs)
+    losses = model.train()(inputs, samples, mode="loss")
+
+    expected = oracles.decoupled("ikl", student, teacher, **keywords)
+    scale = 0.5 * ramp
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(losses["loss_distill"].double(), scale * expected.loss("batchmean"), **close)
+    torch.testing.assert_close(losses["weighted_mse"].double(), scale * expected.weighted_mse.mean(), **close)
+    torch.testing.assert_close(losses["soft_cross_entropy"].double(), scale * expected.cross_entropy.mean(), **close)
+    torch.testing.assert_close(losses["loss_ce"], 0.25 * F.cross_entropy(student, labels_of(samples)), **close)
+    assert not losses["weighted_mse"].requires_grad
+
+    total, log = model.parse_losses(losses)
+    torch.testing.assert_close(total, losses["loss_ce"] + losses["loss_distill"])  # the terms are not counted twice
+    assert list(log) == ["loss", "loss_ce", "loss_distill", "weighted_mse", "soft_cross_entropy"]
+
+
+def test_the_default_is_ikl_with_weight_one(make):
+    model = make()
+    assert type(model.distill_loss).__name__ == "IKLLoss"
+    assert (model.distill_weight, model.ce_weight, model.warmup_epochs) == (1.0, 1.0, 0)
+
+
+def test_kl_is_a_term_without_parts(make, small_batch):
+    model = make(distill_loss={"type": "KLLoss", "temperature": 4.0, "scale_by_temperature_squared": True})
+    inputs, samples = prepared(model, small_batch())
+    student, teacher = plain_logits(model, inputs)
+    losses = model.train().loss(inputs, samples)
+    expected = 16 * F.kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
+    torch.testing.assert_close(losses["loss_distill"], expected, rtol=1e-4, atol=1e-6)
+    assert set(losses) == {"loss_ce", "loss_distill"}
+
+
+def test_the_gradient_reaches_the_student_alone(make, small_batch):
+    model = make()
+    inputs, samples = prepared(model, small_batch())
+    model.train().loss(inputs, samples)["loss_distill"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.teacher.module.parameters())
+
+
+def test_accuracies_of_the_head_stay_as_they_are(make, small_network, small_batch):
+    network = small_network()
+    network["head"].update(cal_acc=True, topk=(1, 2))
+    model = make(network, ce_weight=0.0)
+    inputs, samples = prepared(model, small_batch())
+    student, _ = plain_logits(model, inputs)
+    losses = model.train().loss(inputs, samples)
+    right = 100 * (student.argmax(1) == labels_of(samples)).float().mean()
+    torch.testing.assert_close(losses["accuracy_top-1"][0].squeeze(), right)
+    assert "accuracy_top-2" in losses
+    assert losses["loss_ce"] == 0
+
+
+def test_a_head_with_a_way_of_its_own_is_asked_for_the_whole_way(make, small_network, small_batch):
+    network = small_network()
+    network["head"] = {"type": "ArcFaceClsHead", "num_classes": 3, "in_channels": 16, "scale": 4.0, "margins": 0.3}
+    model = make(network)
+    inputs, samples = prepared(model, small_batch())
+    copied = copy.deepcopy(model).train()
+    expected = copied.head.loss(copied.extract_feat(inputs), samples)["loss"]
+    losses = model.train().loss(inputs, samples)
+    torch.testing.assert_close(losses["loss_ce"], expected)
+    torch.testing.assert_close(model.parse_losses(losses)[0], expected + losses["loss_distill"])
+
+
+def test_further_losses_of_a_head_are_weighed_alike(make, small_network, small_batch):
+    model = make(ce_weight=0.5)
+
+    class TwoLosses(type(model.head)):
+        def loss(self, feats, data_samples):
+            return {"loss": torch.tensor(1.0), "loss_parts": [torch.tensor(2.0), torch.tensor(3.0)]}
+
+    model.head.__class__ = TwoLosses
+    losses = model.train().loss(*prepared(model, small_batch()))
+    assert losses["loss_ce"] == 0.5
+    assert losses["loss_parts"] == [torch.tensor(1.0), torch.tensor(1.5)]
+
+
+def test_mixed_labels_go_with_a_loss_without_prior(make, small_network, small_batch):
+    model = make(small_network(train_cfg={"augments": {"type": "Mixup", "alpha": 1.0}}))
+    inputs, samples = prepared(model, small_batch())
+    scores = torch.stack([sample.gt_score for sample in samples])
+    student, teacher = plain_logits(model, inputs)
+    losses = model.train().loss(inputs, samples)
+    torch.testing.assert_close(losses["loss_ce"], -(scores * student.log_softmax(1)).sum(1).mean())
+    expected = oracles.decoupled("ikl", student, teacher).loss("batchmean")
+    torch.testing.assert_close(losses["loss_distill"].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_class_prior_is_collected_and_used_an_epoch_later(make, small_batch):
+    model = make(distill_loss={"type": "IKLLoss", "global_info": True, "weight_temperature": 2.0})
+    assert list(model.class_priors()) == ["distill_loss.class_prior"]
+    inputs, samples = prepared(model, small_batch())
+    labels = labels_of(samples)
+    _, teacher = plain_logits(model, inputs)
+    model.train().begin_epoch(1, 2)
+    model.loss(inputs, samples)
+    model.end_iteration()
+    model.end_epoch()
+    prior = torch.stack([(teacher / 2).softmax(1)[labels == label].mean(0) for label in range(3)])
+    torch.testing.assert_close(model.distill_loss.class_prior.matrix, prior)
+    model.begin_epoch(2, 2)
+    student, teacher = plain_logits(model, inputs)
+    expected = oracles.decoupled("ikl", student, teacher, class_prior=prior[labels].double()).loss("batchmean")
+    torch.testing.assert_close(model.loss(inputs, samples)["loss_distill"].double(), expected, rtol=1e-4, atol=1e-6)
+    # A validation loss reads the prior and adds nothing.
+    counts = model.distill_loss.class_prior.counts.clone()
+    model.eval().loss(inputs, samples)
+    assert torch.equal(model.distill_loss.class_prior.counts, counts)
+
+
+# --- the teacher is out of reach -------------------------------------------------------------------------------------
+
+
+def test_training_steps_change_the_student_and_nothing_of_the_teacher(make, small_batch):
+    model = make().train()
+    names = set(ImageClassifier.state_dict(model))
+    assert not any("teacher" in name for name in names)
+    assert not any("teacher" in name for name, _ in model.named_parameters())
+    optimizer = {"type": "SGD", "lr": 0.1, "weight_decay": 1e-4}
+    wrapper = build_optim_wrapper(model, {"optimizer": optimizer, "paramwise_cfg": {"norm_decay_mult": 0.0}})
+    held = {id(parameter) for group in wrapper.optimizer.param_groups for parameter in group["params"]}
+    assert not held & {id(parameter) for parameter in model.teacher.module.parameters()}
+
+    teacher = {name: value.clone() for name, value in model.teacher.module.state_dict().items()}
+    student = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        model.train_step(small_batch(), wrapper)
+    for name, value in model.teacher.module.state_dict().items():
+        assert torch.equal(value, teacher[name]), name
+    assert all(not torch.equal(parameter, student[name]) for name, parameter in model.named_parameters())
+    assert not any(part.training for part in model.teacher.module.modules())
+
+
+def test_init_weights_leaves_the_teacher_alone(make):
+    model = make()
+    before = copy.deepcopy(model.teacher.module.state_dict())
+    student = model.backbone.conv1.weight.clone()
+    model.init_weights()
+    assert not torch.equal(model.backbone.conv1.weight, student)
+    for name, value in model.teacher.module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_weight_average_and_a_copy_share_the_teacher(make):
+    model = make()
+    average = ExponentialMovingAverage(model, momentum=0.1)
+    assert average.module.teacher is model.teacher
+    assert not any("teacher" in name for name in average.state_dict())
+    assert copy.deepcopy(model).teacher is model.teacher
+    own = pickle.loads(pickle.dumps(model))  # noqa: S301
+    assert own.teacher is not model.teacher
+    inputs = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(own.teacher(inputs), model.teacher(inputs))
+
+
+def test_the_teacher_follows_the_classifier_to_a_dtype(make):
+    model = make()
+    model.half()
+    assert model.teacher.module.head.fc.weight.dtype == torch.float16
+    model.to(torch.float64)
+    assert model.teacher.module.head.fc.weight.dtype == torch.float64
+    assert not model.teacher.module.head.fc.weight.requires_grad
+    model.to("meta")
+    assert model.teacher.module.head.fc.weight.is_meta
+
+
+def test_modes_of_the_classifier_do_not_reach_the_teacher(make):
+    model = make()
+    for mode in (True, False, True):
+        model.train(mode)
+        assert not any(part.training for part in model.teacher.module.modules())
+    model.requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in model.teacher.module.parameters())
+
+
+# --- an ImageClassifier otherwise ------------------------------------------------------------------------------------
+
+
+def test_it_predicts_what_the_plain_classifier_predicts(make, small_network, small_batch):
+    model = make(distill_loss={"type": "GKLLoss", "global_info": True})
+    plain = ImageClassifier(**small_network())
+    assert isinstance(model, ImageClassifier)
+    weights = model.state_dict()
+    extra = set(weights) - set(plain.state_dict())
+    assert extra == {f"distill_loss.class_prior.{name}" for name in ("matrix", "sums", "counts")}
+    load_state_dict(plain, weights, strict=False)
+    model.eval()
+    plain.eval()
+    inputs = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(inputs), plain(inputs))
+    with torch.no_grad():
+        ours, theirs = model.val_step(small_batch()), plain.val_step(small_batch())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.pred_score, other.pred_score)
+        assert torch.equal(mine.pred_label, other.pred_label)
+
+
+def test_without_prior_the_checkpoint_has_the_plain_keys(make, small_network):
+    plain = ImageClassifier(**small_network())
+    assert set(make().state_dict()) == set(plain.state_dict())
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reasons"),
+    [
+        ({"distill_loss": {"type": "IKLLoss", "global_info": True}}, "global_info=True of `distill_loss`"),
+        ({"warmup_epochs": 2}, "warmup_epochs=2"),
+        (
+            {"distill_loss": {"type": "IKLLoss", "global_info": True}, "warmup_epochs": 2},
+            "global_info=True of `distill_loss` and warmup_epochs=2",
+        ),
+    ],
+)
+def test_what_must_know_the_epoch_is_refused_without_the_hook(make, small_batch, keywords, reasons):
+    model = make(**keywords).train()
+    message = rf"{reasons} must know where epochs begin.*\n  custom_hooks = \[dict\(type='IKLHook'\)\]"
+    with pytest.raises(ValueError, match=message):
+        model.loss(*prepared(model, small_batch()))
+    model.eval().loss(*prepared(model, small_batch()))  # no training, no epoch
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_what_needs_no_epoch_works_without_the_hook(make, small_batch, warmup):
+    model = make(warmup_epochs=warmup).train()
+    assert "loss_distill" in model.loss(*prepared(model, small_batch()))
+
+
+def test_an_epoch_below_one_is_refused(make):
+    with pytest.raises(ValueError, match=r"DistillationClassifier\.begin_epoch: `epoch` must be at least 1, got 0\."):
+        make().begin_epoch(0, 3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"train_cfg": {"augments": {"type": "Mixup", "alpha": 1.0}}}, {"to_onehot": True}]
+)
+def test_a_prior_refuses_labels_that_are_scores(make, small_network, small_batch, settings):
+    network = small_network()
+    if "train_cfg" in settings:
+        network.update(settings)
+    else:
+        network["data_preprocessor"].update(settings)
+    model = make(network, distill_loss={"type": "IKLLoss", "global_info": True}).train()
+    model.begin_epoch(1, 1)
+    message = (
+        r"the class prior of `distill_loss` needs one class per sample, but these samples have a `gt_score`.*"
+        r"Drop `augments` from `train_cfg` and `to_onehot` from `data_preprocessor`, or set global_info=False"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.loss(*prepared(model, small_batch()))
+
+
+def test_a_prior_refuses_samples_without_or_with_several_labels(make):
+    model = make(distill_loss={"type": "IKLLoss", "global_info": True}).train()
+    model.begin_epoch(1, 1)
+    inputs = torch.randn(2, 3, 16, 16)
+    for samples in (None, [], [DataSample(), DataSample()]):
+        with pytest.raises(ValueError, match=r"every data sample must have a `gt_label`, which the class prior of"):
+            model.loss(inputs, samples)
+    with pytest.raises(ValueError, match=r"needs one class per sample, but some samples have none or several\. Use"):
+        model.loss(inputs, [DataSample().set_gt_label([0, 1]), DataSample().set_gt_label(1)])
+
+
+def test_the_losses_class_count_comes_from_the_head_or_must_be_its_own(make, small_network):
+    assert make(distill_loss={"type": "IKLLoss", "global_info": True}).distill_loss.num_classes == 3
+    assert make(distill_loss={"type": "IKLLoss", "num_classes": 3}).distill_loss.num_classes == 3
+    message = (
+        r"`distill_loss` must have the class count of the head, got num_classes=5 and a Line.*=3\. Drop num_classes"
+    )
+    for loss in ({"type": "IKLLoss", "global_info": True, "num_classes": 5}, IKLLoss(num_classes=5)):
+        with pytest.raises(ValueError, match=message):
+            make(distill_loss=loss)
+    network = {**small_network(), "head": {"type": "ClsHead"}}
+    with pytest.raises(ValueError, match=r"must give `num_classes` with global_info=True, because ClsHead has no such"):
+        make(network, distill_loss={"type": "IKLLoss", "global_info": True})
+
+
+def test_a_config_is_not_changed(make):
+    loss = {"type": "IKLLoss", "global_info": True}
+    make(distill_loss=loss)
+    assert loss == {"type": "IKLLoss", "global_info": True}
+
+
+def test_a_loss_that_is_none_is_refused(make):
+    with pytest.raises(
+        TypeError, match=r"`distill_loss` must be a config dict or a module, got str\. Write distill_loss="
+    ):
+        make(distill_loss="IKLLoss")
+    message = r"`distill_loss` must be a loss between two sets of logits, got CrossEntropyLoss\. Use one of DKLLoss"
+    for loss in ({"type": "CrossEntropyLoss"}, nn.CrossEntropyLoss()):
+        with pytest.raises(ValueError, match=message):
+            make(distill_loss=loss)
+
+
+@pytest.mark.parametrize("name", ["distill_weight", "warmup_epochs", "ce_weight"])
+def test_numbers_out_of_range_are_refused(make, name):
+    with pytest.raises(ValueError, match=rf"DistillationClassifier: `{name}` must be a finite number of at least 0"):
+        make(**{name: -1.0})
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, True])
+def test_a_number_of_batches_that_is_none_is_refused(make, value):
+    with pytest.raises(ValueError, match=rf"`teacher_val_batches` must be a number of batches, got {value}\. Use 0"):
+        make(teacher_val_batches=value)
+
+
+def test_heads_that_give_no_logits_are_refused(make, small_network, small_batch):
+    with pytest.raises(ValueError, match=r"DistillationClassifier: `head` must be given, got None\. Logits come from"):
+        make({**small_network(), "head": None})
+    model = make()
+
+    class ListHead(type(model.head)):
+        def forward(self, feats):
+            return [super().forward(feats)]
+
+    model.head.__class__ = ListHead
+    with pytest.raises(ValueError, match=r"`head` must give one tensor of logits, but ListHead gives a list\. Use"):
+        model.train().loss(*prepared(model, small_batch()))
+
+
+def test_a_teacher_with_other_classes_is_refused(make, small_network, small_batch):
+    with pytest.raises(ValueError, match=r"`teacher` must have the class count of the student, got 4 and 3 classes"):
+        make(teacher=ImageClassifier(**small_network(classes=4)))
+    # A bare network tells its class count with its first logits.
+    model = make(teacher=nn.Sequential(nn.Flatten(), nn.Linear(768, 4))).train()
+    with pytest.raises(ValueError, match=r"class count of the student, got logits of shape \(6, 4\) and \(6, 3\)\."):
+        model.loss(*prepared(model, small_batch()))
+
+
+# --- the teacher's accuracy before training --------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """Labelled images, read with every random number generator there is."""
+
+    def __init__(self, batch):
+        self.batch = batch
+        self.read = []
+
+    def __len__(self):
+        return len(self.batch["inputs"])
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        random.random()
+        numpy.random.rand()
+        torch.rand(1)
+        return {key: values[index] for key, values in self.batch.items()}
+
+
+def collate(items):
+    return {key: [item[key] for item in items] for key in items[0]}
+
+
+def runner_with(data, **keywords):
+    loader = DataLoader(data, batch_size=4, collate_fn=collate, **keywords)
+    return SimpleNamespace(val_loop=SimpleNamespace(dataloader=loader))
+
+
+def test_the_teachers_accuracy_is_logged_and_nothing_else_changes(make, small_batch, caplog):
+    model = make(teacher_val_batches=2).train()
+    batch = small_batch(images=12)
+    with torch.no_grad():
+        data = model.data_preprocessor(copy.deepcopy(batch), False)
+        guesses = model.teacher(data["inputs"][:8]).argmax(1)
+    labels = [*guesses[:7].tolist(), (int(guesses[7]) + 1) % 3, *[0] * 4]  # 7 of the first 8 are right
+    images = Images(small_batch(images=12, labels=labels))
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    weights = copy.deepcopy(model.state_dict())
+    logger = captured(caplog)
+    try:
+        model.attach(runner_with(images))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert images.read == list(range(8))
+    assert "the teacher's top-1 accuracy on 8 validation images is 87.50 %" in caplog.text
+    assert "not better than chance" not in caplog.text
+    assert random.getstate() == states[0]
+    assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), states[1], strict=True))
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert model.attached
+    assert model.training
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_teacher_at_chance_is_warned_about(make, small_batch, caplog):
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
+    nn.init.zeros_(constant[1].weight)
+    model = make(teacher=constant, teacher_val_batches=9)
+    logger = captured(caplog)
+    try:
+        model.attach(runner_with(Images(small_batch(images=12)), shuffle=True))  # four of each class
+    finally:
+        logger.removeHandler(caplog.handler)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "the teacher is not better than chance (33.33 % of 3 classes). Check `teacher_ckpt`" in warnings[0]
+
+
+@pytest.mark.parametrize("case", ["no loop", "no labels", "not asked"])
+def test_a_teacher_that_cannot_be_tested_is_warned_about(make, small_batch, caplog, case):
+    model = make(teacher_val_batches=0 if case == "not asked" else 1)
+    batch = small_batch()
+    batch["data_samples"] = [DataSample() for _ in batch["inputs"]]
+    runner = SimpleNamespace(val_loop=None) if case == "no loop" else runner_with(Images(batch))
+    logger = captured(caplog)
+    try:
+        model.attach(runner)
+    finally:
+        logger.removeHandler(caplog.handler)
+    expected = {"no loop": "has no `val_dataloader`", "no labels": "has no batches or no labels", "not asked": ""}
+    assert expected[case] in caplog.text
+    assert bool(caplog.text) == (case != "not asked")
+
+
+def test_an_optimizer_wrapper_sees_the_total(make, small_batch):
+    model = make().train()
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.05))
+    first = model.train_step(small_batch(), wrapper)
+    torch.testing.assert_close(first["loss"], first["loss_ce"] + first["loss_distill"])
+    for _ in range(8):
+        last = model.train_step(small_batch(), wrapper)
+    assert last["loss"] < first["loss"]

@@ -1,0 +1,154 @@
+"""The shipped MMPretrain configs: each parses, builds everything it names, and trains a step."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, METRICS, MODEL_WRAPPERS, PARAM_SCHEDULERS, VISUALIZERS, init_default_scope
+from mmengine.runner import Runner
+from mmpretrain.registry import MODELS
+from mmpretrain_runs import CONFIGS
+
+from ikl_plugins.mmpretrain import EpochClassifier
+
+NAMES = (
+    "plain", "teacher", "distill_kd", "distill_ikl", "distill_gkl", "adversarial_trades", "adversarial_ikl",
+)  # fmt: skip
+SHIPPED = [f"{folder}/{name}.py" for folder in ("digits", "cifar10_folder") for name in NAMES]
+IN_PROCESS = {
+    "num_workers": 0, "persistent_workers": False, "pin_memory": False, "collate_fn": {"type": "default_collate"},
+}  # fmt: skip
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A data folder with an image of noise for each class of each split of both data sets."""
+    numpy = pytest.importorskip("numpy")
+    image = pytest.importorskip("PIL.Image", reason="images are written with Pillow")
+    noise = numpy.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("data")
+    for dataset, labels in (("digits", "0123456789"), ("cifar10", CIFAR10)):
+        for split in ("train", "val", "test"):
+            for label in labels:
+                path = folder / dataset / split / label / "0.png"
+                path.parent.mkdir(parents=True)
+                image.fromarray(noise.integers(0, 256, (32, 32, 3)).astype("uint8")).save(path)
+    return folder
+
+
+@pytest.fixture
+def load(images, tmp_path, monkeypatch):
+    """Reads a shipped config in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(images))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    init_default_scope("mmpretrain")
+    return lambda path: Config.fromfile(CONFIGS / path)
+
+
+def save_teacher(config):
+    """Writes what the config expects of its teacher's training."""
+    torch.manual_seed(0)
+    path = Path(config.model.teacher_ckpt)
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": MODELS.build(Config.fromfile(config.model.teacher).model).state_dict()}, path)
+
+
+def test_there_are_the_promised_configs():
+    found = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.py") if path.parent.name != "_base_"}
+    assert found == set(SHIPPED)
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_each_shipped_config_trains_a_step(path, load):
+    config = load(path)
+    if "distill" in path:
+        save_teacher(config)
+    torch.manual_seed(0)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    if isinstance(model, EpochClassifier):
+        model.begin_epoch(config.train_cfg.max_epochs, config.train_cfg.max_epochs)  # ramps are over, AWP is on
+    VISUALIZERS.build({**config.visualizer, "name": path, "save_dir": "vis"})  # the VisualizationHook looks for it
+    for hook in [*config.custom_hooks, *config.default_hooks.values()]:
+        HOOKS.build(hook)
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    PARAM_SCHEDULERS.build(config.param_scheduler, default_args={"optimizer": wrapper})
+    evaluators = config.val_evaluator if isinstance(config.val_evaluator, list) else [config.val_evaluator]
+    metrics = [METRICS.build(metric) for metric in evaluators]
+
+    loader = Runner.build_dataloader({**config.train_dataloader, "batch_size": 4, **IN_PROCESS}, seed=0)
+    model.train()
+    losses = model.train_step(next(iter(loader)), wrapper)
+    assert set(losses) >= {"loss"}
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    if isinstance(model, EpochClassifier):
+        model.end_iteration()
+        model.end_epoch()
+
+    loader = Runner.build_dataloader({**config.val_dataloader, "batch_size": 10, **IN_PROCESS})
+    model.eval()
+    (batch,) = loader
+    predictions = [sample.to_dict() for sample in model.val_step(batch)]
+    for metric in metrics:
+        metric.process(batch, predictions)
+    assert config.default_hooks.checkpoint.save_best.split("/")[0] in [metric.prefix for metric in metrics]
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_the_shipped_configs_share_one_shape(path, load):
+    config = load(path)
+    dataset, name = path.removesuffix(".py").split("/")
+    text = (CONFIGS / path).read_text()
+    assert f"# python tools/train_mmpretrain.py configs/mmpretrain/{path}\n" in text
+    assert config.work_dir == f"runs/mmpretrain/{dataset}/{name}"
+    assert config.randomness.seed == 0
+    assert {"IKLHook", "SyncBuffersHook"} <= {hook.type for hook in config.custom_hooks}
+    assert config.train_dataloader.dataset.data_prefix == "train"
+    assert config.val_dataloader.dataset.data_prefix == "val"
+    assert config.test_dataloader.dataset.data_prefix == "test"
+    kind = {"distill": "DistillationClassifier", "adversarial": "AdversarialClassifier"}
+    assert config.model.type == kind.get(name.split("_")[0], "ImageClassifier")
+    assert config.default_hooks.checkpoint.save_best == ("robust" if "adversarial" in name else "accuracy") + "/top1"
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if "distill" in path])
+def test_distillation_configs_name_what_the_teacher_config_makes(path, load):
+    model = load(path).model
+    teacher = Config.fromfile(model.teacher)
+    assert str(model.teacher) == str(CONFIGS / Path(path).parent / "teacher.py")
+    assert model.teacher_ckpt == f"{teacher.work_dir}/epoch_{teacher.train_cfg.max_epochs}.pth"
+
+
+@pytest.mark.parametrize("folder", ["digits", "cifar10_folder"])
+def test_students_are_the_plain_network(folder, load):
+    plain = load(f"{folder}/plain.py").model
+    for name in ("distill_kd", "distill_ikl", "distill_gkl"):
+        model = load(f"{folder}/{name}.py").model
+        assert all(model[part] == plain[part] for part in ("backbone", "neck", "data_preprocessor"))
+        assert model.head.in_channels == plain.head.in_channels
+
+
+def test_the_data_folder_is_data_without_the_variable(load, monkeypatch):
+    monkeypatch.delenv("IKL_PLUGINS_DATA")
+    assert load("digits/plain.py").train_dataloader.dataset.data_root == "data/digits"
+
+
+def test_the_settings_for_several_ranks_are_right(load):
+    wrapper = load("digits/distill_ikl.py").model_wrapper_cfg
+    assert MODEL_WRAPPERS.get(wrapper.type) is not None
+    assert wrapper.device_ids is None
+    assert wrapper.broadcast_buffers is False
+    assert wrapper.find_unused_parameters is False
+
+
+@pytest.mark.parametrize("folder", ["digits", "cifar10_folder"])
+def test_the_table_of_each_folder_has_each_config(folder):
+    text = (CONFIGS / folder / "README.md").read_text()
+    assert re.findall(r"^\| `(\w+)\.py` \|", text, re.MULTILINE) == list(NAMES)
+    for command in re.findall(r"^(?:python|OMP\S* python) (\S+) (\S+\.py)", text, re.MULTILINE):
+        assert all((CONFIGS.parent.parent / part).is_file() for part in command)

@@ -1,0 +1,124 @@
+"""AutocastOptimWrapper and cpu_ranks."""
+
+import pytest
+import torch
+import torch.distributed
+from mmengine.registry import OPTIM_WRAPPERS
+from mmpretrain_runs import Record, distilled_network, runner, save_teacher
+from torch import nn
+
+from ikl_plugins.mmpretrain import AutocastOptimWrapper, cpu_ranks
+
+
+class Precisions(nn.Module):
+    """Remembers the dtype of its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, inputs):
+        self.seen = self.layer(inputs)
+        return self.seen.float().square().sum()
+
+
+def wrapper_of(model, **keywords):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return OPTIM_WRAPPERS.build({"type": "AutocastOptimWrapper", "optimizer": optimizer, **keywords})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_forward_pass_is_in_bfloat16_and_nothing_else(dtype):
+    model = Precisions()
+    before = model.layer.weight.detach().clone()
+    wrapper = wrapper_of(model, dtype=dtype)
+    assert type(wrapper) is AutocastOptimWrapper
+    inputs = torch.randn(4, 3)
+    with wrapper.optim_context(model):
+        loss = model(inputs)
+    assert model.seen.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    wrapper.update_params(loss)
+    assert model.layer.weight.dtype == torch.float32
+    assert not torch.equal(model.layer.weight, before)
+    model(inputs)
+    assert model.seen.dtype == torch.float32
+
+
+def test_gradients_are_accumulated_as_in_the_stock_wrapper():
+    model = Precisions()
+    before = model.layer.weight.detach().clone()
+    wrapper = wrapper_of(model, accumulative_counts=2)
+    wrapper.initialize_count_status(model, 0, 2)
+    for step in range(2):
+        with wrapper.optim_context(model):
+            loss = model(torch.ones(1, 3))
+        wrapper.update_params(loss)
+        assert torch.equal(model.layer.weight, before) is (step == 0)
+
+
+def test_a_run_in_bfloat16_computes_its_losses_in_float32(tmp_path):
+    run = runner(
+        tmp_path,
+        distilled_network(save_teacher(tmp_path / "teacher.pth")),
+        epochs=1,
+        optim_wrapper={"type": "AutocastOptimWrapper", "optimizer": {"type": "SGD", "lr": 0.05}},
+    )
+    dtypes = set()
+    run.model.head.fc.register_forward_hook(lambda *args: dtypes.add(args[2].dtype))
+    run.model.distill_loss.register_forward_hook(lambda *args: dtypes.add(args[2].dtype))
+    losses = []
+    run.register_hook(Record(after_train_iter=lambda run, outputs, **_: losses.append(outputs["loss"])))
+    run.train()
+    assert dtypes == {torch.bfloat16, torch.float32}
+    assert all(torch.isfinite(loss) for loss in losses)
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    assert run.model.distill_loss.class_prior.matrix.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        ("float16", r"float16 needs a loss scaler and a GPU: use type='AmpOptimWrapper'\."),
+        (torch.float16, r"use type='AmpOptimWrapper'\."),
+        ("float32", r"For training without autocast use type='OptimWrapper'\."),
+        (None, r"use type='OptimWrapper'\."),
+    ],
+)
+def test_other_dtypes_are_refused(dtype, hint):
+    with pytest.raises(ValueError, match=rf"AutocastOptimWrapper: `dtype` must be 'bfloat16', got .*{hint}"):
+        wrapper_of(Precisions(), dtype=dtype)
+
+
+# --- cpu_ranks: what it leaves alone; a real group is in test_train_mmpretrain.py ------------------------------------
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """The environment of torchrun, without CUDA; returns what the group was begun with."""
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    begun = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args: begun.append(args))
+    return begun
+
+
+def test_ranks_on_cpus_join_a_gloo_group(two_ranks):
+    assert cpu_ranks.join() is True
+    assert two_ranks == [("gloo",)]
+
+
+@pytest.mark.parametrize("reason", ["cuda", "group", "single", "no launcher"])
+def test_everything_else_is_left_alone(reason, two_ranks, monkeypatch):
+    if reason == "cuda":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    elif reason == "group":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    elif reason == "single":
+        monkeypatch.setenv("WORLD_SIZE", "1")
+    else:
+        monkeypatch.delenv("MASTER_PORT")
+    assert cpu_ranks.join() is False
+    assert two_ranks == []

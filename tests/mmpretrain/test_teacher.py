@@ -1,0 +1,239 @@
+"""Building a teacher, its weights and its inputs, and that it stays out of everything that is trained."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmpretrain.models import ImageClassifier
+from mmpretrain.registry import MODELS
+from torch import nn
+
+from ikl_plugins.mmpretrain import EpochClassifier, TeacherHolder, build_teacher
+
+OTHER_MEAN = (100.0, 90.0, 80.0)
+
+
+@pytest.fixture
+def student(small_network):
+    return EpochClassifier(**small_network())
+
+
+@pytest.fixture
+def trained(small_network, tmp_path):
+    """A teacher with a config file and a checkpoint as MMEngine writes it; BatchNorm has seen images."""
+
+    def make(classes=3, channels=3, preprocessor="model", **keywords):
+        network = small_network(classes=classes, channels=channels, **keywords)
+        module = ImageClassifier(**network)
+        module.train()
+        module(torch.randn(8, 3, 16, 16))
+        config = {"model": {"type": "ImageClassifier", **network}}
+        settings = config["model"].pop("data_preprocessor")
+        if preprocessor == "model":
+            config["model"]["data_preprocessor"] = settings
+        elif preprocessor == "file":
+            config["data_preprocessor"] = settings
+        paths = tmp_path / "teacher.py", tmp_path / "teacher.pth"
+        Config(config).dump(paths[0])
+        torch.save({"meta": {"epoch": 3}, "state_dict": module.state_dict()}, paths[1])
+        return module.eval(), str(paths[0]), str(paths[1])
+
+    return make
+
+
+def images(rows=4):
+    return torch.randint(256, (rows, 3, 16, 16), dtype=torch.uint8)
+
+
+def inputs_of(model, raw):
+    return model.data_preprocessor({"inputs": raw, "data_samples": None})["inputs"]
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preprocessor", ["model", "file"])
+@pytest.mark.parametrize("keywords", [{}, {"mean": OTHER_MEAN}, {"std": (1.0, 2.0, 3.0)}])
+def test_a_config_file_and_its_checkpoint_give_the_teacher_and_its_inputs(student, trained, preprocessor, keywords):
+    module, config, ckpt = trained(preprocessor=preprocessor, **keywords)
+    holder = build_teacher(config, ckpt, student=student)
+    raw = images()
+    with torch.no_grad():
+        expected = module(inputs_of(module, raw))
+    torch.testing.assert_close(holder(inputs_of(student, raw)), expected, rtol=1e-4, atol=1e-4)
+    assert (holder.conversion is None) == (not keywords)
+    assert holder.num_classes == 3
+
+
+def test_another_channel_order_is_turned(small_network, student, trained):
+    module, config, ckpt = trained()
+    bgr = small_network()
+    bgr["data_preprocessor"]["to_rgb"] = False
+    raw = images()
+    holder = build_teacher(config, ckpt, student=EpochClassifier(**bgr))
+    with torch.no_grad():
+        expected = module(inputs_of(module, raw))
+    torch.testing.assert_close(holder(inputs_of(EpochClassifier(**bgr), raw)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_file_without_preprocessor_sees_raw_images(student, trained):
+    module, config, ckpt = trained(preprocessor="none")
+    raw = images()
+    with torch.no_grad():
+        expected = module(raw.float())
+    holder = build_teacher(config, ckpt, student=student)
+    # This student flips the channels, MMPretrain's default preprocessor does not.
+    torch.testing.assert_close(holder(inputs_of(student, raw)), expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_dict_without_preprocessor_sees_the_students_inputs(student, trained, own):
+    module, config, ckpt = trained(mean=OTHER_MEAN)
+    settings = Config.fromfile(config).to_dict()["model"]
+    if own:
+        del settings["data_preprocessor"]["type"]  # what building it fills in
+    else:
+        del settings["data_preprocessor"]
+    before = copy.deepcopy(settings)
+    holder = build_teacher(settings, ckpt, student=student)
+    assert settings == before
+    raw = images()
+    with torch.no_grad():
+        expected = module(inputs_of(module if own else student, raw))
+    torch.testing.assert_close(holder(inputs_of(student, raw)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_is_taken_as_it_is(student, trained):
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    raw = images()
+    holder = build_teacher(bare, student=student)
+    assert holder.module is bare
+    assert (holder.conversion, holder.num_classes) == (None, None)
+    torch.testing.assert_close(holder(inputs_of(student, raw)), bare(inputs_of(student, raw)))
+
+    module, _, ckpt = trained(mean=OTHER_MEAN)
+    holder = build_teacher(module, student=student)
+    with torch.no_grad():
+        expected = module(inputs_of(module, raw))
+    torch.testing.assert_close(holder(inputs_of(student, raw)), expected, rtol=1e-4, atol=1e-4)
+
+    untrained = copy.deepcopy(module)
+    nn.init.zeros_(untrained.head.fc.weight)
+    build_teacher(untrained, ckpt, student=student)
+    torch.testing.assert_close(untrained.head.fc.weight, module.head.fc.weight)
+
+
+def test_pretrained_weights_that_the_config_names_will_do(small_network, student, trained):
+    module, _, ckpt = trained()
+    for way in ({"pretrained": ckpt}, {"init_cfg": {"type": "Pretrained", "checkpoint": ckpt}}):
+        config = {"type": "ImageClassifier", **small_network(channels=3), **way}
+        holder = build_teacher(config, student=student)
+        torch.testing.assert_close(holder.module.head.fc.weight, module.head.fc.weight, msg=str(way))
+        assert not holder.module.head.fc.weight.requires_grad
+
+
+def test_of_a_classifier_of_this_package_the_plain_one_is_taken(student, trained, small_network, tmp_path):
+    module, _, _ = trained()
+    config = {
+        "type": "DistillationClassifier",
+        **small_network(channels=3),
+        "teacher": "gone.py",
+        "teacher_ckpt": "gone.pth",
+    }
+    weights = {**module.state_dict(), "distill_loss.class_prior.matrix": torch.zeros(3, 3)}
+    torch.save({"state_dict": weights}, tmp_path / "distilled.pth")
+    holder = build_teacher(config, str(tmp_path / "distilled.pth"), student=student)
+    assert type(holder.module) is ImageClassifier
+    torch.testing.assert_close(holder.module.head.fc.weight, module.head.fc.weight)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_that_is_not_there_is_refused(student, tmp_path):
+    with pytest.raises(ValueError, match=r"`teacher` must be the path of a config file, but there is none at gone\.py"):
+        build_teacher("gone.py", student=student)
+    (tmp_path / "empty.py").write_text("optimizer = None\n")
+    with pytest.raises(ValueError, match=r"must be a config with a `model`, but .*empty\.py has none"):
+        build_teacher(str(tmp_path / "empty.py"), student=student)
+
+
+@pytest.mark.parametrize("teacher", [None, 3])
+def test_a_teacher_of_another_type_is_refused(student, teacher):
+    with pytest.raises(TypeError, match="`teacher` must be the path of a config, a config dict or a module, got "):
+        build_teacher(teacher, student=student)
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_the_command_that_makes_it(student, trained):
+    _, config, _ = trained()
+    message = r"there is none at gone\.pth .*train the teacher first: python tools/train_mmpretrain\.py .*teacher\.py$"
+    with pytest.raises(ValueError, match=message):
+        build_teacher(config, "gone.pth", student=student)
+    with pytest.raises(ValueError, match=r"python tools/train_mmpretrain\.py TEACHER_CONFIG$"):
+        build_teacher(nn.Linear(2, 3), "gone.pth", student=student)
+
+
+def test_an_untrained_teacher_is_refused(student, trained):
+    _, config, _ = trained()
+    message = r"`teacher_ckpt` must be given, got None, .*an untrained teacher teaches noise\. Write teacher_ckpt="
+    with pytest.raises(ValueError, match=message):
+        build_teacher(config, student=student)
+
+
+def test_a_checkpoint_of_another_network_is_refused(student, trained, small_network, tmp_path):
+    module, config, _ = trained()
+    fits = module.state_dict()
+    bias = fits.pop("head.fc.bias")
+    torch.save(fits, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r"short\.pth does not fit it; missing: head\.fc\.bias\. Name the config"):
+        build_teacher(config, str(tmp_path / "short.pth"), student=student)
+    torch.save({**fits, "head.fc.bias": bias, "distill_loss.x": bias, "neck.y": bias}, tmp_path / "long.pth")
+    with pytest.raises(ValueError, match=r"does not fit it; unexpected: neck\.y\. Name the config"):
+        build_teacher(config, str(tmp_path / "long.pth"), student=student)
+    other = ImageClassifier(**small_network(channels=2)).state_dict()
+    torch.save(other, tmp_path / "narrow.pth")
+    message = r"other shapes: backbone\.conv1\.weight \(2, 3, 3, 3\) instead of \(3, 3, 3, 3\), .* and \d+ more\."
+    with pytest.raises(ValueError, match=message):
+        build_teacher(config, str(tmp_path / "narrow.pth"), student=student)
+
+
+def test_another_class_count_is_refused(student, trained):
+    _, config, ckpt = trained(classes=4)
+    with pytest.raises(ValueError, match=r"must have the class count of the student, got 4 and 3 classes\. Take"):
+        build_teacher(config, ckpt, student=student)
+
+
+def test_logits_that_are_none_are_refused(student):
+    features = MODELS.build({"type": "ResNet_CIFAR", "depth": 18, "base_channels": 2, "stem_channels": 2})
+    with pytest.raises(ValueError, match=r"`ResNet_CIFAR` must give logits of shape \(N, C\), got a tuple\."):
+        TeacherHolder(features)(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"`Conv2d` must give logits of shape \(N, C\), got shape \(1, 2, 16, 16\)\."):
+        TeacherHolder(nn.Conv2d(3, 2, 1))(torch.zeros(1, 3, 16, 16))
+
+
+# --- the holder ------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_frozen_in_eval_mode_and_without_gradient():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    holder = TeacherHolder(module)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    statistics = module[2].running_mean.clone()
+    module.train()  # by somebody else who holds it
+    inputs = torch.randn(4, 3, 2, 2, requires_grad=True)
+    logits = holder(inputs)
+    assert not logits.requires_grad
+    assert torch.equal(logits, holder(inputs))
+    assert torch.equal(module[2].running_mean, statistics)
+    assert not any(part.training for part in module.modules())
+
+
+def test_copies_share_the_teacher_and_a_pickle_has_its_own():
+    holder = TeacherHolder(nn.Linear(2, 3))
+    assert copy.deepcopy(holder) is holder
+    assert copy.deepcopy({"a": [holder]})["a"][0] is holder
+    own = pickle.loads(pickle.dumps(holder))  # noqa: S301
+    assert own is not holder
+    torch.testing.assert_close(own.module.weight, holder.module.weight)

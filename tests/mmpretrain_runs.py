@@ -1,0 +1,140 @@
+"""Runs of MMEngine's runner for the tests of the MMPretrain adapter: small ones here, real ones as processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import train_mmpretrain
+from mmengine.dataset import pseudo_collate
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch.utils.data import DataLoader
+
+TOOL = Path(train_mmpretrain.__file__)
+CONFIGS = TOOL.parent.parent / "configs" / "mmpretrain"
+CLASSES = 3
+
+
+# --- in this process -------------------------------------------------------------------------------------------------
+
+
+def images(count, seed=0):
+    """Random images as a data set gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "inputs": torch.randint(256, (3, 8, 8), dtype=torch.uint8, generator=generator),
+            "data_samples": DataSample().set_gt_label(index % CLASSES),
+        }
+        for index in range(count)
+    ]
+
+
+def loader(count=10, batch_size=4, seed=0, **keywords):
+    keywords.setdefault("shuffle", "sampler" not in keywords)
+    return DataLoader(images(count, seed), batch_size=batch_size, collate_fn=pseudo_collate, **keywords)
+
+
+def network(**keywords):
+    """The config of a small classifier, changed by keywords."""
+    return {
+        "type": "ImageClassifier",
+        "data_preprocessor": {"mean": [120.0] * 3, "std": [60.0] * 3, "num_classes": CLASSES},
+        "backbone": {
+            "type": "ResNet_CIFAR", "depth": 18, "num_stages": 2, "strides": (1, 2), "dilations": (1, 1),
+            "out_indices": (1,), "stem_channels": 2, "base_channels": 2,
+        },
+        "neck": {"type": "GlobalAveragePooling"},
+        "head": {"type": "LinearClsHead", "num_classes": CLASSES, "in_channels": 4},
+        **keywords,
+    }  # fmt: skip
+
+
+def save_teacher(path):
+    """Writes weights for ``network()`` that tell images apart, and returns where."""
+    torch.manual_seed(1)
+    model = MODELS.build(network())
+    torch.nn.init.normal_(model.head.fc.weight)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def distilled_network(teacher_ckpt, **keywords):
+    """The config of a small student whose loss has a class prior."""
+    return network(
+        type="DistillationClassifier",
+        teacher=network(),
+        teacher_ckpt=str(teacher_ckpt),
+        distill_loss={"type": "IKLLoss", "beta": 4.0, "global_info": True},
+        **keywords,
+    )
+
+
+def runner(work_dir, model, *, hooks=({"type": "IKLHook"},), epochs=2, **keywords):
+    """A runner of the stock kind that trains ``model`` on random images."""
+    runner.count += 1
+    settings = {
+        "work_dir": str(work_dir),
+        "train_dataloader": loader(),
+        "train_cfg": {"by_epoch": True, "max_epochs": epochs},
+        "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.05, "momentum": 0.9}},
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+        "custom_hooks": list(hooks),
+        "default_scope": "mmpretrain",
+        "randomness": {"seed": 0},
+        "log_level": "WARNING",
+        # Loggers and message hubs are kept by name for the life of the process.
+        "experiment_name": f"test_{os.getpid()}_{runner.count}",
+    }
+    return Runner(model=model, **{**settings, **keywords})
+
+
+runner.count = 0
+
+
+class Record(Hook):
+    """Calls a function at the end of each epoch or iteration, before everything else."""
+
+    priority = "HIGHEST"
+
+    def __init__(self, **functions):
+        for name, function in functions.items():
+            setattr(self, name, function)
+
+
+# --- as processes ----------------------------------------------------------------------------------------------------
+
+
+def few_images(whole, target, train=8, val=3, test=3):
+    """Copies the first images of each class of each split of a data set in class folders."""
+    for split, count in (("train", train), ("val", val), ("test", test)):
+        for label in sorted((whole / split).iterdir()):
+            folder = target / split / label.name
+            folder.mkdir(parents=True)
+            for image in sorted(label.iterdir())[:count]:
+                shutil.copy(image, folder)
+
+
+def tool(name):
+    """mmpretrain's installed tools/train.py or test.py."""
+    return train_mmpretrain.train_script().with_name(f"{name}.py")
+
+
+def execute(*command, cwd, code=0, timeout=300, **environment):
+    """Runs a Python command as a process of one thread, and returns what it has printed.
+
+    The process must end with ``code``; None for any but 0.
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) if code is None else done.returncode == code, output[-5000:]
+    return output
