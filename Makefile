@@ -9,13 +9,13 @@ FORK_EXTRAS := mmpretrain_fork,data,test
 .PHONY: demo test test-slow test-fork lint type bench clean help
 
 help:
-	@echo "make demo       distil a small student on real digits with CE, KL, IKL and GKL; table and plots in runs/demo"
+	@echo "make demo       small students and robust networks on real digits; tables and plots in runs/demo"
 	@echo "make test       tests, doctests, coverage"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-fork  the MMPretrain tests, in a second environment with the maintained forks (onedl-*)"
 	@echo "make lint       ruff"
 	@echo "make type       mypy"
-	@echo "make bench      time and memory of the losses; table and CSV in runs/bench"
+	@echo "make bench      time and memory of the losses, time of an adversarial step; tables and CSV in runs/bench"
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,7 @@ type: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench_adversarial.py
 
 clean:
 	rm -rf $(VENV) $(FORK_VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage*

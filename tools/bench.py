@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -142,12 +142,8 @@ def main() -> None:
         return
 
     torch.set_num_threads(args.threads)
-    versions = (
-        f"torch {torch.__version__}, Python {platform.python_version()}, {args.threads} threads, "
-        f"{_processor()}, float32, CPU"
-    )
     rows: list[dict[str, object]] = []
-    lines = [f"Measured with `make bench`: {versions}.", ""]
+    lines = [f"Measured with `make bench`: {describe(args.threads)}.", ""]
 
     lines += ["Forward and backward, relative to KL (its time in brackets):", ""]
     names = [name for name in METHODS if name != "KL"]
@@ -189,20 +185,33 @@ def main() -> None:
     lines += ["", f"`import ikl_plugins` after `import torch`: {import_milliseconds():.0f} ms."]
     print(lines[-1])
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        row.update(torch=torch.__version__, threads=args.threads)
-    fields = ["kind", "rows", "classes", "method", "seconds", "ratio", "logits_tensors", "torch", "threads"]
-    temporary = args.output / f"losses.csv.{os.getpid()}"
+    fields = ["kind", "rows", "classes", "method", "seconds", "ratio", "logits_tensors"]
+    write_results(args.output, "losses", fields, rows, lines)
+
+
+def describe(threads: int) -> str:
+    """What the figures depend on, in words."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{versions}, {threads} threads, {processor()}, float32, CPU"
+
+
+def write_results(
+    folder: Path, name: str, fields: Sequence[str], rows: Sequence[dict[str, object]], lines: Sequence[str]
+) -> None:
+    """``<name>.csv`` with the rows and what they depend on, and ``<name>.md`` with the lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor()}
+    table, text = folder / f"{name}.csv", folder / f"{name}.md"
+    temporary = folder / f"{table.name}.{os.getpid()}"
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, restval="")
+        writer = csv.DictWriter(file, [*fields, *origin], restval="")
         writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(args.output / "losses.csv")
-    temporary = args.output / f"losses.md.{os.getpid()}"
+        writer.writerows({**row, **origin} for row in rows)
+    temporary.replace(table)
+    temporary = folder / f"{text.name}.{os.getpid()}"
     temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(args.output / "losses.md")
-    print(f"Written: {args.output / 'losses.csv'} and {args.output / 'losses.md'}")
+    temporary.replace(text)
+    print(f"Written: {table} and {text}")
 
 
 def _row(kind: str, shape: tuple[int, int], method: str, seconds: float, base: float | None) -> dict[str, object]:
@@ -213,7 +222,7 @@ def _row(kind: str, shape: tuple[int, int], method: str, seconds: float, base: f
     return row
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name where the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -4,6 +4,7 @@ Each name in ``__all__`` is a function that builds one network: ``resnet20(num_c
 """
 
 from .resnet import resnet8, resnet8x4, resnet14, resnet20, resnet32, resnet32x4, resnet44, resnet56, resnet110
+from .wide_resnet import wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
 __all__ = [
     "resnet8",
@@ -15,4 +16,8 @@ __all__ = [
     "resnet44",
     "resnet56",
     "resnet110",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
 ]

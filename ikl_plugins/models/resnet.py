@@ -129,7 +129,7 @@ class ResNet(nn.Module):
         """
         x = self._stem(images)
         x = self.layer3(self.layer2(self.layer1(x)))
-        logits: Tensor = self.fc(_pool(x))
+        logits: Tensor = self.fc(global_average(x))
         return logits
 
     def forward_features(self, images: Tensor) -> Features:
@@ -155,14 +155,10 @@ class ResNet(nn.Module):
             preact_feats.append(preactivation)
             x = F.relu(preactivation)
             feats.append(x)
-        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=_pool(x))
+        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=global_average(x))
 
     def _stem(self, images: Tensor) -> Tensor:
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"{self.name}: `images` must have shape (N, 3, H, W), got {tuple(images.shape)}. "
-                f"Pass a batch of RGB images; a single one gets its batch dimension with `.unsqueeze(0)`."
-            )
+        check_images(self.name, images)
         return F.relu(self.bn1(self.conv1(images)))
 
 
@@ -171,7 +167,17 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
-def _pool(x: Tensor) -> Tensor:
+def check_images(name: str, images: Tensor) -> None:
+    """Refuses what is not a batch of RGB images, in the name of the network."""
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"{name}: `images` must have shape (N, 3, H, W), got {tuple(images.shape)}. "
+            f"Pass a batch of RGB images; a single one gets its batch dimension with `.unsqueeze(0)`."
+        )
+
+
+def global_average(x: Tensor) -> Tensor:
+    """(N, C, H, W) to the means of the maps, (N, C)."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ikl_plugins import models
+from ikl_plugins.models import resnet
 from ikl_plugins.models.resnet import ResNet
 
 # name: (parameters with 100 classes, with 10, state-dict entries, parameter tensors, blocks a stage, stem and stages)
@@ -61,7 +62,8 @@ def randomised(model):
 
 
 def test_the_public_names_are_the_networks():
-    assert set(models.__all__) == set(ZOO)
+    assert set(resnet.__all__) == set(ZOO)
+    assert set(resnet.__all__) < set(models.__all__)
 
 
 @pytest.mark.parametrize("name", ZOO)
