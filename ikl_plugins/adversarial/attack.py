@@ -302,7 +302,16 @@ class PGD:
             gradient = None
             if logits.requires_grad:
                 value = objective(logits)
-                (gradient,) = torch.autograd.grad(value, adversarial, allow_unused=True)
+                try:
+                    (gradient,) = torch.autograd.grad(value, adversarial, allow_unused=True)
+                except RuntimeError as error:
+                    if "use_reentrant" not in str(error):
+                        raise
+                    raise ValueError(
+                        "PGD: `model` must not use reentrant activation checkpointing, which gives no gradient of the "
+                        "images. Switch it off (in OpenMMLab's backbones with_cp=False), or use "
+                        "torch.utils.checkpoint with use_reentrant=False."
+                    ) from error
             if gradient is None:
                 raise ValueError(
                     "PGD: `model` must be differentiable with respect to its input, but its logits carry no gradient. "

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from mmengine.logging import MMLogger
 from mmpretrain.models import CrossEntropyLoss, LabelSmoothLoss
 from torch import Tensor
 
 from .. import _validation as check
 from ..adversarial import PGD, AdversarialWeightPerturbation, frozen_statistics
 from .classifier import EpochClassifier, term_scalars
-from .metrics import ROBUST_SCORE
+from .metrics import ROBUST_SCORE, RobustAccuracy
 from .pixels import PixelSpace
 
 __all__ = ["AdversarialClassifier"]
@@ -154,8 +155,8 @@ class AdversarialClassifier(EpochClassifier):
         batch = adversarial, natural, data_samples, labels, len(views)
         if self.awp is not None and self.epoch is not None and self.awp.active(self.epoch):
             with frozen_statistics(self):
-                losses = self._losses(*batch, observe=False)
-                self.awp.perturb(self, sum(value for name, value in losses.items() if "loss" in name))
+                total, _ = self.parse_losses(self._losses(*batch, observe=False))
+                self.awp.perturb(self, total)
         return {**self._losses(*batch, observe=True), "eps": natural.new_tensor(strength.eps)}
 
     def predict(self, inputs: Tensor, data_samples: list[Any] | None = None, **kwargs: Any) -> list[Any]:
@@ -176,7 +177,7 @@ class AdversarialClassifier(EpochClassifier):
             return predictions
         adversarial = self.val_attack(
             self, self.pixels.to_pixels(inputs), forward=self._pixel_logits,
-            labels=self.hard_labels(predictions, "`val_attack`"),
+            labels=self.hard_labels(predictions, "`val_attack`", "leave it out"),
             generator=torch.Generator(inputs.device).manual_seed(self.val_seed),
         )  # fmt: skip
         scores = torch.softmax(self._pixel_logits(adversarial).float(), 1)
@@ -191,9 +192,15 @@ class AdversarialClassifier(EpochClassifier):
             runner: MMEngine's runner.
 
         Raises:
-            ValueError: AWP with several optimizers.
+            ValueError: AWP with several optimizers; ``RobustAccuracy`` without ``val_attack``.
         """
         super().attach(runner)
+        metrics = [] if runner.val_loop is None else runner.val_loop.evaluator.metrics
+        if self.val_attack is None and any(isinstance(metric, RobustAccuracy) for metric in metrics):
+            raise ValueError(
+                f"{_CALLER}: `val_attack` must be given for the RobustAccuracy in `val_evaluator`, got None. Write "
+                f"val_attack=dict(eps='8/255', steps=20, step_size='2/255'), or take the metric out."
+            )
         if self.awp is None:
             return
         optimizer = getattr(runner.optim_wrapper, "optimizer", None)
@@ -203,6 +210,17 @@ class AdversarialClassifier(EpochClassifier):
                 f"weights, got {type(runner.optim_wrapper).__name__}. Use one optimizer, with param groups if need be."
             )
         optimizer.register_step_pre_hook(lambda *_: self._restore())
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Starts an epoch; see :class:`EpochClassifier`. Warns of an ``awp`` that this training never reaches."""
+        super().begin_epoch(epoch, epochs)
+        if epoch == 1 and self.awp is not None and not self.awp.active(epochs):
+            MMLogger.get_current_instance().warning(
+                "%s: `awp` begins with epoch %g, but the training has %d. Lower its warmup_epochs.",
+                _CALLER,
+                self.awp.warmup_epochs,
+                epochs,
+            )
 
     def end_iteration(self) -> None:
         """Restores the weights where no optimizer's step has done it, as between those of accumulated gradients."""
@@ -226,7 +244,9 @@ class AdversarialClassifier(EpochClassifier):
         if self.robust_loss.class_prior is not None:
             return self.hard_labels(data_samples, "the class prior of `robust_loss`")
         if self.attack.objective == "cross_entropy":
-            return self.hard_labels(data_samples, "the objective 'cross_entropy' of `attack`")
+            return self.hard_labels(
+                data_samples, "the objective 'cross_entropy' of `attack`", "use objective='soft_cross_entropy' there"
+            )
         return None
 
     def _views(self, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -234,8 +254,9 @@ class AdversarialClassifier(EpochClassifier):
         if (len(views) == 2) != (self.augmented_weight is not None) or len(views) > 2:
             raise ValueError(
                 f"{_CALLER}: `augmented_weight` goes with two views of each image, got {self.augmented_weight} and "
-                f"{len(views)}. For two use data_preprocessor=dict(type='TwoViewDataPreprocessor') and "
-                f"MultiView(num_views=[1, 1]); for one leave `augmented_weight` out."
+                f"{len(views)}. For two use MultiView(num_views=[1, 1]) in the pipeline of the train_dataloader and "
+                f"data_preprocessor=dict(type='TwoViewDataPreprocessor') inside `model`, where it goes before one at "
+                f"the top level; for one leave `augmented_weight` out."
             )
         return views
 
@@ -285,13 +306,15 @@ class AdversarialClassifier(EpochClassifier):
             )
         loss: Any = getattr(self.head, "loss_module", None)
         if type(loss) is not CrossEntropyLoss or loss.use_soft or loss.use_sigmoid:
+            how = " with use_soft or use_sigmoid" if type(loss) is CrossEntropyLoss else ""
             raise ValueError(
                 f"{_CALLER}: `label_smoothing` goes with a head whose loss is a plain CrossEntropyLoss, got "
-                f"{type(loss).__name__}. Set label_smoothing=0 and give the head the loss it should have."
+                f"{type(loss).__name__}{how}. Set label_smoothing=0 and give the head the loss it should have."
             )
         self.head.loss_module = LabelSmoothLoss(
-            smoothing, num_classes=self.head.num_classes, mode="original", loss_weight=loss.loss_weight
-        )
+            smoothing, num_classes=self.head.num_classes, mode="original", reduction=loss.reduction,
+            loss_weight=loss.loss_weight, class_weight=loss.class_weight,
+        )  # fmt: skip
 
 
 def _build(name: str, kind: type, settings: Any) -> Any:

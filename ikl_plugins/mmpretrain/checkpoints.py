@@ -25,6 +25,7 @@ from torch import Tensor
 
 __all__ = ["allow_mmengine_checkpoints", "load_content", "load_weights", "verify"]
 
+_PLAIN_DTYPES = numpy.typecodes["AllInteger"] + numpy.typecodes["AllFloat"] + "?SU"
 _STATISTICS = ("min", "max", "current", "mean")
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
 _READS_WEIGHTS_ONLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
@@ -50,8 +51,8 @@ def _safe_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]
         (scalar, "numpy.core.multiarray.scalar"),
         numpy.ndarray,
         numpy.dtype,
-        type(numpy.dtype("f8")),
-        type(numpy.dtype("i8")),
+        # Numbers, booleans and text; an array of objects may hold anything and stays out.
+        *dict.fromkeys(type(numpy.dtype(code)) for code in _PLAIN_DTYPES),
         (_statistic, "builtins.getattr"),
     ]
 
@@ -196,7 +197,9 @@ def _read(path: Path, where: str) -> Any:
         if isinstance(error, pickle.UnpicklingError) and found:
             raise ValueError(
                 f"load_content: the checkpoint {where} must hold tensors and plain values, but it would run code when "
-                f"it is loaded: {found[0]}. Do not trust it; train it anew, or have it saved as a state dict."
+                f"it is loaded: {found[0]}. Do not trust a file that is not yours; train it anew, or have it saved as "
+                f"a state dict. Of your own, allow the class: torch.serialization.add_safe_globals([...]) in a module "
+                f"that `custom_imports` names."
             ) from error
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         raise ValueError(

@@ -160,35 +160,39 @@ class EpochClassifier(ImageClassifier):  # type: ignore[misc]  # the base class 
             for name, value in losses.items()
         }
 
-    def hard_labels(self, data_samples: Sequence[Any] | None, needed_by: str) -> Tensor:
+    def hard_labels(
+        self, data_samples: Sequence[Any] | None, needed_by: str, instead: str = "set global_info=False"
+    ) -> Tensor:
         """The class index of every sample, for whatever needs exactly one.
 
         Args:
             data_samples: one ``DataSample`` per image, with ``gt_label``.
             needed_by: what needs them, for the message.
+            instead: how to do without them, for the message.
 
         Returns:
             Shape (N,), integer.
 
         Raises:
-            ValueError: labels are missing, are scores (one-hot, mixup, CutMix), or are several per sample.
+            ValueError: labels are missing, are scores in training (one-hot, mixup, CutMix), or are several per sample.
         """
         if not data_samples or any("gt_label" not in sample for sample in data_samples):
             raise ValueError(
                 f"{self._name}: every data sample must have a `gt_label`, which {needed_by} needs, but some have none. "
-                f"Let the data set give labels and end the pipeline with PackInputs, or set global_info=False."
+                f"Let the data set give labels and end the pipeline with PackInputs, or {instead}."
             )
-        if any("gt_score" in sample for sample in data_samples):
+        # In validation images are not mixed, and scores that are there are the labels in another form.
+        if self.training and any("gt_score" in sample for sample in data_samples):
             raise ValueError(
                 f"{self._name}: {needed_by} needs one class per sample, but these samples have a `gt_score` for every "
                 f"class (one-hot, mixup or CutMix labels), and a mixed image has no class of its own. Drop `augments` "
-                f"from `train_cfg` and `to_onehot` from `data_preprocessor`, or set global_info=False."
+                f"from `train_cfg` and `to_onehot` from `data_preprocessor`, or {instead}."
             )
         labels = [sample.gt_label for sample in data_samples]
         if any(label.numel() != 1 for label in labels):
             raise ValueError(
                 f"{self._name}: {needed_by} needs one class per sample, but some samples have none or several. "
-                f"Use a data set with one class per image, or set global_info=False."
+                f"Use a data set with one class per image, or {instead}."
             )
         return torch.cat([label.reshape(1) for label in labels])
 

@@ -36,7 +36,8 @@ class IKLHook(Hook):  # type: ignore[misc]
       'state_dict' and 'ema_state_dict'.
 
     With an ``IterBasedTrainLoop`` an epoch is as many iterations as it takes to see the training data once, and random
-    numbers are seeded for each iteration. With any other model the hook verifies and seeds, no more.
+    numbers are seeded for each iteration, but for those that the data draws: MMEngine replays them on resume. With any
+    other model the hook verifies and seeds, no more.
 
     Args:
         seed_epochs: seed the random numbers of Python, NumPy and torch. They are those of this process; MMEngine seeds
@@ -49,13 +50,16 @@ class IKLHook(Hook):  # type: ignore[misc]
             an epoch; a checkpoint that must not be read.
     """
 
-    priority = "ABOVE_NORMAL"  # the priors are rolled before EMAHook, SyncBuffersHook and CheckpointHook see them
+    # Before EMAHook, which many configs put at ABOVE_NORMAL, SyncBuffersHook and CheckpointHook: they must see restored
+    # weights and rolled priors.
+    priority = "HIGH"
 
     def __init__(self, *, seed_epochs: bool = True, verify_checkpoints: bool = True) -> None:
         self.seed_epochs = seed_epochs
         self.verify_checkpoints = verify_checkpoints
         self._iterations_per_epoch: int | None = None  # None where the loop has epochs of its own
         self._epoch: int | None = None
+        self._data_stream: tuple[Any, Any, torch.Tensor] | None = None
 
     def before_run(self, runner: Any) -> None:
         """Verifies the checkpoint that the runner is about to read."""
@@ -95,6 +99,8 @@ class IKLHook(Hook):  # type: ignore[misc]
         length = self._iterations_per_epoch
         if length is None:
             return
+        if self.seed_epochs:
+            self._data_stream = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
         self._seed(runner, runner.iter)
         model = _unwrap(runner.model)
         epoch = runner.iter // length + 1
@@ -105,12 +111,17 @@ class IKLHook(Hook):  # type: ignore[misc]
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Ends an iteration, and an epoch of an iteration-based loop."""
         model = _unwrap(runner.model)
-        if not isinstance(model, EpochClassifier):
-            return
-        model.end_iteration()
         length = self._iterations_per_epoch
-        if length is not None and (runner.iter + 1) % length == 0:
-            model.end_epoch()
+        if isinstance(model, EpochClassifier):
+            model.end_iteration()
+            if length is not None and (runner.iter + 1) % length == 0:
+                model.end_epoch()
+        if self._data_stream is not None:  # the next batch is drawn as if no step had been in between
+            python, arrays, tensors = self._data_stream
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+            torch.set_rng_state(tensors)
+            self._data_stream = None
 
     def after_train_epoch(self, runner: Any) -> None:
         """Ends an epoch of an epoch-based loop."""
@@ -156,7 +167,7 @@ def _forget_running_sums(model: nn.Module) -> None:
 
 
 def _priors(model: nn.Module) -> dict[str, ClassPrior]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, ClassPrior)}
+    return model.class_priors() if isinstance(model, EpochClassifier) else {}
 
 
 def _iterations_per_epoch(loader: DataLoader[Any]) -> int:

@@ -76,7 +76,8 @@ class PixelSpace:
                 f"{_CALLER}: images must lie in [0, {self.pixel_range:g}] before `data_preprocessor` normalises them, "
                 f"but undoing its mean and std gives values from {low * self.pixel_range:.4g} to "
                 f"{high * self.pixel_range:.4g}. Either they are normalised twice: drop `Normalize` from the pipeline "
-                f"and let mean and std of `data_preprocessor` do it; or `pixel_range` is not the value of white."
+                f"and let mean and std of `data_preprocessor` do it; or `pixel_range` is not the value of white, or "
+                f"its `pad_value` no pixel."
             )
         # A data set with images in [0, 1] would make a perturbation of 8/255 vanish; a batch of black ones is fine.
         if self.pixel_range == 255.0 and tolerance < high <= (1 + tolerance) / self.pixel_range:

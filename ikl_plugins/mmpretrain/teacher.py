@@ -122,7 +122,7 @@ def build_teacher(
         own_inputs = config.get("data_preprocessor") is not None or bool(origin)
         module = MODELS.build(config)
         if teacher_ckpt is None:
-            _initialise(caller, module, config)
+            _initialise(caller, module, config, origin)
     if teacher_ckpt is not None:
         _load(caller, module, str(teacher_ckpt), origin)
 
@@ -164,27 +164,30 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _initialise(caller: str, module: Any, config: Mapping[str, Any]) -> None:
-    """Loads the pretrained weights that a config names, or refuses: nobody wants an untrained teacher."""
-    if not _names_weights(config):
-        raise ValueError(
-            f"{caller}: `teacher_ckpt` must be given, got None, and the teacher's config names no pretrained weights: "
-            f"an untrained teacher teaches noise. Write teacher_ckpt='....pth', or give the teacher "
-            f"init_cfg=dict(type='Pretrained', checkpoint=...)."
-        )
-    module.init_weights()
-
-
-def _names_weights(config: Any) -> bool:
-    if isinstance(config, Mapping):
-        if config.get("pretrained") or config.get("type") in ("Pretrained", "PretrainedInit", PretrainedInit):
-            return True
-        return any(_names_weights(value) for value in config.values())
-    return isinstance(config, (list, tuple)) and any(map(_names_weights, config))
+def _initialise(caller: str, module: nn.Module, config: Mapping[str, Any], origin: str) -> None:
+    """Loads the weights that a config names for the whole network, or refuses: nobody wants an untrained teacher."""
+    named = config.get("pretrained")
+    init_cfg = config.get("init_cfg")
+    if not named and isinstance(init_cfg, Mapping) and init_cfg.get("type") in ("Pretrained", PretrainedInit):
+        named = None if init_cfg.get("prefix") else init_cfg.get("checkpoint")
+    if named is True:
+        return  # the network has fetched its weights itself, as those of timm and Hugging Face do
+    if named:
+        _load(caller, module, str(named), origin)
+        return
+    raise ValueError(
+        f"{caller}: `teacher_ckpt` must be given, got None, and the teacher's config names no pretrained weights of "
+        f"the whole network (those of a backbone alone leave the head random): an untrained teacher teaches noise. "
+        f"Write teacher_ckpt='....pth', or give the teacher init_cfg=dict(type='Pretrained', checkpoint=...)."
+    )
 
 
 def _load(caller: str, module: nn.Module, path: str, origin: str) -> None:
     """Loads a checkpoint whose names and shapes are exactly those of the network."""
+    if "://" in path and not path.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{caller}: `teacher_ckpt` must be a file or an http(s) address, got {path}. Fetch it and name the file."
+        )
     if not path.startswith(("http://", "https://")) and not Path(path).expanduser().is_file():
         train = origin or "TEACHER_CONFIG"
         raise ValueError(

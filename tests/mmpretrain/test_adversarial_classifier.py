@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmpretrain.models import ImageClassifier
@@ -14,7 +15,7 @@ from mmpretrain.structures import DataSample
 from torch import nn
 
 import ikl_plugins.mmpretrain  # noqa: F401 - registers what the configs name
-from ikl_plugins.mmpretrain import AdversarialClassifier, RobustAccuracy
+from ikl_plugins.mmpretrain import AdversarialClassifier, RobustAccuracy, adversarial
 
 CLASSES = 4
 SIZE = 8
@@ -236,6 +237,7 @@ def test_two_views_weigh_the_second_and_collect_the_first():
     sums = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
     sums.index_add_(0, labels, torch.softmax(teacher[:6].detach() / 4.0, 1))
     torch.testing.assert_close(model.robust_loss.class_prior.sums, sums, rtol=1e-8, atol=1e-10)
+    assert model.robust_loss.training  # the second view had it in eval mode
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,19 @@ def test_natural_weight_and_label_smoothing():
     torch.testing.assert_close(model.loss(inputs, samples)["loss_ce"], expected, rtol=1e-6, atol=1e-8)
 
 
+def test_label_smoothing_keeps_the_weights_of_the_loss():
+    loss = {"type": "CrossEntropyLoss", "loss_weight": 0.5, "class_weight": [1.0, 2.0, 3.0, 4.0]}
+    model = make(label_smoothing=0.1, head=head(loss=loss)).double().train()
+    inputs, samples, labels = prepared(model, batch())
+    network = copy.deepcopy(network_of(model))
+    log_probabilities = torch.log_softmax(network(inputs), 1)
+    smooth = torch.full_like(log_probabilities, 0.1 / CLASSES)
+    smooth[torch.arange(len(labels)), labels] += 0.9
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    expected = 0.5 * -(weights * smooth * log_probabilities).sum(1).mean()
+    torch.testing.assert_close(model.loss(inputs, samples)["loss_ce"], expected, rtol=1e-6, atol=1e-8)
+
+
 def test_channels_last_changes_the_layout_alone():
     plain, other = make().double().train(), make(channels_last=True).double().train()
     other.load_state_dict(plain.state_dict())
@@ -315,6 +330,8 @@ def test_channels_last_changes_the_layout_alone():
 
 
 class _Runner:
+    val_loop = None
+
     def __init__(self, model, **options):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
         self.optim_wrapper = OptimWrapper(optimizer, **options)
@@ -383,6 +400,14 @@ def test_predictions_are_those_of_the_plain_classifier_and_robust_ones_beside_th
         ours, again, theirs = model.val_step(batch()), model.test_step(batch()), plain.val_step(batch())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not model.training
+    other = make(val_attack=VAL_ATTACK, val_seed=1)
+    other.eval()
+    with torch.no_grad():
+        elsewhere = other.val_step(batch())
+    assert any(
+        not torch.equal(first.robust_pred_score, second.robust_pred_score)
+        for first, second in zip(ours, elsewhere, strict=True)
+    )
     for first, second, third in zip(ours, again, theirs, strict=True):
         assert torch.equal(first.pred_score, third.pred_score)
         assert torch.equal(first.robust_pred_score, second.robust_pred_score)
@@ -437,6 +462,10 @@ ATTACK = {"eps": "8/255", "steps": 2, "step_size": "4/255"}
         (
             {"label_smoothing": 0.1, "head": head(loss={"type": "LabelSmoothLoss", "label_smooth_val": 0.1})},
             r"`label_smoothing` goes with a head whose loss is a plain CrossEntropyLoss, got LabelSmoothLoss",
+        ),
+        (
+            {"label_smoothing": 0.1, "head": head(loss={"type": "CrossEntropyLoss", "use_soft": True})},
+            r"a plain CrossEntropyLoss, got CrossEntropyLoss with use_soft or use_sigmoid",
         ),
         ({"natural_weight": -1.0}, r"`natural_weight` must be a finite number of at least 0"),
         ({"pixel_range": 0}, r"`pixel_range` must be a finite number above 0"),
@@ -507,6 +536,67 @@ def test_scores_for_labels_do_without_a_prior():
     assert torch.isfinite(step(model)["loss"])
 
 
+def test_scores_beside_labels_are_no_matter_in_validation():
+    """A preprocessor that mixes training images turns labels into scores in validation as well."""
+    settings = preprocessor(to_onehot=True, num_classes=CLASSES)
+    model = make(data_preprocessor=settings, val_attack=VAL_ATTACK)
+    model.eval()
+    with torch.no_grad():
+        assert all("robust_pred_score" in sample for sample in model.val_step(batch()))
+
+
+def test_labels_for_the_objective_have_another_way_out():
+    settings = preprocessor(to_onehot=True, num_classes=CLASSES)
+    with pytest.raises(ValueError, match=r"`attack` needs one class per sample.*or use objective='soft_cross_entropy'"):
+        step(make(data_preprocessor=settings, attack=ATTACK))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_backbone_with_reentrant_checkpointing_is_refused():
+    class Checkpointed(TinyBackbone):
+        def forward(self, x):
+            x = torch.utils.checkpoint.checkpoint(lambda y: F.softplus(self.bn1(self.conv1(y))), x, use_reentrant=True)
+            return (self.conv2(x).mean((2, 3)),)
+
+    with pytest.raises(ValueError, match=r"must not use reentrant activation checkpointing.*with_cp=False"):
+        step(make(backbone=Checkpointed()))
+
+
+def test_a_robust_metric_without_an_attack_is_refused_before_the_training():
+    model = make()
+    runner = _Runner(model)
+    runner.val_loop = type("Loop", (), {"evaluator": type("Evaluator", (), {"metrics": [RobustAccuracy()]})})
+    with pytest.raises(ValueError, match=r"`val_attack` must be given for the RobustAccuracy in `val_evaluator`"):
+        model.attach(runner)
+    make(val_attack=VAL_ATTACK).attach(runner)
+
+
+def test_awp_that_never_begins_is_warned_of(monkeypatch):
+    said = []
+    model = make(awp={"warmup_epochs": 10})
+    logger = adversarial.MMLogger.get_current_instance()
+    monkeypatch.setattr(logger, "warning", lambda text, *values: said.append(text % values))
+    model.begin_epoch(1, 10)
+    model.begin_epoch(2, 9)
+    assert said == []
+    model.begin_epoch(1, 9)
+    assert said == [
+        "AdversarialClassifier: `awp` begins with epoch 10, but the training has 9. Lower its warmup_epochs."
+    ]
+
+
+def test_awp_adds_up_what_mmengine_adds_up():
+    """A head may give its loss as a list of parts."""
+    model = make(awp={"gamma": 0.5, "warmup_epochs": 1}).train()
+    model.begin_epoch(1, 4)
+    whole = model.head._get_loss
+    model.head._get_loss = lambda *args: {"loss": [0.25 * whole(*args)["loss"], 0.75 * whole(*args)["loss"]]}
+    inputs, samples, _ = prepared(model, batch())
+    before = model.backbone.conv1.weight.detach().clone()
+    model.loss(inputs.float(), samples)
+    assert not torch.equal(model.backbone.conv1.weight, before)
+
+
 def test_a_backbone_without_gradient_is_refused():
     class Closed(TinyBackbone):
         @torch.no_grad()
@@ -531,6 +621,7 @@ def test_awp_with_several_optimizers_is_refused():
     model = make(awp={})
 
     class Runner:
+        val_loop = None
         optim_wrapper = OptimWrapperDict(all=OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
 
     with pytest.raises(ValueError, match="`awp` must have a single optimizer"):

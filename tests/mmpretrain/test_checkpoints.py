@@ -3,7 +3,9 @@
 import os
 import pickle
 import re
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
@@ -118,7 +120,7 @@ def test_a_checkpoint_that_runs_code_is_refused(place, read, function, tmp_path)
     path = tmp_path / "bomb.pth"
     torch.save({"state_dict": {"weight": torch.ones(2)}, place: {"x": Bomb(tmp_path / "exploded", function)}}, path)
     with pytest.raises(
-        ValueError, match=rf"the checkpoint .*bomb\.pth .* would run code .*{function.__name__}\. Do not trust it"
+        ValueError, match=rf"the checkpoint .*bomb\.pth .* would run code .*{function.__name__}\. Do not trust"
     ):
         read(path)
     assert not (tmp_path / "exploded").exists()
@@ -271,3 +273,19 @@ def test_an_address_that_leads_nowhere_is_refused(address):
     url, _ = address
     with pytest.raises(ValueError, match=rf"the checkpoint {url}/no\.pth cannot be fetched: .*404"):
         verify(f"{url}/no.pth")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int32", "uint8", "bool", "U3"])
+def test_numbers_of_numpy_are_plain_values(dtype, tmp_path):
+    """A metric may give them, and MMEngine keeps the best one in the checkpoint."""
+    value = numpy.ones(1, dtype=dtype)
+    torch.save({"state_dict": {}, "best": value[0], "all": value}, tmp_path / "best.pth")
+    content = load_content(tmp_path / "best.pth")
+    assert content["best"] == value[0]
+    assert content["all"].dtype == value.dtype
+
+
+def test_an_array_of_objects_is_none(tmp_path):
+    torch.save({"all": numpy.array([Path()], dtype=object)}, tmp_path / "objects.pth")
+    with pytest.raises(ValueError, match=r"objects\.pth must hold tensors and plain values"):
+        load_content(tmp_path / "objects.pth")

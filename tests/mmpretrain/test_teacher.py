@@ -134,6 +134,27 @@ def test_pretrained_weights_that_the_config_names_will_do(small_network, student
         assert not holder.module.head.fc.weight.requires_grad
 
 
+def test_weights_of_a_part_or_of_another_network_will_not_do(small_network, student, trained):
+    _, _, ckpt = trained()
+    pretrained = {"type": "Pretrained", "checkpoint": ckpt}
+    for part in (
+        {"backbone": {**small_network(channels=3)["backbone"], "init_cfg": {**pretrained, "prefix": "backbone"}}},
+        {"init_cfg": {**pretrained, "prefix": "backbone"}},
+    ):
+        config = {"type": "ImageClassifier", **small_network(channels=3), **part}
+        with pytest.raises(ValueError, match=r"those of a backbone alone leave the head random"):
+            build_teacher(config, student=student)
+    config = {"type": "ImageClassifier", **small_network(channels=5), "init_cfg": pretrained}
+    with pytest.raises(ValueError, match=r"does not fit it; other shapes"):
+        build_teacher(config, student=student)
+
+
+def test_other_schemes_than_http_are_refused(small_network, student):
+    config = {"type": "ImageClassifier", **small_network(channels=3)}
+    with pytest.raises(ValueError, match=r"must be a file or an http\(s\) address, got torchvision://resnet18\. Fetch"):
+        build_teacher(config, "torchvision://resnet18", student=student)
+
+
 def test_of_a_classifier_of_this_package_the_plain_one_is_taken(student, trained, small_network, tmp_path):
     module, _, _ = trained()
     config = {

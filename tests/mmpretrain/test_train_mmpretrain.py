@@ -184,6 +184,8 @@ def test_two_ranks_stay_equal_and_have_the_prior_of_one(distilled, world):
     first, second = ends(folder, 0), ends(folder, 1)
     assert_same(first, second)
     torch.testing.assert_close(first[PRIOR], ends(distilled)[PRIOR], atol=1e-6, rtol=0)
+    (log,) = folder.glob("*/*.log")  # the teacher is tested on the images of both ranks
+    assert "the teacher's top-1 accuracy on 30 validation images" in log.read_text()
     saved = torch.load(folder / "epoch_3.pth", weights_only=False)["state_dict"]
     assert_same(saved, first)
 
