@@ -1,11 +1,16 @@
-"""Distils a small student on real digits with cross entropy, KL, DKL, IKL and GKL, and shows what came of it.
+"""Distils a small student on real digits with five losses, trains it against attacks, and shows what came of it.
 
     python tools/demo.py
 
 prepares scikit-learn's digits if need be, trains the teacher of configs/torchdistill/digits and from it one student per
-loss and seed, each exactly as `tools/train_torchdistill.py CONFIG --seed SEED` would. It prints a table and writes to
-runs/demo: the table (table.md, table.png), both terms of the loss over the epochs (curves.png), the class prior
-(class_prior.png), and results.json with every number, seed, version and config hash.
+loss (CE, KL, DKL, IKL, GKL) and seed, each exactly as `tools/train_torchdistill.py CONFIG --seed SEED` would. Then it
+trains the configs teacher, adversarial_trades and adversarial_ikl of configs/mmpretrain/digits, each exactly as
+`tools/train_mmpretrain.py CONFIG` would, and attacks what came of them.
+
+It prints two tables and writes to runs/demo: the tables (table.md; the first as table.png), both terms of the loss over
+the epochs (curves.png), the class prior (class_prior.png), natural and adversarial images (adversarial_images.png),
+accuracy against the strength of the attack (robust_accuracy.png), and results.json with every number, seed, version and
+config hash.
 
 Each finished run is kept in results.json, so an interrupted demo goes on where it stopped; --fresh starts over.
 """
@@ -15,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -26,7 +30,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import demo_adversarial
 import prepare_data
+from demo_report import binomial_margin, pyplot, save_figure, sha256, text_table, write_text
 
 __all__ = ["METHODS", "Row", "markdown", "summarise"]
 
@@ -113,15 +119,6 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def _text_table(header: list[str], cells: list[list[str]]) -> str:
-    """A Markdown table whose columns also line up as plain text."""
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    lines = [header, ["-" * width for width in widths], *cells]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-
-
 def _ordering(rows: Sequence[Row]) -> str:
     """The losses by mean accuracy; equal means share a place."""
     places: dict[str, list[str]] = {}
@@ -130,16 +127,10 @@ def _ordering(rows: Sequence[Row]) -> str:
     return "By mean: " + ", ".join(f"{' = '.join(names)} {mean}" for mean, names in places.items()) + "."
 
 
-def _margin(rows: Sequence[Row], test_images: int) -> float:
-    """Half the 95 % interval of one accuracy, in points: that of a binomial share, never quite 0."""
-    share = min(max(statistics.fmean(row.mean for row in rows) / 100, 0.5 / test_images), 1 - 0.5 / test_images)
-    return 100 * 1.96 * math.sqrt(share * (1 - share) / test_images)
-
-
 def _reading(rows: Sequence[Row], test_images: int) -> str:
     """One sentence on what these numbers can and cannot show."""
     seeds = max(len(row.accuracies) for row in rows)
-    margin = _margin(rows, test_images)
+    margin = binomial_margin([row.mean for row in rows], test_images)
     return (
         f"What {seeds} seed{'s' * (seeds > 1)} on {test_images} test images can show: whether each loss trains a "
         f"working student, and what its step costs; what they cannot: which loss is better, as one image is "
@@ -166,7 +157,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"update of a batch of {results['batch_size']}; the losses take turns step by step, and the median of "
             f"{len(results['step_seconds'][BASELINE])} rounds is given.",
             "",
-            _text_table(*_cells(rows)),
+            text_table(*_cells(rows)),
             "",
             _ordering(rows),
             "",
@@ -181,22 +172,6 @@ def markdown(results: dict[str, Any]) -> str:
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150})
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png", bbox_inches="tight")
-    os.replace(aside, path)
-
-
 def _draw_curve(axes: Any, method: str, curves: list[list[float]], start: int) -> None:
     """Mean over the seeds as a line, their range as a band."""
     columns = list(zip(*curves, strict=True))
@@ -209,8 +184,8 @@ def _draw_curve(axes: Any, method: str, curves: list[list[float]], start: int) -
 
 def draw_curves(results: dict[str, Any], path: Path) -> None:
     """Both terms of the loss over the epochs: measured alike for all losses, and as IKL and GKL trained on them."""
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(2, 2, figsize=(10.5, 7.2), layout="constrained")
+    plots = pyplot()
+    figure, panels = plots.subplots(2, 2, figsize=(10.5, 7.2), layout="constrained")
     epochs = max(len(run["measured"]) for run in results["runs"].values())
     style = {"loc": "left", "fontsize": 10}
     names = {"weighted_mse": "weighted MSE [logits²]", "soft_cross_entropy": "soft-label cross entropy [nats]"}
@@ -253,20 +228,20 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
         if seeds > 1
         else "Both terms of the decoupled loss over the epochs, one seed"
     )
-    _save(figure, path)
-    pyplot.close(figure)
+    save_figure(figure, path)
+    plots.close(figure)
 
 
 def draw_class_prior(results: dict[str, Any], path: Path) -> None:
     """The class prior of the first IKL run as a heat map."""
-    pyplot = _pyplot()
+    plots = pyplot()
     from matplotlib.colors import LogNorm
 
     run = _runs_of(results, "ikl")[0]
     matrix = [[100 * value for value in row] for row in run["class_prior"]]
     size = range(len(matrix))
     positive = [value for row in matrix for value in row if value > 0]
-    figure, axes = pyplot.subplots(figsize=(7.2, 6), layout="constrained")
+    figure, axes = plots.subplots(figsize=(7.2, 6), layout="constrained")
     norm = LogNorm(vmin=max(min(positive), 1e-3), vmax=100)
     image = axes.imshow(matrix, cmap="Blues", norm=norm)
     for row in size:
@@ -288,16 +263,16 @@ def draw_class_prior(results: dict[str, Any], path: Path) -> None:
         loc="left",
         fontsize=10,
     )
-    _save(figure, path)
-    pyplot.close(figure)
+    save_figure(figure, path)
+    plots.close(figure)
 
 
 def draw_table(results: dict[str, Any], path: Path) -> None:
     """The table, and each seed's accuracy as a dot."""
-    pyplot = _pyplot()
+    plots = pyplot()
     rows = summarise(results)
     header, cells = _cells(rows)
-    figure, (top, bottom) = pyplot.subplots(
+    figure, (top, bottom) = plots.subplots(
         2, 1, figsize=(10.5, 1.2 + 0.75 * len(rows)), height_ratios=[1, 1], layout="constrained"
     )
     top.axis("off")
@@ -309,7 +284,8 @@ def draw_table(results: dict[str, Any], path: Path) -> None:
         if line == 0:
             cell.set_text_props(weight="bold")
     teacher = results["teacher"]["test_accuracy"]
-    middle, margin = statistics.fmean(row.mean for row in rows), _margin(rows, results["data"]["test"])
+    means = [row.mean for row in rows]
+    middle, margin = statistics.fmean(means), binomial_margin(means, results["data"]["test"])
     label = f"mean of all ± {margin:.1f}: what the choice of the test images leaves open (95 %)"
     bottom.axvspan(middle - margin, min(middle + margin, 100), color="black", alpha=0.06, lw=0, label=label)
     bottom.axvline(teacher, color="black", lw=1, ls=":", label="teacher")
@@ -322,8 +298,8 @@ def draw_table(results: dict[str, Any], path: Path) -> None:
     bottom.set_xlabel(f"test top-1 [%] on {results['data']['test']} images: a dot per seed, a bar at their mean")
     bottom.grid(alpha=0.25, axis="x")
     bottom.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-    _save(figure, path)
-    pyplot.close(figure)
+    save_figure(figure, path)
+    plots.close(figure)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -347,13 +323,7 @@ class _Results:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.partial")
-        aside.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(aside, self.path)
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 class Demo:
@@ -394,13 +364,22 @@ class Demo:
             "threads": THREADS,
             "epochs": self.epochs,
         }
+        adversarial = demo_adversarial.AdversarialRuns(
+            self.output / "adversarial", data, common, epochs=self.epochs, threads=THREADS
+        )
         wanted = [(method, seed) for seed in self.seeds for method in _rotated(list(METHODS), seed)]
-        with _Bar(2 + len(wanted)) as bar:
+        with _Bar(2 + len(wanted) + demo_adversarial.PARTS) as bar:
             teacher = self._teacher(common, bar)
             finished = {}
             for method, seed in wanted:
                 finished[f"{method}/{seed}"] = self._student(method, seed, {**common, "teacher": teacher}, bar)
             self._time_steps({**common, "teacher": teacher}, bar)
+
+            def finish(line: str, kept: bool) -> None:
+                self.results.write()
+                self._done(bar, line, kept=kept)
+
+            adversarial.run(content.setdefault("adversarial", {}), bar.steps, finish)
         # The file keeps runs of other seeds for a later call; the report is on those of this one.
         content["reported"] = [f"{method}/{seed}" for seed in self.seeds for method in METHODS]
         self.results.write()
@@ -426,7 +405,7 @@ class Demo:
         content = self.results.content
         checkpoint = self._checkpoint("teacher")
         config, config_sha256 = self._config("teacher", checkpoint)
-        fingerprint = _sha256({**common, "config": config_sha256})
+        fingerprint = sha256({**common, "config": config_sha256})
         teacher_config, student_config = config["models"]["model"], self._config("ikl", checkpoint)[0]["models"]
         content["networks"] = {
             "teacher": teacher_config["key"].removeprefix("ikl_plugins."),
@@ -453,7 +432,7 @@ class Demo:
         key = f"{method}/{seed}"
         checkpoint = self._checkpoint(f"{method}_seed{seed}")
         config, config_sha256 = self._config(method, checkpoint)
-        fingerprint = _sha256({**common, "config": config_sha256, "seed": seed})
+        fingerprint = sha256({**common, "config": config_sha256, "seed": seed})
         run = self.results.content["runs"].get(key)
         kept = run is not None and run["fingerprint"] == fingerprint
         if run is None or not kept:
@@ -505,7 +484,7 @@ class Demo:
         """
         content = self.results.content
         configs = {method: self._config(method, self._checkpoint("timing")) for method in METHODS}
-        fingerprint = _sha256({**common, "configs": {method: sha256 for method, (_, sha256) in configs.items()}})
+        fingerprint = sha256({**common, "configs": {method: of_file for method, (_, of_file) in configs.items()}})
         kept = content.get("timing_fingerprint") == fingerprint
         if not kept:
             trainers = {
@@ -608,10 +587,10 @@ class _Bar:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def steps(self, name: str) -> Callable[[int, int, str], None]:
+    def steps(self, name: str) -> Callable[[float, int, str], None]:
         """The callback for the steps of the running run."""
 
-        def progress(step: int, total: int, text: str) -> None:
+        def progress(step: float, total: int, text: str) -> None:
             self._bar.n = self._finished + step / total
             self._bar.set_description_str(f"[{self._finished + 1}/{self._runs}] {name}, {text}", refresh=False)
             self._bar.update(0)
@@ -656,13 +635,13 @@ def main(arguments: list[str] | None = None) -> None:
             fresh=args.fresh,
         )
         results = demo.run()
-        report = markdown(results)
-        aside = args.output / ".table.md.partial"
-        aside.write_text(report)
-        os.replace(aside, args.output / "table.md")
+        report = markdown(results) + "\n" + demo_adversarial.markdown(results["adversarial"], THREADS)
+        write_text(args.output / "table.md", report)
         draw_table(results, args.output / "table.png")
         draw_curves(results, args.output / "curves.png")
         draw_class_prior(results, args.output / "class_prior.png")
+        demo_adversarial.draw_images(results["adversarial"], args.output / "adversarial_images.png")
+        demo_adversarial.draw_robust_accuracy(results["adversarial"], args.output / "robust_accuracy.png")
     except ImportError as error:
         reason = f"`{error.name}` is missing" if error.name else f"{error}"
         sys.exit(f"error: demo: {reason}. Run: python -m pip install --editable '.[demo]'")
@@ -674,7 +653,8 @@ def main(arguments: list[str] | None = None) -> None:
         kept = demo.kept + demo.trained if demo is not None else 0
         sys.exit(f"interrupted; {kept} finished parts are kept in {args.output}, call again to go on")
     print(f"\n{report}")
-    print(f"{args.output}: table.md, table.png, curves.png, class_prior.png, results.json")
+    pictures = ("table", "curves", "class_prior", "adversarial_images", "robust_accuracy")
+    print(f"{args.output}: table.md, {', '.join(f'{name}.png' for name in pictures)}, results.json")
     print(f"{demo.trained} parts done, {demo.kept} kept from an earlier call, {time.perf_counter() - begin:.0f} s")
 
 

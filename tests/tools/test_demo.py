@@ -12,11 +12,16 @@ import time
 from pathlib import Path
 
 import demo
+import demo_adversarial
 import prepare_data
 import pytest
+from demo_adversarial_results import made_up_adversarial_results
 
 torch = pytest.importorskip("torch")
-for package, extra in (("torchdistill", "torchdistill"), ("sklearn", "demo"), ("tqdm", "demo"), ("matplotlib", "demo")):
+for package, extra in (
+    ("torchdistill", "torchdistill"), ("mmpretrain", "mmpretrain"), ("sklearn", "demo"), ("tqdm", "demo"),
+    ("matplotlib", "demo"),
+):  # fmt: skip
     pytest.importorskip(package, reason=f"tools/demo.py needs {package} (extra `{extra}`)")
 
 TOOL = Path(demo.__file__)
@@ -191,8 +196,13 @@ class FakeTraining:
             (self.configs / path.name).write_text(text)
         monkeypatch.setattr(demo, "CONFIGS", self.configs)
         monkeypatch.setattr(demo, "TIMED_EPOCHS", 1)
-        for draw in ("draw_table", "draw_curves", "draw_class_prior"):  # they take seconds and have a test of their own
-            monkeypatch.setattr(demo, draw, lambda results, path: path.write_bytes(b""))
+        # These take seconds and have tests of their own.
+        for module, draw in (
+            (demo, "draw_table"), (demo, "draw_curves"), (demo, "draw_class_prior"),
+            (demo_adversarial, "draw_images"), (demo_adversarial, "draw_robust_accuracy"),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, draw, lambda results, path: path.write_bytes(b""))
+        monkeypatch.setattr(demo_adversarial, "AdversarialRuns", FakeAdversarialRuns)
 
     def __call__(self, config, *, device="cpu", seed=0, start_epoch=0, progress=None):
         from ikl_plugins import models
@@ -224,6 +234,19 @@ class FakeTraining:
         }
 
 
+class FakeAdversarialRuns:
+    """Stands in for the adversarial part, which has tests of its own."""
+
+    def __init__(self, *args, **keywords):
+        pass
+
+    def run(self, kept, steps, done):
+        found = bool(kept)
+        kept.update(made_up_adversarial_results())
+        for _ in range(demo_adversarial.PARTS):
+            done("a part", found)
+
+
 def read_results(output):
     return json.loads((output / "results.json").read_text())
 
@@ -239,17 +262,18 @@ def test_a_second_call_keeps_every_run_and_fresh_forgets_them(here, monkeypatch,
         *(f"{method}_seed1" for method in ("kd", "dkl", "ikl", "gkl", "ce")),
     ]
     out = capsys.readouterr().out
-    assert "12 parts done, 0 kept from an earlier call" in out
+    assert "16 parts done, 0 kept from an earlier call" in out
     first = read_results(here / "runs/demo")
     assert first["reported"] == [f"{method}/{seed}" for seed in (0, 1) for method in demo.METHODS]
     assert sorted(path.name for path in (here / "runs/demo").iterdir()) == [
-        "checkpoints", "class_prior.png", "curves.png", "results.json", "table.md", "table.png",
+        "adversarial_images.png", "checkpoints", "class_prior.png", "curves.png", "results.json",
+        "robust_accuracy.png", "table.md", "table.png",
     ]  # fmt: skip
 
     training.calls.clear()
     demo.main(["--seeds", "2"])
     assert training.calls == []
-    assert "0 parts done, 12 kept from an earlier call" in capsys.readouterr().out
+    assert "0 parts done, 16 kept from an earlier call" in capsys.readouterr().out
     assert read_results(here / "runs/demo") == first
 
     demo.main(["--seeds", "1", "--fresh"])
@@ -382,7 +406,7 @@ def test_a_killed_demo_goes_on_where_it_stopped(few_digits, tmp_path):
     environment = {**os.environ, "IKL_PLUGINS_DATA": str(few_digits)}
     run = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in run.stdout:
-        if line.startswith("[ 3/7]"):
+        if line.startswith("[ 3/11]"):
             break
     run.send_signal(signal.SIGKILL)
     run.communicate()
@@ -399,16 +423,21 @@ def test_a_killed_demo_goes_on_where_it_stopped(few_digits, tmp_path):
     assert finished["teacher"] == kept["teacher"]
     assert {key: finished["runs"][key] for key in kept["runs"]} == kept["runs"]
     assert finished["reported"] == [f"{method}/0" for method in demo.METHODS]
-    assert "[ 3/7] KL   seed 0" in again.stdout
+    assert "[ 3/11] KL   seed 0" in again.stdout
     assert again.stdout.count("(kept from an earlier call)") == len(kept["runs"]) + 1
     assert {len(seconds) for seconds in finished["step_seconds"].values()} == {1}
-    assert TABLE_LINE.findall(again.stdout) == ["CE", "KL", "DKL", "IKL", "GKL"]
+    assert TABLE_LINE.findall(again.stdout) == ["CE", "KL", "DKL", "IKL", "GKL", "IKL"]  # the last is under attack
     assert (tmp_path / "demo/table.md").read_text() in again.stdout
     assert finished["environment"]["threads"] == 1
     assert set(finished["environment"]["versions"]) == {
         "python", "ikl_plugins", "torch", "torchvision", "torchdistill", "numpy",
     }  # fmt: skip
-    for name in ("table", "curves", "class_prior"):
+    for method in demo_adversarial.METHODS:
+        natural, *attacked = finished["adversarial"]["evaluation"]["accuracy"][method]
+        assert 0 <= attacked[-1] <= natural <= 100
+        assert finished["adversarial"]["runs"][method]["epochs"] == 1
+        assert (tmp_path / "demo/adversarial" / finished["adversarial"]["runs"][method]["checkpoint"]).is_file()
+    for name in ("table", "curves", "class_prior", "adversarial_images", "robust_accuracy"):
         assert (tmp_path / f"demo/{name}.png").read_bytes().startswith(b"\x89PNG")
     priors = torch.tensor(finished["runs"]["ikl/0"]["class_prior"])
     torch.testing.assert_close(priors.sum(1), torch.ones(10))
