@@ -247,7 +247,7 @@ def evaluate(
     """Accuracy on the test images, natural and under PGD of growing strength, and some of its images.
 
     Args:
-        configs: by method; what each checkpoint's images go through before the network sees them.
+        configs: by method; the network, and what the images go through before it sees them.
         checkpoints: by method.
         data: the digits.
         eps: of the training, '32/255' or a number.
@@ -267,7 +267,7 @@ def evaluate(
     accuracy: dict[str, list[float]] = {method: [] for method in METHODS}
     seen: dict[str, _Seen] = {}
     for place, method in enumerate(METHODS):
-        model, space, batches = _network(configs[NATURAL], configs[method], checkpoints[method], data)
+        model, space, batches = _network(configs[NATURAL].model, configs[method], checkpoints[method], data)
         labels = torch.cat([label for _, label in batches])
         for index, radius in enumerate(radii):
             # The same start for all models and radii, but for its scale.
@@ -304,7 +304,10 @@ def evaluate(
 
 
 def _network(plain: Any, config: Any, checkpoint: Path, data: Path) -> tuple[Any, Any, list[tuple[Any, Any]]]:
-    """The plain classifier with the checkpoint's weights, its pixel space, and the test batches it is to see."""
+    """The plain classifier with the checkpoint's weights, its pixel space, and the test batches it is to see.
+
+    What the config adds to the keys of ``plain``, the model of the natural training, serves training alone.
+    """
     import torch
 
     with _quiet_import():
@@ -317,7 +320,7 @@ def _network(plain: Any, config: Any, checkpoint: Path, data: Path) -> tuple[Any
     loading = config.test_dataloader.copy()
     loading.dataset.data_root = str(data)
     with DefaultScope.overwrite_default_scope("mmpretrain"):
-        model = MODELS.build(plain.model).eval()
+        model = MODELS.build({**{key: config.model[key] for key in plain}, "type": plain.type}).eval()
         loader = Runner.build_dataloader(loading)
     weights = load_weights(checkpoint)
     model.load_state_dict({name: value for name, value in weights.items() if "class_prior" not in name.split(".")})
@@ -410,8 +413,10 @@ def markdown(results: dict[str, Any], threads: int) -> str:
     """
     evaluation, runs = results["evaluation"], results["runs"]
     eps, steps, images = evaluation["training_eps"], evaluation["steps"], evaluation["images"]
-    scores = {runs[method]["score"]: METHODS[method] for method in reversed(METHODS)}
-    chosen = ", ".join(f"{score} for {name}" for score, name in list(scores.items())[::-1])
+    scores: dict[str, list[str]] = {}
+    for method, name in METHODS.items():
+        scores.setdefault(runs[method]["score"], []).append(name)
+    chosen = ", ".join(f"{score} for {' and '.join(names)}" for score, names in scores.items())
     widest = max(binomial_margin([value], images) for method in METHODS for value in _accuracies(evaluation, method))
     epochs = sorted({run["epochs"] for run in runs.values()})
     seeds = sorted({run["seed"] for run in runs.values()})
@@ -458,7 +463,7 @@ def draw_robust_accuracy(results: dict[str, Any], path: Path) -> None:
     figure, axes = plots.subplots(figsize=(8, 5), layout="constrained")
     for method, name in METHODS.items():
         values, colour = evaluation["accuracy"][method], COLOURS[method]
-        axes.plot(eps, values, color=colour, marker=MARKERS[method], label=name, lw=1.8, zorder=3)
+        axes.plot(eps, values, color=colour, marker=MARKERS[method], label=name, lw=1.8, zorder=3, clip_on=False)
         margins = [binomial_margin([value], images) for value in values]
         low = [max(value - half, 0) for value, half in zip(values, margins, strict=True)]
         high = [min(value + half, 100) for value, half in zip(values, margins, strict=True)]
@@ -489,9 +494,9 @@ def draw_images(results: dict[str, Any], path: Path) -> None:
     digits = examples["digits"]
     rows = ["natural\nimage"]
     for method in SHOWN:
-        rows += [f"attack on\n{METHODS[method]}", "difference"]
+        rows += [f"attack on\n{METHODS[method]}\ntraining", "difference"]
     figure, panels = plots.subplots(
-        len(rows), len(digits), figsize=(1.6 * len(digits) + 1.4, 1.75 * len(rows) + 0.9), squeeze=False,
+        len(rows), len(digits), figsize=(1.6 * len(digits) + 2.2, 1.75 * len(rows) + 0.9), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for column, digit in enumerate(digits):
@@ -501,12 +506,12 @@ def draw_images(results: dict[str, Any], path: Path) -> None:
         for method in SHOWN:
             seen = digit["models"][method]
             adversarial = _from_hex(seen["adversarial"], examples["shape"])
-            difference = (0.5 + (adversarial - natural) / (2 * eps)).clip(0, 1)
+            difference = 255 * (adversarial - natural).mean(2)
             pictures += [adversarial, difference]
             titles += [[(METHODS[method], seen["prediction"])], []]
         for row, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
             axes = panels[row][column]
-            axes.imshow(picture, vmin=0, vmax=1, interpolation="nearest")
+            shown = axes.imshow(picture, cmap="RdBu_r", vmin=-255 * eps, vmax=255 * eps, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             for place, (name, prediction) in enumerate(title):
@@ -518,6 +523,12 @@ def draw_images(results: dict[str, Any], path: Path) -> None:
                 )  # fmt: skip
             if column == 0:
                 axes.set_ylabel(rows[row], rotation=0, ha="right", va="center", labelpad=8)
+    # The last picture is a difference; all of them have its scale.
+    bar = figure.colorbar(
+        shown, ax=panels[2::2].ravel().tolist(), ticks=[-255 * eps, 0, 255 * eps], shrink=0.6, fraction=0.05, aspect=30
+    )
+    bar.set_label("difference [1/255 of the range from black to white]", labelpad=8)
+    bar.outline.set_visible(False)
     which = (
         "that natural training gets right and loses under attack"
         if examples["fall"] == len(digits)
@@ -525,8 +536,8 @@ def draw_images(results: dict[str, Any], path: Path) -> None:
     )
     figure.suptitle(
         f"Test digits {which}: PGD-{evaluation['steps']}, eps = {_in_255(eps)}\n"
-        f"Above each image what the model sees in it (green: right, red: wrong)\n"
-        f"Difference, per colour: grey is unchanged, black -eps, white +eps: {1 / (2 * eps):.3g} times the contrast",
+        "Above each image: what the network trained so takes it for (green: right, red: wrong)\n"
+        "Difference: mean over the three colours, on the scale on the right and not that of the images",
         x=0.01,
         ha="left",
         fontsize=10,
