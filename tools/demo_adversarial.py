@@ -73,7 +73,7 @@ class AdversarialRuns:
         self, folder: Path, data: Path, common: dict[str, Any], *, epochs: int | None = None, threads: int = 1
     ) -> None:
         versions = package_versions()
-        with _quiet_import():
+        with _quiet():
             from mmengine.config import Config
 
             # Without their imports: a demo that finds everything done has no need of mmpretrain.
@@ -160,7 +160,7 @@ class AdversarialRuns:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         checkpoint = folder / best[0].name
-        with _quiet_import():
+        with _quiet():
             from ikl_plugins.mmpretrain.checkpoints import load_content
         content = load_content(checkpoint)
         return {
@@ -224,11 +224,19 @@ def _follow(
 
 
 @contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Imports of the OpenMMLab libraries, which warn of what they lack and the demo has no need of."""
+def _quiet() -> Iterator[None]:
+    """Without the warnings of what the OpenMMLab libraries lack, and without what they log on the way."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        from mmengine.logging import MMLogger
+
+        logger = MMLogger.get_current_instance()
+        level = logger.level
+        logger.setLevel("WARNING")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 _Seen = tuple[Any, Any]  # predictions (N,) and pixels (N, C, H, W) in [0, 1]
@@ -259,7 +267,7 @@ def evaluate(
     """
     import torch
 
-    with _quiet_import():
+    with _quiet():
         from ikl_plugins.adversarial import PGD
 
     training_eps = PGD(eps=eps, steps=1, step_size=0.1).eps
@@ -310,7 +318,7 @@ def _network(plain: Any, config: Any, checkpoint: Path, data: Path) -> tuple[Any
     """
     import torch
 
-    with _quiet_import():
+    with _quiet():
         import mmpretrain.datasets
         import mmpretrain.models  # noqa: F401
         from mmengine.registry import MODELS, DefaultScope

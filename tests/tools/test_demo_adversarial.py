@@ -123,6 +123,12 @@ class FakeRuns:
         return list(self.calls)
 
 
+def test_nothing_but_the_demo_s_own_lines_is_printed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))  # MMEngine logs that a config reads it
+    FakeRuns(monkeypatch, tmp_path)({})
+    assert capfd.readouterr() == ("", "")
+
+
 def test_finished_runs_are_kept_until_what_decides_them_changes(tmp_path, monkeypatch):
     fake = FakeRuns(monkeypatch, tmp_path)
     everything = [*demo_adversarial.METHODS, "attack"]

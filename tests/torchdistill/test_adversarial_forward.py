@@ -453,7 +453,7 @@ class DictNet(nn.Module):
             lambda pixels: pixels[:, :2],
             r"one number per channel of the images, got 3 for images of .* 2, 6",
         ),
-        (NORMALISED, lambda pixels: pixels[:0], r"PGD: `images` must have shape"),
+        (NORMALISED, lambda pixels: pixels[:0], r"PGD: `images` must be a batch"),
     ],
 )
 def test_images_that_are_no_pixels_are_refused(settings, batch, message):
