@@ -269,8 +269,12 @@ def test_eps_grows_with_the_epochs_and_is_logged():
     assert seen == pytest.approx([2 / 255, 4 / 255, 8 / 255])
 
 
-def test_the_log_counts_nothing_twice():
-    model = make(robust_loss=ikl(loss_weight=0.5)).train()
+@pytest.mark.parametrize(
+    "loss", [ikl(loss_weight=0.5), ikl(type="GKLLoss", gamma=0.4), {"type": "DKLLoss", "loss_weight": 6.0}],
+    ids=lambda loss: loss["type"],
+)  # fmt: skip
+def test_the_log_counts_nothing_twice(loss):
+    model = make(robust_loss=loss).train()
     model.begin_epoch(1, 4)
     log = model.train_step(batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
     values = {name: value.item() for name, value in log.items()}
