@@ -131,7 +131,7 @@ class AdversarialClassifier(EpochClassifier):
 
         Returns:
             ``loss_ce`` and ``loss_robust``; beside them ``weighted_mse`` and ``soft_cross_entropy``, the two parts of
-            the robust loss (of the first view), ``adversarial_accuracy`` in percent and ``eps``.
+            the robust loss (of the first view), ``eps``, and where labels are hard ``adversarial_accuracy`` in percent.
 
         Raises:
             ValueError: no hook tells the epochs; views and ``augmented_weight`` do not fit; labels that are not hard
@@ -240,14 +240,18 @@ class AdversarialClassifier(EpochClassifier):
             self.awp.restore()
 
     def _labels(self, data_samples: list[Any]) -> Tensor | None:
-        """The class indices, if something needs them."""
+        """The class indices; None where there are none and nothing but the log would show them."""
         if self.robust_loss.class_prior is not None:
             return self.hard_labels(data_samples, "the class prior of `robust_loss`")
         if self.attack.objective == "cross_entropy":
             return self.hard_labels(
                 data_samples, "the objective 'cross_entropy' of `attack`", "use objective='soft_cross_entropy' there"
             )
-        return None
+        hard = all(
+            "gt_label" in sample and "gt_score" not in sample and sample.gt_label.numel() == 1
+            for sample in data_samples
+        )
+        return self.hard_labels(data_samples, "the log") if hard else None
 
     def _views(self, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
         views = [inputs] if isinstance(inputs, Tensor) else list(inputs)
