@@ -549,6 +549,17 @@ def test_scores_beside_labels_are_no_matter_in_validation():
         assert all("robust_pred_score" in sample for sample in model.val_step(batch()))
 
 
+def test_without_need_of_one_class_per_sample_several_will_do():
+    """TRADES asks for no labels; a head for several labels has a loss of its own."""
+    data = batch()
+    data["data_samples"] = [DataSample().set_gt_label([0, 1]) for _ in data["inputs"]]
+    model = make()
+    model.head._get_loss = lambda logits, samples: {"loss": logits.square().mean()}
+    log = step(model, data)
+    assert torch.isfinite(log["loss"])
+    assert "adversarial_accuracy" not in log
+
+
 def test_labels_for_the_objective_have_another_way_out():
     settings = preprocessor(to_onehot=True, num_classes=CLASSES)
     with pytest.raises(ValueError, match=r"`attack` needs one class per sample.*or use objective='soft_cross_entropy'"):
