@@ -10,12 +10,11 @@ Modules carry the names of the mdistiller zoo (``conv1``, ``bn1``, ``layer{1,2,3
 
 from __future__ import annotations
 
-from typing import TypedDict, cast
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _validation as check
+from ._network import Block, Features, Network, global_average, initialise_he, stage_features
 
 __all__ = [
     "resnet8",
@@ -30,15 +29,7 @@ __all__ = [
 ]
 
 
-class Features(TypedDict):
-    """What :meth:`ResNet.forward_features` gives, by the names that feature distillers use."""
-
-    feats: list[Tensor]
-    preact_feats: list[Tensor]
-    pooled_feat: Tensor
-
-
-class BasicBlock(nn.Module):
+class BasicBlock(Block):
     """Two 3x3 convolutions with batch normalisation, added to a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -60,11 +51,8 @@ class BasicBlock(nn.Module):
         x = self.bn2(self.conv2(x))
         return x + shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.preactivation(x))
 
-
-class ResNet(nn.Module):
+class ResNet(Network):
     """A CIFAR ResNet; the functions of this module build the named ones.
 
     Args:
@@ -110,27 +98,11 @@ class ResNet(nn.Module):
         self.layer2 = _stage(first, second, blocks, stride=2)
         self.layer3 = _stage(second, third, blocks, stride=2)
         self.fc = nn.Linear(third, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_he(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The logits of a batch.
-
-        Args:
-            images: shape (N, 3, H, W). The family is made for 32x32; other sizes pass through the same layers and a
-                global average pooling.
-
-        Returns:
-            Logits, shape (N, num_classes).
-
-        Raises:
-            ValueError: ``images`` is not a batch of three-channel images.
-        """
-        x = self._stem(images)
-        x = self.layer3(self.layer2(self.layer1(x)))
-        logits: Tensor = self.fc(global_average(x))
-        return logits
+    def last_maps(self, images: Tensor) -> Tensor:
+        x: Tensor = self.layer3(self.layer2(self.layer1(self._stem(images))))
+        return x
 
     def forward_features(self, images: Tensor) -> Features:
         """The intermediate features of a batch; ``fc(features["pooled_feat"])`` are the logits of :meth:`forward`.
@@ -140,45 +112,22 @@ class ResNet(nn.Module):
 
         Returns:
             'feats': the outputs of the stem and of each stage; 'preact_feats': the same before the last ReLU of a stage
-            (the stem's is after it, as in the literature's code); 'pooled_feat': (N, channels), what ``fc`` sees.
+            (the stem's is after it, as in the zoo); 'pooled_feat': (N, channels), what ``fc`` sees.
 
         Raises:
             ValueError: as :meth:`forward`.
         """
-        x = self._stem(images)
-        feats, preact_feats = [x], [x]
-        for stage in (self.layer1, self.layer2, self.layer3):
-            *blocks, last = stage
-            for block in blocks:
-                x = block(x)
-            preactivation = cast(BasicBlock, last).preactivation(x)
-            preact_feats.append(preactivation)
-            x = F.relu(preactivation)
-            feats.append(x)
-        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=global_average(x))
+        self.check(images)
+        feats, preact_feats = stage_features(self._stem(images), (self.layer1, self.layer2, self.layer3))
+        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=global_average(feats[-1]))
 
     def _stem(self, images: Tensor) -> Tensor:
-        check_images(self.name, images)
         return F.relu(self.bn1(self.conv1(images)))
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = BasicBlock(in_channels, out_channels, stride)
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
-
-
-def check_images(name: str, images: Tensor) -> None:
-    """Refuses what is not a batch of RGB images, in the name of the network."""
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"{name}: `images` must have shape (N, 3, H, W), got {tuple(images.shape)}. "
-            f"Pass a batch of RGB images; a single one gets its batch dimension with `.unsqueeze(0)`."
-        )
-
-
-def global_average(x: Tensor) -> Tensor:
-    """(N, C, H, W) to the means of the maps, (N, C)."""
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 _THIN = (16, 16, 32, 64)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _validation as check
-from .resnet import Features, check_images, global_average
+from ._network import Features, Network, global_average, initialise_he
 
 __all__ = ["wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"]
 
@@ -63,7 +63,7 @@ class Stage(nn.Module):
         return out
 
 
-class WideResNet(nn.Module):
+class WideResNet(Network):
     """A CIFAR wide residual network; the functions of this module build the named ones.
 
     Args:
@@ -111,28 +111,12 @@ class WideResNet(nn.Module):
         self.block3 = Stage(second, third, blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(third)
         self.fc = nn.Linear(third, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_he(self)
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The logits of a batch.
-
-        Args:
-            images: shape (N, 3, H, W). The family is made for 32x32; other sizes pass through the same layers and a
-                global average pooling.
-
-        Returns:
-            Logits, shape (N, num_classes).
-
-        Raises:
-            ValueError: ``images`` is not a batch of three-channel images.
-        """
-        check_images(self.name, images)
+    def last_maps(self, images: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(images))))
-        logits: Tensor = self.fc(global_average(F.relu(self.bn1(x))))
-        return logits
+        return F.relu(self.bn1(x))
 
     def forward_features(self, images: Tensor) -> Features:
         """The intermediate features of a batch; ``fc(features["pooled_feat"])`` are the logits of :meth:`forward`.
@@ -148,7 +132,7 @@ class WideResNet(nn.Module):
         Raises:
             ValueError: as :meth:`forward`.
         """
-        check_images(self.name, images)
+        self.check(images)
         x = self.conv1(images)
         feats, preact_feats = [x], [x]
         for stage in (self.block1, self.block2, self.block3):
