@@ -6,7 +6,8 @@ Importing this package registers with torchdistill, once:
 - the pre-epoch process ``ikl_pre_epoch_process``;
 - the networks of :mod:`ikl_plugins.models`, each as ``ikl_plugins.<name>``.
 
-``adversarial_forward`` and ``image_folder`` are for ``!import_call``; the first registers a forward process.
+``adversarial_forward``, ``image_folder``, ``ImageList``, ``share_of_batch`` and ``WarmupCosine`` are for
+``!import_call``; the first registers a forward process.
 """
 
 try:
@@ -18,10 +19,11 @@ except ImportError as error:
     ) from error
 
 from .adversarial import AdversarialForward, adversarial_forward
-from .data import image_folder
+from .data import ImageList, image_folder, share_of_batch
 from .losses import AdversarialLogits, DKLLoss, GKLLoss, IKLLoss, MidLevelLoss, find_losses
 from .processes import ikl_pre_epoch_process
 from .registration import register
+from .schedules import WarmupCosine
 
 __all__ = [
     "AdversarialForward",
@@ -29,12 +31,15 @@ __all__ = [
     "DKLLoss",
     "GKLLoss",
     "IKLLoss",
+    "ImageList",
     "MidLevelLoss",
+    "WarmupCosine",
     "adversarial_forward",
     "find_losses",
     "ikl_pre_epoch_process",
     "image_folder",
     "register",
+    "share_of_batch",
 ]
 
 register()

@@ -1,4 +1,4 @@
-"""Images in class folders as a torchdistill data set: what the shipped YAML files put under ``datasets``."""
+"""What the shipped YAML files need for their data: images in class folders or in a list, and shares of a batch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
-__all__ = ["image_folder"]
+__all__ = ["ImageList", "image_folder", "share_of_batch"]
 
 _PREPARE = {
     "digits": "python tools/prepare_data.py digits",
@@ -44,7 +45,7 @@ def image_folder(
                 kwargs:
                   split_dir: 'digits/train'
     """
-    folder = Path(os.environ.get("IKL_PLUGINS_DATA") or "data") / split_dir
+    folder = _data_folder() / split_dir
     try:
         return ImageFolder(folder, transform=transform, loader=_DecodedOnce() if in_memory else default_loader)
     except FileNotFoundError as error:
@@ -55,6 +56,125 @@ def image_folder(
             f"image_folder: `split_dir` must lead to images in class folders, got '{split_dir}', which is {folder}: "
             f"{what}. {way_out}, or set IKL_PLUGINS_DATA to the folder that holds '{split_dir}'."
         ) from error
+
+
+class ImageList(Dataset[tuple[Any, int]]):
+    """The images that a text file lists, with their labels: the form in which ImageNet-LT is published.
+
+    A line holds the path of an image and its class index, such as ``train/n01440764/n01440764_190.JPEG 0``. Empty lines
+    are passed over.
+
+    Args:
+        list_file: the text file, such as ``imagenet_lt/ImageNet_LT_train.txt``. Relative to the folder named by the
+            environment variable IKL_PLUGINS_DATA, or to ``data`` in the working directory without it.
+        image_dir: folder that the listed paths start from, such as ``imagenet``; relative to the same folder.
+        transform: applied to each image, every time it is read.
+
+    Raises:
+        ValueError: the list is missing, empty or malformed, or its first image is not there.
+
+    Attributes:
+        samples: the path and the class index of each image.
+        targets: the class indices.
+
+    Example:
+        In a YAML file::
+
+            train_set: !import_call
+              key: 'ikl_plugins.torchdistill.ImageList'
+              init:
+                kwargs:
+                  list_file: 'imagenet_lt/ImageNet_LT_train.txt'
+                  image_dir: 'imagenet'
+    """
+
+    def __init__(self, list_file: str, image_dir: str, transform: Callable[[Any], Any] | None = None) -> None:
+        path, folder = _data_folder() / list_file, _data_folder() / image_dir
+        if not path.is_file():
+            raise ValueError(
+                f"ImageList: `list_file` must be a text file of images and class indices, got '{list_file}', which is "
+                f"{path}: no such file. Put it there, or set IKL_PLUGINS_DATA to the folder that holds '{list_file}'."
+            )
+        self.samples = [
+            (str(folder / name), label)
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            if line.strip()
+            for name, label in [_listed(line, f"{path}, line {number}")]
+        ]
+        if not self.samples:
+            raise ValueError(f"ImageList: `list_file` must list images, but {path} is empty. Get the file anew.")
+        if not Path(self.samples[0][0]).is_file():
+            raise ValueError(
+                f"ImageList: `image_dir` must be the folder that the paths of '{list_file}' start from, got "
+                f"'{image_dir}': there is no {self.samples[0][0]}. Correct it, or put the images there."
+            )
+        self.transform = transform
+
+    @property
+    def targets(self) -> list[int]:
+        return [label for _, label in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        image = default_loader(path)
+        return (image if self.transform is None else self.transform(image)), label
+
+
+def share_of_batch(total: int) -> int:
+    """The batch size of one process, for ``!import_call`` in a YAML file: ``total`` divided by the number of processes.
+
+    torchdistill's ``batch_size`` is that of each process. With this a recipe keeps its batch, and so its learning rate,
+    on one GPU and under ``torchrun --nproc_per_node 8`` alike.
+
+    Args:
+        total: images in a step, over all processes; at least 1.
+
+    Returns:
+        ``total`` divided by the environment variable WORLD_SIZE, which torchrun sets; ``total`` without it.
+
+    Raises:
+        TypeError: ``total`` is no integer.
+        ValueError: ``total`` is below 1, or the processes do not divide it.
+
+    Example:
+        In a YAML file::
+
+            kwargs:
+              batch_size: !import_call
+                key: 'ikl_plugins.torchdistill.share_of_batch'
+                init:
+                  kwargs:
+                    total: 512
+    """
+    if isinstance(total, bool) or not isinstance(total, int):
+        raise TypeError(
+            f"share_of_batch: `total` must be an integer of at least 1, got {total!r} of type {type(total).__name__}. "
+            f"Pass the number of images in a step."
+        )
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if total < 1 or total % processes:
+        raise ValueError(
+            f"share_of_batch: `total` must be a multiple of the number of processes, {processes}, got {total}. "
+            f"Start another number of processes, or change `total` and with it the learning rate."
+        )
+    return total // processes
+
+
+def _data_folder() -> Path:
+    return Path(os.environ.get("IKL_PLUGINS_DATA") or "data")
+
+
+def _listed(line: str, where: str) -> tuple[str, int]:
+    """Path and class index of a line; the path may hold blanks."""
+    parts = line.rsplit(maxsplit=1)
+    if len(parts) < 2 or not parts[1].isdecimal():
+        raise ValueError(
+            f"ImageList: {where}, must be a path, a blank and a class index, got {line!r}. Correct the line."
+        )
+    return parts[0].strip(), int(parts[1])
 
 
 class _DecodedOnce:
