@@ -28,8 +28,9 @@ __all__ = ["MODEL_MODES", "NORMS", "OBJECTIVES", "PGD", "RANDOM_STARTS"]
 
 NORMS = ("linf", "l2")
 RANDOM_STARTS = ("normal", "uniform", "none")
-OBJECTIVES = ("cross_entropy", "ikl", "soft_cross_entropy")
+OBJECTIVES = ("cross_entropy", "ikl", "margin", "soft_cross_entropy")
 MODEL_MODES = ("eval", "train")
+OF_LABELS = ("cross_entropy", "margin")  # the objectives that are pulled away from the labels
 
 _NORMAL_START = 0.001  # standard deviation of the authors' start, in pixel units
 _TINY = 1e-12  # keeps a gradient of 0 from being divided by 0
@@ -58,7 +59,8 @@ class PGD:
             start); ``'uniform'`` draws from the ball; ``'none'`` starts at the natural images.
         objective: ``'soft_cross_entropy'`` to the natural predictions, whose gradient is that of KL divergence;
             ``'ikl'``, the same plus the weighted MSE of the logit differences, each with weight 1; ``'cross_entropy'``
-            to the labels.
+            to the labels; ``'margin'``, the largest logit of the other classes minus that of the label, without a
+            bound: that of Carlini and Wagner.
         model_mode: ``'eval'``, or ``'train'`` for the statistics of the batch and dropout. Running statistics stay as
             they are in both.
 
@@ -122,7 +124,7 @@ class PGD:
                 f"PGD: `eps_ramp` must be a fraction of the training, from 0 to 1, got {eps_ramp}. "
                 f"For a ramp over all epochs pass 1.0."
             )
-        if random_start == "none" and objective != "cross_entropy":
+        if random_start == "none" and objective not in OF_LABELS:
             raise ValueError(
                 f"PGD: `random_start` must be 'normal' or 'uniform' with objective='{objective}', got 'none'. At the "
                 f"natural images that objective has no gradient, so that no step would leave them."
@@ -191,7 +193,7 @@ class PGD:
             images: natural images, floating, shape (N, C, H, W) or (N, ...), values in [0, 1].
             forward: from such images to logits (N, classes); by default the model itself. The place for a
                 normalisation.
-            labels: class indices (N,), for the objective ``'cross_entropy'``.
+            labels: class indices (N,), for the objectives ``'cross_entropy'`` and ``'margin'``.
             natural_logits: logits (N, classes) of the natural images for the other objectives. By default they are
                 computed here, once, in the mode of the attack.
             class_prior: rows (N, classes) that weigh the objective ``'ikl'``; by default the natural predictions do.
@@ -264,11 +266,11 @@ class PGD:
         class_prior: Tensor | None,
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """From images to the value of the objective, summed over the batch, and its gradient."""
-        if self.objective == "cross_entropy":
+        if self.objective in OF_LABELS:
             if labels is None:
                 raise ValueError(
-                    "PGD: `labels` must be given with objective='cross_entropy', got None. Pass the class indices, or "
-                    "use the objective 'soft_cross_entropy'."
+                    f"PGD: `labels` must be given with objective='{self.objective}', got None. Pass the class indices, "
+                    f"or use the objective 'soft_cross_entropy'."
                 )
             _check_labels(labels, len(images))
             targets = labels.clone().long()  # those made in inference mode cannot be saved for backward
@@ -280,6 +282,8 @@ class PGD:
                         f"{int(targets.max())}. Look at the number of classes of the model and of the data."
                     )
                 wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                if self.objective == "margin":
+                    return _margins(wide, targets).sum()
                 return F.cross_entropy(wide, targets, reduction="sum")
 
         else:
@@ -361,6 +365,16 @@ def _logits(output: Any) -> Tensor:
             f"`forward`, for instance forward=lambda images: model(images)[0]."
         )
     return output
+
+
+def _margins(logits: Tensor, targets: Tensor) -> Tensor:
+    """The largest logit of the other classes minus that of the target, (N,): above 0 for what is misclassified."""
+    if logits.shape[1] < 2:
+        raise ValueError(
+            "PGD: `model` must tell at least 2 classes apart for objective='margin', got 1. Use 'cross_entropy'."
+        )
+    column = targets[:, None]
+    return logits.scatter(1, column, -torch.inf).amax(1) - logits.gather(1, column)[:, 0]
 
 
 def _kind(value: object) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _validation as check
 from ..adversarial import PGD, AdversarialWeightPerturbation, frozen_statistics
+from ..adversarial.attack import OF_LABELS
 from .classifier import EpochClassifier, term_scalars
 from .metrics import ROBUST_SCORE, RobustAccuracy
 from .pixels import PixelSpace
@@ -243,9 +244,11 @@ class AdversarialClassifier(EpochClassifier):
         """The class indices; None where there are none and nothing but the log would show them."""
         if self.robust_loss.class_prior is not None:
             return self.hard_labels(data_samples, "the class prior of `robust_loss`")
-        if self.attack.objective == "cross_entropy":
+        if self.attack.objective in OF_LABELS:
             return self.hard_labels(
-                data_samples, "the objective 'cross_entropy' of `attack`", "use objective='soft_cross_entropy' there"
+                data_samples,
+                f"the objective '{self.attack.objective}' of `attack`",
+                "use objective='soft_cross_entropy' there",
             )
         hard = all(
             "gt_label" in sample and "gt_score" not in sample and sample.gt_label.numel() == 1

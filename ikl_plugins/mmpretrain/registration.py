@@ -8,12 +8,17 @@ import mmengine.registry as root
 import mmpretrain.registry as host
 
 from .adversarial import AdversarialClassifier
+from .averaging import WarmupEMA
 from .distillation import DistillationClassifier
+from .generated import GeneratedImages
 from .hooks import IKLHook
+from .long_tail import ManyMediumFew
 from .losses import DKLLoss, GKLLoss, IKLLoss, KLLoss
 from .metrics import RobustAccuracy
 from .optim import AutocastOptimWrapper
 from .preprocessing import TwoViewDataPreprocessor
+from .sampling import GeneratedBatchSampler
+from .schedules import BatchNormMomentumHook, OneCycleMomentum, ResumableOneCycleLR
 
 __all__ = ["register"]
 
@@ -23,12 +28,19 @@ _ENTRIES: tuple[tuple[Any, str, str, Any], ...] = (
     (root.MODELS, "loss", "IKLLoss", IKLLoss),
     (root.MODELS, "loss", "GKLLoss", GKLLoss),
     (root.MODELS, "loss", "KLLoss", KLLoss),
+    (root.MODELS, "averaged model", "WarmupEMA", WarmupEMA),
     (root.HOOKS, "hook", "IKLHook", IKLHook),
+    (root.HOOKS, "hook", "BatchNormMomentumHook", BatchNormMomentumHook),
+    (root.PARAM_SCHEDULERS, "parameter scheduler", "ResumableOneCycleLR", ResumableOneCycleLR),
+    (root.PARAM_SCHEDULERS, "parameter scheduler", "OneCycleMomentum", OneCycleMomentum),
     (root.OPTIM_WRAPPERS, "optimizer wrapper", "AutocastOptimWrapper", AutocastOptimWrapper),
     (host.MODELS, "model", "AdversarialClassifier", AdversarialClassifier),
     (host.MODELS, "model", "DistillationClassifier", DistillationClassifier),
     (host.MODELS, "data preprocessor", "TwoViewDataPreprocessor", TwoViewDataPreprocessor),
     (host.METRICS, "metric", "RobustAccuracy", RobustAccuracy),
+    (host.METRICS, "metric", "ManyMediumFew", ManyMediumFew),
+    (host.DATASETS, "data set", "GeneratedImages", GeneratedImages),
+    (host.DATA_SAMPLERS, "batch sampler", "GeneratedBatchSampler", GeneratedBatchSampler),
 )
 
 

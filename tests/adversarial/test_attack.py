@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ikl_plugins.adversarial import MODEL_MODES, NORMS, OBJECTIVES, PGD, RANDOM_STARTS, Strength
+from ikl_plugins.adversarial.attack import OF_LABELS
 
 each_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
-each_objective = pytest.mark.parametrize("objective", ["cross_entropy", "soft_cross_entropy", "ikl"])
+each_objective = pytest.mark.parametrize("objective", ["cross_entropy", "margin", "soft_cross_entropy", "ikl"])
 
 SHAPE = (2, 3, 3)  # of an image of the reference
 CLASSES = 4
@@ -73,6 +74,9 @@ def pull_of_logits(
     q, p = softmax(logits), softmax(natural)
     if objective == "cross_entropy":
         return [q[k] - (1.0 if k == label else 0.0) for k in range(len(q))]
+    if objective == "margin":
+        rival = max((k for k in range(len(q)) if k != label), key=lambda k: logits[k])
+        return [float(k == rival) - float(k == label) for k in range(len(q))]
     pull = [q[k] - p[k] for k in range(len(q))]
     if objective == "ikl":  # 1/4 sum_jk w_j w_k ((t_j - t_k) - (s_j - s_k))^2, each pair met twice
         w = p if prior is None else prior
@@ -149,7 +153,8 @@ def start_by_hand(images: Tensor, norm: str, random_start: str, eps: float, seed
     ("objective", "random_start"),
     [
         ("cross_entropy", "none"),
-        *itertools.product(["cross_entropy", "soft_cross_entropy", "ikl"], ["normal", "uniform"]),
+        ("margin", "none"),
+        *itertools.product(["cross_entropy", "margin", "soft_cross_entropy", "ikl"], ["normal", "uniform"]),
     ],
 )
 @each_norm
@@ -203,7 +208,7 @@ def test_the_hand_written_pulls_are_those_of_the_shared_reference() -> None:
 def test_the_names_are_the_documented_ones() -> None:
     assert set(NORMS) == {"linf", "l2"}
     assert set(RANDOM_STARTS) == {"normal", "uniform", "none"}
-    assert set(OBJECTIVES) == {"cross_entropy", "soft_cross_entropy", "ikl"}
+    assert set(OBJECTIVES) == {"cross_entropy", "margin", "soft_cross_entropy", "ikl"}
     assert set(MODEL_MODES) == {"eval", "train"}
 
 
@@ -379,8 +384,9 @@ def test_natural_logits_with_a_graph_keep_it(model: Watched, images: Tensor) -> 
     assert model.head.weight.grad is not None
 
 
-def test_cross_entropy_needs_no_natural_logits(model: Watched, images: Tensor, labels: Tensor) -> None:
-    linf(steps=5)(model, images, labels=labels)
+@pytest.mark.parametrize("objective", ["cross_entropy", "margin"])
+def test_labels_need_no_natural_logits(model: Watched, images: Tensor, labels: Tensor, objective: str) -> None:
+    linf(steps=5, objective=objective)(model, images, labels=labels)
     assert len(model.inputs) == 5
     assert model.gradients == [(True, True)] * 5
 
@@ -514,7 +520,7 @@ def test_images_are_not_changed_and_the_result_stands_alone(
     leaf = torch.rand(4, 3, 6, 6, requires_grad=True)
     images = leaf * 1.0  # within a graph
     before = images.detach().clone()
-    for random_start in ("normal", "uniform", *(["none"] if objective == "cross_entropy" else [])):
+    for random_start in ("normal", "uniform", *(["none"] if objective in OF_LABELS else [])):
         attack = linf(norm=norm, objective=objective, random_start=random_start)
         adversarial = attack(model, images, labels=labels)
         assert torch.equal(images, before)
@@ -603,6 +609,9 @@ def test_autocast_runs_the_model_and_leaves_the_objective_in_float32(
         p = torch.softmax(natural, 1)
         if objective == "cross_entropy":
             value = F.cross_entropy(logits, labels, reduction="sum")
+        elif objective == "margin":
+            own = F.one_hot(labels, logits.shape[1]).bool()
+            value = logits[~own].reshape(len(logits), -1).max(1).values.sum() - logits[own].sum()
         else:
             value = -(p * torch.log_softmax(logits, 1)).sum()
         if objective == "ikl":
@@ -761,12 +770,12 @@ def random_cases(count: int) -> Iterator[dict[str, Any]]:
         return options[int(torch.randint(len(options), (), generator=random))]
 
     for seed in range(count):
-        norm, objective = pick(["linf", "l2"]), pick(["cross_entropy", "soft_cross_entropy", "ikl"])
+        norm, objective = pick(["linf", "l2"]), pick(["cross_entropy", "margin", "soft_cross_entropy", "ikl"])
         yield {
             "seed": seed,
             "norm": norm,
             "objective": objective,
-            "random_start": pick(["normal", "uniform", *(["none"] if objective == "cross_entropy" else [])]),
+            "random_start": pick(["normal", "uniform", *(["none"] if objective in OF_LABELS else [])]),
             "shape": pick([(1,), (2,), (5,)]) + pick([(7,), (1, 1, 1), (3, 4, 4), (1, 5, 3), (2, 3), (4, 2, 2, 2)]),
             "classes": pick([2, 3, 10]),
             "dtype": pick([torch.float32, torch.float64]),
@@ -822,6 +831,9 @@ def objective_of(objective: str, logits: Tensor, natural: Tensor, labels: Tensor
     p = torch.softmax(natural, 1)
     if objective == "cross_entropy":
         return float(F.cross_entropy(logits, labels))
+    if objective == "margin":
+        rivals = logits.masked_fill(F.one_hot(labels, logits.shape[1]).bool(), float("-inf")).max(1).values
+        return float((rivals - logits[torch.arange(len(labels)), labels]).mean())
     value = -(p * torch.log_softmax(logits, 1)).sum(1)
     if objective == "ikl":
         gaps = (natural - logits)[:, :, None] - (natural - logits)[:, None, :]
@@ -878,9 +890,9 @@ def test_the_attack_finds_what_noise_does_not(trained: tuple[nn.Module, Tensor, 
         ("norm", 2, "l2", "l2, linf"),
         ("random_start", "unifrom", "uniform", "none, normal, uniform"),
         ("random_start", None, "none", "none, normal, uniform"),
-        ("objective", "crossentropy", "cross_entropy", "cross_entropy, ikl, soft_cross_entropy"),
-        ("objective", "kl", "ikl", "cross_entropy, ikl, soft_cross_entropy"),
-        ("objective", "margin", None, "cross_entropy, ikl, soft_cross_entropy"),
+        ("objective", "crossentropy", "cross_entropy", "cross_entropy, ikl, margin, soft_cross_entropy"),
+        ("objective", "kl", "ikl", "cross_entropy, ikl, margin, soft_cross_entropy"),
+        ("objective", "cw", None, "cross_entropy, ikl, margin, soft_cross_entropy"),
         ("model_mode", "evaluate", "eval", "eval, train"),
         ("model_mode", True, None, "eval, train"),
     ],
@@ -998,13 +1010,17 @@ def test_a_strength_out_of_range(model: Watched, images: Tensor, labels: Tensor,
         linf()(model, images, labels=labels, strength=strength)
 
 
-def test_labels_that_are_missing(model: Watched, images: Tensor) -> None:
+@pytest.mark.parametrize("objective", ["cross_entropy", "margin"])
+def test_labels_that_are_missing(model: Watched, images: Tensor, objective: str) -> None:
     refused(
         ValueError,
-        lambda: linf()(model, images),
-        "PGD: `labels` must be given with objective='cross_entropy', got None. Pass the class indices, or use the "
-        "objective 'soft_cross_entropy'.",
+        lambda: linf(objective=objective)(model, images),
+        f"PGD: `labels` must be given with objective='{objective}', got None. Pass the class indices, or use the "
+        f"objective 'soft_cross_entropy'.",
     )
+
+
+def test_labels_that_are_not_needed(model: Watched, images: Tensor) -> None:
     for objective in ("soft_cross_entropy", "ikl"):
         linf(objective=objective)(model, images)
 
@@ -1082,6 +1098,16 @@ def test_models_without_gradient(model: Watched, images: Tensor, labels: Tensor,
         "detach(), a torch.no_grad() or an argmax on the way from the images to the logits.",
     )
     assert [module.training for module in model.modules()] == flags
+
+
+def test_a_margin_of_a_single_class() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
+    labels = torch.zeros(2, dtype=torch.long)
+    refused(
+        ValueError,
+        lambda: linf(objective="margin")(model, torch.rand(2, 3, 2, 2), labels=labels),
+        "PGD: `model` must tell at least 2 classes apart for objective='margin', got 1. Use 'cross_entropy'.",
+    )
 
 
 def test_a_frozen_model_has_a_gradient_all_the_same(model: Watched, images: Tensor, labels: Tensor) -> None:

@@ -14,12 +14,15 @@ import ikl_plugins.mmpretrain as adapter
 
 ROOT = {
     "MODELS": ("DKLLoss", "IKLLoss", "GKLLoss", "KLLoss"),
-    "HOOKS": ("IKLHook",),
+    "HOOKS": ("IKLHook", "BatchNormMomentumHook"),
+    "PARAM_SCHEDULERS": ("ResumableOneCycleLR", "OneCycleMomentum"),
     "OPTIM_WRAPPERS": ("AutocastOptimWrapper",),
 }
 HOST = {
     "MODELS": ("DistillationClassifier", "AdversarialClassifier", "TwoViewDataPreprocessor"),
-    "METRICS": ("RobustAccuracy",),
+    "METRICS": ("RobustAccuracy", "ManyMediumFew"),
+    "DATASETS": ("GeneratedImages",),
+    "DATA_SAMPLERS": ("GeneratedBatchSampler",),
 }
 
 
@@ -46,6 +49,11 @@ def test_the_losses_are_built_in_every_scope(name):
             assert type(root.MODELS.build({"type": name})) is cls
     finally:
         root.MODELS.children.pop("ikl_plugins_test_scope")
+
+
+def test_the_averaged_model_is_found_where_emahook_looks():
+    for registry in (root.MODELS, host.MODELS):
+        assert registry.get("WarmupEMA") is adapter.WarmupEMA
 
 
 def test_registering_again_changes_nothing():

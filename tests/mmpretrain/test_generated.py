@@ -1,0 +1,395 @@
+"""GeneratedImages: what NumPy reads from the same files, MMPretrain's pipelines and workers, and memory."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import numpy
+import pytest
+import torch
+from mmengine.dataset import default_collate
+from mmengine.registry import init_default_scope
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.registry import DATASETS
+from PIL import Image
+from sparse_archive import write_sparse_archive
+from torch.utils.data import DataLoader
+
+from ikl_plugins.mmpretrain import GeneratedImages, mapped, unpack_npz
+
+PIPELINE = [
+    {"type": "RandomCrop", "crop_size": 32, "padding": 4},
+    {"type": "RandomFlip", "prob": 0.5, "direction": "horizontal"},
+    {"type": "PackInputs"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope("mmpretrain")
+
+
+def arrays(count=7, seed=0, size=32, dtype="int64"):
+    random = numpy.random.default_rng(seed)
+    return {
+        "image": random.integers(256, size=(count, size, size, 3), dtype=numpy.uint8),
+        "label": random.integers(10, size=count).astype(dtype),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    data = arrays()
+    numpy.savez(tmp_path / "generated.npz", **data)
+    numpy.save(tmp_path / "image.npy", data["image"])
+    numpy.save(tmp_path / "label.npy", data["label"])
+    return tmp_path, data
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files", [{"data_file": "generated.npz"}, {"data_file": "image.npy", "label_file": "label.npy"}], ids=["npz", "npy"]
+)
+def test_samples_are_those_of_the_arrays(saved, files):
+    folder, data = saved
+    dataset = DATASETS.build({"type": "GeneratedImages", "data_root": str(folder), **files})
+    assert len(dataset) == 7
+    for index in range(7):
+        sample = dataset[index]
+        assert numpy.array_equal(sample["img"], data["image"][index][:, :, [2, 1, 0]])
+        assert sample["img"].flags.c_contiguous
+        assert sample["img"].flags.writeable
+        assert (sample["img_shape"], sample["ori_shape"]) == ((32, 32), (32, 32))
+        assert sample["gt_label"] == data["label"][index]
+        assert type(sample["gt_label"]) is int
+        assert sample["sample_idx"] == index
+        assert dataset.get_cat_ids(index) == [data["label"][index]]
+    assert dataset.get_gt_labels().tolist() == data["label"].tolist()
+    assert numpy.array_equal(dataset[-1]["img"], dataset[6]["img"])
+    assert dataset[-1]["sample_idx"] == 6
+
+
+def test_channels_are_those_of_an_image_that_is_loaded_from_a_file(saved):
+    folder, data = saved
+    (folder / "a").mkdir()
+    Image.fromarray(data["image"][3]).save(folder / "a" / "3.png")
+    loaded = CustomDataset(data_root=str(folder / "a"), ann_file=_list_file(folder), pipeline=[
+        {"type": "LoadImageFromFile"}, {"type": "PackInputs"}])[0]  # fmt: skip
+    ours = GeneratedImages(folder / "generated.npz", pipeline=[{"type": "PackInputs"}])[3]
+    assert torch.equal(ours["inputs"], loaded["inputs"])
+    assert torch.equal(ours["data_samples"].gt_label, torch.tensor([int(data["label"][3])]))
+    assert ours["data_samples"].img_shape == loaded["data_samples"].img_shape
+
+
+def _list_file(folder):
+    (folder / "list.txt").write_text("3.png 0\n")
+    return str(folder / "list.txt")
+
+
+def test_the_order_that_cifar_has(saved):
+    folder, data = saved
+    dataset = GeneratedImages(folder / "generated.npz", channel_order="rgb")
+    assert numpy.array_equal(dataset[2]["img"], data["image"][2])
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", ">i4"])
+def test_labels_of_any_integer_type(tmp_path, dtype):
+    data = arrays(dtype=dtype)
+    numpy.savez(tmp_path / "g.npz", **data)
+    dataset = GeneratedImages(tmp_path / "g.npz")
+    assert [dataset[index]["gt_label"] for index in range(7)] == data["label"].tolist()
+    assert dataset.get_gt_labels().tolist() == data["label"].tolist()
+
+
+def test_a_file_with_a_long_header(tmp_path):
+    data = arrays()
+    for key, value in data.items():
+        with (tmp_path / f"{key}.npy").open("wb") as file:
+            numpy.lib.format.write_array(file, value, version=(2, 0))
+    dataset = GeneratedImages(tmp_path / "image.npy", tmp_path / "label.npy")
+    assert numpy.array_equal(dataset[5]["img"], data["image"][5][..., ::-1])
+
+
+def test_parts_follow_one_another(tmp_path):
+    parts = [arrays(count, seed) for seed, count in enumerate((3, 1, 4))]
+    for index, part in enumerate(parts):
+        numpy.savez(tmp_path / f"part{index}.npz", **part)
+    dataset = GeneratedImages(["part0.npz", "part1.npz", "part2.npz"], data_root=tmp_path, channel_order="rgb")
+    images = numpy.concatenate([part["image"] for part in parts])
+    labels = numpy.concatenate([part["label"] for part in parts])
+    assert len(dataset) == 8
+    assert all(numpy.array_equal(dataset[index]["img"], images[index]) for index in range(8))
+    assert [dataset[index]["gt_label"] for index in range(8)] == labels.tolist() == dataset.get_gt_labels().tolist()
+
+
+@pytest.mark.parametrize(
+    ("indices", "kept"),
+    [(3, [0, 1, 2]), (-2, [5, 6]), ([4, 0, -1], [4, 0, 6]), (0, []), ([], [])],
+)
+@pytest.mark.parametrize("way", ["argument", "get_subset", "get_subset_"])
+def test_some_of_the_images(saved, indices, kept, way):
+    folder, data = saved
+    dataset = GeneratedImages(folder / "generated.npz", indices=indices if way == "argument" else None)
+    if way == "get_subset":
+        whole, dataset = dataset, dataset.get_subset(indices)
+        assert len(whole) == 7
+    elif way == "get_subset_":
+        dataset.get_subset_(indices)
+    assert len(dataset) == len(kept)
+    assert [dataset[index]["gt_label"] for index in range(len(kept))] == data["label"][kept].tolist()
+    assert dataset.get_gt_labels().tolist() == data["label"][kept].tolist()
+
+
+def test_a_subset_of_a_subset(saved):
+    folder, data = saved
+    dataset = GeneratedImages(folder / "generated.npz", indices=-5)  # 2 .. 6
+    assert dataset.get_subset([3, 1]).get_subset(1).get_gt_labels().tolist() == [data["label"][5]]
+    assert dataset.get_subset([3, 1]).get_subset([-1]).get_gt_labels().tolist() == [data["label"][3]]
+
+
+def test_the_description(saved):
+    folder, _ = saved
+    dataset = GeneratedImages(folder / "generated.npz", classes=list("abcdefghij"))
+    assert dataset.metainfo == {"classes": tuple("abcdefghij")}
+    shown = repr(dataset)
+    assert "Number of samples: \t7" in shown
+    assert f"Files: \t{folder / 'generated.npz'}" in shown
+    assert "Channel order: \tbgr" in shown
+
+
+def test_nothing_is_opened_before_it_is_needed(saved):
+    folder, _ = saved
+    dataset = GeneratedImages(folder / "late.npz", lazy_init=True)
+    (folder / "generated.npz").rename(folder / "late.npz")
+    assert len(dataset) == 7
+
+
+# --- the host's pipeline, workers and collation -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_data_loader(saved, workers):
+    folder, data = saved
+    dataset = GeneratedImages(folder / "generated.npz", pipeline=PIPELINE)
+    batches = list(DataLoader(dataset, batch_size=4, num_workers=workers, collate_fn=default_collate))
+    assert [tuple(batch["inputs"].shape) for batch in batches] == [(4, 3, 32, 32), (3, 3, 32, 32)]
+    assert batches[0]["inputs"].dtype == torch.uint8
+    labels = [int(sample.gt_label) for batch in batches for sample in batch["data_samples"]]
+    assert labels == data["label"].tolist()
+
+
+def test_copies_and_pickles_hold_no_images(tmp_path):
+    data = arrays(2000)
+    numpy.savez(tmp_path / "g.npz", **data)
+    dataset = GeneratedImages(tmp_path / "g.npz", channel_order="rgb")
+    dataset[0]
+    content = pickle.dumps(dataset)
+    assert len(content) < 10_000 < data["label"].nbytes
+    for twin in (pickle.loads(content), copy.deepcopy(dataset)):  # noqa: S301 - our own
+        assert numpy.array_equal(twin[1999]["img"], data["image"][1999])
+        assert twin._parts[0][0]._file is not dataset._parts[0][0]._file
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+READER = """
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+import numpy
+from ikl_plugins.mmpretrain import GeneratedImages
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+dataset = GeneratedImages(sys.argv[1], channel_order="rgb")
+before = resident()
+random = numpy.random.default_rng(0)
+for index in random.integers(len(dataset), size=int(sys.argv[2])):
+    dataset[int(index)]
+print(len(dataset), resident() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+for index in map(int, sys.argv[3:]):
+    sample = dataset[index]
+    print(sample["gt_label"], *sample["img"].ravel()[[0, 1, 3071]])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_fifty_million_images_in_less_than_a_gibibyte(tmp_path):
+    """150 GB that take up nearly nothing on the disk, of which more is read than may stay in memory."""
+    count, path = 50_000_000, tmp_path / "50m.npz"
+    random = numpy.random.default_rng(3)
+    places = [0, 1, 2**31 // 3072, 2**32 // 3072 + 1, 31_234_567, count - 1]
+    images = {place: random.integers(256, size=(32, 32, 3), dtype=numpy.uint8) for place in places}
+    labels = {place: int(random.integers(100)) for place in places}
+    write_sparse_archive(path, count, images, labels)
+    assert path.stat().st_size > 150 * 10**9
+    assert path.stat().st_blocks * 512 < 10 * 2**20
+    with zipfile.ZipFile(path) as archive:  # Python's own reader agrees that it is a zip file
+        assert archive.getinfo("image.npy").file_size == 128 + count * 3072
+
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(path), "80000", *map(str, places)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()[-1 - len(places) :]  # the forks print at their import
+    (found, growth, peak), *samples = [[int(number) for number in line.split()] for line in lines]
+    assert found == count
+    assert growth < 128 * 1024  # KiB; the 80,000 images are 240,000, the pages that they lie on 560,000
+    assert peak < 2**20
+    for place, sample in zip(places, samples, strict=True):
+        assert sample == [labels[place], *images[place].ravel()[[0, 1, 3071]].tolist()]
+
+
+def test_pages_are_given_back_and_read_again(saved, monkeypatch):
+    folder, data = saved
+    monkeypatch.setattr(mapped, "_READS_KEPT", 2)
+    dataset = GeneratedImages(folder / "generated.npz", channel_order="rgb")
+    for index in [*range(7), *range(7)]:
+        assert numpy.array_equal(dataset[index]["img"], data["image"][index])
+
+
+# --- compressed files -------------------------------------------------------------------------------------------------
+
+
+def test_a_compressed_file_is_refused_with_the_command_that_unpacks_it(tmp_path):
+    data = arrays()
+    numpy.savez_compressed(tmp_path / "packed.npz", **data)
+    with pytest.raises(ValueError, match=r"must not be compressed.*'image' in .*packed\.npz is\. Write") as caught:
+        GeneratedImages(tmp_path / "packed.npz")
+    _, _, command = str(caught.value).partition(' -c "')
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", command.rstrip('"')], check=False, timeout=120)
+    assert done.returncode == 0
+    dataset = GeneratedImages(tmp_path / "packed.unpacked.npz", channel_order="rgb")
+    assert all(numpy.array_equal(dataset[index]["img"], data["image"][index]) for index in range(7))
+    assert dataset.get_gt_labels().tolist() == data["label"].tolist()
+
+
+def test_unpacking_keeps_all_arrays_and_takes_little_memory(tmp_path):
+    tracemalloc = pytest.importorskip("tracemalloc")
+    data = {"image": numpy.zeros((40_000, 32, 32, 3), numpy.uint8), "label": numpy.arange(40_000), "more": numpy.eye(3)}
+    numpy.savez_compressed(tmp_path / "packed.npz", **data)  # 123 MB
+    tracemalloc.start()
+    assert unpack_npz(str(tmp_path / "packed.npz"), tmp_path / "new" / "whole.npz") == tmp_path / "new" / "whole.npz"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    with numpy.load(tmp_path / "new" / "whole.npz") as found:
+        assert sorted(found) == ["image", "label", "more"]
+        assert all(numpy.array_equal(found[key], data[key]) for key in data)
+
+
+def test_unpacking_what_is_damaged_leaves_nothing(tmp_path):
+    numpy.savez_compressed(tmp_path / "packed.npz", **arrays())
+    content = bytearray((tmp_path / "packed.npz").read_bytes())
+    content[5000] ^= 255
+    (tmp_path / "packed.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^unpack_npz: `source` must be a whole \.npz file, but reading .* gave: "):
+        unpack_npz(tmp_path / "packed.npz", tmp_path / "whole.npz")
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError, match=r"gave: File is not a zip file\. Fetch it anew\.$"):
+        unpack_npz(tmp_path / "text.npz", tmp_path / "whole.npz")
+    with pytest.raises(ValueError, match=r"`target` must be another file than `source`, got .* for both\. Name a new"):
+        unpack_npz(tmp_path / "packed.npz", tmp_path / "packed.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed.npz", "text.npz"]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": numpy.zeros((7, 3, 32, 32), "u1")}, r"must be of type uint8 and shape \(N, H, W, 3\), got uint8"),
+        ({"image": numpy.zeros((7, 32, 32, 3), "f4")}, r"must be of type uint8 .* got float32 and \(7, 32, 32, 3\)"),
+        ({"image": numpy.zeros((7, 32, 3), "u1")}, r"must be of type uint8 .* got uint8 and \(7, 32, 3\)"),
+        ({"image": numpy.zeros((7, 32, 32, 3), "u1", order="F")}, r"an array row by row, got one in Fortran order\."),
+        ({"label": numpy.zeros(6, "i8")}, r"must be 7 integers, one for each image, got int64 of shape \(6,\)"),
+        ({"label": numpy.zeros((7, 10), "i8")}, r"must be 7 integers, .* got int64 of shape \(7, 10\)"),
+        ({"label": numpy.zeros(7, "f4")}, r"must be 7 integers, one for each image, got float32"),
+        ({"label": numpy.array([None] * 7)}, r"label\.npy in .* must hold an array row by row, got objects"),
+        ({"label": numpy.int64(3)}, r"must hold an array row by row, got a single value"),
+    ],
+)
+def test_arrays_of_another_form(tmp_path, change, message):
+    numpy.savez(tmp_path / "g.npz", **{**arrays(), **change})
+    with pytest.raises(ValueError, match=rf"^GeneratedImages: .*{message}"):
+        GeneratedImages(tmp_path / "g.npz")
+
+
+def test_other_names(tmp_path):
+    numpy.savez(tmp_path / "g.npz", images=1, labels=2)
+    with pytest.raises(ValueError, match=r"must hold the arrays 'image' and 'label', but .* has images, labels\. Save"):
+        GeneratedImages(tmp_path / "g.npz")
+
+
+def test_a_truncated_file(saved):
+    folder, _ = saved
+    for name in ("image.npy", "label.npy"):
+        with (folder / name).open("rb+") as file:
+            whole = file.read()
+            file.truncate(len(whole) - 1)
+        with pytest.raises(ValueError, match=rf"{name} must hold \(7.*but the file ends before the last\. It is trunc"):
+            GeneratedImages(folder / "image.npy", folder / "label.npy")
+        (folder / name).write_bytes(whole)
+    with (folder / "generated.npz").open("rb+") as file:
+        file.truncate(5000)
+    with pytest.raises(ValueError, match=r"must be a whole \.npz file, or of type \.npy, but reading .* not a zip"):
+        GeneratedImages(folder / "generated.npz")
+
+
+def test_a_header_that_is_none(tmp_path):
+    with zipfile.ZipFile(tmp_path / "g.npz", "w") as archive:
+        archive.writestr("image.npy", b"something else")
+        archive.writestr("label.npy", b"")
+    with pytest.raises(ValueError, match=r"image\.npy in .* must be an array that NumPy has saved, but .* magic"):
+        GeneratedImages(tmp_path / "g.npz")
+    (tmp_path / "image.npy").write_bytes(numpy.lib.format.magic(9, 0))
+    with pytest.raises(ValueError, match=r"image\.npy must be an array that NumPy has saved, but .*(version|9)"):
+        GeneratedImages(tmp_path / "image.npy", tmp_path / "image.npy")
+    (tmp_path / "image.npy").write_bytes(numpy.lib.format.magic(3, 0))
+    with pytest.raises(ValueError, match=r"gave: version \(3, 0\), which plain arrays do not have"):
+        GeneratedImages(tmp_path / "image.npy", tmp_path / "image.npy")
+
+
+def test_parts_that_do_not_fit(tmp_path):
+    numpy.savez(tmp_path / "a.npz", **arrays())
+    numpy.savez(tmp_path / "b.npz", **arrays(size=16))
+    with pytest.raises(ValueError, match=r"must have images of one size, got \[\(16, 16\), \(32, 32\)\]\. Make"):
+        GeneratedImages(["a.npz", "b.npz"], data_root=tmp_path)
+    with pytest.raises(ValueError, match=r"`data_file` must name at least one file, got none\. Name"):
+        GeneratedImages([])
+    with pytest.raises(ValueError, match=r"`label_file` must name as many files as `data_file`, got 1 and 2\. Name"):
+        GeneratedImages(["a.npy", "b.npy"], "c.npy")
+
+
+def test_files_that_do_not_fit(saved):
+    folder, _ = saved
+    for files in (("image.npy",), ("generated.npz", "label.npy")):
+        with pytest.raises(ValueError, match=r"`label_file` goes with `data_file` of type \.npy, got .*Give an \.npz"):
+            GeneratedImages(*files, data_root=folder)
+    with pytest.raises(ValueError, match=r"must be a file, but there is none at .*absent\.npz \(seen from .*Correct"):
+        GeneratedImages("absent.npz", data_root=folder)
+
+
+def test_arguments_out_of_range(saved):
+    folder, _ = saved
+    path = folder / "generated.npz"
+    with pytest.raises(ValueError, match=r"unknown `channel_order` `bgt`\. Did you mean `bgr`\? Known: bgr, rgb"):
+        GeneratedImages(path, channel_order="bgt")
+    with pytest.raises(ValueError, match=r"`pipeline` must not load images.*pipeline=train_pipeline\[1:\]"):
+        GeneratedImages(path, pipeline=[{"type": "LoadImageFromFile"}, *PIPELINE])
+    for indices in ([7], [-8]):
+        with pytest.raises(ValueError, match=r"`indices` must lie below the 7 images there are, got"):
+            GeneratedImages(path, indices=indices)
+    dataset = GeneratedImages(path)
+    for index in (7, -8):
+        with pytest.raises(IndexError, match=rf"^GeneratedImages: sample {index} of 7$"):
+            dataset[index]

@@ -1,0 +1,218 @@
+"""ManyMediumFew against counts by hand, and the list files that MMPretrain's own data sets read."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from mmengine.evaluator import Evaluator
+from mmengine.registry import init_default_scope
+from mmpretrain.datasets import CustomDataset, ImageNet
+from mmpretrain.evaluation import Accuracy
+from mmpretrain.registry import METRICS
+from mmpretrain.structures import DataSample
+from mmpretrain_runs import CLASSES, loader, network, runner
+from PIL import Image
+
+from ikl_plugins.mmpretrain import ManyMediumFew
+
+COUNTS = [500, 101, 100, 50, 20, 19, 1, 0]  # many: 0, 1; medium: 2, 3, 4; few: 5, 6, 7
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope("mmpretrain")
+
+
+def samples(pairs, scores=False):
+    made = []
+    for predicted, label in pairs:
+        sample = DataSample().set_gt_label(label)
+        if scores:
+            sample.set_pred_score(torch.eye(len(COUNTS))[predicted] * 0.7 + 0.05)
+        else:
+            sample.set_pred_label(predicted)
+        made.append(sample)
+    return made
+
+
+def evaluate(pairs, metric=None, scores=False, **keywords):
+    evaluator = Evaluator([metric or ManyMediumFew(COUNTS, **keywords)])
+    for start in range(0, len(pairs), 3):
+        evaluator.process(samples(pairs[start : start + 3], scores))
+    return evaluator.evaluate(len(pairs))
+
+
+def by_hand(pairs, counts, many=100, few=20):
+    """Mean over the classes of a group of the share that is right, as loops."""
+    groups = {"all": [], "many": [], "medium": [], "few": []}
+    for label, count in enumerate(counts):
+        own = [predicted for predicted, true in pairs if true == label]
+        if own:
+            share = 100 * sum(predicted == label for predicted in own) / len(own)
+            groups["all"].append(share)
+            groups["many" if count > many else "few" if count < few else "medium"].append(share)
+    return {f"long_tail/{name}": sum(shares) / len(shares) for name, shares in groups.items() if shares}
+
+
+@pytest.fixture
+def pairs():
+    """Between 0 and 6 test images a class, 60 % of them right."""
+    random = numpy.random.default_rng(1)
+    labels = [label for label, images in enumerate((6, 3, 1, 4, 2, 5, 2, 3)) for _ in range(images)]
+    return [(label if random.random() < 0.6 else int(random.integers(8)), label) for label in labels]
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_groups_are_those_of_the_counts(pairs, scores):
+    found = evaluate(pairs, scores=scores)
+    assert found == pytest.approx(by_hand(pairs, COUNTS))
+    assert sorted(found) == ["long_tail/all", "long_tail/few", "long_tail/many", "long_tail/medium"]
+
+
+def test_numbers_of_a_small_case():
+    """Classes 0 (many): 1 of 2; 2 (medium): 1 of 1; 6 (few): 0 of 1; bounds themselves are medium."""
+    pairs = [(0, 0), (1, 0), (2, 2), (0, 6)]
+    assert evaluate(pairs) == {
+        "long_tail/all": 50.0, "long_tail/many": 50.0, "long_tail/medium": 100.0, "long_tail/few": 0.0,
+    }  # fmt: skip
+    for label, group in enumerate(["many", "many", "medium", "medium", "medium", "few", "few", "few"]):
+        assert evaluate([(label, label)]) == {"long_tail/all": 100.0, f"long_tail/{group}": 100.0}
+
+
+def test_other_bounds(pairs):
+    assert evaluate(pairs, many=50, few=2) == pytest.approx(by_hand(pairs, COUNTS, 50, 2))
+
+
+def test_bounds_that_leave_no_middle(pairs):
+    found = evaluate(pairs, many=19, few=20)
+    assert found == pytest.approx(by_hand(pairs, COUNTS, 19, 20))
+    assert "long_tail/medium" not in found
+
+
+def test_balanced_test_images_give_the_plain_accuracy():
+    pairs = [((label + n) % 8 if n < 2 else label, label) for label in range(8) for n in range(5)]
+    evaluator = Evaluator([Accuracy(), ManyMediumFew(COUNTS)])
+    evaluator.process(samples(pairs))
+    found = evaluator.evaluate(len(pairs))
+    assert found["long_tail/all"] == pytest.approx(found["accuracy/top1"])
+
+
+def test_the_name_in_the_results(pairs):
+    metric = METRICS.build({"type": "ManyMediumFew", "train_counts": COUNTS, "prefix": "lt"})
+    assert set(evaluate(pairs, metric)) == {"lt/all", "lt/many", "lt/medium", "lt/few"}
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def write_images(folder, counts=(3, 1, 2)):
+    """A list file as that of ImageNet-LT, and the images it names."""
+    lines = []
+    for label, count in enumerate(counts):
+        for index in range(count):
+            path = folder / "train" / f"n{label}" / f"n{label}_{index}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (10 * label, index, 0)).save(path)
+            lines.append(f"{path.relative_to(folder)} {label}")
+    (folder / "train.txt").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def test_counts_from_a_list_file(tmp_path):
+    write_images(tmp_path)
+    assert ManyMediumFew(str(tmp_path / "train.txt")).train_counts.tolist() == [3, 1, 2]
+    assert ManyMediumFew(tmp_path / "train.txt", many=2, few=2).train_counts.tolist() == [3, 1, 2]
+
+
+def test_paths_may_have_spaces(tmp_path):
+    (tmp_path / "list.txt").write_text("a folder/an image.jpg 1\nanother one.jpg 0\r\nc.jpg 1 ")
+    assert ManyMediumFew(tmp_path / "list.txt").train_counts.tolist() == [1, 2]
+
+
+def test_counts_from_a_data_set(tmp_path):
+    write_images(tmp_path)
+    config = {
+        "type": "CustomDataset", "data_root": str(tmp_path), "ann_file": "train.txt", "classes": ["a", "b", "c", "d"],
+    }  # fmt: skip
+    metric = ManyMediumFew(train_dataset=config)
+    assert metric.train_counts.tolist() == [3, 1, 2, 0]
+    assert config["type"] == "CustomDataset"
+    del config["classes"]
+    assert ManyMediumFew(train_dataset=config).train_counts.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, r"`train_counts` or `train_dataset` must be given, one of the two, got neither\. Write"),
+        ({"train_counts": [1], "train_dataset": {}}, ValueError, r"must be given, one of the two, got both\."),
+        ({"train_counts": []}, TypeError, r"`train_counts` must be a list of numbers of images, .* got \[\]\. Write"),
+        ({"train_counts": [1, -1]}, TypeError, r"`train_counts` must be a list of numbers .* got \[1, -1\]"),
+        ({"train_counts": [1.5]}, TypeError, r"`train_counts` must be a list of numbers .* got \[1\.5\]"),
+        ({"train_counts": 7}, TypeError, r"`train_counts` must be a list of numbers .* got 7"),
+        (
+            {"train_counts": [1], "many": 10},
+            ValueError,
+            r"`many` must be at least `few` - 1, got 10 and 20\. The usual",
+        ),
+        ({"train_counts": [1], "few": -1}, ValueError, r"`few` must be a finite number of at least 0, got -1"),
+        ({"train_counts": "absent.txt"}, ValueError, r"must be the list file .* there is none at absent\.txt \(seen"),
+    ],
+)
+def test_counts_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=rf"^ManyMediumFew: .*{message}|^ManyMediumFew: {message}"):
+        ManyMediumFew(**arguments)
+
+
+@pytest.mark.parametrize("line", ["", "a.jpg", "a.jpg cat", "a.jpg -1", "a.jpg 1.0"])
+def test_lines_of_another_form(tmp_path, line):
+    (tmp_path / "list.txt").write_text(f"a.jpg 0\n{line}\nb.jpg 1\n")
+    with pytest.raises(ValueError, match=r'must be a file with lines "path label", but line 2 of .*list\.txt is \''):
+        ManyMediumFew(tmp_path / "list.txt")
+
+
+def test_labels_that_the_counts_do_not_have():
+    with pytest.raises(ValueError, match=r"must have every class of the test images, but it has 8 and .* a label 8\."):
+        evaluate([(0, 0), (0, 8)])
+
+
+# --- the host ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [CustomDataset, ImageNet])
+def test_mmpretrain_reads_list_files(tmp_path, kind):
+    """ImageNet-LT needs no data set of its own: the paths are relative to the root, the labels those of the file."""
+    lines = write_images(tmp_path)
+    dataset = kind(
+        data_root=str(tmp_path), ann_file="train.txt", pipeline=[{"type": "LoadImageFromFile"}, {"type": "PackInputs"}]
+    )
+    assert len(dataset) == 6
+    assert dataset.get_gt_labels().tolist() == [0, 0, 0, 1, 2, 2]
+    for index, line in enumerate(lines):
+        sample = dataset[index]
+        assert sample["data_samples"].img_path == str(tmp_path / line.rsplit(" ", 1)[0])
+        assert sample["data_samples"].gt_label.tolist() == [int(line.rsplit(" ", 1)[1])]
+        assert sample["inputs"].shape == (3, 4, 4)
+    assert (len(dataset.CLASSES) == 1000) if kind is ImageNet else dataset.CLASSES is None
+
+
+def test_a_list_file_elsewhere_with_a_prefix(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "lists").mkdir()
+    text = (tmp_path / "train.txt").read_text().replace("train/", "")
+    (tmp_path / "lists" / "lt.txt").write_text(text)
+    dataset = CustomDataset(data_root=str(tmp_path), ann_file=str(tmp_path / "lists" / "lt.txt"), data_prefix="train")
+    assert dataset.get_data_info(3)["img_path"] == str(tmp_path / "train" / "n1" / "n1_0.JPEG")
+
+
+def test_a_run_validates_with_it(tmp_path):
+    run = runner(
+        tmp_path, network(), epochs=1, val_dataloader=loader(9), val_cfg={},
+        val_evaluator=[{"type": "Accuracy"}, {"type": "ManyMediumFew", "train_counts": [200, 50, 3]}],
+    )  # fmt: skip
+    run.train()
+    found = run.val_loop.run()
+    expected = (found["long_tail/many"] + found["long_tail/medium"] + found["long_tail/few"]) / CLASSES
+    assert found["long_tail/all"] == pytest.approx(expected)
+    assert found["long_tail/all"] == pytest.approx(found["accuracy/top1"])  # three images of each class

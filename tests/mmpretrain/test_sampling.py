@@ -1,0 +1,359 @@
+"""GeneratedBatchSampler: batches counted by hand, ranks side by side, and runs of MMEngine's runner."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+
+import numpy
+import pytest
+import torch
+from mmengine.dataset import ConcatDataset, DefaultSampler, InfiniteSampler, default_collate
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmpretrain.datasets import CIFAR10, CustomDataset
+from mmpretrain_runs import Record, network, runner
+from torch.utils.data import DataLoader
+
+from ikl_plugins.mmpretrain import GeneratedBatchSampler, GeneratedImages, sampling
+
+REAL, GENERATED = 50, 30
+PACK = [{"type": "PackInputs"}]
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope("mmpretrain")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    random = numpy.random.default_rng(0)
+    for name, count in (("real", REAL), ("generated", GENERATED), ("more", 12)):
+        images = random.integers(256, size=(count, 8, 8, 3), dtype=numpy.uint8)
+        numpy.savez(folder / f"{name}.npz", image=images, label=numpy.arange(count) % 3)
+    return folder
+
+
+def concatenated(files, *names, **keywords):
+    parts = [GeneratedImages(files / f"{name}.npz", pipeline=PACK, **keywords) for name in names]
+    return ConcatDataset(parts)
+
+
+def sampler_of(dataset, batch_size=8, seed=0, epoch=0, **keywords):
+    inner = DefaultSampler(dataset, shuffle=True, seed=seed)
+    inner.set_epoch(epoch)
+    return GeneratedBatchSampler(inner, batch_size, **{"fraction": 0.7, **keywords})
+
+
+@pytest.fixture
+def both(files):
+    return concatenated(files, "real", "generated")
+
+
+def split(batch):
+    return [index for index in batch if index < REAL], [index for index in batch if index >= REAL]
+
+
+# --- one rank ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fraction", "batch_size", "generated"),
+    [
+        (0.7, 8, 5),
+        (0.7, 10, 7),
+        (0.3, 10, 3),
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.0, 8, 0),
+        (0.99, 8, 7),
+        (1 / 3, 9, 2),
+    ],
+)
+def test_every_batch_has_the_fraction(both, fraction, batch_size, generated):
+    sampler = sampler_of(both, batch_size, fraction=fraction)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == -(-REAL // batch_size)
+    for batch in batches:
+        assert all(type(index) is int for index in batch)
+        real, made = split(batch)
+        assert (len(real), len(made)) == (batch_size - generated, generated)
+        assert all(0 <= index < REAL + GENERATED for index in batch)
+
+
+def test_the_published_numbers():
+    """Batches of 512 and of 2,048 of 50,000 images, 1,024 of them held out."""
+
+    class Images:
+        def __init__(self, count):
+            self.count = count
+
+        def __len__(self):
+            return self.count
+
+    dataset = ConcatDataset.__new__(ConcatDataset)
+    dataset.datasets = [Images(50_000 - 1_024), Images(10**6)]
+    dataset.cumulative_sizes, dataset._fully_initialized = [48_976, 1_048_976], True
+    sampler = sampler_of(dataset, 512, epoch_size=50_000)
+    assert (len(sampler), sampler.generated_per_step, sampler.real_per_step) == (98, 358, 154)
+    sampler = sampler_of(dataset, 2048, epoch_size=50_000, fraction=0.8)
+    assert (len(sampler), sampler.generated_per_step, sampler.real_per_step) == (25, 1638, 410)
+    assert len(sampler_of(dataset, 512)) == 96
+
+
+def test_real_images_come_once_and_generated_ones_again(both):
+    batches = list(sampler_of(both, 8, epoch_size=80))  # 10 steps, 3 real and 5 generated images each
+    real = Counter(index for batch in batches for index in split(batch)[0])
+    made = Counter(index for batch in batches for index in split(batch)[1])
+    assert sum(real.values()) == 30
+    assert max(real.values()) == 1
+    assert sum(made.values()) == 50
+    assert max(made.values()) > 1
+
+
+def test_real_images_come_again_once_all_have_come(both):
+    batches = list(sampler_of(both, 8, fraction=0.25, epoch_size=100))  # 13 steps of 6 real images: 78
+    order = [index for batch in batches for index in split(batch)[0]]
+    assert len(order) == 78
+    assert sorted(order[:50]) == list(range(50))
+    assert max(Counter(order[50:]).values()) == 1
+    assert order[50:] != order[:28]
+
+
+def test_generated_images_are_drawn_evenly_from_all_parts(files):
+    dataset = concatenated(files, "real", "generated", "more")
+    made = Counter(
+        index for epoch in range(200) for batch in sampler_of(dataset, 10, epoch=epoch) for index in split(batch)[1]
+    )
+    assert sorted(made) == list(range(50, 92))
+    expected = 200 * 5 * 7 / 42
+    chi_squared = sum((count - expected) ** 2 / expected for count in made.values())
+    assert chi_squared < 80.1  # 41 degrees of freedom: a chance of 1 in 4,000
+
+
+def test_seed_and_epoch_decide(both):
+    def batches(seed, epoch):
+        return list(sampler_of(both, seed=seed, epoch=epoch))
+
+    drawn = [batches(*key) for key in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert drawn == [batches(*key) for key in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert all(one != other for index, one in enumerate(drawn) for other in drawn[:index])
+
+
+def test_the_epoch_may_be_set_at_either(both):
+    sampler = sampler_of(both)
+    first = list(sampler)
+    sampler.set_epoch(3)
+    assert sampler.sampler.epoch == 3
+    assert list(sampler) != first
+    sampler.sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_global_random_numbers_have_no_part(both):
+    state = torch.get_rng_state(), numpy.random.get_state()[1].tolist()
+    first = list(sampler_of(both))
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1] == numpy.random.get_state()[1].tolist()
+    torch.manual_seed(99)
+    numpy.random.seed(99)
+    assert list(sampler_of(both)) == first
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 8), (3, 4), (4, 5)])
+def test_ranks_share_the_batch(both, monkeypatch, world, batch_size):
+    def batches(rank):
+        monkeypatch.setattr(sampling, "get_dist_info", lambda: (rank, world))
+        return list(sampler_of(both, batch_size, epoch_size=3 * world * batch_size - 1))
+
+    ranks = [batches(rank) for rank in range(world)]
+    total = world * batch_size
+    generated = 7 * total // 10
+    seen = []
+    for shares in zip(*ranks, strict=True):
+        assert {len(share) for share in shares} == {batch_size}
+        counts = [len(split(share)[1]) for share in shares]
+        assert sum(counts) == generated
+        assert max(counts) - min(counts) <= 1
+        seen += [index for share in shares for index in split(share)[0]]
+    assert len(ranks[0]) == 3
+    assert len(seen) == 3 * (total - generated) <= REAL
+    assert len(set(seen)) == len(seen)
+
+
+def test_ranks_together_draw_what_one_would(both, monkeypatch):
+    whole = list(sampler_of(both, 12))
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(sampling, "get_dist_info", lambda rank=rank: (rank, 3))
+        shares.append(list(sampler_of(both, 4)))
+    for step, batch in enumerate(whole):
+        assert sorted(batch) == sorted(index for share in shares for index in share[step])
+
+
+# --- MMEngine's runner ------------------------------------------------------------------------------------------------
+
+
+def loader_config(files, collate="default_collate", workers=0, **keywords):
+    def part(name):
+        return {"type": "GeneratedImages", "data_file": str(files / f"{name}.npz"), "pipeline": PACK}
+
+    return {
+        "batch_size": 8,
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "dataset": {
+            "type": "ConcatDataset", "ignore_keys": "classes",
+            "datasets": [{**part("real"), "classes": ["a", "b", "c"]}, part("generated")],
+        },
+        "sampler": {"type": "DefaultSampler", "shuffle": True},
+        "batch_sampler": {"type": "GeneratedBatchSampler", "fraction": 0.7},
+        "collate_fn": {"type": collate},
+        **keywords,
+    }  # fmt: skip
+
+
+def indices(batch):
+    """Which samples a batch has, of either collation; those of the generated part counted from REAL again."""
+    return [sample.sample_idx for sample in batch["data_samples"]]
+
+
+@pytest.mark.parametrize("collate", ["default_collate", "pseudo_collate"])
+def test_a_loader_that_the_runner_builds(files, collate):
+    loader = Runner.build_dataloader(loader_config(files, collate), seed=5)
+    assert isinstance(loader.batch_sampler, GeneratedBatchSampler)
+    assert (len(loader), loader.batch_sampler.batch_size, loader.batch_sampler.sampler.seed) == (7, 8, 5)
+    assert loader.dataset.metainfo["classes"] == ("a", "b", "c")
+    batches = list(loader)
+    expected = list(sampler_of(concatenated(files, "real", "generated"), seed=5))
+    for batch, drawn in zip(batches, expected, strict=True):
+        assert len(batch["inputs"]) == 8
+        assert indices(batch) == [index % REAL if index >= REAL else index for index in drawn]
+    assert isinstance(batches[0]["inputs"], torch.Tensor) == (collate == "default_collate")
+
+
+def recorded(files, work_dir, epochs=3, workers=0, iterations=None, **keywords):
+    """A run, and which images each of its steps had by epoch."""
+    seen = {}
+    if iterations is not None:
+        keywords["train_cfg"] = {"by_epoch": False, "max_iters": iterations}
+        keywords["default_hooks"] = {"checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": 100}}
+    run = runner(work_dir, network(), epochs=epochs, train_dataloader=loader_config(files, workers=workers), **keywords)
+
+    def note(run, batch_idx, data_batch=None):
+        seen.setdefault(run.epoch if iterations is None else run.iter // 7, []).append(indices(data_batch))
+
+    run.register_hook(Record(before_train_iter=note))
+    run.train()
+    return seen, run.model.state_dict()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_runner_says_which_epoch_it_is(files, tmp_path, workers):
+    """DistSamplerSeedHook finds the sampler behind ours, with workers that live on as well."""
+    seen, _ = recorded(files, tmp_path, workers=workers)
+    dataset = concatenated(files, "real", "generated")
+    for epoch in range(3):
+        expected = [
+            [index % REAL if index >= REAL else index for index in batch] for batch in sampler_of(dataset, epoch=epoch)
+        ]
+        assert seen[epoch] == expected
+
+
+def test_a_resumed_run_draws_what_the_uninterrupted_one_does(files, tmp_path):
+    whole, weights = recorded(files, tmp_path / "whole")
+    resumed, same = recorded(files, tmp_path / "again", resume=True, load_from=str(tmp_path / "whole" / "epoch_1.pth"))
+    assert sorted(resumed) == [1, 2]
+    assert all(resumed[epoch] == whole[epoch] for epoch in resumed)
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_an_iteration_based_run_goes_through_epochs(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmengine.runner.loops.time.sleep", lambda _: None)
+    seen, _ = recorded(files, tmp_path, iterations=16)
+    by_epoch, _ = recorded(files, tmp_path / "epochs")
+    assert seen[0] == by_epoch[0]
+    assert seen[1] == by_epoch[1]
+    assert seen[2] == by_epoch[2][:2]
+
+
+def test_it_goes_to_another_process(both):
+    sampler = sampler_of(both)
+    assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)  # noqa: S301 - our own
+
+
+def test_a_plain_data_loader(both):
+    loader = DataLoader(both, batch_sampler=sampler_of(both), collate_fn=default_collate)
+    assert [tuple(batch["inputs"].shape) for batch in loader] == [(8, 3, 8, 8)] * 7
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"fraction": 1.0}, ValueError, r"`fraction` must be below 1, got 1\.0\. To train on generated images alone"),
+        ({"fraction": -0.1}, ValueError, r"`fraction` must be a finite number of at least 0, got -0\.1"),
+        ({"fraction": "0.7"}, TypeError, r"`fraction` must be a finite number of at least 0, got '0\.7' of type str"),
+        ({"epoch_size": 0}, ValueError, r"`epoch_size` must be an integer of at least 1, got 0\. Pass a number of im"),
+        ({"epoch_size": 5e4}, TypeError, r"`epoch_size` must be an integer of at least 1, got 50000\.0\. Pass a"),
+        ({"batch_size": True}, TypeError, r"`batch_size` must be an integer of at least 1, got True"),
+    ],
+)
+def test_numbers_out_of_range(both, settings, error, message):
+    with pytest.raises(error, match=rf"^GeneratedBatchSampler: {message}"):
+        sampler_of(both, **settings)
+
+
+WAY_OUT = r"Write dataset=dict\(type='ConcatDataset', .*sampler=dict\(type='DefaultSampler', shuffle=True\)\.$"
+
+
+def test_other_samplers_and_data_sets(files, both):
+    single = GeneratedImages(files / "real.npz")
+    for sampler, found in (
+        (InfiniteSampler(both), r"`sampler` must be a DefaultSampler, whose seed and epoch are used, got InfiniteS"),
+        (DefaultSampler(both, shuffle=False), r"`sampler` must have shuffle=True, .* got False\. "),
+        (DefaultSampler(single), r"must be a ConcatDataset .* got GeneratedImages\. "),
+        (DefaultSampler(ConcatDataset([single])), r"must be a ConcatDataset .* got one with a single part\. "),
+    ):
+        with pytest.raises(ValueError, match=rf"^GeneratedBatchSampler: .*{found}.*{WAY_OUT}"):
+            GeneratedBatchSampler(sampler, 8, fraction=0.7)
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_an_empty_part(files, empty):
+    parts = [GeneratedImages(files / "real.npz", indices=0 if part == empty else None) for part in range(2)]
+    with pytest.raises(ValueError, match=r"every data set must have images, got a GeneratedImages of none\. Look at"):
+        sampler_of(ConcatDataset(parts))
+
+
+class LikeCIFAR(CIFAR10):
+    """Images as MMPretrain's CIFAR-10 gives them, without the files."""
+
+    def load_data_list(self):
+        return [{"img": numpy.zeros((8, 8, 3), numpy.uint8), "gt_label": index % 3} for index in range(REAL)]
+
+
+def test_images_with_red_and_blue_exchanged(files):
+    (files / "list.txt").write_text("a.png 0\nb.png 1\n")
+    loaded = CustomDataset(
+        data_root=str(files), ann_file="list.txt", pipeline=[{"type": "LoadImageFromFile"}, {"type": "PackInputs"}]
+    )
+    cifar = LikeCIFAR(data_root=str(files), pipeline=PACK)
+    for real, right, wrong, preprocessor in ((cifar, "rgb", "bgr", "False"), (loaded, "bgr", "rgb", "True")):
+        made = {order: GeneratedImages(files / "generated.npz", channel_order=order) for order in (right, wrong)}
+        sampler_of(ConcatDataset([real, made[right]], ignore_keys="classes"))
+        message = (
+            rf"GeneratedImages must have channel_order='{right}' beside {type(real).__name__}, .* got '{wrong}'\. "
+            rf".*to_rgb={preprocessor}\.$"
+        )
+        with pytest.raises(ValueError, match=message):
+            sampler_of(ConcatDataset([real, made[wrong]], ignore_keys="classes"))
+    # A part of another kind is nobody's business here.
+    sampler_of(ConcatDataset([cifar, cifar]))
