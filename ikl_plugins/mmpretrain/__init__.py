@@ -4,8 +4,9 @@ Importing this package registers, once:
 
 - in MMEngine's root registry, where mmpretrain, mmdet, mmseg and mmrazor find them: the losses ``DKLLoss``,
   ``IKLLoss``, ``GKLLoss``, ``KLLoss``, the hook ``IKLHook``, the optimizer wrapper ``AutocastOptimWrapper``;
-- in MMPretrain's: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the data preprocessor
-  ``TwoViewDataPreprocessor``, the metric ``RobustAccuracy``.
+- in MMPretrain's: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbone
+  ``RobustBenchNetwork`` with its head ``LogitsClsHead``, the data preprocessor ``TwoViewDataPreprocessor``, the metric
+  ``RobustAccuracy``.
 
 It also adds the few names that a checkpoint of MMEngine holds to those that torch loads with ``weights_only=True``
 (:func:`ikl_plugins.mmpretrain.checkpoints.allow_mmengine_checkpoints`), so that resuming and testing work.
@@ -27,6 +28,7 @@ from .distillation import DistillationClassifier
 from .hooks import IKLHook
 from .losses import DKLLoss, GKLLoss, IKLLoss, KLLoss
 from .metrics import RobustAccuracy
+from .networks import LogitsClsHead, build_robustbench_network
 from .optim import AutocastOptimWrapper
 from .pixels import PixelSpace
 from .preprocessing import TwoViewDataPreprocessor
@@ -43,11 +45,13 @@ __all__ = [
     "IKLHook",
     "IKLLoss",
     "KLLoss",
+    "LogitsClsHead",
     "PixelSpace",
     "RobustAccuracy",
     "TeacherHolder",
     "TwoViewDataPreprocessor",
     "allow_mmengine_checkpoints",
+    "build_robustbench_network",
     "build_teacher",
     "load_weights",
     "register",
