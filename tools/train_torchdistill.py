@@ -42,6 +42,7 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from ikl_plugins import LossTerms
+from ikl_plugins.checkpoints import load_content
 from ikl_plugins.torchdistill import find_losses
 
 __all__ = ["last_path", "load_checkpoint", "load_config", "run"]
@@ -143,17 +144,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or damaged, or holds more than tensors, plain values and an argparse.Namespace.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{CALLER}: a checkpoint must be a file, but there is none at {path}. Check the path.")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{CALLER}: the checkpoint {path} must hold tensors and plain values, but reading it gave: {reason} "
-            f"It is truncated, damaged or not trustworthy; make it anew."
-        ) from error
+    content = load_content(path)
     if not isinstance(content, dict):
         raise ValueError(
             f"{CALLER}: the checkpoint {path} must hold a mapping, got {type(content).__name__}. Make it anew."

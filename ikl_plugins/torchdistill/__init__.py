@@ -4,7 +4,8 @@ Importing this package registers with torchdistill, once:
 
 - the mid-level losses ``DKLLoss``, ``IKLLoss``, ``GKLLoss`` and, for short, ``DKL``, ``IKL``, ``GKL``;
 - the pre-epoch process ``ikl_pre_epoch_process``;
-- the networks of :mod:`ikl_plugins.models`, each as ``ikl_plugins.<name>``.
+- the networks of :mod:`ikl_plugins.models`, each as ``ikl_plugins.<name>``, and those of RobustBench as
+  ``ikl_plugins.robustbench_network``, with ``architecture`` and ``num_classes`` among their ``kwargs``.
 
 ``adversarial_forward``, ``image_folder``, ``ImageList``, ``share_of_batch`` and ``WarmupCosine`` are for
 ``!import_call``; the first registers a forward process.

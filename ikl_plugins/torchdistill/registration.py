@@ -14,6 +14,7 @@ from torchdistill.losses.registry import (
 from torchdistill.models.registry import MODEL_DICT, register_model
 
 from .. import models
+from ..models.robustbench_zoo import robustbench_network
 from .losses import DKLLoss, GKLLoss, IKLLoss
 from .processes import ikl_pre_epoch_process
 
@@ -30,6 +31,7 @@ _LOSSES = {
 _PROCESSES = {"ikl_pre_epoch_process": ikl_pre_epoch_process}
 # The prefix keeps them apart from torchvision's: upstream's script looks there first, and finds a `vgg13`.
 _MODELS = {f"ikl_plugins.{name}": getattr(models, name) for name in models.__all__}
+_MODELS["ikl_plugins.robustbench_network"] = robustbench_network  # it imports RobustBench when it builds one
 
 
 def register() -> None:

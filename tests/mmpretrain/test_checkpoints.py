@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 
+from ikl_plugins import checkpoints as neutral
 from ikl_plugins.mmpretrain import checkpoints
 from ikl_plugins.mmpretrain.checkpoints import allow_mmengine_checkpoints, load_content, load_weights, verify
 
@@ -97,12 +98,12 @@ def test_the_allow_list_is_there_once_and_only_where_it_is_needed():
     assert needed is not FORK
     assert set(torch.serialization.get_safe_globals()) == set(before)
     listed = [entry for entry in before if isinstance(entry, tuple) and entry[1] == "builtins.getattr"]
-    assert [entry[0] for entry in listed] == ([checkpoints._statistic] if needed else [])
+    assert [entry[0] for entry in listed] == ([neutral._statistic] if needed else [])
     assert getattr not in before
 
 
 def test_without_weights_only_by_default_nothing_is_listed(monkeypatch):
-    monkeypatch.setattr(checkpoints, "_READS_WEIGHTS_ONLY", False)
+    monkeypatch.setattr(neutral, "READS_WEIGHTS_ONLY", False)
     monkeypatch.setattr(torch.serialization, "add_safe_globals", pytest.fail)
     assert allow_mmengine_checkpoints() is False
     with pytest.raises(ValueError, match=r"takes torch 2\.6 or newer, this is .*pip install 'torch>=2\.6'"):

@@ -19,7 +19,7 @@ ROOT = {
     "OPTIM_WRAPPERS": ("AutocastOptimWrapper",),
 }
 HOST = {
-    "MODELS": ("DistillationClassifier", "AdversarialClassifier", "TwoViewDataPreprocessor"),
+    "MODELS": ("DistillationClassifier", "AdversarialClassifier", "LogitsClsHead", "TwoViewDataPreprocessor"),
     "METRICS": ("RobustAccuracy", "ManyMediumFew"),
     "DATASETS": ("GeneratedImages",),
     "DATA_SAMPLERS": ("GeneratedBatchSampler",),
@@ -35,6 +35,17 @@ def test_every_name_is_in_its_registry():
         for registry, names in tables.items():
             held = getattr(library, registry).module_dict
             assert {name: held[name] for name in names} == {name: getattr(adapter, name) for name in names}
+    assert host.MODELS.module_dict["RobustBenchNetwork"] is adapter.build_robustbench_network
+
+
+def test_registering_robustbench_s_networks_does_not_import_it():
+    done = run(
+        "import sys, ikl_plugins.mmpretrain\n"
+        "assert 'mmpretrain' in sys.modules\n"
+        "print({'autoattack', 'pyautoattack', 'robustbench', 'timm'} & {name.split('.')[0] for name in sys.modules})"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("name", ROOT["MODELS"])
@@ -70,6 +81,8 @@ def test_registering_again_changes_nothing():
         (root.MODELS, "loss", "IKLLoss", "mmengine"),
         (host.MODELS, "loss", "KLLoss", "mmpretrain"),  # there it would hide ours
         (host.MODELS, "model", "DistillationClassifier", "mmpretrain"),
+        (host.MODELS, "backbone", "RobustBenchNetwork", "mmpretrain"),
+        (host.MODELS, "head", "LogitsClsHead", "mmpretrain"),
         (host.METRICS, "metric", "RobustAccuracy", "mmpretrain"),
         (root.HOOKS, "hook", "IKLHook", "mmengine"),
     ],

@@ -46,12 +46,32 @@ def test_dependencies_of_every_form_register_the_losses(dependencies):
 
 def test_each_public_network_is_known_by_its_prefixed_name():
     names = {key for key in MODEL_DICT if key.startswith("ikl_plugins.")}
-    assert names == {f"ikl_plugins.{name}" for name in models.__all__}
+    assert names == {f"ikl_plugins.{name}" for name in (*models.__all__, "robustbench_network")}
     # The way of upstream's script: torchvision's names first.
     config = {"key": "ikl_plugins.resnet8", "kwargs": {"num_classes": 3}}
     assert get_image_classification_model(config) is None
     model = get_model(config["key"], None, **config["kwargs"])
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_robustbench_s_networks_are_built_by_key_and_imported_then():
+    done = run(
+        "import sys, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "import ikl_plugins.torchdistill\n"
+        "from torchdistill.models.official import get_image_classification_model\n"
+        "from torchdistill.models.registry import get_model\n"
+        "assert not {'autoattack', 'pyautoattack', 'robustbench'} & set(sys.modules)\n"
+        "config = {'key': 'ikl_plugins.robustbench_network',\n"
+        "          'kwargs': {'architecture': 'WideResNet-10-1', 'num_classes': 3}}\n"
+        "assert get_image_classification_model(config) is None\n"
+        "model = get_model(config['key'], None, **config['kwargs'])\n"
+        "print(type(model).__module__, model.fc.out_features)"
+    )
+    if "`robustbench` is missing" in done.stderr:
+        pytest.skip("RobustBench is not installed")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "robustbench.model_zoo.architectures.wide_resnet 3\n"
 
 
 def test_registering_again_changes_nothing():
@@ -69,6 +89,7 @@ def test_registering_again_changes_nothing():
         (LOSS_DICT, "loss", "DKLLoss"),
         (PRE_EPOCH_PROC_FUNC_DICT, "pre-epoch process", "ikl_pre_epoch_process"),
         (MODEL_DICT, "model", "ikl_plugins.resnet8"),
+        (MODEL_DICT, "model", "ikl_plugins.robustbench_network"),
     ],
 )
 def test_a_key_of_somebody_else_is_refused_and_kept(monkeypatch, registry, kind, key):

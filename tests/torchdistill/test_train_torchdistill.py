@@ -20,7 +20,11 @@ from train_torchdistill import last_path, load_checkpoint, load_config, main, ru
 
 TOOL = Path(train_torchdistill.__file__)
 CONFIGS = TOOL.parent.parent / "configs" / "torchdistill"
-SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+SHIPPED = sorted(
+    str(path.relative_to(CONFIGS))
+    for folder in ("digits", "cifar10_folder")
+    for path in (CONFIGS / folder).glob("*.yaml")
+)
 IKL = CONFIGS / "digits" / "ikl.yaml"
 IKL_PATH = Path("runs/torchdistill/digits/ikl/ikl.pt")
 ADVERSARIAL = CONFIGS / "digits" / "adversarial_ikl.yaml"

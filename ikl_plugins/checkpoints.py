@@ -1,0 +1,236 @@
+"""Checkpoints are data: reading one runs none of what it holds, whichever library has written it.
+
+Since version 2.6 torch reads with ``weights_only=True``. Some files need a few names that torch does not know, and get
+these and no others: NumPy's plain arrays and numbers, the ``argparse.Namespace`` of torchdistill's scripts, and the log
+buffers of MMEngine. MMEngine itself is not needed; where it is not imported a stand-in takes the place of its buffer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import sys
+import urllib.parse
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.serialization
+from torch import Tensor
+
+__all__ = ["fetch", "is_address", "load_content", "load_weights", "mmengine_globals", "weights_in"]
+
+SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
+
+_PLAIN_DTYPES = numpy.typecodes["AllInteger"] + numpy.typecodes["AllFloat"] + "?SU"
+_STATISTICS = ("min", "max", "current", "mean")
+_BUFFER = ("mmengine.logging.history_buffer", "HistoryBuffer")
+_WEIGHTS = ("state_dict", "model", "model_state_dict")
+READS_WEIGHTS_ONLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
+
+
+class _LogBuffer:
+    """Stands in for MMEngine's HistoryBuffer: keeps what the file has for one, and computes nothing."""
+
+    min = max = current = mean = staticmethod(lambda *_: None)
+
+
+def _buffer() -> type[Any]:
+    # Looked up and not imported: reading a file must not load a library.
+    return getattr(sys.modules.get(_BUFFER[0]), _BUFFER[1], _LogBuffer)
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """What a checkpoint gets for ``builtins.getattr``: the four statistics of a log buffer."""
+    if any(owner is buffer for buffer in (_LogBuffer, _buffer())) and name in _STATISTICS:
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f"getattr of {name!r}; it may ask for {', '.join(_STATISTICS)} of a HistoryBuffer")
+
+
+def mmengine_globals() -> list[SafeGlobal]:
+    """Every name that a checkpoint of MMEngine may hold beyond those that torch knows.
+
+    Returns:
+        Entries for ``torch.serialization.add_safe_globals``. None of them does more than rebuild arrays and log
+        buffers; ``getattr`` is one that knows four methods of the log buffer.
+    """
+    multiarray = getattr(numpy, "_core", None) or numpy.core
+    reconstruct, scalar = multiarray.multiarray._reconstruct, multiarray.multiarray.scalar
+    return [
+        (_buffer(), ".".join(_BUFFER)),
+        # NumPy 2 has renamed its core; a checkpoint has the name of the version that wrote it.
+        (reconstruct, "numpy._core.multiarray._reconstruct"),
+        (reconstruct, "numpy.core.multiarray._reconstruct"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        (scalar, "numpy.core.multiarray.scalar"),
+        numpy.ndarray,
+        numpy.dtype,
+        # Numbers, booleans and text; an array of objects may hold anything and stays out.
+        *dict.fromkeys(type(numpy.dtype(code)) for code in _PLAIN_DTYPES),
+        (_statistic, "builtins.getattr"),
+    ]
+
+
+def load_content(path: Path | str) -> Any:
+    """Reads a checkpoint file onto the CPU without running what it holds.
+
+    Args:
+        path: the file, as torch.save or one of the training libraries has written it.
+
+    Returns:
+        What the file holds; for a checkpoint of MMEngine a mapping with 'state_dict', 'meta' and others, for one of
+        torchdistill a mapping with 'model', 'args' and others.
+
+    Raises:
+        ValueError: the file is missing, truncated or damaged, or holds more than tensors, arrays and plain values.
+
+    Note:
+        Checksums are compared, which torch itself does not do. A file that was saved without them, with
+        ``torch.serialization.set_crc32_options(False)``, counts as damaged. The log buffers of MMEngine are its own
+        where it is imported, else objects that hold the numbers alone.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = "that is a folder" if path.is_dir() else "there is none"
+        raise ValueError(f"load_content: a checkpoint must be a file, but {what} at {path}. Check the path.")
+    return _read(path, str(path))
+
+
+def load_weights(path: Path | str, *, averaged: bool = True) -> dict[str, Tensor]:
+    """The weights of a checkpoint, whoever has written it.
+
+    Args:
+        path: a file, or an http(s) address; what is fetched stays in torch's hub folder.
+        averaged: of a checkpoint that also has the average of its weights, take the average and not the last ones.
+
+    Returns:
+        As :func:`weights_in`.
+
+    Raises:
+        ValueError: as :func:`load_content` and :func:`weights_in`; the address cannot be read.
+    """
+    content = fetch(str(path)) if is_address(path) else load_content(path)
+    return weights_in(content, path, averaged=averaged)
+
+
+def weights_in(content: Any, path: Path | str, *, averaged: bool = True) -> dict[str, Tensor]:
+    """The weights in what a checkpoint file holds.
+
+    Args:
+        content: of :func:`load_content`.
+        path: where it comes from, for messages.
+        averaged: as in :func:`load_weights`.
+
+    Returns:
+        Tensors by parameter and buffer name, on the CPU: what the checkpoint has under 'state_dict', 'model' or
+        'model_state_dict', else the checkpoint itself. A 'module.' in front of every name is taken off. With
+        ``averaged=False`` what is under 'unaveraged_model_state_dict', or, of MMEngine with an EMAHook, under
+        'ema_state_dict': that hook exchanges the two, so that 'state_dict' has the average.
+
+    Raises:
+        ValueError: the checkpoint holds no weights, or some that are no tensors; there is no average to be told apart.
+    """
+    weights = content
+    if not averaged:
+        weights = _unaveraged(content, path)
+    elif isinstance(content, Mapping):
+        weights = next((content[key] for key in _WEIGHTS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(weights, Mapping) or not weights:
+        what = "an empty mapping" if isinstance(weights, Mapping) else f"a {type(weights).__name__}"
+        raise ValueError(
+            f"load_weights: the checkpoint {path} must hold weights by name, got {what}. Pass a state dict, or a "
+            f"checkpoint that has one under {', '.join(map(repr, _WEIGHTS))}."
+        )
+    others = [f"{name!r} ({type(value).__name__})" for name, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
+        more = "" if len(others) <= 5 else f" and {len(others) - 5} more"
+        raise ValueError(
+            f"load_weights: the checkpoint {path} must hold tensors alone, but these are none: "
+            f"{', '.join(others[:5])}{more}. Pass a state dict, or a checkpoint that has one under "
+            f"{', '.join(map(repr, _WEIGHTS))}."
+        )
+    prefix = "module."
+    strip = len(prefix) if all(name.startswith(prefix) for name in weights) else 0
+    return {name[strip:]: value for name, value in weights.items()}
+
+
+def _unaveraged(content: Any, path: Path | str) -> Any:
+    if isinstance(content, Mapping):
+        if isinstance(content.get("unaveraged_model_state_dict"), Mapping):
+            return content["unaveraged_model_state_dict"]
+        meta = content.get("meta")
+        live = content.get("ema_state_dict")
+        # Other libraries have the average under this key.
+        if isinstance(live, Mapping) and isinstance(meta, Mapping) and "mmengine_version" in meta:
+            return {name: value for name, value in live.items() if name != "steps"}  # the average's own counter
+    raise ValueError(
+        f"load_weights: the checkpoint {path} must have weights beside their average for averaged=False, but it has "
+        f"one set alone. Leave `averaged` out."
+    )
+
+
+def is_address(path: Path | str) -> bool:
+    """Whether ``path`` is an http(s) address."""
+    return isinstance(path, str) and path.startswith(("http://", "https://"))
+
+
+def fetch(address: str) -> Any:
+    """Reads what lies at an address as :func:`load_content` reads a file.
+
+    Args:
+        address: http(s). Torch's hub folder keeps what is fetched, and is looked at first.
+
+    Returns:
+        As :func:`load_content`.
+
+    Raises:
+        ValueError: as :func:`load_content`; the address cannot be read.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urllib.parse.urlparse(address).path).name)
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(cached), progress=False)
+        except OSError as error:
+            raise ValueError(
+                f"load_weights: the checkpoint {address} cannot be fetched: {error}. Check the address, or fetch it "
+                f"yourself and name the file."
+            ) from error
+    return _read(cached, f"{address} (kept as {cached})")
+
+
+def _read(path: Path, where: str) -> Any:
+    if not READS_WEIGHTS_ONLY:
+        raise ValueError(
+            f"load_content: reading a checkpoint safely takes torch 2.6 or newer, this is {torch.__version__}. "
+            f"Run: python -m pip install 'torch>=2.6'"
+        )
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not compare the checksums of tensors
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        # The context takes away at its end what it is given, so it gets what is not there for good.
+        present = torch.serialization.get_safe_globals()
+        ours: list[SafeGlobal] = [*mmengine_globals(), argparse.Namespace]
+        with torch.serialization.safe_globals([entry for entry in ours if entry not in present]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        found = re.search(r"(?:GLOBAL|class|getattr of) [^\s,;]+|attempted to call \S+|REDUCE[^\n]*", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise ValueError(
+                f"load_content: the checkpoint {where} must hold tensors and plain values, but it would run code when "
+                f"it is loaded: {found[0]}. Do not trust a file that is not yours; train it anew, or have it saved as "
+                f"a state dict. Of your own, allow the class before: torch.serialization.add_safe_globals([...]), for "
+                f"MMPretrain in a module that `custom_imports` names."
+            ) from error
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"load_content: the checkpoint {where} must hold tensors and plain values, but reading it gave: {reason}. "
+            f"It is truncated or damaged; copy or make it anew."
+        ) from error

@@ -1,0 +1,94 @@
+"""RobustBench's own networks as MMPretrain's backbones: what is trained is what RobustBench loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmpretrain.models.heads import ClsHead
+from torch import Tensor, nn
+
+from .. import _validation as check
+from ..models.robustbench_zoo import robustbench_network
+
+__all__ = ["LogitsClsHead", "build_robustbench_network"]
+
+
+def build_robustbench_network(
+    architecture: str,
+    num_classes: int = 10,
+    dataset: str = "cifar10",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """A network of RobustBench's zoo as backbone: ``backbone=dict(type='RobustBenchNetwork', architecture=...)``.
+
+    It gives logits, so its head is ``dict(type='LogitsClsHead', num_classes=...)``. Checkpoints have RobustBench's own
+    names behind 'backbone.'.
+
+    Args:
+        architecture: see :func:`ikl_plugins.models.robustbench_zoo.robustbench_network`.
+        num_classes: number of logits.
+        dataset: whose mean and std a network that normalises its inputs has.
+        mean: in their place, of the three channels in [0, 1].
+        std: likewise.
+
+    Returns:
+        An instance of RobustBench's class. It takes images in [0, 1] of 32x32, so that what is submitted gets
+        ``data_preprocessor = dict(mean=[0.0] * 3, std=[255.0] * 3, to_rgb=True)``.
+
+    Raises:
+        ImportError: RobustBench is not installed.
+        TypeError: a name or number that is none.
+        ValueError: as :func:`ikl_plugins.models.robustbench_zoo.robustbench_network`.
+    """
+    return robustbench_network(architecture, num_classes, dataset=dataset, mean=mean, std=std)
+
+
+class LogitsClsHead(ClsHead):  # type: ignore[misc]  # the base class has no types
+    """The head of a backbone that gives logits: MMPretrain's ``ClsHead`` without features, layers or parameters.
+
+    Args:
+        num_classes: number of logits that the backbone gives.
+        **kwargs: those of ``ClsHead``: ``loss``, ``topk``, ``cal_acc``.
+
+    Raises:
+        TypeError: ``num_classes`` is no integer.
+        ValueError: ``num_classes`` is below 1.
+
+    Example:
+        In a config::
+
+            model = dict(
+                type='ImageClassifier',
+                data_preprocessor=dict(mean=[0.0] * 3, std=[255.0] * 3, to_rgb=True),
+                backbone=dict(type='RobustBenchNetwork', architecture='WideResNet-34-10', num_classes=10),
+                head=dict(type='LogitsClsHead', num_classes=10),
+            )
+    """
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        check.check_num_classes("LogitsClsHead", num_classes)
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+
+    def pre_logits(self, feats: Any) -> Tensor:
+        """The logits, as the backbone gives them.
+
+        Args:
+            feats: shape (N, num_classes), or a tuple that ends with such a tensor.
+
+        Returns:
+            Shape (N, num_classes).
+
+        Raises:
+            ValueError: the backbone gives something else.
+        """
+        logits = feats[-1] if isinstance(feats, (tuple, list)) and feats else feats
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
+            what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(
+                f"LogitsClsHead: the backbone must give logits of shape (N, {self.num_classes}), got {what}. Give both "
+                f"the same num_classes, or take LinearClsHead for a backbone that gives features."
+            )
+        return logits

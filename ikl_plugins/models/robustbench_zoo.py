@@ -1,0 +1,401 @@
+"""RobustBench's own network classes by the names that its leaderboard gives them.
+
+What is trained as one of these loads into RobustBench key for key, because it is that class. RobustBench is imported
+when a network is built, not before.
+
+- ``WideResNet-34-10``: any depth 6n + 4 and any width, without the sub-block that its forward never uses;
+- ``DMWideResNet-28-10-SiLU``: likewise, with -SiLU, -ReLU or -Swish: the network of training on generated data;
+- ``ResNet-18``: also 34, 50, 101, 152;
+- ``PreActResNet-18``: also 34;
+- ``DMPreActResNet-18-SiLU``: also 34, -ReLU and -Swish.
+
+All are made for images of 32x32 in [0, 1]. The DM networks normalise them; the others take them as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import _validation as check
+from .. import models
+from .._robustbench_import import import_robustbench
+
+__all__ = [
+    "LAST_LAYERS",
+    "Architecture",
+    "class_count",
+    "nearest_architecture",
+    "parse_architecture",
+    "robustbench_network",
+]
+
+_CALLER = "robustbench_network"
+_ROOM = "robustbench.model_zoo.architectures"
+_MODULES = {
+    "WideResNet": "wide_resnet",
+    "DMWideResNet": "dm_wide_resnet",
+    "ResNet": "resnet",
+    "PreActResNet": "resnet",
+    "DMPreActResNet": "dm_wide_resnet",
+}
+_BLOCKS = {
+    "ResNet": {
+        18: ("BasicBlock", [2, 2, 2, 2]),
+        34: ("BasicBlock", [3, 4, 6, 3]),
+        50: ("Bottleneck", [3, 4, 6, 3]),
+        101: ("Bottleneck", [3, 4, 23, 3]),
+        152: ("Bottleneck", [3, 8, 36, 3]),
+    },
+    "PreActResNet": {18: ("PreActBlock", [2, 2, 2, 2]), 34: ("PreActBlock", [3, 4, 6, 3])},
+}
+_DEPTHS = {"DMPreActResNet": (18, 34), **{family: tuple(blocks) for family, blocks in _BLOCKS.items()}}
+_ACTIVATIONS = ("SiLU", "ReLU", "Swish")  # the first one is taken where weights cannot tell
+_CONSTANTS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}  # data sets whose mean and std RobustBench holds
+_EXAMPLES = (
+    "DMPreActResNet-18-SiLU",
+    "DMWideResNet-28-10-SiLU",
+    "PreActResNet-18",
+    "ResNet-18",
+    "WideResNet-28-10",
+    "WideResNet-34-10",
+)
+LAST_LAYERS = ("fc", "linear", "logits", "classifier", "classifier.0")
+_SIMILAR = 0.5  # share of entries in common above which one network is called near another
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a name says; :func:`parse_architecture` makes it.
+
+    Attributes:
+        family: RobustBench's class.
+        depth: number of layers.
+        width: factor on the channels; None where the class has none.
+        activation: 'SiLU', 'ReLU' or 'Swish'; None where the class has one alone.
+    """
+
+    family: str
+    depth: int
+    width: int | None = None
+    activation: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name, as :func:`parse_architecture` takes it."""
+        return "-".join(str(part) for part in (self.family, self.depth, self.width, self.activation) if part)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the network itself subtracts a mean and divides by a standard deviation."""
+        return self.activation is not None
+
+    def expression(
+        self,
+        dataset: str = "cifar10",
+        num_classes: int = 10,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> str:
+        """The network as RobustBench's zoo would write it.
+
+        Args:
+            dataset: 'cifar10' or 'cifar100', whose mean and std a network that normalises has.
+            num_classes: number of logits.
+            mean: of the three channels in [0, 1], in place of that of the data set.
+            std: likewise.
+
+        Returns:
+            A Python expression. It evaluates after :meth:`imports`.
+
+        Raises:
+            ValueError: a network that normalises, without mean and std and for another data set; mean or std for one
+                that does not.
+        """
+        mean, std = _statistics(self, dataset, mean, std)
+        classes = [] if num_classes == 10 and not self.normalises else [f"num_classes={num_classes}"]
+        if self.family == "WideResNet":
+            arguments = [*classes, f"depth={self.depth}", f"widen_factor={self.width}", "sub_block1=False"]
+        elif self.family in _BLOCKS:
+            block, counts = _BLOCKS[self.family][self.depth]
+            arguments = [block, str(counts), *classes]
+        else:
+            constant = _CONSTANTS.get(dataset) if mean is None else None
+            activation = "Swish" if self.activation == "Swish" else f"nn.{self.activation}"
+            arguments = [
+                *classes,
+                f"depth={self.depth}",
+                f"width={self.width or 0}",
+                f"activation_fn={activation}",
+                f"mean={f'{constant}_MEAN' if constant else mean}",
+                f"std={f'{constant}_STD' if constant else std}",
+            ]
+        return f"{self.family}({', '.join(arguments)})"
+
+    def imports(self, dataset: str = "cifar10", *, mean: Sequence[float] | None = None) -> tuple[str, ...]:
+        """The import statements that :meth:`expression` needs, with the same data set and mean.
+
+        Args:
+            dataset: as there.
+            mean: as there.
+
+        Returns:
+            One line each.
+        """
+        names = [self.family]
+        if self.family in _BLOCKS:
+            names.append(_BLOCKS[self.family][self.depth][0])
+        if self.activation == "Swish":
+            names.append("Swish")
+        if self.normalises and mean is None and dataset in _CONSTANTS:
+            names += [f"{_CONSTANTS[dataset]}_MEAN", f"{_CONSTANTS[dataset]}_STD"]
+        lines = [f"from {_ROOM}.{_MODULES[self.family]} import {', '.join(sorted(names))}"]
+        if self.activation in ("SiLU", "ReLU"):
+            lines.append("from torch import nn")
+        return tuple(lines)
+
+    def build(
+        self,
+        num_classes: int = 10,
+        *,
+        dataset: str = "cifar10",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> nn.Module:
+        """The network; see :func:`robustbench_network`."""
+        check.check_num_classes(_CALLER, num_classes)
+        mean, std = _statistics(self, dataset, mean, std)
+        import_robustbench()
+        module = importlib.import_module(f"{_ROOM}.{_MODULES[self.family]}")
+        kind: Callable[..., nn.Module] = getattr(module, self.family)
+        if self.family == "WideResNet":
+            return kind(depth=self.depth, num_classes=num_classes, widen_factor=self.width, sub_block1=False)
+        if self.family in _BLOCKS:
+            block, counts = _BLOCKS[self.family][self.depth]
+            return kind(getattr(module, block), counts, num_classes=num_classes)
+        constant = _CONSTANTS.get(dataset)
+        return kind(
+            num_classes=num_classes,
+            depth=self.depth,
+            width=self.width or 0,
+            activation_fn=module.Swish if self.activation == "Swish" else getattr(nn, str(self.activation)),
+            mean=getattr(module, f"{constant}_MEAN") if mean is None else mean,
+            std=getattr(module, f"{constant}_STD") if std is None else std,
+        )
+
+
+def parse_architecture(name: str, *, caller: str = "parse_architecture") -> Architecture:
+    """Reads the name of an architecture.
+
+    Args:
+        name: 'WideResNet-D-W', 'DMWideResNet-D-W-SiLU' (or -ReLU, -Swish), 'ResNet-D', 'PreActResNet-D' or
+            'DMPreActResNet-D-SiLU'.
+        caller: whom a refusal names.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        TypeError: ``name`` is no string.
+        ValueError: an unknown name, or a depth or width that the class does not have.
+
+    Example:
+        >>> parse_architecture("WideResNet-34-10")
+        Architecture(family='WideResNet', depth=34, width=10, activation=None)
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{caller}: `architecture` must be a name, got {type(name).__name__}. Write 'WideResNet-34-10'."
+        )
+    found = re.fullmatch(
+        r"(?P<family>WideResNet|ResNet|PreActResNet)-(?P<depth>\d+)"
+        r"|(?P<wide>WideResNet)-(?P<wide_depth>\d+)-(?P<wide_width>\d+)"
+        rf"|(?P<dm>DMWideResNet-\d+-\d+|DMPreActResNet-\d+)-(?P<activation>{'|'.join(_ACTIVATIONS)})",
+        name,
+    )
+    if found is None or found["family"] == "WideResNet":
+        if re.match(r"DMWideResNet-\d+-\d+|DMPreActResNet-\d+", name):
+            endings = ", ".join(f"-{activation}" for activation in _ACTIVATIONS)
+            raise ValueError(
+                f"{caller}: `architecture` must end with the activation of a DM network, one of {endings}, got {name}. "
+                f"The official networks of the DKL and GKL losses have {_EXAMPLES[1]}."
+            )
+        known = check.unknown_name_message(caller, "architecture", name, _EXAMPLES)
+        raise ValueError(f"{known} Other depths and widths are named alike.")
+    if found["wide"]:
+        architecture = Architecture("WideResNet", int(found["wide_depth"]), int(found["wide_width"]))
+    elif found["dm"]:
+        family, depth, *width = found["dm"].split("-")
+        architecture = Architecture(family, int(depth), int(width[0]) if width else None, found["activation"])
+    else:
+        architecture = Architecture(found["family"], int(found["depth"]))
+    if architecture.family in _DEPTHS:
+        depths = _DEPTHS[architecture.family]
+        if architecture.depth not in depths:
+            raise ValueError(
+                f"{caller}: `architecture` must have a depth that {architecture.family} has, got {name}. "
+                f"Use one of {', '.join(map(str, depths))}."
+            )
+    elif architecture.depth < 10 or (architecture.depth - 4) % 6:
+        raise ValueError(
+            f"{caller}: `architecture` must have a depth of 6n + 4 with n >= 1, got {name}. Use 10, 16, 22, 28, 34, ..."
+        )
+    elif not architecture.width:
+        raise ValueError(f"{caller}: `architecture` must have a width of at least 1, got {name}. Use 10 or 2.")
+    return architecture
+
+
+def robustbench_network(
+    architecture: str,
+    num_classes: int = 10,
+    *,
+    dataset: str = "cifar10",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """An untrained network of RobustBench's own class.
+
+    Args:
+        architecture: its name; see :func:`parse_architecture`.
+        num_classes: number of logits.
+        dataset: 'cifar10' or 'cifar100', whose mean and std a DMWideResNet or DMPreActResNet normalises with. The other
+            classes take images as they are.
+        mean: of the three channels in [0, 1], in place of that of the data set.
+        std: likewise.
+
+    Returns:
+        The network: images in [0, 1] of shape (N, 3, 32, 32) in, logits (N, num_classes) out. Its initial weights are
+        those that RobustBench's constructor draws.
+
+    Raises:
+        ImportError: RobustBench is not installed.
+        TypeError: a name or number that is none.
+        ValueError: an unknown name, a value out of range, or mean and std for a class without.
+
+    Example:
+        >>> import torch
+        >>> from ikl_plugins.models.robustbench_zoo import robustbench_network
+        >>> model = robustbench_network("WideResNet-10-1", num_classes=10)
+        >>> type(model).__module__, model(torch.zeros(2, 3, 32, 32)).shape
+        ('robustbench.model_zoo.architectures.wide_resnet', torch.Size([2, 10]))
+    """
+    parsed = parse_architecture(architecture, caller=_CALLER)
+    return parsed.build(num_classes, dataset=dataset, mean=mean, std=std)
+
+
+def class_count(weights: Mapping[str, Tensor]) -> int | None:
+    """The number of logits that a state dict's last layer gives.
+
+    Args:
+        weights: by the names of a network of this module or of :mod:`ikl_plugins.models`.
+
+    Returns:
+        The number; None if there is no such layer.
+    """
+    for layer in LAST_LAYERS:
+        weight = weights.get(f"{layer}.weight")
+        if weight is not None and weight.dim() == 2:
+            return int(weight.shape[0])
+    return None
+
+
+def nearest_architecture(weights: Mapping[str, Tensor]) -> str | None:
+    """Which network a state dict is of, or looks like.
+
+    Args:
+        weights: tensors by name, without prefixes such as 'module.'.
+
+    Returns:
+        A name that :func:`robustbench_network` takes, or one of :mod:`ikl_plugins.models`. One whose names and shapes
+        all agree, the last layer's class count aside; else the one with the most in common, if that is at least
+        half; else None. Weights do not tell SiLU from ReLU: SiLU it is then.
+
+    Raises:
+        ImportError: RobustBench is not installed.
+    """
+    ours = _entries(weights)
+    if not ours:
+        return None
+    scores: dict[str, float] = {}
+    for name, build in _candidates(weights).items():
+        with torch.device("meta"):
+            theirs = _entries(build().state_dict())
+        scores[name] = len(ours & theirs) / len(ours | theirs)
+    best = max(scores, key=lambda name: scores[name])
+    return best if scores[best] >= _SIMILAR else None
+
+
+def _candidates(weights: Mapping[str, Tensor]) -> dict[str, Callable[[], nn.Module]]:
+    """Networks to compare with, the likeliest first: names alone give depth and width of the wide ones."""
+    names: list[str] = []
+    for pattern, first, activation in (
+        (r"block1\.layer\.\d+\.conv1\.weight", "block1.layer.0.conv1.weight", ""),
+        (r"layer\.0\.block\.\d+\.conv_0\.weight", "layer.0.block.0.conv_0.weight", f"-{_ACTIVATIONS[0]}"),
+    ):
+        blocks = sum(re.fullmatch(pattern, name) is not None for name in weights)
+        if first in weights and weights[first].dim() == 4 and weights[first].shape[0] >= 16:
+            family = "DMWideResNet" if activation else "WideResNet"
+            names.append(f"{family}-{6 * blocks + 4}-{weights[first].shape[0] // 16}{activation}")
+    if not names:
+        for family, depths in _DEPTHS.items():
+            names += [f"{family}-{depth}{f'-{_ACTIVATIONS[0]}' if family.startswith('DM') else ''}" for depth in depths]
+    candidates: dict[str, Callable[[], nn.Module]] = {
+        name: functools.partial(robustbench_network, name) for name in names
+    }
+    for name in models.__all__:
+        candidates.setdefault(name, getattr(models, name))
+    return candidates
+
+
+def _entries(weights: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, without the class count."""
+    return {
+        (name, tuple(tensor.shape[1:] if name.rpartition(".")[0] in LAST_LAYERS else tensor.shape))
+        for name, tensor in weights.items()
+    }
+
+
+def _statistics(
+    architecture: Architecture, dataset: str, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
+    """Mean and std as they were given, checked; a pair of None for those of the data set, or where there are none."""
+    if (mean is None) != (std is None):
+        raise ValueError(
+            f"{_CALLER}: `mean` and `std` must be given both or not at all, got mean={mean} and std={std}. "
+            f"Give both, for the three channels and pixels in [0, 1]."
+        )
+    if mean is None or std is None:
+        if architecture.normalises and dataset not in _CONSTANTS:
+            raise ValueError(
+                f"{_CALLER}: {architecture.name} normalises its inputs, but RobustBench has mean and std for "
+                f"{' and '.join(_CONSTANTS)} alone, got dataset={dataset!r}. Give `mean` and `std`."
+            )
+        return None, None
+    if not architecture.normalises:
+        raise ValueError(
+            f"{_CALLER}: `mean` and `std` must be left out for {architecture.name}, whose class takes images in "
+            f"[0, 1] as they are, got mean={mean}. Leave them out, or take a DMWideResNet or DMPreActResNet."
+        )
+    return check_statistics(_CALLER, mean, std)
+
+
+def check_statistics(
+    caller: str, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Refuses a mean and std that are not three finite numbers each, std above 0; hands them back as tuples."""
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+        if len(numbers) != 3 or len(values) != 3 or (name == "std" and min(numbers) <= 0):
+            raise ValueError(
+                f"{caller}: `{name}` must be three finite numbers{' above 0' if name == 'std' else ''}, one a channel, "
+                f"got {values}. Give them for pixels in [0, 1]."
+            )
+    return tuple(map(float, mean)), tuple(map(float, std))

@@ -1,0 +1,68 @@
+"""Files are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ikl_plugins._files import written_aside
+
+
+def test_takes_the_name_once_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "log.json"
+    with written_aside(path) as aside:
+        assert aside.suffix == ".json"
+        assert aside.parent == path.parent
+        aside.write_text("{}")
+        assert not path.exists()
+    assert path.read_text() == "{}"
+    assert os.listdir(path.parent) == ["log.json"]
+
+
+def test_takes_the_place_of_an_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text("old")
+    with written_aside(str(path)) as aside:
+        aside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_leaves_the_old_file_on_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text("old")
+
+    def write_to_a_full_disk() -> None:
+        with written_aside(path) as aside:
+            aside.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_to_a_full_disk()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["log.json"]
+
+
+def test_leaves_the_old_file_when_the_process_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text("old")
+    code = (
+        "import os, signal, sys\n"
+        "from ikl_plugins._files import written_aside\n"
+        "with written_aside(sys.argv[1]) as aside:\n"
+        "    aside.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -9
+    assert path.read_text() == "old"
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), written_aside(tmp_path / "log.json"):
+        pass
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,180 @@
+"""RobustBench's networks as backbones: trained in every classifier, and loaded by RobustBench's class as they are."""
+
+import importlib
+import importlib.util
+
+import mmpretrain_runs as runs
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.dataset import pseudo_collate
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch.utils.data import DataLoader
+
+import ikl_plugins.mmpretrain
+from ikl_plugins._robustbench_import import import_robustbench
+
+if importlib.util.find_spec("robustbench") is None:
+    pytest.skip("the networks are RobustBench's", allow_module_level=True)
+import_robustbench()
+wide_resnet = importlib.import_module("robustbench.model_zoo.architectures.wide_resnet")
+
+CLASSES = 3
+PIXELS = {"mean": [0.0] * 3, "std": [255.0] * 3, "to_rgb": True, "num_classes": CLASSES}
+
+
+def config(kind="ImageClassifier", architecture="WideResNet-10-1", classes=CLASSES, **keywords):
+    return {
+        "type": kind,
+        "data_preprocessor": PIXELS,
+        "backbone": {"type": "RobustBenchNetwork", "architecture": architecture, "num_classes": classes},
+        "head": {"type": "LogitsClsHead", "num_classes": CLASSES},
+        **keywords,
+    }
+
+
+def every_kind(folder):
+    """The three classifiers, with class priors where they have any."""
+    loss = {"type": "IKLLoss", "beta": 4.0, "global_info": True}
+    torch.manual_seed(1)
+    torch.save(MODELS.build(config()).state_dict(), folder / "teacher.pth")
+    return {
+        "ImageClassifier": config(),
+        "DistillationClassifier": config(
+            "DistillationClassifier", teacher=config(), teacher_ckpt=str(folder / "teacher.pth"), distill_loss=loss
+        ),
+        "AdversarialClassifier": config(
+            "AdversarialClassifier",
+            attack={"eps": "8/255", "steps": 1, "step_size": "8/255"},
+            robust_loss=loss,
+            awp={"gamma": 0.005},
+            label_smoothing=0.1,
+        ),
+    }
+
+
+KINDS = ("ImageClassifier", "DistillationClassifier", "AdversarialClassifier")
+
+
+def loader(count=6, batch_size=3):
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        {
+            "inputs": torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=generator),
+            "data_samples": DataSample().set_gt_label(index % CLASSES),
+        }
+        for index in range(count)
+    ]
+    return DataLoader(images, batch_size=batch_size, shuffle=True, collate_fn=pseudo_collate)
+
+
+def train(folder, model, epochs, **keywords):
+    runner = runs.runner(folder, model, epochs=epochs, train_dataloader=loader(), **keywords)
+    runner.train()
+    return runner
+
+
+def weights(path):
+    return ikl_plugins.mmpretrain.load_weights(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_is_robustbench_s_class_key_for_key(kind, tmp_path):
+    train(tmp_path / "run", every_kind(tmp_path)[kind], epochs=1)
+    saved = weights(tmp_path / "run" / "epoch_1.pth")
+    plain = {name: tensor for name, tensor in saved.items() if "class_prior" not in name}
+    assert ("class_prior" in "".join(saved)) == (kind != "ImageClassifier")
+    theirs = wide_resnet.WideResNet(depth=10, num_classes=CLASSES, widen_factor=1)
+    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    assert list(plain) == [f"backbone.{name}" for name in before]
+    theirs.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in plain.items()}, strict=True)
+    # Its logits are those of the trained classifier, which gets bytes in BGR.
+    classifier = MODELS.build(config())
+    classifier.load_state_dict(plain, strict=True)
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = theirs.eval()(images.flip(1) / 255)
+        data = classifier.eval().data_preprocessor({"inputs": images}, False)
+        assert torch.equal(classifier(data["inputs"]), logits)
+        scores = torch.stack([sample.pred_score for sample in classifier.predict(data["inputs"])])
+    torch.testing.assert_close(scores, logits.softmax(1))
+    # The file as it is gives the same network.
+    from ikl_plugins.robustbench import load_checkpoint
+
+    loaded = load_checkpoint(tmp_path / "run" / "epoch_1.pth", "WideResNet-10-1", num_classes=CLASSES)
+    assert type(loaded) is wide_resnet.WideResNet
+    with torch.no_grad():
+        assert torch.equal(loaded(images.flip(1) / 255), logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, tmp_path):
+    configs = every_kind(tmp_path)
+    whole = train(tmp_path / "whole", configs[kind], epochs=2)
+    train(tmp_path / "halves", configs[kind], epochs=1)
+    train(tmp_path / "halves", configs[kind], epochs=2, resume=True)
+    ours, theirs = (weights(tmp_path / run / "epoch_2.pth") for run in ("halves", "whole"))
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert whole.epoch == 2
+
+
+def test_the_loss_is_the_cross_entropy_of_the_logits():
+    classifier = MODELS.build(config())
+    images = torch.rand(4, 3, 32, 32)
+    samples = [DataSample().set_gt_label(label) for label in (0, 2, 1, 1)]
+    classifier.eval()
+    expected = F.cross_entropy(classifier.backbone(images), torch.tensor([0, 2, 1, 1]))
+    torch.testing.assert_close(classifier.loss(images, samples)["loss"], expected)
+    assert not list(classifier.head.state_dict())
+
+
+def test_settings_of_the_network_are_handed_on():
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    network = MODELS.build(
+        {
+            "type": "RobustBenchNetwork", "architecture": "DMWideResNet-10-1-SiLU", "num_classes": 7,
+            "dataset": "digits", "mean": mean, "std": std,
+        }
+    )  # fmt: skip
+    assert type(network).__name__ == "DMWideResNet"
+    assert network.logits.out_features == 7
+    torch.testing.assert_close(network.mean.flatten(), torch.tensor(mean))
+    torch.testing.assert_close(network.std.flatten(), torch.tensor(std))
+    cifar100 = MODELS.build(
+        {"type": "RobustBenchNetwork", "architecture": "DMWideResNet-10-1-SiLU", "dataset": "cifar100"}
+    )
+    torch.testing.assert_close(cifar100.mean.flatten(), torch.tensor((0.5071, 0.4865, 0.4409)))
+    with pytest.raises(ValueError, match=r"robustbench_network: unknown architecture `WRN`"):
+        MODELS.build({"type": "RobustBenchNetwork", "architecture": "WRN"})
+
+
+def test_the_head_takes_the_last_of_several_outputs():
+    head = ikl_plugins.mmpretrain.LogitsClsHead(num_classes=CLASSES)
+    logits = torch.rand(2, CLASSES)
+    assert head((torch.rand(2, 9), logits)) is logits
+    assert head(logits) is logits
+
+
+@pytest.mark.parametrize(
+    ("feats", "what"),
+    [
+        (torch.zeros(2, 4), r"shape \(2, 4\)"),
+        (torch.zeros(2, 3, 1, 1), r"shape \(2, 3, 1, 1\)"),
+        (None, "a NoneType"),
+        ((), "a tuple"),
+    ],
+)
+def test_the_head_refuses_what_is_no_logits(feats, what):
+    head = ikl_plugins.mmpretrain.LogitsClsHead(num_classes=CLASSES)
+    with pytest.raises(ValueError, match=rf"LogitsClsHead: the backbone must give .*\(N, 3\), got {what}\. Give both"):
+        head(feats)
+
+
+def test_class_counts_that_differ_are_refused():
+    classifier = MODELS.build(config(classes=5))
+    with pytest.raises(ValueError, match=r"must give logits of shape \(N, 3\), got shape \(2, 5\)"):
+        classifier(torch.rand(2, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"LogitsClsHead: `num_classes` must be an integer of at least 1, got 0"):
+        MODELS.build({"type": "LogitsClsHead", "num_classes": 0})

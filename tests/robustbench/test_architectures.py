@@ -1,0 +1,263 @@
+"""Networks by name: RobustBench's own classes, as its zoo would write them, and recognised from their weights."""
+
+import importlib
+import importlib.util
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from ikl_plugins import models
+from ikl_plugins._robustbench_import import import_robustbench
+from ikl_plugins.models.robustbench_zoo import (
+    class_count,
+    nearest_architecture,
+    parse_architecture,
+    robustbench_network,
+)
+
+if importlib.util.find_spec("robustbench") is None:
+    pytest.skip("the architectures are RobustBench's", allow_module_level=True)
+import_robustbench()
+dm_wide_resnet, resnet, wide_resnet = (
+    importlib.import_module(f"robustbench.model_zoo.architectures.{name}")
+    for name in ("dm_wide_resnet", "resnet", "wide_resnet")
+)
+
+# name: (class, parameter tensors, parameters for 10 classes where they are published)
+ZOO = {
+    "WideResNet-34-10": (wide_resnet.WideResNet, 98, 46_160_474),
+    "WideResNet-28-10": (wide_resnet.WideResNet, 80, 36_479_194),
+    "WideResNet-10-1": (wide_resnet.WideResNet, None, None),
+    "WideResNet-16-2": (wide_resnet.WideResNet, 44, 691_674),
+    "DMWideResNet-28-10-SiLU": (dm_wide_resnet.DMWideResNet, 80, 36_479_194),
+    "DMWideResNet-10-1-ReLU": (dm_wide_resnet.DMWideResNet, None, None),
+    "DMWideResNet-70-16-Swish": (dm_wide_resnet.DMWideResNet, None, None),
+    "ResNet-18": (resnet.ResNet, 62, 11_173_962),
+    "ResNet-34": (resnet.ResNet, None, None),
+    "ResNet-50": (resnet.ResNet, 161, 23_520_842),
+    "ResNet-101": (resnet.ResNet, None, None),
+    "ResNet-152": (resnet.ResNet, None, None),
+    "PreActResNet-18": (resnet.PreActResNet, None, None),
+    "PreActResNet-34": (resnet.PreActResNet, None, None),
+    "DMPreActResNet-18-SiLU": (dm_wide_resnet.DMPreActResNet, None, None),
+    "DMPreActResNet-34-ReLU": (dm_wide_resnet.DMPreActResNet, None, None),
+}
+SMALL = ("WideResNet-10-1", "DMWideResNet-10-1-SiLU", "DMWideResNet-10-1-ReLU", "DMWideResNet-10-1-Swish")
+
+
+def shapes(network):
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def on_meta(name, *arguments, **keywords):
+    with torch.device("meta"):
+        return robustbench_network(name, *arguments, **keywords)
+
+
+def evaluated(architecture, *arguments, device="meta", **keywords):
+    """What the expression for the zoo evaluates to, with nothing but its own imports."""
+    names = {}
+    mean = keywords.get("mean")
+    for line in architecture.imports(arguments[0] if arguments else "cifar10", mean=mean):
+        exec(line, names)  # noqa: S102  # our own lines
+    with torch.device(device):
+        return eval(architecture.expression(*arguments, **keywords), names)  # noqa: S307
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_network_is_an_instance_of_the_zoo_s_class(name):
+    cls, tensors, parameters = ZOO[name]
+    network = on_meta(name)
+    assert type(network) is cls
+    if tensors is not None:
+        assert len(list(network.parameters())) == tensors
+        assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert parse_architecture(name).name == name
+
+
+def test_the_networks_of_the_published_results_load_into_the_zoo_s_entries():
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.model_zoo.models import model_dicts
+
+    for dataset, classes in (("cifar10", 10), ("cifar100", 100)):
+        for entry, name in (
+            ("Cui2023Decoupled_WRN-34-10", "WideResNet-34-10"),
+            ("Cui2023Decoupled_WRN-28-10", "DMWideResNet-28-10-SiLU"),
+        ):
+            with torch.device("meta"):
+                theirs = model_dicts[BenchmarkDataset(dataset)][ThreatModel.Linf][entry]["model"]()
+            ours = on_meta(name, classes, dataset=dataset)
+            assert type(ours) is type(theirs)
+            assert list(shapes(ours).items()) == list(shapes(theirs).items())
+            if name.startswith("DM"):
+                assert repr(ours) == repr(theirs)  # the activation
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("dataset", "classes"), [("cifar10", 10), ("cifar100", 100), ("cifar10", 7)])
+def test_the_expression_is_the_network_key_for_key(name, dataset, classes):
+    architecture = parse_architecture(name)
+    ours, theirs = on_meta(name, classes, dataset=dataset), evaluated(architecture, dataset, classes)
+    assert type(ours) is type(theirs)
+    assert list(shapes(ours).items()) == list(shapes(theirs).items())
+    assert repr(ours) == repr(theirs)
+
+
+def test_expressions_read_as_the_zoo_s():
+    expression = parse_architecture("WideResNet-34-10").expression()
+    assert expression == "WideResNet(depth=34, widen_factor=10, sub_block1=False)"
+    silu = parse_architecture("DMWideResNet-28-10-SiLU")
+    assert silu.expression("cifar100", 100) == (
+        "DMWideResNet(num_classes=100, depth=28, width=10, activation_fn=nn.SiLU, mean=CIFAR100_MEAN, std=CIFAR100_STD)"
+    )
+    assert silu.imports("cifar100") == (
+        "from robustbench.model_zoo.architectures.dm_wide_resnet import CIFAR100_MEAN, CIFAR100_STD, DMWideResNet",
+        "from torch import nn",
+    )
+    assert parse_architecture("ResNet-18").expression("cifar10", 3) == "ResNet(BasicBlock, [2, 2, 2, 2], num_classes=3)"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_expression_computes_the_same(name):
+    ours, theirs = robustbench_network(name).eval(), evaluated(parse_architecture(name), device="cpu").eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "mean", "std"),
+    [
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+        ("cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ],
+)
+def test_a_dm_network_normalises_with_the_published_statistics(dataset, mean, std):
+    network = robustbench_network("DMWideResNet-10-1-SiLU", dataset=dataset).eval()
+    torch.testing.assert_close(network.mean.flatten(), torch.tensor(mean), rtol=0, atol=0)
+    torch.testing.assert_close(network.std.flatten(), torch.tensor(std), rtol=0, atol=0)
+    assert not {"mean", "std"} & set(network.state_dict())
+
+
+def test_own_statistics_take_their_place():
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    network = robustbench_network("DMPreActResNet-18-SiLU", 4, dataset="digits", mean=mean, std=std)
+    torch.testing.assert_close(network.mean.flatten(), torch.tensor(mean), rtol=0, atol=0)
+    torch.testing.assert_close(network.std.flatten(), torch.tensor(std), rtol=0, atol=0)
+    architecture = parse_architecture("DMPreActResNet-18-SiLU")
+    expression = architecture.expression("digits", 4, mean=mean, std=std)
+    assert "mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)" in expression
+    assert shapes(evaluated(architecture, "digits", 4, mean=mean, std=std)) == shapes(network)
+
+
+def test_weights_are_drawn_as_the_zoo_s_constructor_draws_them():
+    torch.manual_seed(3)
+    ours = robustbench_network("WideResNet-10-1", 5).state_dict()
+    torch.manual_seed(3)
+    theirs = wide_resnet.WideResNet(depth=10, num_classes=5, widen_factor=1).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# --- recognising -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if not name.endswith(("ReLU", "Swish"))])
+@pytest.mark.parametrize("classes", [10, 3])
+def test_a_network_is_recognised_by_its_weights(name, classes):
+    assert nearest_architecture(on_meta(name, classes).state_dict()) == name
+    assert class_count(on_meta(name, classes).state_dict()) == classes
+
+
+def test_weights_do_not_tell_activations_apart():
+    assert nearest_architecture(on_meta("DMWideResNet-10-1-ReLU").state_dict()) == "DMWideResNet-10-1-SiLU"
+
+
+@pytest.mark.parametrize("name", models.__all__)
+def test_the_networks_of_this_package_are_recognised(name):
+    with torch.device("meta"):
+        network = getattr(models, name)(num_classes=10)
+    # The wide ones have the names and shapes of RobustBench's.
+    expected = f"WideResNet-{name[4:].replace('_', '-')}" if name.startswith("wrn") else name
+    assert nearest_architecture(network.state_dict()) == expected
+
+
+def test_a_changed_network_is_near_its_origin_and_others_near_none():
+    weights = on_meta("ResNet-18").state_dict()
+    del weights["bn1.weight"]
+    weights["extra"] = torch.zeros(3)
+    assert nearest_architecture(weights) == "ResNet-18"
+    assert nearest_architecture(nn.Linear(3, 2).state_dict()) is None
+    assert nearest_architecture({}) is None
+    assert class_count({"head.weight": torch.zeros(3, 2)}) is None
+
+
+def test_names_in_a_file_do_not_decide_how_much_is_built():
+    weights = {"block1.layer.100000000.conv1.weight": torch.zeros(1), "block1.layer.0.conv1.weight": torch.zeros(16)}
+    assert nearest_architecture(weights) is None
+
+
+# --- refusing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("WideResNet-34", r"unknown architecture `WideResNet-34`\. Did you mean `WideResNet-34-10`\? Known: DMPreAct"),
+        ("WideResNet34-10", r"unknown architecture `WideResNet34-10`\. Did you mean `WideResNet-34-10`\?"),
+        ("DMWideResNet-28-10", r"must end with the activation .*one of -SiLU, -ReLU, -Swish, got DMW.*-10\. The"),
+        ("DMWideResNet-28-10-GELU", r"must end with the activation .*got DMWideResNet-28-10-GELU"),
+        ("WideResNet-34-10 ", r"unknown architecture"),
+        ("vit", r"unknown architecture `vit`\. Known:"),
+        ("ResNet-19", r"must have a depth that ResNet has, got ResNet-19\. Use one of 18, 34, 50, 101, 152\."),
+        ("PreActResNet-50", r"must have a depth that PreActResNet has, .* Use one of 18, 34\."),
+        ("DMPreActResNet-50-SiLU", r"must have a depth that DMPreActResNet has, .* Use one of 18, 34\."),
+        ("WideResNet-33-10", r"must have a depth of 6n \+ 4 with n >= 1, got WideResNet-33-10\. Use 10, 16"),
+        ("DMWideResNet-4-10-SiLU", r"must have a depth of 6n \+ 4 with n >= 1, got DMWideResNet-4-10-SiLU"),
+        ("WideResNet-10-0", r"must have a width of at least 1, got WideResNet-10-0"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(name, message):
+    with pytest.raises(ValueError, match=r"^robustbench_network: .*" + message):
+        robustbench_network(name)
+
+
+def test_what_is_no_name_is_refused():
+    with pytest.raises(TypeError, match=r"^parse_architecture: `architecture` must be a name, got int\. Write"):
+        parse_architecture(34)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"mean": (0.5, 0.5, 0.5)}, r"`mean` and `std` must be given both or not at all, got mean=\(0\.5.* std=None"),
+        ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, r"`mean` must be three finite numbers, one a channel, got \(0\.5"),
+        ({"mean": (0.5,) * 3, "std": (0.5, 0.5, 0.0)}, r"`std` must be three finite numbers above 0, one a channel"),
+        ({"mean": (float("nan"),) * 3, "std": (0.5,) * 3}, r"`mean` must be three finite numbers"),
+        ({"dataset": "imagenet"}, r"DMWideResNet-10-1-SiLU normalises .* cifar10 and cifar100 alone, got dataset='im"),
+        ({"num_classes": 0}, r"`num_classes` must be an integer of at least 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(keywords, message):
+    with pytest.raises(ValueError, match=r"^robustbench_network: " + message):
+        robustbench_network("DMWideResNet-10-1-SiLU", **keywords)
+
+
+def test_a_network_that_does_not_normalise_takes_no_statistics():
+    message = r"`mean` and `std` must be left out for WideResNet-10-1, .*got mean=\(0\.5, 0\.5, 0\.5\)\. Leave them out"
+    for call in (robustbench_network, lambda name, **keywords: parse_architecture(name).expression(**keywords)):
+        with pytest.raises(ValueError, match=message):
+            call("WideResNet-10-1", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_examples_in_messages_are_names():
+    with pytest.raises(ValueError, match="unknown architecture") as refusal:
+        parse_architecture("x")
+    known = re.search(r"Known: (.*)\. Other", str(refusal.value))[1].split(", ")
+    assert len(known) > 3
+    assert [parse_architecture(name).name for name in known] == known

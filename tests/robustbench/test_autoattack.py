@@ -1,0 +1,118 @@
+"""The stand-in for autoattack: pyautoattack's results under the original's interface."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pyautoattack = pytest.importorskip("pyautoattack")
+from ikl_plugins._autoattack import AutoAttack  # noqa: E402
+
+EPS = 16 / 255
+SOME = ("apgd-ce", "square")
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)).eval()
+
+
+@pytest.fixture
+def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
+    images = torch.rand(6, 3, 8, 8)
+    with torch.no_grad():
+        return images, model(images).argmax(1)
+
+
+def _few_queries(attack: pyautoattack.AutoAttack) -> None:
+    attack.square.n_queries = 20
+
+
+def test_has_the_arguments_of_the_original_in_its_order() -> None:
+    # Of https://github.com/fra31/auto-attack, autoattack/autoattack.py.
+    wanted = [
+        "self", "model", "norm", "eps", "seed", "verbose", "attacks_to_run", "version", "is_tf_model", "device",
+        "log_path",
+    ]  # fmt: skip
+    assert list(inspect.signature(AutoAttack.__init__).parameters) == wanted
+    method = inspect.signature(AutoAttack.run_standard_evaluation).parameters
+    assert list(method)[:6] == ["self", "x_orig", "y_orig", "bs", "return_labels", "state_path"]
+
+
+def test_equals_pyautoattack(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    ours = AutoAttack(model, "Linf", EPS, seed=3, verbose=False, attacks_to_run=SOME, version="custom")
+    theirs = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, seed=3, attacks=list(SOME), version="custom")
+    _few_queries(ours)
+    _few_queries(theirs)
+    images, predictions = ours.run_standard_evaluation(*batch, bs=4, return_labels=True)
+    wanted_images, wanted_predictions = theirs.run_standard_evaluation(*batch, batch_size=4)
+    assert torch.equal(images, wanted_images)
+    assert torch.equal(predictions, wanted_predictions)
+    assert not torch.equal(images, batch[0])  # something fell
+    assert torch.equal(ours.run_standard_evaluation(*batch, bs=4), wanted_images)
+
+
+def test_individual_evaluation_equals_pyautoattack(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    ours = AutoAttack(model, "L2", 0.5, seed=3, verbose=False, attacks_to_run=SOME, version="custom")
+    theirs = pyautoattack.AutoAttack(model, norm="L2", eps=0.5, seed=3, attacks=list(SOME), version="custom")
+    _few_queries(ours)
+    _few_queries(theirs)
+    wanted = theirs.run_standard_evaluation_individual(*batch, batch_size=4)
+    found = ours.run_standard_evaluation_individual(*batch, bs=4)
+    assert found.keys() == wanted.keys()
+    for attack in SOME:
+        assert torch.equal(found[attack], wanted[attack][0])
+
+
+@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
+def test_versions_have_the_attacks_of_pyautoattack(model: nn.Module, batch: object, version: str) -> None:
+    del batch  # it has given the lazy layer its shape
+    ours = AutoAttack(model, version=version)
+    theirs = pyautoattack.AutoAttack(model, version=version)
+    assert ours.attacks_to_run == theirs.attacks_to_run
+    assert ours.apgd_targeted.n_target_classes == theirs.apgd_targeted.n_target_classes
+
+
+def test_attacks_on_the_device_of_the_model(model: nn.Module, batch: object) -> None:
+    del batch
+    assert torch.device(AutoAttack(model).device) == torch.device("cpu")
+    assert AutoAttack(nn.Flatten()).device == "cpu"
+    assert AutoAttack(model.to("meta")).device == torch.device("meta")
+
+
+def test_prints_and_logs_for_the_time_of_a_run(
+    model: nn.Module, batch: tuple[Tensor, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("auto-attack")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    path = tmp_path / "log.txt"
+    attack = AutoAttack(model, eps=EPS, seed=0, attacks_to_run=["apgd-ce"], version="custom", log_path=path)
+    attack.run_standard_evaluation(*batch, bs=6)
+    printed = capsys.readouterr().out
+    assert "initial accuracy: 100.00%" in printed
+    assert "robust accuracy after APGD-CE" in printed
+    assert path.read_text() == printed
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_prints_nothing_when_not_verbose(
+    model: nn.Module, batch: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    attack = AutoAttack(model, eps=EPS, seed=0, verbose=False, attacks_to_run=["apgd-ce"], version="custom")
+    attack.run_standard_evaluation(*batch, bs=6)
+    assert capsys.readouterr().out == ""
+
+
+def test_refuses_models_of_tensorflow(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"^AutoAttack: `is_tf_model` must be False, .*, got True. Install the orig"):
+        AutoAttack(model, is_tf_model=True)
+
+
+def test_refuses_attacks_beside_a_version_that_brings_its_own(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="version='custom'"):
+        AutoAttack(model, attacks_to_run=["apgd-ce"])

@@ -1,0 +1,158 @@
+"""The files of every host are read without that host, and none of them runs what it holds."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ikl_plugins import checkpoints
+from ikl_plugins.checkpoints import load_content, load_weights, weights_in
+
+WRITE = """
+import sys, torch
+from mmengine.logging import MessageHub
+hub = MessageHub.get_instance('any')
+hub.update_scalar('train/loss', 0.5)
+hub.update_scalar('train/loss', 1.5)
+torch.save({'meta': {'mmengine_version': '0'}, 'state_dict': {'a': torch.ones(2)}, 'message_hub': hub.state_dict()},
+           sys.argv[1])
+"""
+READ = """
+import sys
+from ikl_plugins.checkpoints import load_content, load_weights
+content = load_content(sys.argv[1])
+history = content['message_hub']['log_scalars']['train/loss']
+print(type(history).__module__, history._log_history.tolist(), load_weights(sys.argv[1])['a'].tolist())
+assert not {name.split('.')[0] for name in sys.modules} & {'mmengine', 'mmpretrain', 'torchdistill', 'robustbench'}
+"""
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+class Other:
+    """A class that nobody has allowed."""
+
+
+def python(statement, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", statement, *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_checkpoint_of_mmengine_is_read_without_mmengine(tmp_path):
+    pytest.importorskip("mmengine", reason="it writes the checkpoint")
+    python(WRITE, tmp_path / "epoch_1.pth")
+    assert python(READ, tmp_path / "epoch_1.pth") == "ikl_plugins.checkpoints [0.5, 1.5] [1.0, 1.0]\n"
+
+
+def test_the_buffer_is_mmengine_s_own_where_that_is_imported(tmp_path):
+    logging = pytest.importorskip("mmengine.logging")
+    hub = logging.MessageHub.get_instance("test_checkpoint_formats")
+    hub.update_scalar("train/loss", 0.5)
+    torch.save({"message_hub": hub.state_dict()}, tmp_path / "a.pth")
+    history = load_content(tmp_path / "a.pth")["message_hub"]["log_scalars"]["train/loss"]
+    assert type(history) is logging.HistoryBuffer
+    assert history.mean() == 0.5
+
+
+def test_a_checkpoint_of_torchdistill_is_read(tmp_path):
+    args = argparse.Namespace(device="cpu", seed=3, config="a.yaml", nested=argparse.Namespace(x=[1.5, None]))
+    torch.save({"model": {"a": torch.ones(2)}, "best_value": 0.5, "args": args}, tmp_path / "a.pt")
+    content = load_content(tmp_path / "a.pt")
+    assert content["args"] == args
+    assert type(content["args"]) is argparse.Namespace
+    assert list(load_weights(tmp_path / "a.pt")) == ["a"]
+
+
+@pytest.mark.parametrize("hidden", ["args", "model"])
+def test_a_namespace_opens_the_door_to_nothing_else(hidden, tmp_path):
+    content = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace()}
+    if hidden == "args":
+        content["args"].x = Bomb(tmp_path / "exploded")
+    else:
+        content["model"]["a"] = Bomb(tmp_path / "exploded")
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"load_content: the checkpoint .*a\.pt must hold .* would run code .*mkdir"):
+        load_content(tmp_path / "a.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_class_of_somebody_is_refused_by_name(tmp_path):
+    torch.save({"model": {}, "x": Other()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"GLOBAL .*Other\. Do not trust .*allow the class before: torch\.serializ"):
+        load_content(tmp_path / "a.pt")
+
+
+def test_what_is_allowed_is_allowed_for_the_reading_alone(tmp_path):
+    before = set(torch.serialization.get_safe_globals())
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "a.pt")
+    load_content(tmp_path / "a.pt")
+    assert set(torch.serialization.get_safe_globals()) == before
+    assert argparse.Namespace not in before
+
+
+# --- averaged weights ------------------------------------------------------------------------------------------------
+
+
+def test_of_two_sets_of_weights_either_is_found(tmp_path):
+    average, last = {"module.0.a": torch.ones(1)}, {"module.0.a": torch.zeros(1)}
+    torch.save({"model_state_dict": average, "unaveraged_model_state_dict": last}, tmp_path / "dm.pt")
+    assert load_weights(tmp_path / "dm.pt") == {"0.a": torch.ones(1)}
+    assert load_weights(tmp_path / "dm.pt", averaged=False) == {"0.a": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("update_buffers", [True, False])
+def test_mmengine_s_average_is_under_state_dict(update_buffers, tmp_path):
+    """Written by the EMAHook itself."""
+    mmengine = pytest.importorskip("mmengine")
+    from mmengine.hooks import EMAHook
+    from mmengine.model import ExponentialMovingAverage
+
+    live = torch.nn.BatchNorm1d(2)
+    hook = EMAHook(update_buffers=update_buffers)
+    hook.src_model, hook.ema_model = live, ExponentialMovingAverage(live, update_buffers=update_buffers)
+    with torch.no_grad():
+        live.weight.fill_(5.0)
+        live.running_mean.fill_(7.0)
+        hook.ema_model.module.weight.fill_(3.0)
+    content = {"meta": {"mmengine_version": mmengine.__version__}, "state_dict": live.state_dict()}
+    hook.before_save_checkpoint(None, content)
+    torch.save(content, tmp_path / "ema.pth")
+    averaged, last = load_weights(tmp_path / "ema.pth"), load_weights(tmp_path / "ema.pth", averaged=False)
+    assert list(averaged) == list(last) == list(live.state_dict())
+    assert averaged["weight"].tolist() == [3.0, 3.0]
+    assert last["weight"].tolist() == [5.0, 5.0]
+    assert last["running_mean"].tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": {"a": torch.ones(1)}},
+        {"a": torch.ones(1)},
+        [torch.ones(1)],
+        # Others have the average under this key, and the last weights under 'state_dict'.
+        {"state_dict": {"a": torch.ones(1)}, "ema_state_dict": {"module.a": torch.ones(1)}},
+        {"state_dict": {"a": torch.ones(1)}, "ema_state_dict": {"module.a": torch.ones(1)}, "meta": {"epoch": 1}},
+    ],
+)
+def test_without_a_second_set_there_is_no_unaveraged_one(content):
+    message = r"load_weights: the checkpoint some\.pt must have weights beside their average .* Leave `averaged` out\."
+    with pytest.raises(ValueError, match=message):
+        weights_in(content, "some.pt", averaged=False)
+
+
+def test_the_stand_in_has_what_a_checkpoint_asks_for():
+    assert all(callable(getattr(checkpoints._LogBuffer, name)) for name in ("min", "max", "current", "mean"))

@@ -1,0 +1,905 @@
+"""Checkpoints of every origin, as classifiers of images in [0, 1] that equal what their hosts compute."""
+
+import argparse
+import copy
+import os
+import re
+import sys
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("ikl_plugins.robustbench", reason="RobustBench is not installed", exc_type=ImportError)
+
+import robustbench.utils
+from PIL import Image
+from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+from ikl_plugins import models
+from ikl_plugins.models.robustbench_zoo import robustbench_network
+from ikl_plugins.robustbench import Normalised, from_mmpretrain, from_torchdistill, load_checkpoint
+
+PLAIN, DM = "WideResNet-10-1", "DMWideResNet-10-1-SiLU"
+CLASSES = ("cat", "dog", "fox")
+CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
+
+def randomised(network):
+    """The network with batch-normalisation statistics that are not the identity."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            module.num_batches_tracked.fill_(7)
+    return network.eval()
+
+
+def images(count=4, size=32):
+    """Images whose values are bytes / 255, as a data set gives them."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(256, (count, 3, size, size), generator=generator).float() / 255
+
+
+def named(weights, prefix="", convert=lambda name, tensor: tensor):
+    return {prefix + name: convert(name, tensor) for name, tensor in weights.items()}
+
+
+def averaged_counters(name, tensor):
+    """What averaging whole state dicts makes of the counters of batch normalisation."""
+    return tensor.float() + 0.7 if name.endswith("num_batches_tracked") else tensor
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+# --- the formats -----------------------------------------------------------------------------------------------------
+
+PRIOR = {f"robust_loss.class_prior.{name}": torch.ones(2) for name in ("matrix", "sums", "counts")}
+DISTILL_PRIOR = {f"distill_loss.class_prior.{name}": torch.ones(2) for name in ("matrix", "sums", "counts")}
+UNUSED = {"sub_block1.layer.0.bn1.weight": torch.ones(16), "sub_block1.layer.0.conv1.weight": torch.ones(16, 16, 3, 3)}
+FORMATS = {
+    "plain": lambda weights: weights,
+    "plain, data parallel": lambda weights: named(weights, "module."),
+    "mmpretrain": lambda weights: {"meta": {}, "state_dict": named(weights, "backbone.")},
+    "mmpretrain, class prior": lambda weights: {"state_dict": {**named(weights, "backbone."), **PRIOR}},
+    "mmpretrain, distilled": lambda weights: {"state_dict": {**DISTILL_PRIOR, **named(weights, "backbone.")}},
+    "torchdistill": lambda weights: {
+        "model": weights, "optimizer": {"state": {}}, "best_value": 0.5, "args": argparse.Namespace(seed=1),
+    },
+    "mdistiller": lambda weights: {"model": weights},
+    "robustbench": lambda weights: {"state_dict": weights},
+    "robustbench, model": lambda weights: {"state_dict": named(weights, "model.")},
+    "robustbench, both": lambda weights: {"state_dict": named(weights, "module.model.")},
+    "official, averaged": lambda weights: named(weights, "module.", averaged_counters),
+    "official, flat": lambda weights: named(weights, "", averaged_counters),
+    "generated data": lambda weights: {
+        "model_state_dict": named(weights, "module.0."),
+        "unaveraged_model_state_dict": named(weights, "module.0.", lambda _, tensor: torch.zeros_like(tensor)),
+        "epoch": 400,
+    },
+    "generated data, one device": lambda weights: {"model_state_dict": named(weights, "0.")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "architecture"),
+    [*((form, name) for form in FORMATS for name in (PLAIN, DM)), ("generated data", "PreActResNet-18")],
+)
+def test_every_format_loads_to_the_bit(form, architecture, tmp_path):
+    network = randomised(robustbench_network(architecture, 10))
+    content = FORMATS[form](copy.deepcopy(network.state_dict()))
+    torch.save(content, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt", architecture)
+    assert type(loaded) is type(network)
+    assert not loaded.training
+    assert list(loaded.state_dict()) == list(network.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), network(images()))
+    assert all(tensor.dtype == network.state_dict()[name].dtype for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_unused_block_of_the_official_network_is_left_out(prefix, tmp_path):
+    network = randomised(robustbench_network(PLAIN, 10))
+    torch.save(named({**network.state_dict(), **UNUSED}, prefix, averaged_counters), tmp_path / "a.pt")
+    loaded = load_checkpoint(str(tmp_path / "a.pt"), PLAIN)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), network(images()))
+
+
+def test_last_weights_instead_of_averaged_ones(tmp_path):
+    last, averaged = randomised(robustbench_network(DM)), robustbench_network(DM).eval()
+    content = {
+        "model_state_dict": named(averaged.state_dict(), "module.0."),
+        "unaveraged_model_state_dict": named(last.state_dict(), "module.0."),
+    }
+    torch.save(content, tmp_path / "a.pt")
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(tmp_path / "a.pt", DM)(images()), averaged(images()))
+        assert torch.equal(load_checkpoint(tmp_path / "a.pt", DM, averaged=False)(images()), last(images()))
+    torch.save(last.state_dict(), tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"must have weights beside their average .* Leave `averaged` out\."):
+        load_checkpoint(tmp_path / "b.pt", DM, averaged=False)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("resnet8", 100), ("wrn_16_1", 100)])
+def test_a_network_of_this_package_is_normalised_as_it_was_trained(name, classes, tmp_path):
+    network = randomised(getattr(models, name)(num_classes=classes))
+    torch.save({"model": network.state_dict()}, tmp_path / "a.pt")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in CIFAR100)
+    loaded = load_checkpoint(tmp_path / "a.pt", name, "cifar100")
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), network((images() - mean) / std))
+        other = load_checkpoint(tmp_path / "a.pt", name, "cifar100", mean=(0.5,) * 3, std=(0.25,) * 3)
+        assert torch.equal(other(images()), network((images() - 0.5) / 0.25))
+
+
+def test_statistics_go_around_a_network_without_and_into_one_with(tmp_path):
+    statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3)}
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics.values())
+    for name in (PLAIN, DM):
+        network = randomised(robustbench_network(name, 10))
+        torch.save(network.state_dict(), tmp_path / "a.pt")
+        loaded = load_checkpoint(tmp_path / "a.pt", name, **statistics)
+        assert isinstance(loaded, Normalised) == (name == PLAIN)
+        if name == DM:
+            network.mean, network.std = mean, std
+            expected = network(images())
+        else:
+            expected = network((images() - mean) / std)
+        assert torch.equal(loaded(images()), expected)
+
+
+def test_the_data_set_chooses_classes_and_statistics(tmp_path):
+    network = randomised(robustbench_network(DM, 100, dataset="cifar100"))
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "a.pt", DM, "cifar100")(images()), network(images()))
+    small = randomised(robustbench_network(DM, 3))
+    torch.save(small.state_dict(), tmp_path / "b.pt")
+    assert load_checkpoint(tmp_path / "b.pt", DM, num_classes=3)(images()).shape == (4, 3)
+
+
+def test_the_default_is_the_published_network(tmp_path):
+    network = robustbench_network("WideResNet-34-10").eval()
+    torch.save(named(network.state_dict(), "module.", averaged_counters), tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert type(loaded) is type(network)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_a_device_is_moved_to(tmp_path):
+    torch.save(robustbench_network(PLAIN).state_dict(), tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt", PLAIN, mean=(0.5,) * 3, std=(0.5,) * 3, device="meta")
+    assert {tensor.device.type for tensor in loaded.state_dict().values()} == {"meta"}
+
+
+# --- RobustBench's own loader ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", [PLAIN, DM])
+def test_robustbench_loads_what_is_loaded_here(architecture, tmp_path, monkeypatch):
+    network = randomised(robustbench_network(architecture, 10))
+    torch.save({"model_state_dict": named(network.state_dict(), "module.0.")}, tmp_path / "official.pt")
+    loaded = load_checkpoint(tmp_path / "official.pt", architecture)
+    path = tmp_path / "models" / "cifar10" / "Linf" / "Some2030New.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(loaded.state_dict(), path)
+    zoo = robustbench.utils.all_models[BenchmarkDataset.cifar_10][ThreatModel.Linf]
+    entry = {"model": lambda: robustbench_network(architecture), "gdrive_id": "none"}
+    monkeypatch.setitem(zoo, "Some2030New", entry)
+    theirs = robustbench.utils.load_model("Some2030New", tmp_path / "models", "cifar10", "Linf")
+    with torch.no_grad():
+        assert torch.equal(theirs(images()), network(images()))
+
+
+def test_a_file_of_the_zoo_loads_as_robustbench_loads_it(tmp_path):
+    name = "Sehwag2021Proxy_R18"
+    path = tmp_path / "cifar10" / "Linf" / f"{name}.pt"
+    path.parent.mkdir(parents=True)
+    network = randomised(robustbench_network("ResNet-18"))
+    torch.save({"state_dict": named(network.state_dict(), "module.")}, path)
+    theirs = robustbench.utils.load_model(name, tmp_path, "cifar10", "Linf")
+    ours = load_checkpoint(path, "ResNet-18")
+    assert type(ours) is type(theirs)
+    with torch.no_grad():
+        assert torch.equal(ours(images()), theirs(images()))
+
+
+# --- refusing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves something and returns the path."""
+
+    def save(content, name="a.pt"):
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def test_a_wrong_architecture_is_refused_with_the_right_one(saved):
+    silu = robustbench_network(DM)
+    message = (
+        r"^load_checkpoint: the checkpoint .*a\.pt must fit WideResNet-10-1, but it does not; missing: conv1\.weight, "
+        r"block1\.layer\.0\.bn1\.weight, block1\.layer\.0\.bn1\.bias and \d+ more; unexpected: init_conv\.weight, "
+        r".* and \d+ more\. It looks like architecture='DMWideResNet-10-1-SiLU'\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(saved(named(silu.state_dict(), "module.0.")), PLAIN)
+    with pytest.raises(ValueError, match=r"other shapes: block1\.layer\.0\.conv1\.weight \(32, 16, 3, 3\) instead of "
+                       r"\(16, 16, 3, 3\), .* looks like architecture='WideResNet-10-2'\."):  # fmt: skip
+        load_checkpoint(saved(robustbench_network("WideResNet-10-2").state_dict()), PLAIN)
+    with pytest.raises(ValueError, match=r"must fit resnet8, .*unexpected: .* looks like architecture='resnet14'"):
+        load_checkpoint(saved(models.resnet14().state_dict()), "resnet8", "cifar100")
+
+
+def test_a_file_that_is_not_whole_is_refused(saved):
+    weights = robustbench_network(PLAIN).state_dict()
+    del weights["bn1.weight"]
+    message = r"must fit WideResNet-10-1, .*; missing: bn1\.weight\. The file is not whole, or its network was changed"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(saved(weights), PLAIN)
+
+
+@pytest.mark.parametrize("extra", ["distill_loss.class_prior.other", "class_prior.matrix", "x.robust_loss.weight"])
+def test_nothing_but_class_statistics_is_left_out(saved, extra):
+    weights = {**named(robustbench_network(PLAIN).state_dict(), "backbone."), extra: torch.ones(1)}
+    with pytest.raises(ValueError, match=rf"unexpected: .*backbone\.conv1\.weight.*|unexpected: .*{re.escape(extra)}"):
+        load_checkpoint(saved({"state_dict": weights}), PLAIN)
+    weights = {**robustbench_network(PLAIN).state_dict(), extra: torch.ones(1)}
+    with pytest.raises(ValueError, match=rf"unexpected: {re.escape(extra)}\."):
+        load_checkpoint(saved({"state_dict": weights}), PLAIN)
+
+
+def test_a_prefix_that_some_names_lack_stays(saved):
+    weights = robustbench_network(PLAIN).state_dict()
+    mixed = {f"module.{name}" if name.startswith("block") else name: tensor for name, tensor in weights.items()}
+    with pytest.raises(ValueError, match=r"unexpected: module\.block1\.layer\.0\.bn1\.weight"):
+        load_checkpoint(saved(mixed), PLAIN)
+
+
+def test_another_network_is_sent_to_its_config(saved):
+    weights = {"backbone.conv1.weight": torch.ones(2), "head.fc.weight": torch.ones(3, 2)}
+    with pytest.raises(ValueError, match=r"It looks like no network known by name; use from_mmpretrain or from_torchd"):
+        load_checkpoint(saved({"state_dict": weights}), PLAIN)
+
+
+def test_a_class_count_that_differs_is_refused_with_both(saved):
+    path = saved(robustbench_network(PLAIN, 100).state_dict())
+    message = (
+        r"^load_checkpoint: the checkpoint .*a\.pt must have 10 classes, got 100\. Give the `dataset` that it was "
+        r"trained on, or num_classes=100\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path, PLAIN)
+    assert load_checkpoint(path, PLAIN, "cifar100")(images()).shape == (4, 100)
+    with pytest.raises(ValueError, match=r"must have 3 classes, got 100"):
+        load_checkpoint(saved(models.resnet8(100).state_dict()), "resnet8", "cifar100", num_classes=3)
+
+
+@pytest.mark.parametrize("place", ["state_dict", "epoch"])
+def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(saved, tmp_path, place):
+    content = {"state_dict": robustbench_network(PLAIN).state_dict()}
+    content[place] = {"x": Bomb(tmp_path / "exploded")}
+    with pytest.raises(ValueError, match=r"the checkpoint .*a\.pt must hold .*, but it would run code .*mkdir"):
+        load_checkpoint(saved(content), PLAIN)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(saved, tmp_path):
+    path = saved(robustbench_network(PLAIN).state_dict())
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"the checkpoint .*a\.pt must hold .*truncated or damaged"):
+        load_checkpoint(path, PLAIN)
+    with pytest.raises(ValueError, match=r"a checkpoint must be a file, but there is none at .*none\.pt"):
+        load_checkpoint(tmp_path / "none.pt", PLAIN)
+    with pytest.raises(ValueError, match=r"must hold weights by name, got an empty mapping"):
+        load_checkpoint(saved({}), PLAIN)
+    with pytest.raises(ValueError, match=r"must hold tensors alone, .*'epoch' \(int\)"):
+        load_checkpoint(saved({"epoch": 3}), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        ((PLAIN, "cifar"), {}, r"unknown data set `cifar`\. Did you mean `cifar10`\? .* For other data give num_class"),
+        (
+            ("WideResNet-34",),
+            {},
+            r"unknown architecture `WideResNet-34`\. .* Also those of ikl_plugins\.models: resnet8",
+        ),
+        (("WideResNet-35-10",), {}, r"`architecture` must have a depth of 6n \+ 4"),
+        (
+            ("resnet8",),
+            {},
+            r"`mean` and `std` must be given for resnet8 on cifar10, .* got none\. Give those of the tr",
+        ),
+        ((PLAIN,), {"mean": (0.5,) * 3}, r"`mean` and `std` must be given both or not at all, got mean=\(0\.5.*=None"),
+        ((PLAIN,), {"mean": (0.5,) * 2, "std": (0.5,) * 3}, r"`mean` must be three finite numbers, one a channel"),
+        ((PLAIN,), {"num_classes": 0}, r"`num_classes` must be an integer of at least 1, got 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(saved, arguments, keywords, message):
+    path = saved(robustbench_network(PLAIN).state_dict())
+    with pytest.raises(ValueError, match=r"^load_checkpoint: " + message):
+        load_checkpoint(path, *arguments, **keywords)
+
+
+def test_a_dm_network_needs_statistics_for_imagenet(saved):
+    path = saved(robustbench_network(DM, 1000).state_dict())
+    with pytest.raises(ValueError, match=r"DMWideResNet-10-1-SiLU normalises its inputs, .*Give `mean` and `std`"):
+        load_checkpoint(path, DM, "imagenet")
+
+
+def test_statistics_that_are_none_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^Normalised: `std` must be three finite numbers above 0, one a channel, got"
+    ):
+        Normalised(nn.Identity(), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("load", "module", "command"),
+    [
+        (
+            from_mmpretrain,
+            "mmpretrain.registry",
+            r"needs MMPretrain and MMEngine, but `mmpretrain.*plugins\[mmpretrain\]'",
+        ),
+        (
+            from_torchdistill,
+            "torchdistill.models.registry",
+            r"needs torchdistill, but `torchd.*plugins\[torchdistill\]'",
+        ),
+    ],
+)
+def test_without_the_host_the_command_is_named(load, module, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"^{load.__name__} {command}$"):
+        load("config", "checkpoint")
+
+
+# --- MMPretrain ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of 32x32 in class folders, every byte value in them, red and blue far apart."""
+    random = numpy.random.default_rng(0)
+    root = tmp_path_factory.mktemp("images")
+    for index in range(12):
+        pixels = random.integers(0, 256, (32, 32, 3))
+        pixels[..., 0] //= 3
+        path = root / "test" / CLASSES[index % 3] / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype("uint8")).save(path)
+    return root
+
+
+def read(folder):
+    """The images in the order of the data sets, as RGB in [0, 1], and their labels."""
+    paths = sorted((folder / "test").rglob("*.png"))
+    pixels = numpy.stack([numpy.asarray(Image.open(path).convert("RGB")) for path in paths])
+    labels = torch.tensor([CLASSES.index(path.parent.name) for path in paths])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255, labels
+
+
+CONFIG = """
+custom_imports = dict(imports=['ikl_plugins.mmpretrain'])
+default_scope = 'mmpretrain'
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='ResNet_CIFAR', depth=18, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,),
+        stem_channels=4, base_channels=4,
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=3, in_channels=8),
+    data_preprocessor=dict({preprocessor}),
+)
+pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+test_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='CustomDataset', data_root={root!r}, data_prefix='test', pipeline=pipeline),
+)
+test_cfg = dict()
+test_evaluator = dict(type='Accuracy', topk=(1,))
+"""
+PREPROCESSORS = {
+    "rgb": "mean=[120.3, 110.7, 100.1], std=[60.2, 55.4, 50.9], to_rgb=True",
+    "bgr": "mean=[120.3, 110.7, 100.1], std=[60.2, 55.4, 50.9], to_rgb=False",
+    "bytes": "to_rgb=True",
+    "padded": "mean=[120.3, 110.7, 100.1], std=[60.2, 55.4, 50.9], to_rgb=True, pad_size_divisor=24",
+}
+
+
+@pytest.fixture
+def mmpretrain_config(folder, tmp_path):
+    """Writes a config, weights for it, and returns both paths."""
+    pytest.importorskip("mmpretrain.models")
+
+    def write(preprocessor="rgb", change=lambda text: text, weights=None):
+        import mmpretrain.registry
+        from mmengine.config import Config
+
+        path = tmp_path / "config.py"
+        text = CONFIG.format(preprocessor=PREPROCESSORS.get(preprocessor, preprocessor), root=str(folder))
+        path.write_text(change(text))
+        if weights is None:
+            plain = tmp_path / "plain.py"
+            plain.write_text(text)
+            torch.manual_seed(2)
+            network = randomised(mmpretrain.registry.MODELS.build(Config.fromfile(str(plain)).model))
+            pixels = {"inputs": 255 * read(folder)[0].flip(1)}
+            with torch.no_grad():
+                logits = network(network.data_preprocessor(pixels, False)["inputs"])
+                # Logits that differ by about 1 among images: neither saturated nor all of one class.
+                network.head.fc.weight /= logits.std(0, keepdim=True).T
+                logits = network(network.data_preprocessor(pixels, False)["inputs"])
+                network.head.fc.bias -= logits.mean(0)
+            weights = {"meta": {}, "state_dict": network.state_dict()}
+        torch.save(weights, tmp_path / "epoch_1.pth")
+        return path, tmp_path / "epoch_1.pth"
+
+    return write
+
+
+def host_test(path, checkpoint, work_dir, model=None):
+    """Accuracy in percent and the scores of MMPretrain's own test."""
+    from mmengine.config import Config
+    from mmengine.hooks import Hook
+    from mmengine.runner import Runner
+
+    scores = []
+
+    class Record(Hook):
+        def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            scores.extend(sample.pred_score for sample in outputs)
+
+    config = Config.fromfile(str(path))
+    config.work_dir, config.load_from, config.log_level = str(work_dir), str(checkpoint), "WARNING"
+    config.experiment_name = f"test_loading_{os.getpid()}_{host_test.count}"
+    host_test.count += 1
+    runner = Runner.from_cfg(config)
+    runner.register_hook(Record())
+    return runner.test()["accuracy/top1"], torch.stack(scores)
+
+
+host_test.count = 0
+
+
+def scores_and_accuracy(model, folder):
+    """Of the wrapped model, in the batches of the host's test."""
+    pixels, labels = read(folder)
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch in pixels.split(4)])
+    return logits.softmax(1), 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+@pytest.mark.parametrize("preprocessor", PREPROCESSORS)
+def test_mmpretrain_s_own_test_gives_the_same(preprocessor, mmpretrain_config, folder, tmp_path):
+    path, checkpoint = mmpretrain_config(preprocessor)
+    model = from_mmpretrain(path, checkpoint)
+    assert not model.training
+    ours, accuracy = scores_and_accuracy(model, folder)
+    theirs_accuracy, theirs = host_test(path, checkpoint, tmp_path / "work")
+    assert torch.equal(ours, theirs)
+    assert accuracy == pytest.approx(theirs_accuracy, abs=1e-4)
+    assert len(set(ours.argmax(1).tolist())) > 1
+    # It matters: another channel order gives something else.
+    swapped = from_mmpretrain(path, checkpoint, channel_order="rgb")
+    assert not torch.allclose(scores_and_accuracy(swapped, folder)[0], theirs)
+
+
+def test_the_command_of_mmpretrain_reports_the_same_accuracy(mmpretrain_config, folder, tmp_path):
+    runs = pytest.importorskip("mmpretrain_runs")
+    path, checkpoint = mmpretrain_config()
+    output = runs.execute(runs.tool("test"), path, checkpoint, "--work-dir", tmp_path / "work", cwd=tmp_path)
+    theirs = float(re.findall(r"accuracy/top1: ([\d.]+)", output)[-1])
+    _, ours = scores_and_accuracy(from_mmpretrain(str(path), str(checkpoint)), folder)
+    assert ours == pytest.approx(theirs, abs=1e-3)  # it prints four digits
+    assert 0 < ours < 100
+
+
+def training_config(text):
+    """The same as a classifier that is trained adversarially, with a class prior."""
+    text = text.replace("type='ImageClassifier'", "type='AdversarialClassifier', attack=dict(eps='8/255', steps=1), "
+                        "robust_loss=dict(type='IKLLoss', global_info=True)")  # fmt: skip
+    assert "AdversarialClassifier" in text
+    return text
+
+
+def distilling_config(text):
+    return text.replace("type='ImageClassifier'", "type='DistillationClassifier', teacher='no_such_file.py', "
+                        "distill_loss=dict(type='IKLLoss', global_info=True)")  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "loss"), [(training_config, "robust_loss"), (distilling_config, "distill_loss")])
+def test_of_a_training_classifier_the_plain_one_is_loaded(change, loss, mmpretrain_config, folder):
+    path, checkpoint = mmpretrain_config()
+    plain, _ = scores_and_accuracy(from_mmpretrain(path, checkpoint), folder)
+    content = torch.load(checkpoint, weights_only=True)
+    for name in ("matrix", "sums", "counts"):
+        content["state_dict"][f"{loss}.class_prior.{name}"] = torch.zeros(3)
+    path, checkpoint = mmpretrain_config(change=change, weights=content)
+    model = from_mmpretrain(path, checkpoint)
+    assert type(model.classifier).__name__ == "ImageClassifier"
+    assert torch.equal(scores_and_accuracy(model, folder)[0], plain)
+    content["state_dict"][f"{loss}.other"] = torch.zeros(3)
+    path, checkpoint = mmpretrain_config(change=change, weights=content)
+    with pytest.raises(ValueError, match=rf"must fit `model` of .*config\.py, .*; unexpected: {loss}\.other\. Name"):
+        from_mmpretrain(path, checkpoint)
+
+
+def test_averaged_weights_are_those_of_mmpretrain_s_test(mmpretrain_config, folder, tmp_path):
+    path, checkpoint = mmpretrain_config()
+    averaged = torch.load(checkpoint, weights_only=True)["state_dict"]
+    last = {name: 2 * tensor for name, tensor in averaged.items()}
+    content = {
+        "meta": {"mmengine_version": "0.10.7"},
+        "state_dict": averaged,
+        "ema_state_dict": {**named(last, "module."), "steps": torch.tensor(3)},
+    }
+    path, checkpoint = mmpretrain_config(weights=content)
+    ours, _ = scores_and_accuracy(from_mmpretrain(path, checkpoint), folder)
+    assert torch.equal(ours, host_test(path, checkpoint, tmp_path / "work")[1])
+    model = from_mmpretrain(path, checkpoint, averaged=False)
+    loaded = model.classifier.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in last.items())
+
+
+def test_a_config_object_and_a_top_level_preprocessor_serve_too(mmpretrain_config, folder):
+    from mmengine.config import Config
+
+    path, checkpoint = mmpretrain_config()
+    expected, _ = scores_and_accuracy(from_mmpretrain(path, checkpoint), folder)
+    config = Config.fromfile(str(path))
+    config.data_preprocessor = config.model.pop("data_preprocessor")
+    before = config.pretty_text
+    assert torch.equal(scores_and_accuracy(from_mmpretrain(config, checkpoint), folder)[0], expected)
+    assert config.pretty_text == before
+
+
+def test_images_in_0_1_of_a_training_classifier_stay_so(mmpretrain_config):
+    def in_0_1(text):
+        text = training_config(text).replace("attack=dict", "pixel_range=1.0, attack=dict")
+        return text.replace("dict(type='PackInputs')", "dict(type='torchvision/ConvertImageDtype'), "
+                            "dict(type='PackInputs')")  # fmt: skip
+
+    path, checkpoint = mmpretrain_config("mean=[0.5] * 3, std=[0.25] * 3, to_rgb=True", change=in_0_1)
+    model = from_mmpretrain(path, checkpoint)
+    with torch.no_grad():
+        assert torch.equal(model(images()), model.classifier((images() - 0.5) / 0.25))
+
+
+def test_data_that_is_rgb_by_itself_is_not_turned(mmpretrain_config):
+    def cifar10(text):
+        return text.replace("dict(type='LoadImageFromFile'), ", "").replace("type='CustomDataset'", "type='CIFAR10'")
+
+    path, checkpoint = mmpretrain_config("mean=[0.0] * 3, std=[255.0] * 3, to_rgb=False", change=cifar10)
+    model = from_mmpretrain(path, checkpoint)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), model.classifier(images()))
+
+
+def test_a_gradient_reaches_the_images_and_devices_are_followed(mmpretrain_config):
+    model = from_mmpretrain(*mmpretrain_config())
+    pixels = images().requires_grad_()
+    model(pixels).logsumexp(1).sum().backward()
+    assert pixels.grad.abs().sum() > 0
+    assert model.to("meta").classifier.data_preprocessor.device.type == "meta"
+
+
+def with_step(step):
+    return lambda text: text.replace("dict(type='PackInputs')", f"dict({step}), dict(type='PackInputs')")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_step("type='Normalize', mean=[0.0], std=[1.0]"), r"the test pipeline must .*, got Normalize\. Drop it"),
+        (with_step("type='torchvision/ToTensor'"), r"the test pipeline must leave pixels as bytes .*, got ToTensor\."),
+        (with_step("type='NumpyToPIL', to_rgb=True"), r"`channel_order` must be given, .*got None\. Use 'bgr' for"),
+        (lambda text: text.replace("dict(type='LoadImageFromFile'), ", ""), r"`channel_order` must be given"),
+        (lambda text: text.replace("model = dict(", "network = dict("), r".*config\.py must have a `model`, but it"),
+    ],
+)
+def test_a_config_that_does_not_say_how_images_are_prepared_is_refused(change, message, mmpretrain_config):
+    path, checkpoint = mmpretrain_config(change=change)
+    with pytest.raises(ValueError, match=r"^from_mmpretrain: " + message):
+        from_mmpretrain(path, checkpoint)
+
+
+def test_arguments_of_mmpretrain_that_are_none_are_refused(mmpretrain_config, tmp_path):
+    path, checkpoint = mmpretrain_config()
+    with pytest.raises(ValueError, match=r"^from_mmpretrain: `config` must be a config file, but there is none at"):
+        from_mmpretrain(tmp_path / "none.py", checkpoint)
+    with pytest.raises(TypeError, match=r"^from_mmpretrain: `config` must be the path .*, got dict\. Use Config\.from"):
+        from_mmpretrain({}, checkpoint)
+    with pytest.raises(ValueError, match=r"`channel_order` must be 'rgb', 'bgr' or None, got 'RGB'"):
+        from_mmpretrain(path, checkpoint, channel_order="RGB")
+    with pytest.raises(ValueError, match=r"a checkpoint must be a file, but there is none at .*none\.pth"):
+        from_mmpretrain(path, tmp_path / "none.pth")
+
+
+def test_a_head_that_gives_no_logits_is_refused(mmpretrain_config):
+    path, checkpoint = mmpretrain_config()
+    model = from_mmpretrain(path, checkpoint)
+    model.classifier.head = None
+    with pytest.raises(
+        ValueError, match=r"^from_mmpretrain: the config must be of a classifier .*, got a tuple\. Use a"
+    ):
+        model(images())
+
+
+# --- what MMPretrain's checkpoint says of its images -----------------------------------------------------------------
+
+
+def stored(network, preprocessor):
+    text = CONFIG.format(preprocessor=preprocessor, root="x").replace(
+        "pipeline=pipeline", "pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]"
+    )  # MMEngine writes it out
+    weights = named(network.state_dict(), "backbone.")
+    return {"meta": {"cfg": text, "mmengine_version": "0.10.7"}, "state_dict": weights}
+
+
+PIXELS = "mean=[0.0, 0.0, 0.0], std=[255.0, 255.0, 255.0], to_rgb=True"
+NORMALISED = "mean=[127.5, 102.0, 76.5], std=[63.75, 51.0, 76.5], to_rgb=True"
+
+
+def test_a_checkpoint_whose_own_config_has_other_images_is_refused(saved):
+    network = randomised(robustbench_network(PLAIN))
+    assert load_checkpoint(saved(stored(network, PIXELS)), PLAIN)(images()).equal(network(images()))
+    message = (
+        r"^load_checkpoint: the checkpoint .*a\.pt must have been trained on RGB images in \[0, 1\] as they are to be "
+        r"a WideResNet-10-1, but by its own config on RGB images with mean \(0\.5, 0\.4, 0\.3\) and std \(0\.25, 0\.2, "
+        r"0\.3\)\. Use from_mmpretrain\(config, checkpoint\), or give mean=\(0\.5, 0\.4, 0\.3\), std=\(0\.25"
+    )
+    path = saved(stored(network, NORMALISED))
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path, PLAIN)
+    mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+    loaded = load_checkpoint(path, PLAIN, mean=mean, std=std)
+    assert isinstance(loaded, Normalised)
+    for spoiled in (PIXELS.replace("True", "False"), "to_rgb=True", PIXELS.replace("0.0", "1.0")):
+        with pytest.raises(ValueError, match=r"must have been trained on RGB images in \[0, 1\] as they are"):
+            load_checkpoint(saved(stored(network, spoiled)), PLAIN)
+
+
+def test_images_that_would_be_normalised_twice_are_refused(saved):
+    network = randomised(robustbench_network(DM))
+    assert load_checkpoint(saved(stored(network, PIXELS)), DM)(images()).equal(network(images()))
+    with pytest.raises(ValueError, match=r"as they are to be a DMWideResNet-10-1-SiLU.* checkpoint\)\.$"):
+        load_checkpoint(saved(stored(network, NORMALISED)), DM)
+
+
+def test_a_text_that_is_no_config_says_nothing_and_is_not_run(saved, tmp_path):
+    network = randomised(robustbench_network(PLAIN))
+    for text in (
+        "model = (",
+        "model = build()",
+        "",
+        f"__import__('os').mkdir({str(tmp_path / 'exploded')!r})",
+        "model = dict(data_preprocessor=dict(mean=['a'], std=['b']))",
+    ):
+        content = stored(network, PIXELS)
+        content["meta"]["cfg"] = text
+        assert load_checkpoint(saved(content), PLAIN)(images()).equal(network(images()))
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- torchdistill ----------------------------------------------------------------------------------------------------
+
+YAML = """
+dependencies: [{{'name': 'ikl_plugins.torchdistill'}}]
+datasets:
+  some/test: &test !import_call
+    key: 'torchvision.datasets.ImageFolder'
+    init:
+      kwargs:
+        root: '{root}/test'
+        transform: !import_call
+          key: 'torchvision.transforms.Compose'
+          init:
+            kwargs:
+              transforms: [{steps}]
+models:
+  {role}:
+    key: '{key}'
+    kwargs: {kwargs}
+    dst_ckpt: 'x.pt'
+train: {{}}
+test:
+  test_data_loader:
+    dataset_id: 'some/test'
+    sampler:
+      class_or_func: !import_get
+        key: 'torch.utils.data.SequentialSampler'
+      kwargs:
+    kwargs: {{batch_size: 4, num_workers: 0}}
+"""
+STEPS = {
+    "tensor": "!import_call {key: 'torchvision.transforms.ToTensor'}",
+    "normalize": "!import_call {key: 'torchvision.transforms.Normalize', init: {kwargs: "
+    "{mean: [0.31, 0.47, 0.53], std: [0.21, 0.33, 0.27]}}}",
+    "resize": "!import_call {key: 'torchvision.transforms.Resize', init: {kwargs: {size: [32, 32]}}}",
+    "crop": "!import_call {key: 'torchvision.transforms.CenterCrop', init: {kwargs: {size: 32}}}",
+    "blur": "!import_call {key: 'torchvision.transforms.GaussianBlur', init: {kwargs: {kernel_size: 3}}}",
+    "bytes": "!import_call {key: 'torchvision.transforms.PILToTensor'}",
+    "float": "!import_call {key: 'torchvision.transforms.ConvertImageDtype', init: {kwargs: "
+    "{dtype: !import_get {key: 'torch.float32'}}}}",
+}
+
+
+@pytest.fixture
+def torchdistill_config(folder, tmp_path):
+    """Writes a YAML file, weights for it, and returns both paths and the network."""
+    pytest.importorskip("torchdistill.models.registry")
+
+    def write(*steps, role="student_model", key="ikl_plugins.resnet8", kwargs="{num_classes: 3}", network=None):
+        path, checkpoint = tmp_path / "config.yaml", tmp_path / "x.pt"
+        text = YAML.format(
+            root=folder, steps=", ".join(STEPS[step] for step in steps), role=role, key=key, kwargs=kwargs
+        )
+        path.write_text(text)
+        torch.manual_seed(4)
+        network = randomised(models.resnet8(3) if network is None else network)
+        torch.save({"model": network.state_dict(), "args": argparse.Namespace(seed=0)}, checkpoint)
+        return path, checkpoint, network
+
+    return write
+
+
+def driver_accuracy(path, network):
+    """Of torchdistill's loaders and the network on them, and the logits."""
+    from torchdistill.common.yaml_util import load_yaml_file
+    from torchdistill.datasets.util import build_data_loader
+
+    config = load_yaml_file(str(path))
+    settings = config["test"]["test_data_loader"]
+    loader = build_data_loader(config["datasets"][settings["dataset_id"]], settings, distributed=False)
+    with torch.no_grad():
+        batches = [(network(batch), labels) for batch, labels in loader]
+    logits, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    return 100 * (logits.argmax(1) == labels).double().mean().item(), logits
+
+
+@pytest.mark.parametrize("role", ["student_model", "model"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ("tensor", "normalize"),
+        ("resize", "tensor", "normalize"),
+        ("tensor", "crop", "normalize"),
+        ("tensor",),
+        ("bytes", "float", "normalize"),
+        ("bytes", "resize", "float"),
+    ],
+)
+def test_torchdistill_s_own_test_gives_the_same(steps, role, torchdistill_config, folder):
+    path, checkpoint, network = torchdistill_config(*steps, role=role)
+    model = from_torchdistill(path, checkpoint)
+    assert not model.training
+    assert isinstance(model, Normalised) == ("normalize" in steps)
+    pixels, labels = read(folder)
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch in pixels.split(4)])
+    theirs_accuracy, theirs = driver_accuracy(path, network)
+    assert torch.equal(logits, theirs)
+    assert 100 * (logits.argmax(1) == labels).double().mean().item() == theirs_accuracy
+
+
+def test_the_driver_of_torchdistill_reports_the_same_accuracy(torchdistill_config, folder, tmp_path):
+    driver = pytest.importorskip("train_torchdistill")
+    path, _, _ = torchdistill_config("tensor", "normalize")
+    text = path.read_text().replace("train: {}", """train:
+  log_freq: 10
+  num_epochs: 2
+  train_data_loader:
+    dataset_id: 'some/test'
+    sampler:
+      class_or_func: !import_get
+        key: 'torch.utils.data.SequentialSampler'
+      kwargs:
+    kwargs: {batch_size: 4, num_workers: 0}
+  val_data_loader:
+    dataset_id: 'some/test'
+    sampler:
+      class_or_func: !import_get
+        key: 'torch.utils.data.SequentialSampler'
+      kwargs:
+    kwargs: {batch_size: 4, num_workers: 0}
+  model: {forward_proc: 'forward_batch_only'}
+  optimizer: {key: 'SGD', kwargs: {lr: 0.1}}
+  criterion:
+    key: 'WeightedSumLoss'
+    kwargs:
+      sub_terms:
+        ce:
+          criterion: {key: 'CrossEntropyLoss', kwargs: {reduction: 'mean'}}
+          criterion_wrapper:
+            key: 'SimpleLossWrapper'
+            kwargs:
+              input: {is_from_teacher: False, module_path: '.', io: 'output'}
+              target: {uses_label: True}
+          weight: 1.0
+""").replace("student_model", "model").replace("'x.pt'", f"'{tmp_path / 'trained.pt'}'")  # fmt: skip
+    path.write_text(text)
+    result = driver.run(driver.load_config(path))
+    model = from_torchdistill(str(path), tmp_path / "trained.pt")
+    pixels, labels = read(folder)
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch in pixels.split(4)])
+    assert 100 * (logits.argmax(1) == labels).double().mean().item() == pytest.approx(result["test_accuracy"])
+
+
+def test_a_robustbench_network_of_torchdistill_is_robustbench_s(torchdistill_config):
+    network = robustbench_network(PLAIN, 3)
+    path, checkpoint, network = torchdistill_config(
+        "tensor", key="ikl_plugins.robustbench_network", kwargs=f"{{architecture: '{PLAIN}', num_classes: 3}}",
+        network=network,
+    )  # fmt: skip
+    model = from_torchdistill(path, checkpoint)
+    named_model = load_checkpoint(checkpoint, PLAIN, num_classes=3)
+    assert type(model) is type(named_model) is type(network)
+    with torch.no_grad():
+        assert torch.equal(model(images()), network(images()))
+        assert torch.equal(named_model(images()), network(images()))
+
+
+@pytest.mark.parametrize(
+    ("steps", "got"),
+    [
+        ((), "none"),
+        (("bytes",), "PILToTensor"),
+        (("tensor", "normalize", "normalize"), "ToTensor, Normalize, Normalize"),
+        (("tensor", "blur", "normalize"), "ToTensor, GaussianBlur, Normalize"),
+        (("tensor", "normalize", "crop"), "ToTensor, Normalize, CenterCrop"),
+    ],
+)
+def test_a_transform_that_cannot_be_repeated_is_refused(steps, got, torchdistill_config):
+    path, checkpoint, _ = torchdistill_config(*steps)
+    message = rf"^from_torchdistill: the transform of the test data set 'some/test' must make .*, got {got}\. End it"
+    with pytest.raises(ValueError, match=message):
+        from_torchdistill(path, checkpoint)
+
+
+def test_a_yaml_file_that_is_none_is_refused(torchdistill_config, tmp_path):
+    path, checkpoint, _ = torchdistill_config("tensor", "normalize")
+    text = path.read_text()
+    with pytest.raises(ValueError, match=r"^from_torchdistill: `config` must be a YAML file, but there is none at"):
+        from_torchdistill(tmp_path / "none.yaml", checkpoint)
+    for spoiled, message in (
+        (text.replace("student_model", "teacher_model"), r"must have `models: student_model:` or `models: model:`, bu"),
+        (text.replace("dataset_id: 'some/test'", "dataset_id: 'other'"), r"must have the data set of its `test:`, but"),
+        (
+            text.replace("/test'\n        tr", "/none'\n        tr"),
+            r"must name data that is there, but reading it gave",
+        ),
+        ("a: [", r"must be a YAML file, but it is not: .* Correct it\."),
+        ("- 1", r"must have `models: student_model:`"),
+    ):
+        path.write_text(spoiled)
+        with pytest.raises(ValueError, match=rf"(?s)^from_torchdistill: .*config\.yaml {message}"):
+            from_torchdistill(path, checkpoint)
+
+
+def test_weights_of_another_model_are_refused(torchdistill_config, tmp_path):
+    path, checkpoint, _ = torchdistill_config("tensor", network=models.resnet14(3))
+    message = r"the checkpoint .*x\.pt must fit the model 'ikl_plugins\.resnet8' of .*; unexpected: layer1\.1\.conv1\."
+    with pytest.raises(ValueError, match=message + r".* Name the config that it was trained with"):
+        from_torchdistill(path, checkpoint)
+    torch.save({"model": {}, "args": Bomb(tmp_path / "exploded")}, checkpoint)
+    with pytest.raises(ValueError, match=r"would run code"):
+        from_torchdistill(path, checkpoint)
+    assert not (tmp_path / "exploded").exists()
