@@ -6,10 +6,10 @@ Importing this package registers, once:
   ``IKLLoss``, ``GKLLoss``, ``KLLoss``, the hooks ``IKLHook`` and ``BatchNormMomentumHook``, the averaged model
   ``WarmupEMA``, the schedulers ``ResumableOneCycleLR`` and ``OneCycleMomentum``, the optimizer wrapper
   ``AutocastOptimWrapper``;
-- in MMPretrain's: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbone
-  ``RobustBenchNetwork`` with its head ``LogitsClsHead``, the data preprocessor ``TwoViewDataPreprocessor``, the metrics
-  ``RobustAccuracy`` and ``ManyMediumFew``, the data set ``GeneratedImages``, the batch sampler
-  ``GeneratedBatchSampler``.
+- in MMPretrain's: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbones
+  ``DistillationNetwork`` and ``RobustBenchNetwork`` with their head ``LogitsClsHead``, the data preprocessor
+  ``TwoViewDataPreprocessor``, the metrics ``RobustAccuracy`` and ``ManyMediumFew``, the data set ``GeneratedImages``,
+  the batch sampler ``GeneratedBatchSampler``.
 
 It also adds the few names that a checkpoint of MMEngine holds to those that torch loads with ``weights_only=True``
 (:func:`ikl_plugins.mmpretrain.checkpoints.allow_mmengine_checkpoints`), so that resuming and testing work.
@@ -35,7 +35,7 @@ from .long_tail import ManyMediumFew
 from .losses import DKLLoss, GKLLoss, IKLLoss, KLLoss
 from .mapped import unpack_npz
 from .metrics import RobustAccuracy
-from .networks import LogitsClsHead, build_robustbench_network
+from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
 from .optim import AutocastOptimWrapper
 from .pixels import PixelSpace
 from .preprocessing import TwoViewDataPreprocessor
@@ -67,6 +67,7 @@ __all__ = [
     "TwoViewDataPreprocessor",
     "WarmupEMA",
     "allow_mmengine_checkpoints",
+    "build_distillation_network",
     "build_robustbench_network",
     "build_teacher",
     "load_weights",

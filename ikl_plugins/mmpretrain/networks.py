@@ -1,4 +1,7 @@
-"""RobustBench's own networks as MMPretrain's backbones: what is trained is what RobustBench loads."""
+"""Whole networks as MMPretrain's backbones: RobustBench's own, and those of the distillation literature.
+
+They give logits, so that their checkpoints have the names of the original zoos, behind 'backbone.'.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,45 @@ from mmpretrain.models.heads import ClsHead
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .. import models
 from ..models.robustbench_zoo import robustbench_network
 
-__all__ = ["LogitsClsHead", "build_robustbench_network"]
+__all__ = ["LogitsClsHead", "build_distillation_network", "build_robustbench_network"]
+
+
+def build_distillation_network(name: str, num_classes: int) -> nn.Module:
+    """A network of :mod:`ikl_plugins.models` as backbone: ``backbone=dict(type='DistillationNetwork', name=...)``.
+
+    It gives logits, so its head is ``dict(type='LogitsClsHead', num_classes=...)``. Its own names are those of the
+    published checkpoints, so as a teacher it needs no classifier around it: ``teacher_ckpt`` is a file of mdistiller.
+
+    Args:
+        name: of the network, 'resnet8x4' for one; those in ``ikl_plugins.models.__all__``.
+        num_classes: number of logits.
+
+    Returns:
+        The network, initialised as its zoo does.
+
+    Raises:
+        TypeError: ``num_classes`` is no integer.
+        ValueError: an unknown name, or ``num_classes`` below 1.
+
+    Example:
+        In a config::
+
+            model = dict(
+                type='DistillationClassifier',
+                data_preprocessor=dict(mean=[129.3105, 124.1085, 112.404], std=[68.2125, 65.4075, 70.4055]),
+                backbone=dict(type='DistillationNetwork', name='resnet8x4', num_classes=100),
+                head=dict(type='LogitsClsHead', num_classes=100),
+                teacher=dict(type='DistillationNetwork', name='resnet32x4', num_classes=100),
+                teacher_ckpt='resnet32x4_vanilla/ckpt_epoch_240.pth',
+            )
+    """
+    if name not in models.__all__:
+        raise ValueError(check.unknown_name_message("DistillationNetwork", "network", str(name), models.__all__))
+    network: nn.Module = getattr(models, name)(num_classes=num_classes)
+    return network
 
 
 def build_robustbench_network(

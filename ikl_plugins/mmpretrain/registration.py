@@ -15,7 +15,7 @@ from .hooks import IKLHook
 from .long_tail import ManyMediumFew
 from .losses import DKLLoss, GKLLoss, IKLLoss, KLLoss
 from .metrics import RobustAccuracy
-from .networks import LogitsClsHead, build_robustbench_network
+from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
 from .optim import AutocastOptimWrapper
 from .preprocessing import TwoViewDataPreprocessor
 from .sampling import GeneratedBatchSampler
@@ -37,6 +37,7 @@ _ENTRIES: tuple[tuple[Any, str, str, Any], ...] = (
     (root.OPTIM_WRAPPERS, "optimizer wrapper", "AutocastOptimWrapper", AutocastOptimWrapper),
     (host.MODELS, "model", "AdversarialClassifier", AdversarialClassifier),
     (host.MODELS, "model", "DistillationClassifier", DistillationClassifier),
+    (host.MODELS, "backbone", "DistillationNetwork", build_distillation_network),
     (host.MODELS, "backbone", "RobustBenchNetwork", build_robustbench_network),
     (host.MODELS, "head", "LogitsClsHead", LogitsClsHead),
     (host.MODELS, "data preprocessor", "TwoViewDataPreprocessor", TwoViewDataPreprocessor),

@@ -36,6 +36,7 @@ def test_every_name_is_in_its_registry():
             held = getattr(library, registry).module_dict
             assert {name: held[name] for name in names} == {name: getattr(adapter, name) for name in names}
     assert host.MODELS.module_dict["RobustBenchNetwork"] is adapter.build_robustbench_network
+    assert host.MODELS.module_dict["DistillationNetwork"] is adapter.build_distillation_network
 
 
 def test_registering_robustbench_s_networks_does_not_import_it():
@@ -82,6 +83,7 @@ def test_registering_again_changes_nothing():
         (host.MODELS, "loss", "KLLoss", "mmpretrain"),  # there it would hide ours
         (host.MODELS, "model", "DistillationClassifier", "mmpretrain"),
         (host.MODELS, "backbone", "RobustBenchNetwork", "mmpretrain"),
+        (host.MODELS, "backbone", "DistillationNetwork", "mmpretrain"),
         (host.MODELS, "head", "LogitsClsHead", "mmpretrain"),
         (host.METRICS, "metric", "RobustAccuracy", "mmpretrain"),
         (root.HOOKS, "hook", "IKLHook", "mmengine"),

@@ -1,0 +1,15 @@
+# CIFAR-100, vgg13 -> MobileNetV2: IKL, values of the authors' code (Cui et al., NeurIPS 2024).
+#
+# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/MobileNetV2_from_vgg13-ikl.py
+_base_ = "../_base_/cifar100_ikl.py"
+
+model = dict(
+    backbone=dict(name="MobileNetV2"),
+    teacher=dict(name="vgg13"),
+    teacher_ckpt="download_ckpts/cifar_teachers/vgg13_vanilla/ckpt_epoch_240.pth",
+    distill_loss=dict(alpha=4.0, beta=12.0),  # of the soft cross entropy; of the weighted MSE, its 1/4 inside
+)
+
+optim_wrapper = dict(optimizer=dict(lr=0.01))  # as published for ShuffleNet and MobileNet students; others 0.05
+
+work_dir = "runs/mmpretrain/cifar100/MobileNetV2_from_vgg13-ikl"

@@ -1,0 +1,15 @@
+# CIFAR-100, resnet32x4 -> ShuffleV1: GKL, values of the authors' code (Cui et al., TPAMI 2026).
+#
+# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/ShuffleV1_from_resnet32x4-gkl.py
+_base_ = "../_base_/cifar100_gkl.py"
+
+model = dict(
+    backbone=dict(name="ShuffleV1"),
+    teacher=dict(name="resnet32x4"),
+    teacher_ckpt="download_ckpts/cifar_teachers/resnet32x4_vanilla/ckpt_epoch_240.pth",
+    distill_loss=dict(alpha=1.0, beta=8.0, gamma=0.0, global_info=True),
+)
+
+optim_wrapper = dict(optimizer=dict(lr=0.01))  # as published for ShuffleNet and MobileNet students; others 0.05
+
+work_dir = "runs/mmpretrain/cifar100/ShuffleV1_from_resnet32x4-gkl"

@@ -1,0 +1,10 @@
+# CIFAR-100, ShuffleV2 alone, trained on the labels; also tests what the distillations into it have trained.
+#
+# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/ShuffleV2.py
+_base_ = "../_base_/cifar100_student.py"
+
+model = dict(backbone=dict(name="ShuffleV2"))
+
+optim_wrapper = dict(optimizer=dict(lr=0.01))  # as published for ShuffleNet and MobileNet students; others 0.05
+
+work_dir = "runs/mmpretrain/cifar100/ShuffleV2"

@@ -1,0 +1,13 @@
+# CIFAR-100, resnet32x4 -> resnet8x4: IKL, values of the authors' code (Cui et al., NeurIPS 2024).
+#
+# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/resnet8x4_from_resnet32x4-ikl.py
+_base_ = "../_base_/cifar100_ikl.py"
+
+model = dict(
+    backbone=dict(name="resnet8x4"),
+    teacher=dict(name="resnet32x4"),
+    teacher_ckpt="download_ckpts/cifar_teachers/resnet32x4_vanilla/ckpt_epoch_240.pth",
+    distill_loss=dict(alpha=1.0, beta=8.0),  # of the soft cross entropy; of the weighted MSE, its 1/4 inside
+)
+
+work_dir = "runs/mmpretrain/cifar100/resnet8x4_from_resnet32x4-ikl"

@@ -1,0 +1,10 @@
+# CIFAR-100, WideResNet-34-10: GKL, basic, second script of the authors' GKL code (Cui et al., TPAMI 2026).
+#
+# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_adversarial/wrn_34_10-gkl.py
+_base_ = "../_base_/cifar100_wrn_34_10.py"
+
+model = dict(
+    robust_loss=dict(type="GKLLoss", alpha=4.0, beta=20.0, gamma=0.4, weight_temperature=1.0, global_info=True)
+)
+
+work_dir = "runs/mmpretrain/cifar100_adversarial/wrn_34_10-gkl"

@@ -1,0 +1,11 @@
+# CIFAR-100, WideResNet-28-10 with SiLU, a million generated images: IKL in place of the KL divergence.
+#
+# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_generated/wrn_28_10_1m-ikl.py
+_base_ = "./wrn_28_10_1m-kl.py"
+
+# NOT VERIFIED: no coefficients are published for a million images. These are those of the 50 million.
+model = dict(
+    robust_loss=dict(_delete_=True, type="IKLLoss", alpha=5.0, beta=12.0, weight_temperature=4.0, global_info=True)
+)
+
+work_dir = "runs/mmpretrain/cifar100_generated/wrn_28_10_1m-ikl"

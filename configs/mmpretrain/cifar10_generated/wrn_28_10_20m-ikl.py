@@ -1,0 +1,12 @@
+# CIFAR-10, WideResNet-28-10 with SiLU, 20 million generated images: IKL in place of the KL
+# divergence (Cui et al., NeurIPS 2024).
+#
+# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_generated/wrn_28_10_20m-ikl.py
+_base_ = "./wrn_28_10_20m-kl.py"
+
+# Coefficients from the name of the authors' AutoAttack log; they publish no code for this training.
+model = dict(
+    robust_loss=dict(_delete_=True, type="IKLLoss", alpha=3.0, beta=10.0, weight_temperature=4.0, global_info=True)
+)
+
+work_dir = "runs/mmpretrain/cifar10_generated/wrn_28_10_20m-ikl"

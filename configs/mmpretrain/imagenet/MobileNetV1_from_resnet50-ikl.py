@@ -1,0 +1,15 @@
+# ImageNet, resnet50 -> MobileNetV1: IKL, values of the authors' code (Cui et al., NeurIPS 2024). It has no ramp.
+#
+# torchrun --nproc_per_node 8 tools/train_mmpretrain.py \
+#     configs/mmpretrain/imagenet/MobileNetV1_from_resnet50-ikl.py --launcher pytorch
+_base_ = "./MobileNetV1.py"
+
+model = dict(
+    type="DistillationClassifier",
+    teacher=dict(type="torchvision.models.resnet50"),
+    teacher_ckpt="https://download.pytorch.org/models/resnet50-0676ba61.pth",  # IMAGENET1K_V1
+    teacher_val_batches=16,  # logs its accuracy on the first 1,024 validation images of each process
+    distill_loss=dict(type="IKLLoss", alpha=4.0, beta=1.0, temperature=1.0, weight_temperature=1.0, global_info=True),
+)
+
+work_dir = "runs/mmpretrain/imagenet/MobileNetV1_from_resnet50-ikl"

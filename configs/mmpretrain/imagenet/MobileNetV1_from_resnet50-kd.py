@@ -1,0 +1,17 @@
+# ImageNet, resnet50 -> MobileNetV1: KD, the baseline, as mdistiller has it.
+#
+# torchrun --nproc_per_node 8 tools/train_mmpretrain.py \
+#     configs/mmpretrain/imagenet/MobileNetV1_from_resnet50-kd.py --launcher pytorch
+_base_ = "./MobileNetV1.py"
+
+model = dict(
+    type="DistillationClassifier",
+    teacher=dict(type="torchvision.models.resnet50"),
+    teacher_ckpt="https://download.pytorch.org/models/resnet50-0676ba61.pth",  # IMAGENET1K_V1
+    teacher_val_batches=16,  # logs its accuracy on the first 1,024 validation images of each process
+    head=dict(loss=dict(loss_weight=0.5)),
+    distill_loss=dict(type="KLLoss", temperature=1.0),
+    distill_weight=0.5,
+)
+
+work_dir = "runs/mmpretrain/imagenet/MobileNetV1_from_resnet50-kd"

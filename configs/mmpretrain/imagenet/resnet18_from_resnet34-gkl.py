@@ -1,0 +1,24 @@
+# ImageNet, resnet34 -> resnet18: GKL, values of the authors' code (Cui et al., TPAMI 2026).
+#
+# torchrun --nproc_per_node 8 tools/train_mmpretrain.py \
+#     configs/mmpretrain/imagenet/resnet18_from_resnet34-gkl.py --launcher pytorch
+_base_ = "./resnet18.py"
+
+model = dict(
+    type="DistillationClassifier",
+    teacher=dict(type="torchvision.models.resnet34"),
+    teacher_ckpt="https://download.pytorch.org/models/resnet34-b627a593.pth",  # IMAGENET1K_V1
+    teacher_val_batches=16,  # logs its accuracy on the first 1,024 validation images of each process
+    distill_loss=dict(
+        type="GKLLoss",
+        alpha=1.0,
+        beta=0.5,
+        gamma=0.6,
+        temperature=1.0,
+        weight_temperature=1.0,
+        global_info=True,
+    ),
+    warmup_epochs=5,  # the GKL code's default, which its ImageNet files leave alone
+)
+
+work_dir = "runs/mmpretrain/imagenet/resnet18_from_resnet34-gkl"

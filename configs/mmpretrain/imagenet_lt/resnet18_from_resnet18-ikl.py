@@ -1,0 +1,18 @@
+# ImageNet-LT, resnet18 -> resnet18: IKL, values of the authors' code (Cui et al., NeurIPS 2024), which has no class
+# prior here, and weights at temperature 100, nearly uniform.
+#
+# torchrun --nproc_per_node 4 tools/train_mmpretrain.py \
+#     configs/mmpretrain/imagenet_lt/resnet18_from_resnet18-ikl.py --launcher pytorch
+_base_ = "./resnet18.py"
+
+model = dict(
+    type="DistillationClassifier",
+    teacher="{{ fileDirname }}/resnet18.py",
+    teacher_ckpt="runs/mmpretrain/imagenet_lt/resnet18/epoch_90.pth",
+    teacher_val_batches=16,  # logs its accuracy on the first 1,024 test images of each process
+    distill_loss=dict(
+        type="IKLLoss", alpha=1.0, beta=0.5, temperature=1.0, weight_temperature=100.0, global_info=False
+    ),
+)
+
+work_dir = "runs/mmpretrain/imagenet_lt/resnet18_from_resnet18-ikl"

@@ -1,0 +1,16 @@
+# ImageNet-LT, resnet18 -> resnet18: KL, the baseline of the authors' code.
+#
+# torchrun --nproc_per_node 4 tools/train_mmpretrain.py \
+#     configs/mmpretrain/imagenet_lt/resnet18_from_resnet18-kl.py --launcher pytorch
+_base_ = "./resnet18.py"
+
+model = dict(
+    type="DistillationClassifier",
+    teacher="{{ fileDirname }}/resnet18.py",
+    teacher_ckpt="runs/mmpretrain/imagenet_lt/resnet18/epoch_90.pth",
+    teacher_val_batches=16,  # logs its accuracy on the first 1,024 test images of each process
+    distill_loss=dict(type="KLLoss", temperature=1.0),
+    distill_weight=4.0,
+)
+
+work_dir = "runs/mmpretrain/imagenet_lt/resnet18_from_resnet18-kl"

@@ -1,0 +1,184 @@
+"""The networks of the distillation literature as backbones, and as teachers with the checkpoints of their zoo.
+
+Names, shapes and forward passes are those of network_oracles, which calls nothing of the package.
+"""
+
+import mmpretrain_runs as runs
+import network_oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.dataset import pseudo_collate
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+from torch.utils.data import DataLoader
+
+from ikl_plugins import models
+from ikl_plugins.mmpretrain import build_distillation_network, load_weights
+
+CLASSES = 3
+TEACHERS = ("resnet56", "resnet110", "resnet32x4", "ResNet50", "wrn_40_2", "vgg13")  # that mdistiller publishes
+MEAN, STD = (129.3105, 124.1085, 112.404), (68.2125, 65.4075, 70.4055)
+
+
+def network(name, classes=CLASSES):
+    return {"type": "DistillationNetwork", "name": name, "num_classes": classes}
+
+
+def config(name="resnet8", kind="ImageClassifier", classes=CLASSES, **keywords):
+    return {
+        "type": kind,
+        "data_preprocessor": {"mean": list(MEAN), "std": list(STD), "to_rgb": False, "num_classes": classes},
+        "backbone": network(name, classes),
+        "head": {"type": "LogitsClsHead", "num_classes": classes},
+        **keywords,
+    }
+
+
+def save(path, name, classes=CLASSES):
+    """A file in the form in which mdistiller publishes its teachers; gives the weights."""
+    weights = network_oracles.NETWORKS[name].weights(classes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"epoch": 240, "model": weights, "best_acc": 72.34}, path)
+    return weights
+
+
+def oracle(name, weights, inputs):
+    return network_oracles.NETWORKS[name].forward(network_oracles.Pass(weights), inputs).logits
+
+
+@pytest.mark.parametrize("name", models.__all__)
+def test_every_network_is_a_backbone_under_its_published_names(name):
+    classifier = MODELS.build(config(name))
+    entries = network_oracles.NETWORKS[name].entries(CLASSES)
+    assert {key: tuple(value.shape) for key, value in classifier.state_dict().items()} == {
+        f"backbone.{key}": shape for key, shape in entries.items()
+    }
+    assert type(classifier.backbone) is type(getattr(models, name)(num_classes=CLASSES))
+
+
+def test_the_classifier_s_logits_and_loss_are_those_of_the_network():
+    weights = network_oracles.NETWORKS["resnet8x4"].weights(CLASSES)
+    classifier = MODELS.build(config("resnet8x4")).eval()
+    classifier.load_state_dict({f"backbone.{key}": value for key, value in weights.items()})
+    raw = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    inputs = (raw - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    expected = oracle("resnet8x4", weights, inputs)
+    labels = [0, 2, 1, 1]
+    samples = [DataSample().set_gt_label(label) for label in labels]
+    data = classifier.data_preprocessor({"inputs": raw, "data_samples": samples})
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(data["inputs"]), expected, rtol=1e-4, atol=1e-4)
+        loss = classifier.loss(data["inputs"], data["data_samples"])["loss"]
+    torch.testing.assert_close(loss, F.cross_entropy(expected, torch.tensor(labels)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_checkpoint_of_mdistiller_teaches_as_it_is(name, tmp_path):
+    weights = save(tmp_path / "ckpt_epoch_240.pth", name)
+    model = MODELS.build(
+        config(
+            "resnet8",
+            "DistillationClassifier",
+            teacher=network(name),
+            teacher_ckpt=str(tmp_path / "ckpt_epoch_240.pth"),
+        )
+    )
+    model.train()
+    inputs = torch.randn(2, 3, 32, 32)
+    before = {key: value.clone() for key, value in model.teacher.module.state_dict().items()}
+    torch.testing.assert_close(model.teacher(inputs), oracle(name, weights, inputs), rtol=1e-3, atol=1e-3)
+    after = model.teacher.module.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not any(key.startswith("teacher") for key in model.state_dict())
+
+
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "inputs": torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=generator),
+            "data_samples": DataSample().set_gt_label(index % CLASSES),
+        }
+        for index in range(6)
+    ]
+    return DataLoader(samples, batch_size=3, shuffle=True, collate_fn=pseudo_collate)
+
+
+def test_a_distilled_network_is_read_by_its_own_class_and_teaches_in_turn(tmp_path):
+    save(tmp_path / "teacher.pth", "resnet14")
+    loss = {"type": "IKLLoss", "beta": 4.0, "global_info": True}
+    student = config(
+        "resnet8", "DistillationClassifier", teacher=network("resnet14"), teacher_ckpt=str(tmp_path / "teacher.pth"),
+        distill_loss=loss,
+    )  # fmt: skip
+    runs.runner(tmp_path / "run", student, epochs=1, train_dataloader=loader()).train()
+    saved = tmp_path / "run" / "epoch_1.pth"
+    weights = {
+        key.removeprefix("backbone."): value for key, value in load_weights(saved).items() if "class_prior" not in key
+    }
+    own = models.resnet8(num_classes=CLASSES)
+    own.load_state_dict(weights)  # strictly
+    # What MMEngine has written has 'backbone.' in front: its classifier is the teacher.
+    second = MODELS.build(
+        config("resnet8", "DistillationClassifier", teacher=config("resnet8"), teacher_ckpt=str(saved))
+    )
+    inputs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(second.teacher(inputs), own.eval()(inputs))
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
+    save(tmp_path / "teacher.pth", "resnet14")
+    student = config(
+        "ShuffleV1", "DistillationClassifier", teacher=network("resnet14"), teacher_ckpt=str(tmp_path / "teacher.pth"),
+        distill_loss={"type": "GKLLoss", "gamma": 0.5, "global_info": True}, warmup_epochs=2,
+    )  # fmt: skip
+    for folder, epochs, resume in (("whole", 2, False), ("halves", 1, False), ("halves", 2, True)):
+        runs.runner(tmp_path / folder, student, epochs=epochs, train_dataloader=loader(), resume=resume).train()
+    whole, halves = (load_weights(tmp_path / folder / "epoch_2.pth") for folder in ("whole", "halves"))
+    assert list(whole) == list(halves)
+    assert all(torch.equal(halves[key], value) for key, value in whole.items())
+
+
+def test_another_network_s_checkpoint_is_refused(tmp_path):
+    save(tmp_path / "teacher.pth", "resnet14")
+    keywords = {"teacher_ckpt": str(tmp_path / "teacher.pth")}
+    with pytest.raises(
+        ValueError, match=r"must be a checkpoint of the network in `teacher`, but .* missing: layer1\.2\."
+    ):
+        MODELS.build(config(kind="DistillationClassifier", teacher=network("resnet20"), **keywords))
+    with pytest.raises(
+        ValueError, match=r"does not fit it; missing: backbone\.conv1\.weight.*unexpected: conv1\.weight"
+    ):
+        MODELS.build(config(kind="DistillationClassifier", teacher=config("resnet14"), **keywords))
+    with pytest.raises(ValueError, match=r"other shapes: fc\.weight \(3, 64\) instead of \(5, 64\)"):
+        MODELS.build(config(kind="DistillationClassifier", teacher=network("resnet14", 5), **keywords))
+
+
+def test_another_class_count_is_refused(tmp_path):
+    save(tmp_path / "teacher.pth", "resnet14", classes=5)
+    model = MODELS.build(
+        config(
+            kind="DistillationClassifier", teacher=network("resnet14", 5), teacher_ckpt=str(tmp_path / "teacher.pth")
+        )
+    )
+    samples = [DataSample().set_gt_label(0)] * 2
+    with pytest.raises(
+        ValueError, match=r"`teacher` must have the class count of the student, got logits of shape \(2, 5\)"
+    ):
+        model.loss(torch.randn(2, 3, 32, 32), samples)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"DistillationNetwork: unknown network `resnet8x5`\. Did you mean `resnet8x4`\?"
+    ):
+        build_distillation_network("resnet8x5", 100)
+    # What the module has beside the networks is none.
+    with pytest.raises(ValueError, match="unknown network `robustbench_zoo`"):
+        MODELS.build(network("robustbench_zoo"))
+    with pytest.raises(ValueError, match=r"resnet8: `num_classes` must be an integer of at least 1, got 0"):
+        build_distillation_network("resnet8", 0)
+    with pytest.raises(TypeError, match="resnet8: `num_classes` must be an integer"):
+        build_distillation_network("resnet8", 10.5)
