@@ -22,13 +22,13 @@ EXAMPLES = 20  # two of each digit; Square takes most of the time, and as much m
 CURVE = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the training's eps
 CURVE_ATTACK = "apgd-ce"
 SEED = 0
-# Of the paper whose loss trained the network; the network itself is of this demo alone.
+# There is no paper about this network.
 PAPER = {
-    "name": "Cui2023Decoupled_WRN-10-1",
-    "title": "Decoupled Kullback-Leibler Divergence Loss",
-    "link": "https://arxiv.org/abs/2305.13948",
-    "authors": "Jiequan Cui, Zhuotao Tian, Zhisheng Zhong, Xiaojuan Qi, Bei Yu, Hanwang Zhang",
-    "venue": "NeurIPS 2024",
+    "name": "Doe2026Demonstration_WRN-10-1",
+    "title": "Demonstration on Handwritten Digits",
+    "link": "https://example.org",
+    "authors": "Jane Doe",
+    "venue": "Unpublished",
 }
 FOOTNOTE = "A network for scikit-learn's digits, in the form of an entry for CIFAR-10."
 

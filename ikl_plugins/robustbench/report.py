@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,8 @@ def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, folder: Path) ->
             axes.imshow(_picture(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(title, fontsize=8)
             axes.set_axis_off()
-    figure.suptitle(f"Natural, adversarial, and their difference, scaled ({log['threat_model']}, eps {log['eps']})")
+    title = f"Natural, adversarial, and their difference, scaled ({log['threat_model']}, eps {log['eps']})"
+    figure.suptitle(textwrap.fill(title, 26 * len(shown)), fontsize=10)
     _save(figure, folder / "fallen.png")
     rows = [
         [str(index), _class(log, log["labels"][index]), _class(log, log["predictions"][index]), log["fell_to"][index]]
