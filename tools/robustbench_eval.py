@@ -18,17 +18,11 @@ from pathlib import Path
 import torch
 from robustbench_arguments import LoadedModel, add_data_arguments, add_model_arguments, images_from, model_from
 
+from ikl_plugins.robustbench.corruptions import evaluate_corruptions
 from ikl_plugins.robustbench.data import Images, load_images
 from ikl_plugins.robustbench.eps import Eps
-from ikl_plugins.robustbench.evaluation import (
-    ATTACKS,
-    VERSIONS,
-    Evaluation,
-    Progress,
-    curve,
-    evaluate,
-    evaluate_corruptions,
-)
+from ikl_plugins.robustbench.evaluation import ATTACKS, VERSIONS, Progress, curve, evaluate
+from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.report import require_matplotlib, write_report
 
 __all__ = ["main", "run"]

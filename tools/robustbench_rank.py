@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ikl_plugins import _validation as check
-from ikl_plugins.robustbench.evaluation import Evaluation
+from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.leaderboard import Ranking, draw, rank
 
 __all__ = ["main", "run"]

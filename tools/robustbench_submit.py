@@ -21,7 +21,7 @@ import torch
 from robustbench_arguments import add_data_arguments, add_model_arguments, images_from, model_from
 
 from ikl_plugins.models.robustbench_zoo import parse_architecture
-from ikl_plugins.robustbench.evaluation import Evaluation
+from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.preflight import Preflight, preflight
 from ikl_plugins.robustbench.submission import write_submission
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._files import written_aside
 from .data import Images
-from .evaluation import Evaluation
+from .evaluation_log import Evaluation
 
 __all__ = ["binomial_interval", "require_matplotlib", "write_report"]
 
@@ -72,7 +72,7 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, images: Images |
 
     Args:
         evaluation: of :func:`~ikl_plugins.robustbench.evaluation.evaluate` or
-            :func:`~ikl_plugins.robustbench.evaluation.evaluate_corruptions`, finished or not.
+            :func:`~ikl_plugins.robustbench.corruptions.evaluate_corruptions`, finished or not.
         folder: where; files of the same names are replaced.
         images: those that were evaluated, so that images that fell can be shown.
 

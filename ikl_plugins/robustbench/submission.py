@@ -22,7 +22,7 @@ from .. import _validation as check
 from .._robustbench_import import import_robustbench
 from ..models.robustbench_zoo import Architecture, class_count, nearest_architecture, parse_architecture
 from .data import file_sha256
-from .evaluation import Evaluation, weights_sha256
+from .evaluation_log import Evaluation, weights_sha256
 from .leaderboard import board_eps, entries, table_origin
 from .loading import DATASET_CLASSES, HostClassifier, Normalised
 from .preflight import Preflight

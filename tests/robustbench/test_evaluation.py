@@ -25,14 +25,10 @@ if importlib.util.find_spec("robustbench") is None:
 
 from ikl_plugins import _files
 from ikl_plugins._robustbench_import import import_robustbench
+from ikl_plugins.robustbench.corruptions import evaluate_corruptions
 from ikl_plugins.robustbench.data import Images, content_sha256
-from ikl_plugins.robustbench.evaluation import (
-    Evaluation,
-    curve,
-    evaluate,
-    evaluate_corruptions,
-    weights_sha256,
-)
+from ikl_plugins.robustbench.evaluation import curve, evaluate
+from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
 
 robustbench = import_robustbench()
 BenchmarkDataset, ThreatModel = robustbench.data.BenchmarkDataset, robustbench.data.ThreatModel

@@ -17,7 +17,8 @@ if None in (importlib.util.find_spec("robustbench"), importlib.util.find_spec("m
 from ikl_plugins import _files
 from ikl_plugins.robustbench import report as module
 from ikl_plugins.robustbench.data import Images
-from ikl_plugins.robustbench.evaluation import Evaluation, curve, evaluate
+from ikl_plugins.robustbench.evaluation import curve, evaluate
+from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.report import binomial_interval, require_matplotlib, write_report
 
 CLASSES = ("cat", "$dog$", "owl", "b|d")

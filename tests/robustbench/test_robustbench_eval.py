@@ -28,7 +28,8 @@ from ikl_plugins import _files
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.models.robustbench_zoo import robustbench_network
 from ikl_plugins.robustbench import loading
-from ikl_plugins.robustbench.evaluation import Evaluation, Progress, curve, evaluate
+from ikl_plugins.robustbench.evaluation import Progress, curve, evaluate
+from ikl_plugins.robustbench.evaluation_log import Evaluation
 
 robustbench = import_robustbench()
 TOOL = Path(robustbench_eval.__file__)

@@ -16,7 +16,8 @@ import torch
 from robustbench_submit import main
 
 from ikl_plugins.models.robustbench_zoo import robustbench_network
-from ikl_plugins.robustbench.evaluation import Evaluation, evaluate
+from ikl_plugins.robustbench.evaluation import evaluate
+from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.submission import DEMONSTRATION
 
 TOOL = Path(robustbench_submit.__file__)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ikl_plugins.models.robustbench_zoo import robustbench_network
-from ikl_plugins.robustbench.evaluation import Evaluation, weights_sha256
+from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
 from ikl_plugins.robustbench.leaderboard import entries
 from ikl_plugins.robustbench.loading import Normalised
 from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight
