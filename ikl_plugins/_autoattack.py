@@ -117,6 +117,7 @@ class AutoAttack(pyautoattack.AutoAttack):  # type: ignore[misc]
     @contextlib.contextmanager
     def _log(self) -> Iterator[None]:
         """Hands on what pyautoattack logs, for as long as an evaluation runs."""
+        tracer = sys.gettrace()  # pyautoattack's check for dynamic defences takes the place of a debugger's
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)] if self._prints else []
         if self._log_path is not None:
             handlers.append(logging.FileHandler(self._log_path))
@@ -135,3 +136,4 @@ class AutoAttack(pyautoattack.AutoAttack):  # type: ignore[misc]
                 handler.close()
             logger.setLevel(level)
             logger.propagate = propagate
+            sys.settrace(tracer)

@@ -13,6 +13,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -20,6 +21,8 @@ __all__ = ["import_robustbench"]
 
 INSTALL = "pip install 'ikl_plugins[robustbench]'"
 _CALLER = "ikl_plugins.robustbench"
+# It wants a timm of 2024, which says at each import what torch and timm have renamed since. No user can mend that.
+_OUTDATED = ("Importing from timm.models", "`torch.jit.interface` is deprecated")
 # What users and RobustBench import from below `autoattack`; pyautoattack has it under the same names.
 _PARTS = (
     "autopgd_base",
@@ -46,7 +49,10 @@ def import_robustbench() -> ModuleType:
     finder = _StandIns()
     sys.meta_path.append(finder)  # the last one: asked when all others have found nothing
     try:
-        return importlib.import_module("robustbench")
+        with warnings.catch_warnings():
+            for message in _OUTDATED:
+                warnings.filterwarnings("ignore", message)
+            return importlib.import_module("robustbench")
     except ImportError as error:
         missing = error.name or str(error)
         raise ImportError(

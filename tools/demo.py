@@ -4,13 +4,15 @@
 
 prepares scikit-learn's digits if need be, trains the teacher of configs/torchdistill/digits and from it one student per
 loss (CE, KL, DKL, IKL, GKL) and seed, each exactly as `tools/train_torchdistill.py CONFIG --seed SEED` would. Then it
-trains the configs teacher, adversarial_trades and adversarial_ikl of configs/mmpretrain/digits, each exactly as
-`tools/train_mmpretrain.py CONFIG` would, and attacks what came of them.
+trains the configs natural, adversarial_trades and adversarial_ikl of configs/mmpretrain/digits, each exactly as
+`tools/train_mmpretrain.py CONFIG` would, and attacks what came of them. Last, the network of adversarial_ikl meets
+AutoAttack on a few images, and RobustBench's submission is written for it, as tools/robustbench_eval.py and
+tools/robustbench_submit.py do.
 
-It prints two tables and writes to runs/demo: the tables (table.md; the first as table.png), both terms of the loss over
-the epochs (curves.png), the class prior (class_prior.png), natural and adversarial images (adversarial_images.png),
-accuracy against the strength of the attack (robust_accuracy.png), and results.json with every number, seed, version and
-config hash.
+It prints what it found and writes to runs/demo: the tables (table.md; the first as table.png), both terms of the loss
+over the epochs (curves.png), the class prior (class_prior.png), natural and adversarial images
+(adversarial_images.png), accuracy against the strength of the attack (robust_accuracy.png), evaluation and submission
+folder (robustbench), and results.json with every number, seed, version and config hash.
 
 Each finished run is kept in results.json, so an interrupted demo goes on where it stopped; --fresh starts over.
 """
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import demo_adversarial
+import demo_robustbench
 import prepare_data
 from demo_report import binomial_margin, pyplot, save_figure, sha256, text_table, write_text
 
@@ -368,7 +371,7 @@ class Demo:
             self.output / "adversarial", data, common, epochs=self.epochs, threads=THREADS
         )
         wanted = [(method, seed) for seed in self.seeds for method in _rotated(list(METHODS), seed)]
-        with _Bar(2 + len(wanted) + demo_adversarial.PARTS) as bar:
+        with _Bar(2 + len(wanted) + demo_adversarial.PARTS + demo_robustbench.PARTS) as bar:
             teacher = self._teacher(common, bar)
             finished = {}
             for method, seed in wanted:
@@ -380,6 +383,10 @@ class Demo:
                 self._done(bar, line, kept=kept)
 
             adversarial.run(content.setdefault("adversarial", {}), bar.steps, finish)
+            robustbench = demo_robustbench.RobustBenchRun(
+                self.output / "robustbench", data, *adversarial.trained(demo_adversarial.IKL)
+            )
+            robustbench.run(content.setdefault("robustbench", {}), bar.steps, finish)
         # The file keeps runs of other seeds for a later call; the report is on those of this one.
         content["reported"] = [f"{method}/{seed}" for seed in self.seeds for method in METHODS]
         self.results.write()
@@ -635,7 +642,13 @@ def main(arguments: list[str] | None = None) -> None:
             fresh=args.fresh,
         )
         results = demo.run()
-        report = markdown(results) + "\n" + demo_adversarial.markdown(results["adversarial"], THREADS)
+        report = "\n".join(
+            [
+                markdown(results),
+                demo_adversarial.markdown(results["adversarial"], THREADS),
+                demo_robustbench.markdown(results["robustbench"], args.output / "robustbench"),
+            ]
+        )
         write_text(args.output / "table.md", report)
         draw_table(results, args.output / "table.png")
         draw_curves(results, args.output / "curves.png")
@@ -654,7 +667,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"interrupted; {kept} finished parts are kept in {args.output}, call again to go on")
     print(f"\n{report}")
     pictures = ("table", "curves", "class_prior", "adversarial_images", "robust_accuracy")
-    print(f"{args.output}: table.md, {', '.join(f'{name}.png' for name in pictures)}, results.json")
+    print(f"{args.output}: table.md, {', '.join(f'{name}.png' for name in pictures)}, robustbench, results.json")
     print(f"{demo.trained} parts done, {demo.kept} kept from an earlier call, {time.perf_counter() - begin:.0f} s")
 
 

@@ -27,18 +27,18 @@ __all__ = ["METHODS", "AdversarialRuns", "draw_images", "draw_robust_accuracy", 
 
 TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / "configs" / "mmpretrain" / "digits"
-# The configs in the order of the table, and what the table calls them. The teacher of the distillation configs has the
-# network of the adversarial ones, trained on natural images.
-NATURAL = "teacher"
-METHODS = {NATURAL: "natural", "adversarial_trades": "TRADES", "adversarial_ikl": "IKL"}
+# The configs in the order of the table, and what the table calls them.
+NATURAL = "natural"
+IKL = "adversarial_ikl"
+METHODS = {NATURAL: "natural", "adversarial_trades": "TRADES", IKL: "IKL"}
 TITLES = {
     NATURAL: "cross entropy, natural images",
     "adversarial_trades": "KL between natural and adversarial",
-    "adversarial_ikl": "IKL between natural and adversarial",
+    IKL: "IKL between natural and adversarial",
 }
-COLOURS = {NATURAL: "#7f7f7f", "adversarial_trades": "#1f77b4", "adversarial_ikl": "#d62728"}
-MARKERS = {NATURAL: "s", "adversarial_trades": "^", "adversarial_ikl": "o"}
-SHOWN = (NATURAL, "adversarial_ikl")  # whose adversarial images are drawn
+COLOURS = {NATURAL: "#7f7f7f", "adversarial_trades": "#1f77b4", IKL: "#d62728"}
+MARKERS = {NATURAL: "s", "adversarial_trades": "^", IKL: "o"}
+SHOWN = (NATURAL, IKL)  # whose adversarial images are drawn
 PACKAGES = ("mmengine", "mmpretrain", "mmcv")  # by the names under which they are imported
 PARTS = len(METHODS) + 1  # of the demo's bar
 # The attack of table and curve. The radii are fractions of the one that TRADES and IKL were trained with.
@@ -85,6 +85,7 @@ class AdversarialRuns:
         self.epochs = epochs
         self.threads = threads
         self.versions = versions
+        self._checkpoints: dict[str, str] = {}
         self._common = {**common, "versions": {**common.get("versions", {}), **versions}}
         radii = {str(config.model.attack.eps) for config in self.configs.values() if "attack" in config.model}
         if len(radii) != 1:
@@ -118,6 +119,7 @@ class AdversarialRuns:
             found = run.get("fingerprint") == fingerprint and (self.folder / run["checkpoint"]).is_file()
             if not found:
                 runs[method] = run = {"fingerprint": fingerprint, **self._train(method, config, steps(METHODS[method]))}
+            self._checkpoints[method] = run["checkpoint"]
             done(f"{METHODS[method]:8} {run['best_score']:15.2f} %  ({run['score']} on validation images)", found)
         wanted = {method: run["fingerprint"] for method, run in runs.items()}
         fingerprint = sha256([wanted, STEPS, RELATIVE_STEP, FRACTIONS, ATTACK_SEED, EXAMPLES])
@@ -127,6 +129,10 @@ class AdversarialRuns:
             evaluation = evaluate(self.configs, checkpoints, self.data, self.eps, steps(f"PGD-{STEPS}"))
             kept["evaluation"] = {"fingerprint": fingerprint, **evaluation}
         done("robust accuracy", found)
+
+    def trained(self, method: str) -> tuple[Any, Path]:
+        """The config of a training, and its checkpoint with the best validation score."""
+        return self.configs[method], self.folder / self._checkpoints[method]
 
     def _fingerprint(self, config: Any) -> str:
         # All settings, those of the bases included. Where the data lies decides nothing, what it is `common` tells.

@@ -1,0 +1,42 @@
+"""The RobustBench adapter: from a checkpoint of any host to an evaluation and a submission.
+
+Importing this package imports RobustBench. Where ``autoattack`` is not installed, which is not on PyPI, pyautoattack
+answers to that name from then on, in this process alone; where it is installed, nothing is changed.
+"""
+
+from .._robustbench_import import import_robustbench
+
+import_robustbench()
+
+from .corruptions import evaluate_corruptions  # noqa: E402
+from .data import Images, load_images  # noqa: E402
+from .eps import Eps, parse_eps  # noqa: E402
+from .evaluation import curve, evaluate  # noqa: E402
+from .evaluation_log import Evaluation  # noqa: E402
+from .leaderboard import Ranking, rank  # noqa: E402
+from .loading import HostClassifier, Normalised, from_mmpretrain, from_torchdistill, load_checkpoint  # noqa: E402
+from .preflight import Preflight, preflight  # noqa: E402
+from .report import write_report  # noqa: E402
+from .submission import write_submission  # noqa: E402
+
+__all__ = [
+    "Eps",
+    "Evaluation",
+    "HostClassifier",
+    "Images",
+    "Normalised",
+    "Preflight",
+    "Ranking",
+    "curve",
+    "evaluate",
+    "evaluate_corruptions",
+    "from_mmpretrain",
+    "from_torchdistill",
+    "load_checkpoint",
+    "load_images",
+    "parse_eps",
+    "preflight",
+    "rank",
+    "write_report",
+    "write_submission",
+]

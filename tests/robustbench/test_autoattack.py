@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_prints_and_logs_for_the_time_of_a_run(
     assert "robust accuracy after APGD-CE" in printed
     assert path.read_text() == printed
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_leaves_a_debugger_in_place(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    def tracer(*_: object) -> None: ...
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        attack = AutoAttack(model, eps=EPS, seed=0, verbose=False, attacks_to_run=["apgd-ce"], version="custom")
+        attack.run_standard_evaluation(*batch, bs=6)
+        after = sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert after is tracer
 
 
 def test_prints_nothing_when_not_verbose(

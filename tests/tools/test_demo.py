@@ -13,6 +13,7 @@ from pathlib import Path
 
 import demo
 import demo_adversarial
+import demo_robustbench
 import prepare_data
 import pytest
 from demo_adversarial_results import made_up_adversarial_results
@@ -203,6 +204,7 @@ class FakeTraining:
         ):  # fmt: skip
             monkeypatch.setattr(module, draw, lambda results, path: path.write_bytes(b""))
         monkeypatch.setattr(demo_adversarial, "AdversarialRuns", FakeAdversarialRuns)
+        monkeypatch.setattr(demo_robustbench, "RobustBenchRun", FakeRobustBenchRun)
 
     def __call__(self, config, *, device="cpu", seed=0, start_epoch=0, progress=None):
         from ikl_plugins import models
@@ -246,6 +248,26 @@ class FakeAdversarialRuns:
         for _ in range(demo_adversarial.PARTS):
             done("a part", found)
 
+    def trained(self, method):
+        return "config", f"checkpoint of {method}"
+
+
+class FakeRobustBenchRun:
+    """Stands in for the last part, which has tests of its own."""
+
+    def __init__(self, folder, data, config, checkpoint):
+        assert folder.name == "robustbench"
+        assert (config, checkpoint) == ("config", "checkpoint of adversarial_ikl")
+
+    def run(self, kept, steps, done):
+        found = bool(kept)
+        kept.update(
+            architecture="WideResNet-10-1", eps="16/255", images=20, natural_accuracy=95.0, robust_accuracy=90.0,
+            attacks=["apgd-ce"], seconds=1.0, versions={"torch": "2"}, checks={"eval mode": True, "claim": None},
+        )  # fmt: skip
+        for _ in range(demo_robustbench.PARTS):
+            done("a part", found)
+
 
 def read_results(output):
     return json.loads((output / "results.json").read_text())
@@ -262,7 +284,7 @@ def test_a_second_call_keeps_every_run_and_fresh_forgets_them(here, monkeypatch,
         *(f"{method}_seed1" for method in ("kd", "dkl", "ikl", "gkl", "ce")),
     ]
     out = capsys.readouterr().out
-    assert "16 parts done, 0 kept from an earlier call" in out
+    assert "18 parts done, 0 kept from an earlier call" in out
     first = read_results(here / "runs/demo")
     assert first["reported"] == [f"{method}/{seed}" for seed in (0, 1) for method in demo.METHODS]
     assert sorted(path.name for path in (here / "runs/demo").iterdir()) == [
@@ -273,7 +295,7 @@ def test_a_second_call_keeps_every_run_and_fresh_forgets_them(here, monkeypatch,
     training.calls.clear()
     demo.main(["--seeds", "2"])
     assert training.calls == []
-    assert "0 parts done, 16 kept from an earlier call" in capsys.readouterr().out
+    assert "0 parts done, 18 kept from an earlier call" in capsys.readouterr().out
     assert read_results(here / "runs/demo") == first
 
     demo.main(["--seeds", "1", "--fresh"])
@@ -406,7 +428,7 @@ def test_a_killed_demo_goes_on_where_it_stopped(few_digits, tmp_path):
     environment = {**os.environ, "IKL_PLUGINS_DATA": str(few_digits)}
     run = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in run.stdout:
-        if line.startswith("[ 3/11]"):
+        if line.startswith("[ 3/13]"):
             break
     run.send_signal(signal.SIGKILL)
     run.communicate()
@@ -423,7 +445,7 @@ def test_a_killed_demo_goes_on_where_it_stopped(few_digits, tmp_path):
     assert finished["teacher"] == kept["teacher"]
     assert {key: finished["runs"][key] for key in kept["runs"]} == kept["runs"]
     assert finished["reported"] == [f"{method}/0" for method in demo.METHODS]
-    assert "[ 3/11] KL   seed 0" in again.stdout
+    assert "[ 3/13] KL   seed 0" in again.stdout
     assert again.stdout.count("(kept from an earlier call)") == len(kept["runs"]) + 1
     assert {len(seconds) for seconds in finished["step_seconds"].values()} == {1}
     assert TABLE_LINE.findall(again.stdout) == ["CE", "KL", "DKL", "IKL", "GKL", "IKL"]  # the last is under attack
@@ -439,6 +461,12 @@ def test_a_killed_demo_goes_on_where_it_stopped(few_digits, tmp_path):
         assert (tmp_path / "demo/adversarial" / finished["adversarial"]["runs"][method]["checkpoint"]).is_file()
     for name in ("table", "curves", "class_prior", "adversarial_images", "robust_accuracy"):
         assert (tmp_path / f"demo/{name}.png").read_bytes().startswith(b"\x89PNG")
+    place = tmp_path / "demo/robustbench/submission"
+    (entry,) = (place / "model_info/cifar10/Linf").glob("*.json")
+    assert json.loads(entry.read_text())["autoattack_acc"] == f"{finished['robustbench']['robust_accuracy']:.2f}"
+    assert (place / f"models/cifar10/Linf/{entry.stem}.pt").is_file()
+    assert "Demonstration" in (place / "new_models_form.md").read_text()
+    assert (tmp_path / "demo/robustbench/evaluation/report.md").is_file()
     priors = torch.tensor(finished["runs"]["ikl/0"]["class_prior"])
     torch.testing.assert_close(priors.sum(1), torch.ones(10))
     for run in finished["runs"].values():

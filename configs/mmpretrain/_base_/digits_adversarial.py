@@ -1,10 +1,8 @@
-# What the adversarial configs of the digits add to plain.py, but for the robust loss.
-_base_ = "../digits/plain.py"
+# What the adversarial configs of the digits add to natural.py, but for the robust loss.
+_base_ = "../digits/natural.py"
 
 model = dict(
     type="AdversarialClassifier",
-    backbone=dict(stem_channels=16, base_channels=16),  # the plain network is too small to be robust
-    head=dict(in_channels=64),
     attack=dict(
         eps="16/255",
         budget="high_as_executed",  # 5 steps of eps / 2 in all epochs

@@ -1,0 +1,234 @@
+"""Accuracy under common corruptions, from RobustBench's own loaders, with a log to go on from."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import _validation as check
+from .._robustbench_import import import_robustbench
+from .data import Images, check_pixels, content_sha256
+from .evaluation import Progress, check_count, check_data, check_model, check_seed, natural_predictions, quiet
+from .evaluation_log import Evaluation, Record, class_names, data_facts, identity
+
+__all__ = ["evaluate_corruptions"]
+
+_SEVERITIES = range(1, 6)
+
+_robustbench = import_robustbench()
+
+
+def evaluate_corruptions(
+    model: nn.Module,
+    dataset: str,
+    *,
+    data_dir: str | Path = "data",
+    n_examples: int | None = None,
+    threat_model: str = "corruptions",
+    natural: Images | None = None,
+    baseline: str | Path | None = None,
+    offline: bool = False,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    log: str | Path | None = None,
+    checkpoint: str | Path | Mapping[str, Any] | None = None,
+    model_name: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Evaluation:
+    """Accuracy under common corruptions (Hendrycks and Dietterich, ICLR 2019), read by RobustBench's own loaders.
+
+    Args:
+        model: see :func:`~ikl_plugins.robustbench.evaluation.evaluate`.
+        dataset: 'cifar10', 'cifar100' or 'imagenet'.
+        data_dir: the folder that has ``CIFAR-10-C``, ``CIFAR-100-C``, ``ImageNet-C`` or ``ImageNet-3DCC``.
+        n_examples: images per corruption and severity, the first ones; None for 10,000, of ImageNet 5,000.
+        threat_model: 'corruptions', or 'corruptions_3d' for ImageNet.
+        natural: uncorrupted images, for the natural accuracy.
+        baseline: a table as RobustBench writes it, with a row 'AlexNet', against which the mean corruption error is
+            measured. None for RobustBench's own place, ``model_info/<dataset>/corruptions``.
+        offline: never download.
+        batch_size: images per batch.
+        device: where to compute.
+        seed: of what the model itself draws.
+        log: a JSON file, written after every severity of a corruption, from which an interrupted evaluation goes on.
+        checkpoint: see :func:`~ikl_plugins.robustbench.evaluation.evaluate`.
+        model_name: see :func:`~ikl_plugins.robustbench.evaluation.evaluate`.
+        progress: called after every severity of a corruption.
+
+    Returns:
+        The evaluation. Its log has in ``corruptions`` the accuracy of each corruption and severity, their mean in
+        ``robust_accuracy``, and in ``corruptions_mce`` the mean corruption error in percent, None if there is no row
+        'AlexNet' (``corruptions_mce_note`` says so).
+
+    Raises:
+        TypeError: as :func:`~ikl_plugins.robustbench.evaluation.evaluate`.
+        ValueError: an unknown data set or threat model, missing files, too few images, or as there.
+    """
+    caller = "evaluate_corruptions"
+    corruptions = _check_corruptions(caller, dataset, threat_model)
+    check_model(caller, model, "standard")
+    n_examples = (5000 if dataset == "imagenet" else 10000) if n_examples is None else n_examples
+    check_count(caller, "n_examples", n_examples)
+    check_count(caller, "batch_size", batch_size)
+    check_seed(caller, seed)
+    device = torch.device(device)
+    model = model.to(device)
+    pairs = [(corruption, severity) for corruption in corruptions for severity in _SEVERITIES]
+    _check_corruption_files(caller, dataset, threat_model, Path(data_dir), corruptions, offline)
+
+    natural_log: dict[str, Any] = {"labels": None, "natural_predictions": None, "natural_correct": None}
+    with quiet(device), torch.no_grad():
+        torch.manual_seed(seed)
+        classes = None
+        if natural is not None:
+            predictions, classes = natural_predictions(
+                caller, model, *check_data(caller, natural.images, natural.labels), batch_size, device
+            )
+            natural_log = {
+                "labels": natural.labels.tolist(),
+                "natural_predictions": predictions.tolist(),
+                "natural_correct": predictions.eq(natural.labels).int().tolist(),
+            }
+        fresh = {
+            **identity(model, model_name, checkpoint, device),
+            "seed": seed,
+            "threat_model": threat_model,
+            "dataset": dataset,
+            "eps": None,
+            "eps_value": None,
+            "version": None,
+            "standard": False,
+            "attacks": [],
+            "dropped": [],
+            "n_target_classes": None,
+            "n_classes": classes,
+            "n_examples": n_examples,
+            "batch_size": batch_size,
+            "data": None if natural is None else data_facts(natural, natural.images, natural.labels),
+            "classes": class_names(natural, classes),
+            **natural_log,
+            "predictions": None,
+            "fell_to": None,
+            "progress": [],
+            "warnings": [],
+            "corruptions": [],
+            "corruptions_mce": None,
+            "corruptions_mce_note": None,
+        }
+        record = Record(caller, fresh, None if log is None else Path(log))
+        done = record.log["corruptions"]
+        for number, (corruption, severity) in enumerate(pairs):
+            if 0 < number < len(done):
+                continue
+            started = time.perf_counter()
+            images, labels = _load_corruption(
+                caller, dataset, threat_model, Path(data_dir), corruption, severity, n_examples
+            )
+            digest = content_sha256(images, labels)
+            if number < len(done):  # the first one stands for the data of an interrupted run
+                if done[number]["sha256"] != digest:
+                    raise record.refusal(f"data ({corruption}, severity {severity})")
+                continue
+            torch.manual_seed(seed)
+            accuracy = _robustbench.utils.clean_accuracy(model, images, labels, batch_size=batch_size, device=device)
+            done.append(
+                {
+                    "corruption": corruption,
+                    "severity": severity,
+                    "accuracy": 100 * accuracy,
+                    "n_examples": len(images),
+                    "sha256": digest,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+            record.save()
+            if progress is not None:
+                name = f"{corruption}/{severity}"
+                correct = round(accuracy * len(images))
+                progress(Progress(name, number + 1, len(pairs), correct, len(images), done[-1]["seconds"]))
+    mce, note = _mean_corruption_error(dataset, threat_model, done, baseline)
+    record.log.update(corruptions_mce=mce, corruptions_mce_note=note, finished=True)
+    record.save()
+    return Evaluation(record.log)
+
+
+def _check_corruptions(caller: str, dataset: str, threat_model: str) -> tuple[str, ...]:
+    """The names of the corruptions."""
+    kinds = {kind.value: table for kind, table in _robustbench.data.CORRUPTIONS_DICT.items()}
+    if dataset not in kinds:
+        raise ValueError(check.unknown_name_message(caller, "data set", dataset, kinds))
+    threats = {threat.value: names for threat, names in kinds[dataset].items()}
+    if threat_model not in threats:
+        raise ValueError(check.unknown_name_message(caller, f"threat model of {dataset}", threat_model, threats))
+    return tuple(threats[threat_model])
+
+
+def _check_corruption_files(
+    caller: str, dataset: str, threat_model: str, data_dir: Path, corruptions: Sequence[str], offline: bool
+) -> None:
+    kind, threat = _robustbench.data.BenchmarkDataset(dataset), _robustbench.data.ThreatModel(threat_model)
+    root = data_dir / _robustbench.data.CORRUPTIONS_DIR_NAMES[kind][threat]
+    if dataset == "imagenet":
+        wanted = [root / corruption / str(severity) for corruption in corruptions for severity in _SEVERITIES]
+    else:
+        if not root.exists() and not offline:
+            return  # the loader fetches it
+        wanted = [root / "labels.npy", *(root / f"{corruption}.npy" for corruption in corruptions)]
+    missing = [path for path in wanted if not path.exists()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        link = _robustbench.data.ZENODO_CORRUPTIONS_LINKS.get(kind)
+        source = f" ({', '.join(link[1])} of https://zenodo.org/records/{link[0]})" if link else ""
+        raise ValueError(
+            f"{caller}: the corrupted images of {dataset} must lie in {root}, but {', '.join(map(str, missing[:3]))}"
+            f"{more} missing. Unpack them there{source}, or name the folder above with data_dir."
+        )
+
+
+def _load_corruption(
+    caller: str, dataset: str, threat_model: str, data_dir: Path, corruption: str, severity: int, n_examples: int
+) -> tuple[Tensor, Tensor]:
+    kind, threat = _robustbench.data.BenchmarkDataset(dataset), _robustbench.data.ThreatModel(threat_model)
+    loader = _robustbench.data.CORRUPTION_DATASET_LOADERS[kind][threat]
+    geometry = _robustbench.data.PREPROCESSINGS["Res224"]  # what RobustBench gives corrupted images of ImageNet
+    # By position: RobustBench calls its CIFAR loaders with a keyword that they do not have.
+    images, labels = loader(n_examples, severity, str(data_dir), False, [corruption], geometry)
+    if len(images) != n_examples:
+        raise ValueError(
+            f"{caller}: `n_examples` must be at most {len(images)}, as many images as {corruption} has with severity "
+            f"{severity}, got {n_examples}. Lower it."
+        )
+    check_pixels(caller, images)
+    return images, labels
+
+
+def _mean_corruption_error(
+    dataset: str, threat_model: str, entries: Sequence[Mapping[str, Any]], baseline: str | Path | None
+) -> tuple[float | None, str | None]:
+    """In percent, as RobustBench measures it: error over AlexNet's mean error, averaged over the corruptions."""
+    if baseline is None:
+        name = "unaggregated_results_3d.csv" if threat_model.endswith("_3d") else "unaggregated_results.csv"
+        baseline = Path("model_info", dataset, "corruptions", name)
+    if not Path(baseline).is_file():
+        return None, f"not computed: there is no {baseline} with the accuracies of AlexNet"
+    with Path(baseline).open(newline="") as file:
+        names, severities, *rows = csv.reader(file)
+    row = next((row for row in rows if row[:1] == ["AlexNet"]), None)
+    if row is None:
+        return None, f"not computed: {baseline} has no row AlexNet"
+    columns = zip(names[1:], severities[1:], row[1:], strict=True)
+    alexnet = {(corruption, int(severity)): float(value) for corruption, severity, value in columns}
+    ratios = []
+    for corruption in dict.fromkeys(entry["corruption"] for entry in entries):
+        own = [1 - entry["accuracy"] / 100 for entry in entries if entry["corruption"] == corruption]
+        theirs = [1 - alexnet[corruption, severity] for severity in _SEVERITIES]
+        ratios.append(np.mean(own) / np.mean(theirs))
+    return 100 * float(np.mean(ratios)), None

@@ -1,0 +1,383 @@
+"""Images to evaluate on: RobustBench's data sets, a folder of class folders, or an .npz file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _validation as check
+from .._robustbench_import import import_robustbench
+
+__all__ = ["DATASETS", "Images", "content_sha256", "file_sha256", "load_images"]
+
+DATASETS = ("cifar10", "cifar100", "imagenet")  # RobustBench's names
+_CALLER = "load_images"
+_IMAGENET_CLASSES = 1000
+_IMAGENET_IMAGES = 5000  # as many as RobustBench's list names
+_IMAGENET_PREPROCESSING = "Res256Crop224"  # that of its loader
+_CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+_KEYS = (("image", "images"), ("label", "labels"))
+_CHUNK = 1 << 20
+
+Array = np.ndarray[Any, Any]
+_robustbench = import_robustbench()
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images with their labels, and what identifies them.
+
+    Attributes:
+        images: float32, shape (N, 3, H, W), pixels in [0, 1].
+        labels: class indices, int64, shape (N,).
+        classes: names of the classes by index, or None.
+        name: of the data set, or the path.
+        sha256: checksum of these images and labels, see :func:`content_sha256`.
+        files: where each image came from, or None.
+        preprocessing: name of the geometry that was applied, or None.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...] | None
+    name: str
+    sha256: str
+    files: tuple[str, ...] | None = None
+    preprocessing: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_images(
+    source: str | Path,
+    *,
+    data_dir: str | Path = "data",
+    n_examples: int | None = None,
+    offline: bool = False,
+    preprocessing: str | None = None,
+) -> Images:
+    """Loads images with pixels in [0, 1].
+
+    Args:
+        source: 'cifar10', 'cifar100' or 'imagenet', read by RobustBench's own loaders; or a folder with a folder of
+            images per class; or an .npz file with ``image`` or ``images`` (uint8 of shape (N, H, W, 3), or floats of
+            shape (N, 3, H, W) in [0, 1]) and ``label`` or ``labels`` (class indices). A folder of a data set's name
+            is written ./cifar10.
+        data_dir: where the data sets lie, or are downloaded to; for ImageNet the folder that has ``val``.
+        n_examples: how many; None for all (of ImageNet RobustBench's 5,000). Of a data set or a file the first ones; of
+            a class folder equally many of each class, as far as they reach.
+        offline: never download.
+        preprocessing: name of one of RobustBench's geometries, such as 'Res256Crop224', None for the images as they
+            are; ImageNet is then given 'Res256Crop224'. Not for an .npz file.
+
+    Returns:
+        The images, those of a class folder in the order of its class and file names.
+
+    Raises:
+        TypeError: ``n_examples`` is no integer, or arrays have a wrong dtype.
+        ValueError: an unknown source or preprocessing; data that is missing (the message says which files belong
+            where), empty, unreadable (named), of differing sizes or outside [0, 1]; fewer images than ``n_examples``.
+    """
+    if n_examples is not None and (isinstance(n_examples, bool) or not isinstance(n_examples, int)):
+        raise TypeError(
+            f"{_CALLER}: `n_examples` must be an integer of at least 1 or None, got {n_examples!r}. Pass a number."
+        )
+    if n_examples is not None and n_examples < 1:
+        raise ValueError(
+            f"{_CALLER}: `n_examples` must be an integer of at least 1 or None, got {n_examples}. Leave it out for all."
+        )
+    named = _robustbench.data.PREPROCESSINGS
+    if preprocessing is not None and preprocessing not in named:
+        known = [name for name in named if name is not None]
+        raise ValueError(check.unknown_name_message(_CALLER, "preprocessing", preprocessing, known))
+    path = Path(source).expanduser()
+    if source in DATASETS:
+        return _load_dataset(str(source), Path(data_dir).expanduser(), n_examples, offline, preprocessing)
+    if path.is_dir():
+        return _load_folder(path, n_examples, preprocessing)
+    if path.suffix == ".npz":
+        return _load_npz(path, n_examples, preprocessing)
+    raise ValueError(
+        f"{_CALLER}: `source` must be {', '.join(map(repr, DATASETS))}, a folder with a folder of images per class, or "
+        f"an .npz file, got {str(source)!r}, and there is no such folder (seen from {Path.cwd()}). Check the name."
+    )
+
+
+def content_sha256(images: Tensor, labels: Tensor) -> str:
+    """The checksum of images and labels: of their shapes, their float32 pixels and their int64 labels, in this order.
+
+    Args:
+        images: shape (N, C, H, W).
+        labels: shape (N,).
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"{tuple(images.shape)} {tuple(labels.shape)}\n".encode())
+    for start in range(0, len(images), 256):
+        digest.update(images[start : start + 256].detach().cpu().float().contiguous().numpy().tobytes())
+    digest.update(labels.detach().cpu().long().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """The checksum of a file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --- RobustBench's data sets -----------------------------------------------------------------------------------------
+
+
+def _load_dataset(
+    name: str, data_dir: Path, n_examples: int | None, offline: bool, preprocessing: str | None
+) -> Images:
+    if name == "imagenet":
+        preprocessing = preprocessing or _IMAGENET_PREPROCESSING
+        n_examples = _IMAGENET_IMAGES if n_examples is None else n_examples
+        if n_examples > _IMAGENET_IMAGES:
+            raise _too_many(n_examples, _IMAGENET_IMAGES, "RobustBench's list of ImageNet images")
+        _check_imagenet(data_dir, n_examples)
+    elif offline:
+        check_cifar(_CALLER, name, data_dir)
+    kind = _robustbench.data.BenchmarkDataset(name)
+    transform = _robustbench.data.PREPROCESSINGS[preprocessing]
+    images, labels = _robustbench.data.load_clean_dataset(kind, n_examples, str(data_dir), transform)
+    if n_examples is not None and len(images) < n_examples:
+        raise _too_many(n_examples, len(images), name)
+    return _images(images, labels.long(), _class_names(name, data_dir), name, None, preprocessing)
+
+
+def check_cifar(caller: str, name: str, data_dir: Path) -> None:
+    """Refuses a folder in which torchvision would not find every file of CIFAR with its checksum."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    try:
+        kind(str(data_dir), train=False, download=False)
+    except RuntimeError as error:
+        files = ", ".join(file for file, _ in [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")])
+        raise ValueError(
+            f"{caller}: {name} must lie in {data_dir / _CIFAR_FOLDERS[name]} to be read offline, whole and unchanged, "
+            f"with the files {files}. Unpack {kind.filename} from {kind.url} in {data_dir}, or allow the download."
+        ) from error
+
+
+def _class_names(name: str, data_dir: Path) -> tuple[str, ...] | None:
+    """The names of the classes, if the files that say them are there."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    if name == "imagenet":
+        return tuple(sorted(entry.name for entry in os.scandir(data_dir / "val") if entry.is_dir()))
+    try:
+        return tuple({"cifar10": CIFAR10, "cifar100": CIFAR100}[name](str(data_dir), train=False).classes)
+    except RuntimeError:
+        return None  # a loader of one's own reads from elsewhere; the numbers need no names
+
+
+def _check_imagenet(data_dir: Path, n_examples: int) -> None:
+    """Refuses a folder that lacks one of the images that RobustBench reads."""
+    root = data_dir / "val"
+    way_out = (
+        "Put ILSVRC2012_img_val's images there, in a folder per class (n01440764, ...), and name it with data_dir."
+    )
+    if not root.is_dir():
+        raise ValueError(f"{_CALLER}: imagenet must lie in {root}, but there is no such folder. {way_out}")
+    folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+    if len(folders) != _IMAGENET_CLASSES:  # a label is a folder's place among all of them
+        raise ValueError(
+            f"{_CALLER}: imagenet in {root} must have the {_IMAGENET_CLASSES:,} class folders and no other, got "
+            f"{len(folders):,} folders. {way_out}"
+        )
+    try:
+        samples = _robustbench.data.CustomImageFolder(str(root)).samples
+    except KeyError as error:
+        raise ValueError(f"{_CALLER}: imagenet in {root} must have the folder {error.args[0]}. {way_out}") from error
+    for file, _ in samples[:n_examples]:
+        if not Path(file).is_file():
+            raise ValueError(
+                f"{_CALLER}: imagenet must have the images of RobustBench's list, but {file} is missing. {way_out}"
+            )
+
+
+# --- folders and files -----------------------------------------------------------------------------------------------
+
+
+def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None) -> Images:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        folder = ImageFolder(str(path))
+    except FileNotFoundError as error:
+        empty = [entry.name for entry in sorted(os.scandir(path), key=lambda entry: entry.name) if entry.is_dir()]
+        found = f"no image in all of {', '.join(empty[:4])}" if empty else "no folder"
+        raise ValueError(
+            f"{_CALLER}: `source` must be a folder with a folder of images per class, but {path} has {found} "
+            f"({error}). Name the folder of one split."
+        ) from error
+    samples = _spread(folder.samples, n_examples, path)
+    transform = _robustbench.data.PREPROCESSINGS[preprocessing]
+    images = [_read(file, folder.loader, transform) for file, _ in samples]
+    for image, (file, _) in zip(images, samples, strict=True):
+        if image.shape != images[0].shape:
+            sizes = [
+                f"{tuple(shape[1:])} ({name})"
+                for shape, name in ((images[0].shape, samples[0][0]), (image.shape, file))
+            ]
+            known = ", ".join(name for name in _robustbench.data.PREPROCESSINGS if name is not None)
+            raise ValueError(
+                f"{_CALLER}: images must have one size, got {sizes[0]} and {sizes[1]}. "
+                f"Choose the `preprocessing` that the network was trained for: {known}."
+            )
+    labels = torch.tensor([label for _, label in samples])
+    files = tuple(str(Path(file).relative_to(path)) for file, _ in samples)
+    return _images(torch.stack(images), labels, tuple(folder.classes), str(path), files, preprocessing)
+
+
+def _spread(samples: Sequence[tuple[str, int]], n_examples: int | None, path: Path) -> list[tuple[str, int]]:
+    """``n_examples`` samples: from each class in turn, given in their old order."""
+    if n_examples is None:
+        return list(samples)
+    if n_examples > len(samples):
+        raise _too_many(n_examples, len(samples), path)
+    seen: Counter[int] = Counter()
+    turns = []
+    for index, (_, label) in enumerate(samples):
+        turns.append((seen[label], index))
+        seen[label] += 1
+    return [samples[index] for index in sorted(index for _, index in sorted(turns)[:n_examples])]
+
+
+def _read(file: str, loader: Callable[[str], Any], transform: Callable[[Any], Tensor]) -> Tensor:
+    try:
+        return transform(loader(file))
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises any of them on a damaged file
+        raise ValueError(
+            f"{_CALLER}: every image must be readable, but {file} is not: {error}. Remove or replace it."
+        ) from error
+
+
+def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> Images:
+    if preprocessing is not None:
+        raise ValueError(
+            f"{_CALLER}: `preprocessing` must be None for an .npz file, whose pixels are used as they are, got "
+            f"{preprocessing!r}. Store the images in the size that the network takes."
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"{_CALLER}: `source` must be a file, but there is none at {path} (seen from {Path.cwd()}). Check the path."
+        )
+    pixels, labels = _read_npz(path)
+    if pixels.dtype == np.uint8:
+        layout = pixels.ndim == 4 and pixels.shape[3] == 3
+    elif np.issubdtype(pixels.dtype, np.floating):
+        layout = pixels.ndim == 4 and pixels.shape[1] == 3
+    else:
+        raise TypeError(
+            f"{_CALLER}: the images of {path} must be uint8 or floats, got {pixels.dtype}. "
+            f"Convert grey levels with .astype('uint8')."
+        )
+    if not layout:
+        raise ValueError(
+            f"{_CALLER}: the images of {path} must have shape (N, H, W, 3) as uint8 or (N, 3, H, W) as floats, got "
+            f"{pixels.shape} as {pixels.dtype}. Transpose them; repeat a single channel three times."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(
+            f"{_CALLER}: the labels of {path} must be integer class indices, got {labels.dtype}. "
+            f"Store one index per image."
+        )
+    if labels.shape != pixels.shape[:1]:
+        raise ValueError(
+            f"{_CALLER}: {path} must hold a label per image, got labels of shape {labels.shape} for {len(pixels)} "
+            f"images. Store one index per image."
+        )
+    if n_examples is not None:
+        if n_examples > len(pixels):
+            raise _too_many(n_examples, len(pixels), path)
+        pixels, labels = pixels[:n_examples], labels[:n_examples]
+    if pixels.dtype == np.uint8:
+        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float().div(255)
+    else:
+        images = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+    return _images(images, torch.from_numpy(labels.astype(np.int64)), None, str(path), None, None)
+
+
+def _read_npz(path: Path) -> tuple[Array, Array]:
+    try:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            there = list(file.files)
+            chosen = [[key for key in keys if key in there] for keys in _KEYS]
+            arrays = [file[keys[0]] for keys in chosen if len(keys) == 1]
+    # A damaged archive raises any of them, and an array of objects, which would run code, a ValueError.
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{_CALLER}: {path} must be a whole .npz file of plain arrays, but reading it gave: {error}. "
+            f"Write it with numpy.savez."
+        ) from error
+    for keys, found in zip(_KEYS, chosen, strict=True):
+        if len(found) != 1:
+            raise ValueError(
+                f"{_CALLER}: {path} must hold either `{keys[0]}` or `{keys[1]}`, but has "
+                f"{', '.join(there) or 'nothing'}. Name the arrays `images` and `labels`."
+            )
+    return arrays[0], arrays[1]
+
+
+# --- what all of them share ------------------------------------------------------------------------------------------
+
+
+def _images(
+    images: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...] | None,
+    name: str,
+    files: tuple[str, ...] | None,
+    preprocessing: str | None,
+) -> Images:
+    check_pixels(_CALLER, images)
+    return Images(images, labels, classes, name, content_sha256(images, labels), files, preprocessing)
+
+
+def check_pixels(caller: str, images: Tensor) -> None:
+    """Refuses no images at all, and pixels outside [0, 1]."""
+    if len(images) == 0:
+        raise ValueError(f"{caller}: there must be at least one image, got none. Check where the data comes from.")
+    low, high = (bound.item() for bound in torch.aminmax(images))
+    if not (low >= 0 and high <= 1):  # so that NaN is refused
+        raise ValueError(
+            f"{caller}: pixels must lie in [0, 1], got values from {low:.4g} to {high:.4g}. Divide grey levels by 255; "
+            f"leave normalisation to the model."
+        )
+
+
+def _too_many(wanted: int, there: int, where: object) -> ValueError:
+    return ValueError(
+        f"{_CALLER}: `n_examples` must be at most {there}, as many images as {where} has, got {wanted}. "
+        f"Lower it, or leave it out for all."
+    )

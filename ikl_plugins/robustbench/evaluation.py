@@ -1,0 +1,502 @@
+"""AutoAttack with a log: per-image results, written after every batch, from which an interrupted run goes on.
+
+The attacks, their parameters and their order are AutoAttack's (Croce and Hein, ICML 2020), and so is what they find:
+with one seed, the images that fell and the adversarial images equal those of one run of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _validation as check
+from .._robustbench_import import import_robustbench
+from .data import Images, check_pixels
+from .eps import Eps, parse_eps
+from .evaluation_log import Evaluation, Record, class_names, data_facts, identity, percent
+
+__all__ = [
+    "ATTACKS",
+    "VERSIONS",
+    "Progress",
+    "check_count",
+    "check_data",
+    "check_model",
+    "check_seed",
+    "curve",
+    "evaluate",
+    "natural_predictions",
+    "quiet",
+]
+
+ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
+VERSIONS = ("standard", "plus", "rand")
+_NORMS = ("Linf", "L2")
+_LEAST_CLASSES = {"apgd-dlr": 4, "apgd-t": 4}  # the margin is divided by the distance to the third or fourth logit
+
+_robustbench = import_robustbench()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an evaluation says after each batch.
+
+    Attributes:
+        attack: name of the attack, or corruption and severity.
+        batch: number of the batch, from 1.
+        batches: of this attack.
+        standing: images that are classified right and have fallen to no attack yet.
+        n_examples: images in all.
+        seconds: that this attack has taken.
+    """
+
+    attack: str
+    batch: int
+    batches: int
+    standing: int
+    n_examples: int
+    seconds: float
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: str | float | Eps,
+    norm: str = "Linf",
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    log: str | Path | None = None,
+    checkpoint: str | Path | Mapping[str, Any] | None = None,
+    data: str | Images | None = None,
+    model_name: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Evaluation:
+    """Runs AutoAttack.
+
+    With fewer than 10 classes the targeted attacks take all other classes as targets; with fewer than 4 the attacks on
+    the difference of logits ratio cannot be computed and are left out, and the result is not standard AutoAttack.
+
+    Args:
+        model: classifier of images in [0, 1] in eval mode, giving logits (N, C); it is moved to ``device``.
+        images: pixels in [0, 1], shape (N, C, H, W).
+        labels: class indices (N,).
+        eps: radius; for L-infinity of pixels in [0, 1], as '8/255'.
+        norm: 'Linf' or 'L2'.
+        version: 'standard', 'plus' or, for models that draw random numbers, 'rand'.
+        attacks: names of some of the attacks, which run with the parameters of AutoAttack's version 'custom' in the
+            order given. Not beside another ``version`` than 'standard'.
+        batch_size: images per batch. The images of a batch share random numbers, so that it is part of the result.
+        device: where to compute.
+        seed: of every attack, and of what the model itself draws. Random numbers of the caller are not touched.
+        log: a JSON file, written after every batch. If it is there, the evaluation goes on where it stopped.
+        checkpoint: path of the file that the weights are from, or a mapping with its 'name' and 'sha256'; for the log.
+        data: name of the data, or the :class:`~ikl_plugins.robustbench.data.Images` they are from; for the log.
+        model_name: for the log; None for the name of its class.
+        progress: called after every batch.
+
+    Returns:
+        The evaluation. Its log says in ``fell_to`` for each image which attack it fell to.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown norm, version or attack; a model in training mode, or that gives something else than
+            finite logits of at least two classes; pixels outside [0, 1]; labels the model has no logit for; a log of
+            another evaluation (the message says what differs) or without its adversarial images.
+
+    Warns:
+        UserWarning: an L-infinity radius that is nearly a number of grey levels.
+    """
+    caller = "evaluate"
+    eps = _check_threat(caller, norm, eps)
+    version, chosen = _check_version(caller, version, attacks)
+    check_model(caller, model, version)
+    images, labels = check_data(caller, images, labels)
+    check_count(caller, "batch_size", batch_size)
+    check_seed(caller, seed)
+    device = torch.device(device)
+    model = model.to(device)
+
+    with quiet(device) as warned, torch.no_grad():
+        torch.manual_seed(seed)
+        predictions, classes = natural_predictions(caller, model, images, labels, batch_size, device)
+        adversary = _adversary(model, norm, eps, version, chosen, seed, device)
+        run, dropped = _attacks(caller, chosen or adversary.attacks_to_run, classes)
+        for targeted in (adversary.apgd_targeted, adversary.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+
+        fresh = {
+            **identity(model, model_name, checkpoint, device),
+            "seed": seed,
+            "threat_model": norm,
+            "dataset": None,
+            "eps": eps.text,
+            "eps_value": float(eps),
+            "version": version,
+            "standard": version == "standard" and not dropped,
+            "attacks": run,
+            "dropped": dropped,
+            "n_target_classes": adversary.fab.n_target_classes if {"apgd-t", "fab-t"} & set(run) else None,
+            "n_classes": classes,
+            "n_examples": len(images),
+            "batch_size": batch_size,
+            "data": data_facts(data, images, labels),
+            "classes": class_names(data, classes),
+            "labels": labels.tolist(),
+            "natural_predictions": predictions.tolist(),
+            "predictions": predictions.tolist(),
+            "natural_correct": predictions.eq(labels).int().tolist(),
+            "fell_to": [None] * len(images),
+            "progress": [],
+            "warnings": [],
+        }
+        record = Record(caller, fresh, None if log is None else Path(log))
+        warned.extend(record.log["warnings"])
+        if not record.log["progress"]:
+            # AutoAttack's own checks of the model, and no attack.
+            adversary.attacks_to_run = []
+            tracer = sys.gettrace()  # its check for dynamic defences takes the place of a debugger's
+            try:
+                adversary.run_standard_evaluation(images[:batch_size], labels[:batch_size], bs=batch_size)
+            finally:
+                sys.settrace(tracer)
+        record.log["warnings"] = warned
+        record.save()
+        for attack in run:
+            # Also of an attack that has run already: some of its settings stay.
+            perturb = _prepared(adversary, attack)
+            _run_attack(record, attack, perturb, adversary.get_logits, images, labels, device, progress)
+        record.log["finished"] = True
+        record.save()
+    return Evaluation(record.log, record.adversarial)
+
+
+def curve(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    radii: Sequence[str | float | Eps],
+    *,
+    norm: str = "Linf",
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
+    folder: str | Path | None = None,
+    progress: Callable[[Eps, Progress], None] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Robust accuracy against eps.
+
+    Each radius is attacked on the images that stand at the smaller ones: an adversarial image of a small ball lies in
+    the larger ones too, so that the curve never rises.
+
+    Args:
+        model: see :func:`evaluate`.
+        images: see :func:`evaluate`.
+        labels: see :func:`evaluate`.
+        radii: in any order; each once.
+        norm: see :func:`evaluate`.
+        version: see :func:`evaluate`.
+        attacks: see :func:`evaluate`. Some attacks alone give a quicker, looser curve.
+        folder: for a log per radius, from which an interrupted curve goes on.
+        progress: called after every batch with the radius and the progress on the images that stood before it.
+        **options: ``batch_size``, ``device``, ``seed``, ``checkpoint``, ``data`` and ``model_name`` of
+            :func:`evaluate`.
+
+    Returns:
+        By rising radius, mappings of 'eps', 'eps_value', 'robust_accuracy' (percent), 'robust' (per image 0 or 1) and
+        'attacks'.
+
+    Raises:
+        TypeError: as :func:`evaluate`, or no sequence of radii.
+        ValueError: as :func:`evaluate`; no radius, or one that comes twice.
+    """
+    caller = "curve"
+    if isinstance(radii, (str, bytes)) or not isinstance(radii, Sequence):
+        raise TypeError(f"{caller}: `radii` must be a sequence of radii, got {radii!r}. Write ['2/255', '4/255'].")
+    parsed = sorted((_check_threat(caller, norm, radius) for radius in radii), key=float)
+    if not parsed:
+        raise ValueError(f"{caller}: `radii` must hold at least one radius, got none. Write ['2/255', '4/255'].")
+    for smaller, larger in itertools.pairwise(parsed):
+        if float(smaller) == float(larger):
+            raise ValueError(f"{caller}: `radii` must be different, but {smaller} and {larger} are one. Name it once.")
+    images, labels = check_data(caller, images, labels)
+    standing = torch.arange(len(images))
+    points = []
+    for eps in parsed:
+        run: list[str] = []
+        if len(standing):
+            result = evaluate(
+                model,
+                images[standing],
+                labels[standing],
+                eps=eps,
+                norm=norm,
+                version=version,
+                attacks=attacks,
+                log=None if folder is None else Path(folder) / f"eps_{eps.text.replace('/', '-')}.json",
+                progress=None if progress is None else lambda made, eps=eps: progress(eps, made),  # type: ignore[misc]
+                **options,
+            )
+            standing = standing[torch.tensor(result.log["robust"], dtype=torch.bool)]
+            run = result.log["attacks"]
+        robust = torch.zeros(len(images), dtype=torch.int64).index_fill(0, standing, 1).tolist()
+        points.append(
+            {
+                "eps": eps.text,
+                "eps_value": float(eps),
+                "robust_accuracy": percent(robust),
+                "robust": robust,
+                "attacks": run,
+            }
+        )
+    return points
+
+
+# --- AutoAttack ------------------------------------------------------------------------------------------------------
+
+
+def _adversary(
+    model: nn.Module, norm: str, eps: Eps, version: str, chosen: Sequence[str] | None, seed: int, device: torch.device
+) -> Any:
+    named = {} if chosen is None else {"attacks_to_run": list(chosen)}
+    return _robustbench.eval.AutoAttack(
+        model, norm=norm, eps=float(eps), seed=seed, verbose=False, version=version, device=device, **named
+    )
+
+
+def _attacks(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str], list[dict[str, str]]]:
+    """The attacks that can run with so many classes, and why the others cannot."""
+    run, dropped = [], []
+    for attack in wanted:
+        least = _LEAST_CLASSES.get(attack, 2)
+        if classes >= least:
+            run.append(attack)
+        else:
+            dropped.append({"attack": attack, "reason": f"its loss needs {least} classes, and the model has {classes}"})
+    if not run:
+        raise ValueError(
+            f"{caller}: of the attacks named at least one must work with {classes} classes, got "
+            f"{', '.join(wanted)}. Add apgd-ce, fab-t or square."
+        )
+    return run, dropped
+
+
+def _prepared(adversary: Any, attack: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """One attack of AutoAttack, set up as AutoAttack does it before each batch.
+
+    Its own loop is not used, since it looks at the natural images anew in each call: a model that draws random numbers
+    would get another chance to be wrong with every batch.
+    """
+    if attack in ("apgd-ce", "apgd-dlr"):
+        found = adversary.apgd
+        found.loss = attack.removeprefix("apgd-")
+    elif attack == "apgd-t":
+        found = adversary.apgd_targeted
+    elif attack == "square":
+        found = adversary.square
+    else:
+        found = adversary.fab
+        found.targeted = attack == "fab-t"
+        if found.targeted:
+            found.n_restarts = 1
+
+    def perturb(images: Tensor, labels: Tensor) -> Tensor:
+        found.seed = adversary.get_seed()
+        result: Tensor = found.perturb(images, labels)
+        return result
+
+    return perturb
+
+
+def _run_attack(
+    record: Record,
+    attack: str,
+    perturb: Callable[[Tensor, Tensor], Tensor],
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    device: torch.device,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Runs one attack on the images that stood when it began, batch by batch, skipping the batches already done."""
+    log = record.log
+    standing = [
+        index
+        for index, (correct, fell_to) in enumerate(zip(log["natural_correct"], log["fell_to"], strict=True))
+        if correct and fell_to in (None, attack)
+    ]
+    size = log["batch_size"]
+    batches = math.ceil(len(standing) / size)
+    entry = record.entry(attack, batches, len(standing))
+    for number in range(entry["batches_done"], batches):
+        started = time.perf_counter()
+        batch = torch.tensor(standing[number * size : (number + 1) * size])
+        natural, true = images[batch].clone().to(device), labels[batch].clone().to(device)
+        adversarial = perturb(natural, true)
+        predictions = model(adversarial).max(dim=1)[1]
+        fell = predictions.ne(true).cpu()
+        record.fall(attack, number, batch[fell], adversarial[fell.to(device)].cpu(), predictions.cpu()[fell])
+        entry["batches_done"] = number + 1
+        entry["standing"] -= int(fell.sum())
+        entry["seconds"] += time.perf_counter() - started
+        record.save()
+        if progress is not None:
+            progress(Progress(attack, number + 1, batches, entry["standing"], len(images), entry["seconds"]))
+
+
+def natural_predictions(
+    caller: str, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """Predictions on natural images and the number of classes, after every rule on what a model gives."""
+    found, classes = [], None
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].to(device)
+        logits = model(batch)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(batch):
+            what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(
+                f"{caller}: `model` must give logits of shape ({len(batch)}, C) for {len(batch)} images, got {what}. "
+                f"Wrap it so that its forward returns the logits alone."
+            )
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                f"{caller}: `model` must give finite logits, got {int((~torch.isfinite(logits)).sum())} of "
+                f"{logits.numel()} that are not, in the batch from image {start}. Check its weights."
+            )
+        classes = logits.shape[1]
+        found.append(logits.max(dim=1)[1].cpu())
+    if classes is None or classes < 2:
+        raise ValueError(f"{caller}: `model` must have at least 2 classes, got {classes}. A single one cannot fall.")
+    low, high = (int(bound) for bound in torch.aminmax(labels))
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{caller}: `labels` must lie in [0, {classes - 1}], as the model has {classes} classes, got values from "
+            f"{low} to {high}. Take the data that the model was trained for."
+        )
+    return torch.cat(found), classes
+
+
+@contextlib.contextmanager
+def quiet(device: torch.device) -> Iterator[list[str]]:
+    """Keeps the caller's random numbers, and collects what AutoAttack warns of, each kind once."""
+    warned: list[str] = []
+    handler = _Collector(warned)
+    logger = logging.getLogger("auto-attack")
+    logger.addHandler(handler)
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    try:
+        with torch.random.fork_rng(devices=[index] if device.type == "cuda" else []):
+            yield warned
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        kinds = {re.sub(r"[\d.]+", "", known) for known in self._messages}
+        if re.sub(r"[\d.]+", "", message) not in kinds:
+            self._messages.append(message)
+
+
+# --- checks of what comes in -----------------------------------------------------------------------------------------
+
+
+def _check_threat(caller: str, norm: str, eps: str | float | Eps) -> Eps:
+    if norm not in _NORMS:
+        raise ValueError(check.unknown_name_message(caller, "norm", norm, _NORMS))
+    return parse_eps(caller, eps, norm=norm)
+
+
+def _check_version(caller: str, version: str, attacks: Sequence[str] | None) -> tuple[str, list[str] | None]:
+    if version not in VERSIONS:
+        raise ValueError(check.unknown_name_message(caller, "version", version, VERSIONS))
+    if attacks is None:
+        return version, None
+    if isinstance(attacks, str):
+        raise TypeError(f"{caller}: `attacks` must be a sequence of names, got {attacks!r}. Write [{attacks!r}].")
+    if version != "standard":
+        raise ValueError(
+            f"{caller}: `attacks` must be None with version={version!r}, which brings its own, got {list(attacks)}. "
+            f"Leave out one of the two."
+        )
+    for attack in attacks:
+        if attack not in ATTACKS:
+            raise ValueError(check.unknown_name_message(caller, "attack", attack, ATTACKS))
+    if not attacks or len(set(attacks)) != len(attacks):
+        raise ValueError(
+            f"{caller}: `attacks` must name at least one attack, and each once, got {list(attacks)}. "
+            f"Known: {', '.join(ATTACKS)}."
+        )
+    return "custom", list(attacks)
+
+
+def check_model(caller: str, model: nn.Module, version: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{caller}: `model` must be a torch.nn.Module, got {type(model).__name__}. Wrap a function in one."
+        )
+    if model.training:
+        raise ValueError(f"{caller}: `model` must be in eval mode, but it is in training mode. Call `model.eval()`.")
+    training = [name for name, module in model.named_modules() if module.training]
+    if training and version != "rand":
+        raise ValueError(
+            f"{caller}: `model` must be in eval mode, but these parts are in training mode: "
+            f"{', '.join(training[:4])}. Call `model.eval()`, or take version='rand' if they draw random numbers."
+        )
+
+
+def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4:
+        what = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"{caller}: `images` must be a floating tensor of shape (N, C, H, W), got {what}. Divide uint8 by 255."
+        )
+    check_pixels(caller, images)
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        what = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{caller}: `labels` must be a tensor of class indices, got {what}. Pass a long tensor (N,).")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{caller}: `labels` must have shape ({len(images)},), one per image, got {tuple(labels.shape)}. "
+            f"Pass the labels of these images."
+        )
+    # AutoAttack takes views of gradients, which have the layout of the images.
+    return images.detach().cpu().float().contiguous(), labels.detach().cpu().long()
+
+
+def check_count(caller: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{caller}: `{name}` must be an integer of at least 1, got {value!r}. Pass a number.")
+    if value < 1:
+        raise ValueError(f"{caller}: `{name}` must be an integer of at least 1, got {value}. Pass a larger one.")
+
+
+def check_seed(caller: str, seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{caller}: `seed` must be an integer, got {seed!r}. A run without one cannot be repeated.")

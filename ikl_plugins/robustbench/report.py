@@ -1,0 +1,363 @@
+"""What an evaluation found, as a page of Markdown with pictures."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import written_aside
+from .data import Images
+from .evaluation_log import Evaluation
+
+__all__ = ["binomial_interval", "require_matplotlib", "write_report"]
+
+_Z = 1.959964  # 95 % of a normal distribution lie within as many standard deviations
+_CLASSES = 20  # rows of the table of classes; of more, the lowest
+_SHOWN = 8  # images that fell
+_UPPER_BOUND = (
+    "An attack finds adversarial images, and does not prove that there are no others: robust accuracy under attacks is "
+    "an upper bound of robust accuracy."
+)
+
+
+def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share, after Wilson (Journal of the American Statistical Association, 1927).
+
+    Args:
+        successes: from 0 to ``trials``.
+        trials: at least 1.
+
+    Returns:
+        Lower and upper end in percent.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> [round(end, 2) for end in binomial_interval(9, 10)]
+        [59.58, 98.21]
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(
+            f"binomial_interval: `successes` must lie between 0 and `trials`, which is at least 1, got {successes} of "
+            f"{trials}. Count images."
+        )
+    share = successes / trials
+    shrink = 1 + _Z**2 / trials
+    middle = (share + _Z**2 / (2 * trials)) / shrink
+    half = _Z * math.sqrt(share * (1 - share) / trials + (_Z / (2 * trials)) ** 2) / shrink
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def require_matplotlib() -> None:
+    """Refuses to go on without Matplotlib.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("write_report: the pictures need Matplotlib. Run: pip install matplotlib") from error
+
+
+def write_report(evaluation: Evaluation, folder: str | Path, *, images: Images | Tensor | None = None) -> Path:
+    """Writes report.md and its pictures.
+
+    Args:
+        evaluation: of :func:`~ikl_plugins.robustbench.evaluation.evaluate` or
+            :func:`~ikl_plugins.robustbench.corruptions.evaluate_corruptions`, finished or not.
+        folder: where; files of the same names are replaced.
+        images: those that were evaluated, so that images that fell can be shown.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        ValueError: ``images`` are not as many as were evaluated.
+    """
+    require_matplotlib()
+    folder, log = Path(folder), evaluation.log
+    pixels = images.images if isinstance(images, Images) else images
+    if pixels is not None and log["labels"] is not None and len(pixels) != len(log["labels"]):
+        raise ValueError(
+            f"write_report: `images` must be the {len(log['labels'])} that were evaluated, got {len(pixels)}. "
+            f"Load them with the same arguments."
+        )
+    parts = [f"# Robustness of {log['model']}", _summary(log), _setting(log)]
+    if log["fell_to"] is None:
+        parts.append(_corruption_part(log, folder))
+    else:
+        parts.append(_attack_part(log))
+        if log.get("curve"):
+            parts.append(_curve_part(log, folder))
+    if log["labels"] is not None:
+        parts.append(_class_part(log, folder))
+    if log["fell_to"] is not None:
+        parts.append(_fallen_part(evaluation, pixels, folder))
+    path = folder / "report.md"
+    with written_aside(path) as aside:
+        aside.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+# --- the parts of the page -------------------------------------------------------------------------------------------
+
+
+def _summary(log: dict[str, Any]) -> str:
+    lines = []
+    if not log["finished"]:
+        lines += ["**This evaluation is not finished: the robust accuracy will fall further.**", ""]
+    rows = []
+    if log["natural_correct"] is not None:
+        rows.append(["natural accuracy", *_share(log["natural_correct"])])
+    if log["fell_to"] is None:
+        robust = log["robust_accuracy"]
+        rows.append(["mean accuracy under corruptions", "-" if robust is None else f"{robust:.2f}", ""])
+        mce = log["corruptions_mce"]
+        rows.append(["mean corruption error", "-" if mce is None else f"{mce:.2f}", ""])
+    else:
+        rows.append([f"robust accuracy ({log['threat_model']}, eps {log['eps']})", *_share(log["robust"])])
+    lines.append(_table(["", "percent", "95 % interval"], rows))
+    if log["fell_to"] is None:
+        if log["corruptions_mce_note"]:
+            lines += ["", f"The mean corruption error was {log['corruptions_mce_note']}."]
+        return "\n".join(lines)
+    lines += ["", _UPPER_BOUND]
+    lines += ["", f"The intervals are binomial, for the choice of the {log['n_examples']:,} images alone."]
+    if not log["standard"]:
+        lines += ["", "This is not standard AutoAttack, and not comparable with results that are."]
+    lines += [f"Left out: {dropped['attack']}, since {dropped['reason']}." for dropped in log["dropped"]]
+    lines += [f"AutoAttack warns: {warning}" for warning in log["warnings"]]
+    return "\n".join(lines)
+
+
+def _setting(log: dict[str, Any]) -> str:
+    data, checkpoint = log["data"] or {}, log["checkpoint"] or {}
+    facts = {
+        "data": data.get("name") or log["dataset"] or "not named",
+        "images": f"{log['n_examples']:,}",
+        "preprocessing": data.get("preprocessing") or "none",
+        "checkpoint": checkpoint.get("name", "not named"),
+        "sha256 of the checkpoint": checkpoint.get("sha256", "-"),
+        "sha256 of the weights": log["weights_sha256"],
+        "sha256 of the data": data.get("sha256", "-"),
+        "AutoAttack": "-" if log["version"] is None else f"{log['version']}: {', '.join(log['attacks'])}",
+        "target classes": "-" if log["n_target_classes"] is None else str(log["n_target_classes"]),
+        "batch size": str(log["batch_size"]),
+        "seed": str(log["seed"]),
+        "device": log["device"],
+        "started": log["date"],
+        "versions": ", ".join(f"{name} {version}" for name, version in log["versions"].items()),
+    }
+    return "## Setting\n\n" + _table(["", ""], [[name, value] for name, value in facts.items()])
+
+
+def _attack_part(log: dict[str, Any]) -> str:
+    before = sum(log["natural_correct"])
+    rows = [["none (natural images)", str(len(log["natural_correct"]) - before), str(before), "-"]]
+    for entry in log["progress"]:
+        rows.append(
+            [entry["attack"], str(before - entry["standing"]), str(entry["standing"]), f"{entry['seconds']:.1f}"]
+        )
+        before = entry["standing"]
+    return "## Attacks\n\nEach on the images that the earlier ones left standing.\n\n" + _table(
+        ["attack", "images that fell", "left standing", "seconds"], rows
+    )
+
+
+def _curve_part(log: dict[str, Any], folder: Path) -> str:
+    points = log["curve"]
+    rows = [[point["eps"], *_share(point["robust"]), ", ".join(point["attacks"]) or "none stood"] for point in points]
+    figure, axes = _figure(6, 4)
+    radii = [0.0, *(point["eps_value"] for point in points)]
+    values = [log["natural_accuracy"], *(point["robust_accuracy"] for point in points)]
+    ends = [
+        binomial_interval(sum(flags), len(flags)) for flags in (log["natural_correct"], *(p["robust"] for p in points))
+    ]
+    scale, unit = (255, "grey levels of 255") if log["threat_model"] == "Linf" else (1, "pixels in [0, 1]")
+    places = [scale * radius for radius in radii]
+    axes.fill_between(places, [low for low, _ in ends], [high for _, high in ends], alpha=0.2, label="95 % interval")
+    axes.plot(places, values, marker="o", label="radius after radius")
+    axes.plot(
+        [scale * log["eps_value"]], [log["robust_accuracy"]], "k*", markersize=10, label=f"eps {log['eps']}, the result"
+    )
+    axes.set(
+        title=f"Robust accuracy of {_drawn(log['model'])}",
+        xlabel=f"{log['threat_model']} radius eps ({unit})",
+        ylabel="robust accuracy (%)",
+        ylim=(0, 100),
+    )
+    axes.legend(loc="lower left")
+    _save(figure, folder / "robust_accuracy.png")
+    return (
+        "## Robust accuracy against eps\n\nEach radius is attacked on the images that stand at the smaller ones. The "
+        "curve may therefore lie below the result above at its radius.\n\n![robust accuracy](robust_accuracy.png)\n\n"
+        + _table(["eps", "robust accuracy (%)", "95 % interval", "attacks"], rows)
+    )
+
+
+def _class_part(log: dict[str, Any], folder: Path) -> str:
+    kinds = [("natural", log["natural_correct"])]
+    if log["robust"] is not None:
+        kinds.append(("robust", log["robust"]))
+    labels = sorted(set(log["labels"]))
+    flags = {
+        label: [[flag for flag, own in zip(values, log["labels"], strict=True) if own == label] for _, values in kinds]
+        for label in labels
+    }
+    shares = {label: [100 * sum(own) / len(own) for own in of] for label, of in flags.items()}
+    shown, note = labels, ""
+    if len(labels) > _CLASSES:
+        shown = sorted(sorted(labels, key=lambda label: shares[label][-1])[:_CLASSES])
+        note = f"The {_CLASSES} of {len(labels)} classes with the lowest {kinds[-1][0]} accuracy.\n\n"
+    header = ["class", "images", *(f"{name} accuracy (%)" for name, _ in kinds)]
+    rows = [
+        [_class(log, label), str(len(flags[label][0])), *(f"{share:.2f}" for share in shares[label])] for label in shown
+    ]
+
+    figure, axes = _figure(max(6.0, 0.5 * len(shown)), 4)
+    width = 0.8 / len(kinds)
+    for number, (name, _) in enumerate(kinds):
+        places = [place + (number - (len(kinds) - 1) / 2) * width for place in range(len(shown))]
+        axes.bar(places, [shares[label][number] for label in shown], width, label=name)
+    axes.set_xticks(range(len(shown)), [_drawn(_class(log, label)) for label in shown], rotation=45, ha="right")
+    axes.set(
+        title=f"Accuracy per class of {_drawn(log['model'])}", xlabel="class", ylabel="accuracy (%)", ylim=(0, 100)
+    )
+    axes.legend(loc="lower left")
+    _save(figure, folder / "classes.png")
+    return "## Classes\n\n" + note + "![accuracy per class](classes.png)\n\n" + _table(header, rows)
+
+
+def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, folder: Path) -> str:
+    log = evaluation.log
+    fell = [index for index, attack in enumerate(log["fell_to"]) if attack is not None]
+    text = f"## Images that fell\n\n{len(fell)} of {sum(log['natural_correct'])} that were classified right."
+    if not fell:
+        return text
+    if pixels is None or evaluation.adversarial is None:
+        what = "natural images were not given" if pixels is None else "adversarial images were not kept"
+        return f"{text} They are not shown, since the {what}."
+    # Spread over all that fell, rather than those of the first class.
+    shown = [fell[(number * len(fell)) // min(_SHOWN, len(fell))] for number in range(min(_SHOWN, len(fell)))]
+    figure, grid = _figure(2.2 * len(shown), 7, rows=3, columns=len(shown))
+    for column, index in enumerate(shown):
+        natural, adversarial = pixels[index].float().cpu(), evaluation.adversarial[index].float().cpu()
+        difference = adversarial - natural
+        largest = difference.abs().max().item()
+        # Grey where nothing changed, black and white at the largest change.
+        pictures = (
+            natural,
+            adversarial,
+            0.5 + difference / (2 * largest) if largest else torch.full_like(natural, 0.5),
+        )
+        titles = (
+            f"#{index}\n{_drawn(_class(log, log['labels'][index]))}",
+            f"{log['fell_to'][index]}\ntaken for {_drawn(_class(log, log['predictions'][index]))}",
+            f"difference\nat most {255 * largest:.1f}/255",
+        )
+        for row, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+            axes = grid[row][column]
+            axes.imshow(_picture(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(title, fontsize=8)
+            axes.set_axis_off()
+    title = f"Natural, adversarial, and their difference, scaled ({log['threat_model']}, eps {log['eps']})"
+    figure.suptitle(textwrap.fill(title, 26 * len(shown)), fontsize=10)
+    _save(figure, folder / "fallen.png")
+    rows = [
+        [str(index), _class(log, log["labels"][index]), _class(log, log["predictions"][index]), log["fell_to"][index]]
+        for index in shown
+    ]
+    return f"{text} {len(shown)} of them:\n\n![images that fell](fallen.png)\n\n" + _table(
+        ["image", "class", "taken for", "attack"], rows
+    )
+
+
+def _corruption_part(log: dict[str, Any], folder: Path) -> str:
+    by_name: dict[str, dict[int, float]] = {}
+    for entry in log["corruptions"]:
+        by_name.setdefault(entry["corruption"], {})[entry["severity"]] = entry["accuracy"]
+    if not by_name:
+        return "## Corruptions\n\nNone was evaluated yet."
+    severities = sorted({severity for values in by_name.values() for severity in values})
+    rows = []
+    for name, values in by_name.items():
+        mean = sum(values.values()) / len(values)
+        cells = [f"{values[severity]:.2f}" if severity in values else "-" for severity in severities]
+        rows.append([name, *cells, f"{mean:.2f}"])
+    figure, axes = _figure(max(6.0, 0.6 * len(by_name)), 4)
+    width = 0.8 / len(severities)
+    for number, severity in enumerate(severities):
+        places = [place + (number - (len(severities) - 1) / 2) * width for place in range(len(by_name))]
+        heights = [values.get(severity, math.nan) for values in by_name.values()]
+        axes.bar(places, heights, width, label=f"severity {severity}")
+    axes.set_xticks(range(len(by_name)), list(by_name), rotation=45, ha="right")
+    axes.set(
+        title=f"Accuracy under corruptions of {_drawn(log['model'])}",
+        xlabel="corruption",
+        ylabel="accuracy (%)",
+        ylim=(0, 100),
+    )
+    axes.legend(fontsize=7)
+    _save(figure, folder / "corruptions.png")
+    header = ["corruption (accuracy in %)", *(f"severity {severity}" for severity in severities), "mean"]
+    return "## Corruptions\n\n![accuracy under corruptions](corruptions.png)\n\n" + _table(header, rows)
+
+
+# --- tables and pictures ---------------------------------------------------------------------------------------------
+
+
+def _share(flags: Sequence[int]) -> list[str]:
+    low, high = binomial_interval(sum(flags), len(flags))
+    return [f"{100 * sum(flags) / len(flags):.2f}", f"{low:.2f} to {high:.2f}"]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rows = [[_cell(cell) for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _cell(text: object) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _class(log: dict[str, Any], label: int) -> str:
+    return str(log["classes"][label]) if log["classes"] else str(label)
+
+
+def _drawn(text: object) -> str:
+    """Text that Matplotlib takes for no formula."""
+    return str(text).replace("$", r"\$")
+
+
+def _picture(image: Tensor) -> Any:
+    """A colour image, or a single channel, as Matplotlib takes it."""
+    image = image.clamp(0, 1)
+    return image.permute(1, 2, 0).numpy() if len(image) == 3 else image.mean(dim=0).numpy()
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure that draws into a file, whatever backend the process uses."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=rows == 1 and columns == 1)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=150)

@@ -1,0 +1,408 @@
+"""ikl_plugins.robustbench.data: images from RobustBench's data sets, class folders and .npz files."""
+
+import hashlib
+import importlib.util
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+if importlib.util.find_spec("robustbench") is None:
+    pytest.skip("needs robustbench (extra `robustbench`)", allow_module_level=True)
+
+import torchvision.datasets
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+
+from ikl_plugins._robustbench_import import import_robustbench
+from ikl_plugins.robustbench.data import content_sha256, file_sha256, load_images
+
+robustbench = import_robustbench()
+BenchmarkDataset = robustbench.data.BenchmarkDataset
+
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def message(text):
+    return pytest.raises(ValueError, match=re.escape(text))
+
+
+def save_image(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# --- class folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five images of `cat`, two of `dog`, three of `owl`."""
+    for label, count in (("cat", 5), ("dog", 2), ("owl", 3)):
+        for number in range(count):
+            save_image(tmp_path / "images" / label / f"{number}.png", noise(8, 6, 3, seed=100 * count + number))
+    return tmp_path / "images"
+
+
+def test_a_class_folder_is_read_in_the_order_of_its_names(folder):
+    found = load_images(folder)
+    assert found.files == tuple(
+        [f"cat/{n}.png" for n in range(5)] + [f"dog/{n}.png" for n in range(2)] + [f"owl/{n}.png" for n in range(3)]
+    )
+    assert found.labels.tolist() == [0] * 5 + [1] * 2 + [2] * 3
+    assert found.labels.dtype == torch.int64
+    assert found.classes == ("cat", "dog", "owl")
+    assert (found.name, found.preprocessing, len(found)) == (str(folder), None, 10)
+    pixels = [np.asarray(Image.open(folder / name)) for name in found.files]
+    expected = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
+    assert found.images.dtype == torch.float32
+    assert torch.equal(found.images, expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [1, 0, 0]), (3, [1, 1, 1]), (5, [2, 2, 1]), (8, [3, 2, 3]), (10, [5, 2, 3])]
+)
+def test_some_images_of_a_folder_come_from_all_classes(folder, count, expected):
+    found = load_images(folder, n_examples=count)
+    assert torch.bincount(found.labels, minlength=3).tolist() == expected
+    assert list(found.files) == sorted(found.files)
+    assert torch.equal(found.images, load_images(folder, n_examples=count).images)
+
+
+def test_grey_images_become_three_channels(tmp_path):
+    pixels = noise(4, 4)
+    save_image(tmp_path / "a" / "0.png", pixels)
+    found = load_images(tmp_path)
+    assert torch.equal(found.images[0], torch.from_numpy(pixels / np.float32(255)).expand(3, 4, 4))
+
+
+def test_preprocessing_is_robustbenchs(tmp_path):
+    for number, size in enumerate(((300, 280, 3), (260, 400, 3))):
+        save_image(tmp_path / "a" / f"{number}.png", noise(*size))
+    geometry = Compose([Resize(256), CenterCrop(224), ToTensor()])
+    expected = torch.stack([geometry(Image.open(tmp_path / "a" / f"{number}.png")) for number in range(2)])
+    found = load_images(tmp_path, preprocessing="Res256Crop224")
+    assert torch.equal(found.images, expected)
+    assert found.preprocessing == "Res256Crop224"
+
+
+def test_images_of_different_sizes_are_refused_with_the_ways_to_one_size(folder):
+    save_image(folder / "dog" / "1.png", noise(8, 7, 3))
+    with message("images must have one size, got (8, 6) (") as caught:
+        load_images(folder)
+    assert f"and (8, 7) ({folder / 'dog' / '1.png'})" in str(caught.value)
+    assert "Choose the `preprocessing` that the network was trained for: Res256Crop224, Crop288, Res224" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", "half"])
+def test_an_image_that_cannot_be_read_is_named(folder, content):
+    path = folder / "owl" / "1.png"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content == "half" else content)
+    with message(f"load_images: every image must be readable, but {path} is not: "):
+        load_images(folder)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with message(f"must be a folder with a folder of images per class, but {tmp_path} has no folder"):
+        load_images(tmp_path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "dog").mkdir()
+    with message(f"must be a folder with a folder of images per class, but {tmp_path} has no image in all of cat, dog"):
+        load_images(tmp_path)
+
+
+def test_a_folder_of_another_layout_is_refused(folder):
+    with message("has no folder"):
+        load_images(folder / "cat")
+
+
+# --- .npz files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("images_key", "labels_key"), [("image", "label"), ("images", "labels"), ("image", "labels")])
+def test_grey_levels_of_a_file(tmp_path, images_key, labels_key):
+    pixels = noise(7, 5, 4, 3)
+    np.savez(tmp_path / "a.npz", **{images_key: pixels, labels_key: np.arange(7, dtype=np.uint8)})
+    found = load_images(tmp_path / "a.npz", n_examples=6)
+    assert torch.equal(found.images, torch.stack([ToTensor()(image) for image in pixels[:6]]))
+    assert found.labels.tolist() == list(range(6))
+    assert found.labels.dtype == torch.int64
+    assert (found.classes, found.files, found.name) == (None, None, str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_of_a_file(tmp_path, dtype):
+    pixels = np.random.default_rng(0).random((3, 3, 5, 4)).astype(dtype)
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.array([2, 0, 1]))
+    found = load_images(str(tmp_path / "a.npz"))
+    assert found.images.dtype == torch.float32
+    assert torch.equal(found.images, torch.tensor(pixels.astype(np.float32)))
+
+
+def arrays(**changes):
+    return {"images": noise(4, 5, 5, 3), "labels": np.arange(4), **changes}
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "text"),
+    [
+        (arrays(images=noise(4, 3, 5, 5)), ValueError, "must have shape (N, H, W, 3) as uint8 or (N, 3, H, W) as"),
+        (arrays(images=noise(4, 5, 5)), ValueError, "got (4, 5, 5) as uint8"),
+        (arrays(images=np.zeros((4, 5, 5, 3))), ValueError, "got (4, 5, 5, 3) as float64"),
+        (arrays(images=np.zeros((4, 3, 5, 5), int)), TypeError, "must be uint8 or floats, got int64"),
+        (arrays(images=np.full((4, 3, 5, 5), 1.01)), ValueError, "pixels must lie in [0, 1], got values from 1.01"),
+        (arrays(images=np.full((4, 3, 5, 5), -0.01)), ValueError, "got values from -0.01 to -0.01"),
+        (arrays(images=np.full((4, 3, 5, 5), np.nan)), ValueError, "got values from nan to nan"),
+        (arrays(images=noise(0, 5, 5, 3), labels=np.arange(0)), ValueError, "there must be at least one image, got"),
+        (arrays(labels=np.arange(3)), ValueError, "must hold a label per image, got labels of shape (3,) for 4 images"),
+        (arrays(labels=np.zeros((4, 10), int)), ValueError, "got labels of shape (4, 10)"),
+        (arrays(labels=np.zeros(4)), TypeError, "must be integer class indices, got float64"),
+        (arrays(labels=np.array([None] * 4)), ValueError, "Object arrays cannot be loaded when allow_pickle=False"),
+        ({"images": noise(4, 5, 5, 3)}, ValueError, "must hold either `label` or `labels`, but has images."),
+        ({"x": noise(4, 5, 5, 3)}, ValueError, "must hold either `image` or `images`, but has x."),
+        (arrays(image=noise(4, 5, 5, 3)), ValueError, "`image` or `images`, but has images, labels, image."),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_hold_images_is_refused(tmp_path, content, kind, text):
+    np.savez(tmp_path / "a.npz", **content)
+    with pytest.raises(kind, match=re.escape(text)):
+        load_images(tmp_path / "a.npz")
+
+
+class Payload:
+    """Would tell of itself if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_runs_nothing(tmp_path):
+    victim = tmp_path / "ran"
+    np.savez(tmp_path / "a.npz", images=noise(1, 5, 5, 3), labels=np.array([Payload(victim)]))
+    (tmp_path / "b.npz").write_bytes(pickle.dumps(Payload(victim)))
+    for name in ("a.npz", "b.npz"):
+        with message("must be a whole .npz file of plain arrays, but reading it gave: "):
+            load_images(tmp_path / name)
+    assert not victim.exists()
+    np.load(tmp_path / "a.npz", allow_pickle=True)["labels"]
+    assert victim.exists()  # the payload works
+
+
+@pytest.mark.parametrize("cut", [0, 10, 60, -30])
+def test_a_truncated_file_is_refused(tmp_path, cut):
+    np.savez(tmp_path / "a.npz", **arrays())
+    (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:cut])
+    with message(f"load_images: {tmp_path / 'b.npz'} must be a whole .npz file of plain arrays, but reading it gave: "):
+        load_images(tmp_path / "b.npz")
+
+
+def test_a_single_array_is_refused(tmp_path):
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, noise(4, 5, 5, 3))
+    with message("must be a whole .npz file of plain arrays, but reading it gave: it is a single array"):
+        load_images(tmp_path / "a.npz")
+
+
+def test_a_file_takes_no_preprocessing(tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays())
+    with message("`preprocessing` must be None for an .npz file, whose pixels are used as they are, got 'Res224'"):
+        load_images(tmp_path / "a.npz", preprocessing="Res224")
+
+
+# --- RobustBench's data sets -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Generated files of CIFAR-10's layout, ten images each, that torchvision takes for the real ones."""
+    kind = torchvision.datasets.CIFAR10
+    root = tmp_path / kind.base_folder
+    root.mkdir()
+    sums = {}
+    for number, (name, _) in enumerate([*kind.train_list, *kind.test_list]):
+        content = {"data": noise(10, 3072, seed=number), "labels": [(3 * index) % 10 for index in range(10)]}
+        (root / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((root / name).read_bytes(), usedforsecurity=False).hexdigest()
+    (root / kind.meta["filename"]).write_bytes(pickle.dumps({"label_names": list(NAMES)}))
+    meta = hashlib.md5((root / kind.meta["filename"]).read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(kind, "train_list", [[name, sums[name]] for name, _ in kind.train_list])
+    monkeypatch.setattr(kind, "test_list", [[name, sums[name]] for name, _ in kind.test_list])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": meta})
+
+    def no_network(*args, **kwargs):
+        raise AssertionError("this would download")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    return tmp_path
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_cifar10_is_what_robustbench_reads(cifar, offline):
+    found = load_images("cifar10", data_dir=cifar, n_examples=7, offline=offline)
+    images, labels = robustbench.data.load_cifar10(7, str(cifar))
+    assert torch.equal(found.images, images)
+    assert torch.equal(found.labels, labels)
+    assert found.labels.tolist() == [0, 3, 6, 9, 2, 5, 8]
+    assert (found.classes, found.name, found.files) == (NAMES, "cifar10", None)
+    assert len(load_images("cifar10", data_dir=cifar, offline=offline)) == 10
+
+
+def test_cifar10_takes_a_preprocessing(cifar):
+    assert load_images("cifar10", data_dir=cifar, n_examples=2, preprocessing="Res224").images.shape == (2, 3, 224, 224)
+
+
+def test_offline_refuses_what_would_be_downloaded(cifar, tmp_path):
+    text = (
+        f"load_images: cifar10 must lie in {cifar / 'cifar-10-batches-py'} to be read offline, whole and unchanged, "
+        "with the files data_batch_1, data_batch_2, data_batch_3, data_batch_4, data_batch_5, test_batch, batches.meta"
+        ". Unpack cifar-10-python.tar.gz from https://"
+    )
+    (cifar / "cifar-10-batches-py" / "test_batch").write_bytes(b"damaged")
+    with message(text):
+        load_images("cifar10", data_dir=cifar, offline=True)
+    with pytest.raises(AssertionError, match="this would download"):
+        load_images("cifar10", data_dir=cifar)
+    with message("cifar100 must lie in"):
+        load_images("cifar100", data_dir=tmp_path / "elsewhere", offline=True)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_more_images_than_there_are_is_refused(cifar, folder_of_two, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays())
+    for source, there in (("cifar10", 10), (folder_of_two, 2), (tmp_path / "a.npz", 4)):
+        with message(f"`n_examples` must be at most {there}, as many images as {source} has, got {there + 1}"):
+            load_images(source, data_dir=cifar, n_examples=there + 1)
+
+
+@pytest.fixture
+def folder_of_two(tmp_path):
+    for number in range(2):
+        save_image(tmp_path / "two" / "a" / f"{number}.png", noise(4, 4, 3))
+    return tmp_path / "two"
+
+
+def test_a_loader_of_ones_own_is_used(tmp_path, monkeypatch):
+    images = torch.rand(5, 3, 4, 4)
+    table = robustbench.data._clean_dataset_loaders
+    monkeypatch.setitem(
+        table, BenchmarkDataset.cifar_100, lambda n, folder, transform: (images[:n], torch.arange(5)[:n])
+    )
+    found = load_images("cifar100", data_dir=tmp_path, n_examples=3)
+    assert torch.equal(found.images, images[:3])
+    assert found.classes is None
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """The class folders of ImageNet, and the first three images of RobustBench's list."""
+    listed = robustbench.data.__file__.replace("data.py", "helper_files/imagenet_test_image_ids.txt")
+    with open(listed) as file:
+        names = file.read().split()
+    labels = {name.split("/")[0] for name in names}
+    for label in labels | {f"z{number}" for number in range(1000 - len(labels))}:  # not all classes are in the list
+        (tmp_path / "val" / label).mkdir(parents=True)
+    for number, name in enumerate(names[:3]):
+        save_image(tmp_path / "val" / name, noise(240, 260, 3, seed=number))
+    return tmp_path, names
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")  # RobustBench asks for them
+def test_imagenet_is_what_robustbench_reads(imagenet):
+    root, names = imagenet
+    found = load_images("imagenet", data_dir=root, n_examples=3)
+    images, labels = robustbench.data.load_imagenet(3, str(root))
+    assert torch.equal(found.images, images)
+    assert torch.equal(found.labels, labels)
+    assert [found.classes[label] for label in found.labels] == [name.split("/")[0] for name in names[:3]]
+    assert (len(found.classes), found.preprocessing, found.images.shape) == (1000, "Res256Crop224", (3, 3, 224, 224))
+
+
+def test_imagenet_that_is_not_whole_is_refused(imagenet, tmp_path):
+    root, names = imagenet
+    with message(f"must have the images of RobustBench's list, but {root / 'val' / names[3]} is missing"):
+        load_images("imagenet", data_dir=root)
+    with message(
+        "`n_examples` must be at most 5000, as many images as RobustBench's list of ImageNet images has, got 6000"
+    ):
+        load_images("imagenet", data_dir=root, n_examples=6000)
+    label = names[1].split("/")[0]
+    (root / "val" / label).rename(root / "val" / "other")
+    with message(f"imagenet in {root / 'val'} must have the folder {label}. Put ILSVRC2012_img_val's images there"):
+        load_images("imagenet", data_dir=root, n_examples=3)
+    (root / "val" / "other").rename(root / "other")
+    with message("must have the 1,000 class folders and no other, got 999 folders"):
+        load_images("imagenet", data_dir=root, n_examples=3)
+    with message(f"imagenet must lie in {tmp_path / 'none' / 'val'}, but there is no such folder"):
+        load_images("imagenet", data_dir=tmp_path / "none")
+
+
+# --- names, numbers, checksums ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_source_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (
+        "must be 'cifar10', 'cifar100', 'imagenet', a folder with a folder of images per class, or an .npz file, got "
+    )
+    with message(f"{text}'cifar11', and there is no such folder (seen from {tmp_path})"):
+        load_images("cifar11")
+    with message(f"`source` must be a file, but there is none at none.npz (seen from {tmp_path})"):
+        load_images("none.npz")
+
+
+def test_an_unknown_preprocessing_names_the_nearest(folder):
+    with message("unknown preprocessing `Res225`. Did you mean `Res224`? Known: BicubicRes256Crop224, Crop288, Res224"):
+        load_images(folder, preprocessing="Res225")
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_number_of_images_below_one_is_refused(folder, count):
+    with message(f"`n_examples` must be an integer of at least 1 or None, got {count}"):
+        load_images(folder, n_examples=count)
+
+
+@pytest.mark.parametrize("count", [1.0, "3", True])
+def test_a_number_of_images_that_is_none_is_refused(folder, count):
+    with pytest.raises(
+        TypeError, match=re.escape(f"`n_examples` must be an integer of at least 1 or None, got {count!r}")
+    ):
+        load_images(folder, n_examples=count)
+
+
+def test_the_checksum_is_of_the_pixels_and_labels_used(folder):
+    whole, part = load_images(folder), load_images(folder, n_examples=3)
+    expected = hashlib.sha256(b"(10, 3, 8, 6) (10,)\n")
+    expected.update(whole.images.numpy().tobytes())
+    expected.update(whole.labels.numpy().tobytes())
+    assert whole.sha256 == expected.hexdigest() == content_sha256(whole.images, whole.labels)
+    assert part.sha256 != whole.sha256
+    changed = whole.images.clone()
+    changed[9, 2, 7, 5] += 1e-6
+    assert content_sha256(changed, whole.labels) != whole.sha256
+    assert content_sha256(whole.images, whole.labels.flip(0)) != whole.sha256
+    assert content_sha256(whole.images.transpose(2, 3), whole.labels) != whole.sha256
+    assert content_sha256(whole.images.double(), whole.labels.int()) == whole.sha256
+
+
+def test_the_checksum_of_many_images_is_that_of_all_their_bytes():
+    images, labels = torch.rand(600, 3, 2, 2), torch.arange(600)
+    expected = hashlib.sha256(b"(600, 3, 2, 2) (600,)\n" + images.numpy().tobytes() + labels.numpy().tobytes())
+    assert content_sha256(images, labels) == expected.hexdigest()
+
+
+def test_the_checksum_of_a_file(tmp_path):
+    content = bytes(range(256)) * 8192  # 2 MiB
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

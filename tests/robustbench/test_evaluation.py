@@ -1,0 +1,1111 @@
+"""ikl_plugins.robustbench.evaluation: AutoAttack's own results, a log that survives, curves and corruptions."""
+
+import csv
+import errno
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+if importlib.util.find_spec("robustbench") is None:
+    pytest.skip("needs robustbench (extra `robustbench`)", allow_module_level=True)
+
+from ikl_plugins import _files
+from ikl_plugins._robustbench_import import import_robustbench
+from ikl_plugins.robustbench.corruptions import evaluate_corruptions
+from ikl_plugins.robustbench.data import Images, content_sha256
+from ikl_plugins.robustbench.evaluation import curve, evaluate
+from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
+
+robustbench = import_robustbench()
+BenchmarkDataset, ThreatModel = robustbench.data.BenchmarkDataset, robustbench.data.ThreatModel
+QUICK = ("apgd-ce", "apgd-t")
+
+
+class Quick(robustbench.eval.AutoAttack):
+    """AutoAttack with fewer steps, for both sides of a comparison."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for attack in (self.apgd, self.apgd_targeted):
+            attack.n_iter, attack.n_iter_2, attack.n_iter_min = 12, 3, 1
+            attack.eot_iter = min(attack.eot_iter, 3)
+        self.fab.n_iter = 8
+        self.square.n_queries = 100
+
+
+@pytest.fixture(autouse=True)
+def real_autoattack(monkeypatch):
+    """Gives the real one, and the quick one to everybody else."""
+    real = robustbench.eval.AutoAttack
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", Quick)
+    return real
+
+
+def network(classes=10, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, classes)
+    ).eval()
+
+
+class Counted(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.calls = 0
+        self.eval()
+
+    def forward(self, images):
+        self.calls += 1
+        return self.network(images)
+
+
+def batch(model, count=14, wrong=2, seed=0):
+    """Images that the model gets right, but for the first ones."""
+    images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        logits = model(images)
+    labels = logits.argmax(1)
+    labels[:wrong] = (labels[:wrong] + 1) % logits.shape[1]
+    return images, labels
+
+
+def autoattack(model, images, labels, *, batch_size, eps, norm="Linf", version="standard", attacks=(), seed=0):
+    """One run of AutoAttack: adversarial images and predictions."""
+    adversary = robustbench.eval.AutoAttack(
+        model, norm=norm, eps=eps, seed=seed, verbose=False, version=version, attacks_to_run=attacks, device="cpu"
+    )
+    targets = model(images[:1]).shape[1] - 1
+    adversary.apgd_targeted.n_target_classes = min(adversary.apgd_targeted.n_target_classes, targets)
+    adversary.fab.n_target_classes = min(adversary.fab.n_target_classes, targets)
+    return adversary.run_standard_evaluation(images, labels, bs=batch_size, return_labels=True)
+
+
+def without_times(log):
+    kept = {key: value for key, value in log.items() if key != "date"}
+    for key in ("progress", "corruptions"):
+        if key in log:
+            kept[key] = [{name: value for name, value in entry.items() if name != "seconds"} for entry in log[key]]
+    return kept
+
+
+def message(text, kind=ValueError):
+    return pytest.raises(kind, match=re.escape(text))
+
+
+# --- AutoAttack's results --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "norm", "eps"),
+    [("standard", "Linf", "4/255"), ("standard", "L2", "0.1"), ("plus", "Linf", "4/255"), ("rand", "Linf", "4/255")],
+)
+def test_the_result_is_autoattacks(version, norm, eps):
+    model = network()
+    images, labels = batch(model)
+    found = evaluate(model, images, labels, eps=eps, norm=norm, version=version, batch_size=5, seed=3)
+    number = 4 / 255 if norm == "Linf" else 0.1
+    adversarial, predictions = autoattack(
+        model, images, labels, batch_size=5, eps=number, norm=norm, version=version, seed=3
+    )
+    assert torch.equal(found.adversarial_images(images), adversarial)
+    assert found.log["predictions"] == predictions.tolist()
+    assert found.log["robust"] == predictions.eq(labels).int().tolist()
+    assert 0 < found.robust_accuracy < found.natural_accuracy  # some fall, some stand
+    expected = {
+        "standard": ["apgd-ce", "apgd-t", "fab-t", "square"],
+        "plus": ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"],
+        "rand": ["apgd-ce", "apgd-dlr"],
+    }
+    assert found.log["attacks"] == expected[version]
+    assert found.standard == (version == "standard")
+
+
+@pytest.mark.parametrize(
+    "attacks", [("apgd-t", "apgd-ce"), ("apgd-dlr",), ("fab-t", "fab"), ("fab", "fab-t"), ("square", "apgd-ce")]
+)
+def test_named_attacks_are_autoattacks_in_their_order(attacks):
+    model = Counted(network())
+    images, labels = batch(model, count=8)
+    model.calls = 0
+    found = evaluate(model, images, labels, eps="4/255", attacks=attacks, batch_size=3)
+    ours, model.calls = model.calls, 0
+    adversarial, predictions = autoattack(
+        model, images, labels, batch_size=3, eps=4 / 255, version="custom", attacks=attacks
+    )
+    assert torch.equal(found.adversarial_images(images), adversarial)
+    assert found.log["predictions"] == predictions.tolist()
+    assert (found.log["version"], found.log["standard"], found.log["attacks"]) == ("custom", False, list(attacks))
+    # Restarts may find nothing more, but take their passes. Ours are three on natural images, and one more within
+    # AutoAttack's checks; theirs are three as well, and one of `autoattack` to count the classes.
+    assert ours - 3 - 1 == model.calls - 1 - 3
+
+
+def test_the_result_is_autoattacks_with_its_own_numbers_of_steps(monkeypatch, real_autoattack):
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", real_autoattack)
+    model = network()
+    images, labels = batch(model, count=8, seed=2)
+    found = evaluate(model, images, labels, eps="4/255", batch_size=4)
+    adversarial, predictions = autoattack(model, images, labels, batch_size=4, eps=4 / 255)
+    assert torch.equal(found.adversarial_images(images), adversarial)
+    assert found.log["predictions"] == predictions.tolist()
+    assert 0 < found.robust_accuracy < found.natural_accuracy
+
+
+def test_the_layout_of_the_images_does_not_matter():
+    model = network()
+    images, labels = batch(model)
+    expected = evaluate(model, images, labels, eps="4/255", attacks=QUICK)
+    for other in (images.to(memory_format=torch.channels_last), images.double()):
+        found = evaluate(model, other, labels.int(), eps="4/255", attacks=QUICK)
+        assert without_times(found.log) == without_times(expected.log)
+        assert torch.equal(found.adversarial_images(images), expected.adversarial_images(images))
+
+
+def test_the_seed_is_that_of_the_attacks():
+    model = network()
+    images, labels = batch(model)
+    first, same, other = (
+        evaluate(model, images, labels, eps="20/255", attacks=["square"], seed=seed).adversarial_images(images)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_the_numbers_are_those_of_robustbench(monkeypatch, capsys):
+    model = network()
+    images, labels = batch(model, count=10)
+    table = robustbench.data._clean_dataset_loaders
+    monkeypatch.setitem(table, BenchmarkDataset.cifar_10, lambda n, folder, transform: (images[:n], labels[:n]))
+    attack = functools.partial(robustbench.eval.AutoAttack, seed=7)
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", attack)
+    natural, robust = robustbench.benchmark(model, n_examples=10, dataset="cifar10", eps=4 / 255, batch_size=4)
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", attack.func)
+    found = evaluate(model, images, labels, eps="4/255", batch_size=4, seed=7)
+    assert (found.natural_accuracy, found.robust_accuracy) == (
+        pytest.approx(100 * natural),
+        pytest.approx(100 * robust),
+    )
+    assert 0 < robust < natural
+
+
+class Noisy(nn.Module):
+    """Draws random numbers, too small to change a prediction on natural images."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images + 1e-3 * torch.randn_like(images))
+
+
+def test_expectation_over_noise_is_autoattacks(tmp_path):
+    model = Noisy(network()).eval()
+    images, labels = batch(model.network)
+    found = evaluate(model, images, labels, eps="4/255", version="rand", batch_size=5)
+    adversarial, predictions = autoattack(model, images, labels, batch_size=5, eps=4 / 255, version="rand")
+    assert torch.equal(found.adversarial_images(images), adversarial)
+    assert found.log["predictions"] == predictions.tolist()
+    resumed = interrupted(
+        model, images, labels, after=2, log=tmp_path / "log.json", eps="4/255", version="rand", batch_size=5
+    )
+    assert without_times(resumed.log) == {**without_times(found.log), "adversarial": "log_adversarial"}
+
+
+class Right(nn.Module):
+    """Right on all images."""
+
+    def forward(self, images):
+        return images.mean(dim=(1, 2, 3))[:, None] * torch.tensor([1.0, 0.5, 0.1, 0.0])
+
+
+def test_natural_images_are_not_looked_at_again_before_each_batch():
+    """AutoAttack looks once; with each further look a random model could fall without an attack."""
+    model = Counted(Right())
+    images, labels = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    evaluate(model, images, labels, eps="1/255", version="rand", batch_size=1)
+    # For two images each: one pass on the natural image; in both attacks one of its own, three for each of the twelve
+    # steps and the start, and one on what was found. And AutoAttack's checks with the first image: two, and one for
+    # the accuracy.
+    assert model.calls == 2 * (1 + 2 * (1 + 3 * 13 + 1)) + 3
+
+
+class Guessing(nn.Module):
+    """Guesses among four classes."""
+
+    def forward(self, images):
+        return torch.rand(len(images), 4) + 0 * images.sum(dim=(1, 2, 3))[:, None]
+
+
+def test_what_a_model_draws_comes_from_the_seed():
+    images, labels = torch.rand(40, 3, 8, 8), torch.arange(40) % 4
+    logs = []
+    for ambient, seed in ((0, 5), (1, 5), (1, 6)):
+        torch.manual_seed(ambient)
+        logs.append(evaluate(Guessing().eval(), images, labels, eps="1/255", version="rand", seed=seed).log)
+    assert logs[0]["natural_predictions"] == logs[1]["natural_predictions"] != logs[2]["natural_predictions"]
+    assert logs[0]["predictions"] == logs[1]["predictions"]
+
+
+# --- few classes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("classes", "targets"), [(4, 3), (5, 4), (10, 9), (12, 9)])
+def test_the_targets_are_at_most_the_other_classes(classes, targets):
+    model = network(classes)
+    images, labels = batch(model, count=6)
+    found = evaluate(model, images, labels, eps="6/255", attacks=["apgd-t", "fab-t"], batch_size=4)
+    adversarial, _ = autoattack(
+        model, images, labels, batch_size=4, eps=6 / 255, version="custom", attacks=["apgd-t", "fab-t"]
+    )
+    assert torch.equal(found.adversarial_images(images), adversarial)
+    assert (found.log["n_target_classes"], found.log["n_classes"], found.log["dropped"]) == (targets, classes, [])
+
+
+def test_five_classes_are_standard_autoattack():
+    model = network(5)
+    images, labels = batch(model, count=6)
+    found = evaluate(model, images, labels, eps="4/255", batch_size=4)
+    adversarial, _ = autoattack(model, images, labels, batch_size=4, eps=4 / 255)
+    assert torch.equal(found.adversarial_images(images), adversarial)
+    assert found.standard
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_below_four_classes_nothing_with_dlr_runs_and_the_result_is_not_standard(classes):
+    model = network(classes)
+    images, labels = batch(model, count=5, wrong=1)
+    found = evaluate(model, images, labels, eps="2/255", version="standard")
+    assert found.log["attacks"] == ["apgd-ce", "fab-t", "square"]
+    assert found.log["dropped"] == [
+        {"attack": "apgd-t", "reason": f"its loss needs 4 classes, and the model has {classes}"}
+    ]
+    assert (found.standard, found.log["version"], found.log["n_target_classes"]) == (False, "standard", classes - 1)
+    assert found.finished
+    with message(f"of the attacks named at least one must work with {classes} classes, got apgd-dlr, apgd-t"):
+        evaluate(model, images, labels, eps="2/255", attacks=["apgd-dlr", "apgd-t"])
+
+
+def test_one_class_is_refused():
+    with message("`model` must have at least 2 classes, got 1"):
+        evaluate(network(1), torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), eps="2/255")
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_says_everything(tmp_path):
+    model = network()
+    images, labels = batch(model)
+    checkpoint = tmp_path / "weights.pt"
+    torch.save(model.state_dict(), checkpoint)
+    data = Images(images, labels, tuple("abcdefghij"), "made up", "not read", None, "Res224")
+    made = []
+    evaluate(
+        model, images, labels, eps="4/255", batch_size=5, seed=4, log=tmp_path / "log.json", checkpoint=checkpoint,
+        data=data, model_name="small", attacks=QUICK, progress=made.append,
+    )  # fmt: skip
+    log = json.loads((tmp_path / "log.json").read_text())
+    with torch.no_grad():
+        natural = model(images).argmax(1)
+    adversarial, predictions = autoattack(
+        model, images, labels, batch_size=5, eps=4 / 255, version="custom", attacks=QUICK, seed=4
+    )
+    first, _ = autoattack(
+        model, images, labels, batch_size=5, eps=4 / 255, version="custom", attacks=["apgd-ce"], seed=4
+    )
+    fell = (adversarial != images).flatten(1).any(1)
+    fell_first = (first != images).flatten(1).any(1)
+    standing = [12 - int(fell_first.sum()), 12 - int(fell.sum())]
+    assert 0 < standing[1] < standing[0] < 12
+    expected = {
+        "format": "ikl_plugins.robustbench.evaluation/1",
+        "model": "small",
+        "checkpoint": {"name": "weights.pt", "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
+        "weights_sha256": weights_sha256(model),
+        "seed": 4,
+        "threat_model": "Linf",
+        "dataset": None,
+        "eps": "4/255",
+        "eps_value": 4 / 255,
+        "version": "custom",
+        "standard": False,
+        "attacks": ["apgd-ce", "apgd-t"],
+        "dropped": [],
+        "n_target_classes": 9,
+        "n_classes": 10,
+        "n_examples": 14,
+        "batch_size": 5,
+        "data": {
+            "name": "made up", "sha256": content_sha256(images, labels), "n_examples": 14, "preprocessing": "Res224",
+        },
+        "classes": list("abcdefghij"),
+        "labels": labels.tolist(),
+        "natural_predictions": natural.tolist(),
+        "natural_correct": [0, 0] + [1] * 12,
+        "natural_accuracy": pytest.approx(100 * 12 / 14),
+        "predictions": predictions.tolist(),
+        "robust": predictions.eq(labels).int().tolist(),
+        "robust_accuracy": pytest.approx(100 * standing[1] / 14),
+        "fell_to": [
+            "apgd-ce" if one else "apgd-t" if any_of_them else None
+            for one, any_of_them in zip(fell_first.tolist(), fell.tolist(), strict=True)
+        ],
+        "warnings": [],
+        "adversarial": "log_adversarial",
+        "finished": True,
+    }  # fmt: skip
+    assert {key: log[key] for key in expected} == expected
+    assert set(log) == {*expected, "versions", "date", "device", "progress"}
+    assert log["versions"]["torch"] == torch.__version__
+    assert set(log["versions"]) - {"autoattack"} >= {"python", "torch", "torchvision", "robustbench", "ikl_plugins"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", log["date"])
+    batches = [3, -(-standing[0] // 5)]
+    assert [{**entry, "seconds": 0} for entry in log["progress"]] == [
+        {"attack": name, "standing": left, "seconds": 0, "batches": number, "batches_done": number}
+        for name, left, number in zip(QUICK, standing, batches, strict=True)
+    ]
+    assert [(event.attack, event.batch, event.batches) for event in made] == [
+        *(("apgd-ce", number + 1, 3) for number in range(3)),
+        *(("apgd-t", number + 1, batches[1]) for number in range(batches[1])),
+    ]
+    assert [event.standing for event in made if event.batch == event.batches] == standing
+    assert {event.n_examples for event in made} == {14}
+
+    loaded = Evaluation.load(tmp_path / "log.json")
+    assert loaded.log == log
+    assert torch.equal(loaded.adversarial_images(images), adversarial)
+    (tmp_path / "elsewhere").mkdir()
+    loaded.save(tmp_path / "elsewhere" / "copy.json")
+    alone = Evaluation.load(tmp_path / "elsewhere" / "copy.json")
+    assert (alone.log, alone.adversarial) == (log, None)
+    with message("the adversarial images must be beside the log, but were not kept"):
+        alone.adversarial_images(images)
+
+
+def test_a_log_of_which_nothing_fell_needs_no_images(tmp_path):
+    model = network()
+    images, labels = batch(model)
+    found = evaluate(model, images, labels, eps=1e-9, attacks=["apgd-ce"], log=tmp_path / "log.json")
+    assert found.robust_accuracy == found.natural_accuracy
+    assert not (tmp_path / "log_adversarial").exists()
+    assert torch.equal(Evaluation.load(tmp_path / "log.json").adversarial_images(images), images)
+
+
+def test_nothing_is_written_without_a_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = network()
+    images, labels = batch(model)
+    found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"])
+    assert list(tmp_path.iterdir()) == []
+    assert found.log["adversarial"] is None
+    assert len(found.adversarial) == sum(name is not None for name in found.log["fell_to"])
+    assert found.log["model"] == "Sequential"
+
+
+def test_the_caller_keeps_random_numbers_weights_and_tracer(monkeypatch):
+    model = network()
+    images, labels = batch(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    traced = []
+    monkeypatch.setattr(sys, "settrace", traced.append)
+    monkeypatch.setattr(sys, "gettrace", lambda: "the tracer")
+    evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"])
+    assert traced[-1] == "the tracer"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_autoattack_warns_of_is_in_the_log_once(caplog):
+    model = nn.Sequential(network(), nn.Softmax(1)).eval()
+    images, labels = batch(model)
+    with caplog.at_level(logging.WARNING):
+        found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-dlr"], batch_size=2)
+    assert [text for text in found.log["warnings"] if "probability distribution" in text] == [
+        "it seems that the output is a probability distribution, please be sure that the logits are used! "
+        "See flags_doc.md for details."
+    ]
+    assert logging.getLogger("auto-attack").handlers == []
+
+
+def test_zero_gradients_are_said_once_whatever_their_number():
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, images):
+            return self.network(images.round() + 0 * images)
+
+    model = Rounded().eval()
+    images, labels = batch(model)
+    found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-dlr"], batch_size=5)
+    assert [re.sub(r"\d+", "N", text)[:35] for text in found.log["warnings"]] == ["there are N points with zero gradie"]
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+class Interruption(Exception):  # noqa: N818
+    """What stops a run in the tests."""
+
+
+def interrupted(model, images, labels, *, after, log, **options):
+    """A run that is stopped after so many batches, and another that goes on."""
+    count = 0
+
+    def stop(_):
+        nonlocal count
+        count += 1
+        if count == after:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        evaluate(model, images, labels, log=log, progress=stop, **options)
+    assert not Evaluation.load(log).finished
+    return evaluate(model, images, labels, log=log, **options)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, after):
+    model = network()
+    images, labels = batch(model)
+    options = {"eps": "4/255", "attacks": QUICK, "batch_size": 5}
+    whole = evaluate(model, images, labels, log=tmp_path / "whole" / "log.json", **options)
+    assert sum(entry["batches"] for entry in whole.log["progress"]) == 5
+    resumed = interrupted(model, images, labels, after=after, log=tmp_path / "log.json", **options)
+    assert without_times(resumed.log) == without_times(whole.log)
+    assert torch.equal(resumed.adversarial_images(images), whole.adversarial_images(images))
+    loaded = Evaluation.load(tmp_path / "log.json")
+    assert torch.equal(loaded.adversarial_images(images), whole.adversarial_images(images))
+    assert loaded.log == resumed.log
+
+
+def test_fab_after_fab_t_goes_on_with_autoattacks_restarts(tmp_path):
+    """In AutoAttack fab-t leaves fab with one restart, which shows in the number of passes."""
+    model = Counted(network())
+    images, labels = batch(model, count=6, wrong=0)
+    options = {"eps": "3/255", "attacks": ("fab-t", "fab"), "batch_size": 6}
+    counts = []
+    whole = evaluate(model, images, labels, progress=lambda _: counts.append(model.calls), **options)
+    assert len(counts) == 2
+    resumed = interrupted(model, images, labels, after=1, log=tmp_path / "log.json", **options)
+    assert torch.equal(resumed.adversarial_images(images), whole.adversarial_images(images))
+    (tmp_path / "log.json").unlink()
+    with pytest.raises(Interruption):
+        evaluate(model, images, labels, log=tmp_path / "log.json", progress=stop, **options)
+    model.calls = 0
+    evaluate(model, images, labels, log=tmp_path / "log.json", **options)
+    assert model.calls == counts[1] - counts[0] + 1  # and one on the natural images
+
+
+def stop(_):
+    raise Interruption
+
+
+def test_a_finished_run_is_only_read(tmp_path, monkeypatch):
+    model = network()
+    images, labels = batch(model)
+    first = evaluate(model, images, labels, eps="4/255", attacks=QUICK, log=tmp_path / "log.json")
+    attack = type(Quick(model, norm="Linf", eps=0.1, verbose=False).apgd)
+
+    def perturb(*_):
+        raise AssertionError("an attack ran again")
+
+    monkeypatch.setattr(attack, "perturb", perturb)
+    again = evaluate(model, images, labels, eps="4/255", attacks=QUICK, log=tmp_path / "log.json")
+    assert again.log == first.log
+    assert torch.equal(again.adversarial_images(images), first.adversarial_images(images))
+
+
+def test_a_file_of_a_run_killed_between_its_images_and_its_log_does_no_harm(tmp_path, monkeypatch):
+    model = network()
+    images, labels = batch(model)
+    options = {"eps": "4/255", "attacks": QUICK, "batch_size": 5}
+    whole = evaluate(model, images, labels, log=tmp_path / "whole" / "log.json", **options)
+    replace, logs = os.replace, 0
+
+    def stop(source, target):
+        nonlocal logs
+        logs += str(target).endswith("log.json")
+        if logs == 4 and str(target).endswith("log.json"):
+            raise Interruption
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_files.os, "replace", stop)
+        with pytest.raises(Interruption):
+            evaluate(model, images, labels, log=tmp_path / "log.json", **options)
+    files = {path.name for path in (tmp_path / "log_adversarial").iterdir()}
+    assert files == {"0-apgd-ce-00001.npz", "0-apgd-ce-00002.npz"}
+    loaded = Evaluation.load(tmp_path / "log.json")
+    assert loaded.log["progress"][0]["batches_done"] == 2
+    assert set(loaded.adversarial) <= set(range(7, 12))  # the first two are wrong without an attack
+    resumed = evaluate(model, images, labels, log=tmp_path / "log.json", **options)
+    assert without_times(resumed.log) == without_times(whole.log)
+    assert torch.equal(resumed.adversarial_images(images), whole.adversarial_images(images))
+
+
+KILLED = """
+import sys
+import torch
+from torch import nn
+from ikl_plugins.robustbench.evaluation import evaluate
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10)).eval()
+images = torch.rand(14, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+labels = model(images).argmax(1)
+labels[:2] = (labels[:2] + 1) % 10
+evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce", "apgd-t"], batch_size=2, log=sys.argv[1])
+"""
+
+
+def test_a_run_killed_by_force_goes_on_to_the_same_result(tmp_path, monkeypatch, real_autoattack):
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", real_autoattack)  # as the other process has it
+    path = tmp_path / "log.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], env=environment)
+    while process.poll() is None:
+        done = json.loads(path.read_text())["progress"] if path.exists() else []
+        if len(done) == 2 and done[1]["batches_done"]:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.002)
+    assert process.returncode == -signal.SIGKILL
+    seen = json.loads(path.read_text())
+    assert not seen["finished"]
+
+    model = network()
+    images, labels = batch(model)
+    options = {"eps": "4/255", "attacks": QUICK, "batch_size": 2}
+    resumed = evaluate(model, images, labels, log=path, **options)
+    whole = evaluate(model, images, labels, log=tmp_path / "whole" / "log.json", **options)
+    assert without_times(resumed.log) == without_times(whole.log)
+    assert torch.equal(resumed.adversarial_images(images), whole.adversarial_images(images))
+    assert resumed.log["date"] == seen["date"]
+    assert Evaluation.load(path).log == resumed.log
+
+
+class Brighter(nn.Module):
+    """The same weights on other inputs."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(1 - images)
+
+    def state_dict(self, *args, **kwargs):
+        return self.network.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"eps": "6/255"}, f"eps_value {4 / 255} instead of {6 / 255}"),
+        ({"norm": "L2"}, 'threat_model "Linf" instead of "L2"'),
+        ({"seed": 1}, "seed 0 instead of 1"),
+        ({"batch_size": 4}, "batch_size 5 instead of 4"),
+        ({"attacks": ["apgd-ce"]}, 'attacks ["apgd-ce", "apgd-t"] instead of ["apgd-ce"]'),
+        ({"attacks": ["apgd-t", "apgd-ce"]}, 'attacks ["apgd-ce", "apgd-t"] instead of ["apgd-t", "apgd-ce"]'),
+        ({"attacks": None}, 'version "custom" instead of "standard"; attacks'),
+        ({"model": network(seed=1)}, "weights"),
+        ({"labels": torch.arange(14) % 10}, "data"),
+        ({"images": torch.zeros(14, 3, 8, 8)}, "data"),
+        ({"images": torch.zeros(9, 3, 8, 8), "labels": torch.zeros(9).long()}, "n_examples 14 instead of 9; data"),
+        ({"model": Brighter(network()).eval()}, "predictions on the natural images"),
+    ],
+)
+def test_the_log_of_another_evaluation_is_refused(tmp_path, changes, text):
+    model = network()
+    images, labels = batch(model)
+    path = tmp_path / "log.json"
+    given = {"model": model, "images": images, "labels": labels, "eps": "4/255", "attacks": QUICK, "batch_size": 5}
+    given["log"] = path
+    evaluate(**given)
+    before = path.read_bytes()
+    with message(f"`log` must be a new file or that of the same evaluation, but {path} has other {text}"):
+        evaluate(**{**given, **changes})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("package", ["torch", "robustbench", "pyautoattack"])
+def test_a_log_from_other_versions_is_refused(tmp_path, package):
+    model = network()
+    images, labels = batch(model)
+    path = tmp_path / "log.json"
+    found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"], log=path)
+    if package not in found.log["versions"]:
+        pytest.skip("the original autoattack is installed")
+    own = found.log["versions"][package]
+    found.log["versions"][package] = "0.1"
+    found.save(path)
+    with message(
+        f"but {path} has other version of {package} 0.1 instead of {own}. Name another file, or remove this one"
+    ):
+        evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"], log=path)
+
+
+def test_a_log_keeps_what_was_added_and_learns_new_names(tmp_path):
+    model = network()
+    images, labels = batch(model)
+    path = tmp_path / "log.json"
+    found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"], log=path)
+    found.log["curve"] = [{"eps": "1/255"}]
+    found.save(path)
+    checkpoint = {"name": "renamed.pt", "sha256": "0" * 64}
+    again = evaluate(
+        model, images, labels, eps="4/255", attacks=["apgd-ce"], log=path, model_name="renamed", checkpoint=checkpoint
+    )
+    assert again.log["curve"] == [{"eps": "1/255"}]
+    assert (again.log["model"], again.log["checkpoint"]) == ("renamed", checkpoint)
+    assert Evaluation.load(path).log == again.log
+
+
+def test_a_log_without_its_images_is_refused(tmp_path):
+    model = network()
+    images, labels = batch(model)
+    path, folder = tmp_path / "log.json", tmp_path / "log_adversarial"
+    found = evaluate(model, images, labels, eps="4/255", attacks=QUICK, batch_size=5, log=path)
+    parts = sorted(folder.iterdir())
+    content = parts[0].read_bytes()
+    parts[0].write_bytes(content[:-40])
+    for read in (
+        Evaluation.load,
+        lambda log: evaluate(model, images, labels, eps="4/255", attacks=QUICK, batch_size=5, log=log),
+    ):
+        parts[0].write_bytes(content[:-40])
+        with message(f"{parts[0]} must hold adversarial images, but is damaged"):
+            read(path)
+        parts[0].unlink()
+        with message(f"must hold the adversarial images of all {len(found.adversarial)} images that fell, but has "):
+            read(path)
+
+
+def test_what_a_removed_log_left_is_not_taken_for_new(tmp_path):
+    model = network()
+    images, labels = batch(model)
+    path = tmp_path / "log.json"
+    evaluate(model, images, labels, eps="9/255", attacks=["apgd-ce"], batch_size=2, log=path)
+    path.unlink()
+    found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"], batch_size=5, log=path)
+    loaded = Evaluation.load(path)
+    assert torch.equal(loaded.adversarial_images(images), found.adversarial_images(images))
+    assert len(list((tmp_path / "log_adversarial").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b'{"format": "ikl', "must be a log of this package, but is damaged"),
+        (b"\xff\xfe\x00", "must be a log of this package, but is damaged"),
+        (b"[1]", "must be a log of the format ikl_plugins.robustbench.evaluation/1, got list"),
+        (b'{"a": 1}', "must be a log of the format ikl_plugins.robustbench.evaluation/1, got None"),
+    ],
+)
+def test_a_file_that_is_no_log_is_refused_and_kept(tmp_path, content, text):
+    path = tmp_path / "log.json"
+    path.write_bytes(content)
+    model = network()
+    images, labels = batch(model)
+    with message(f"Evaluation.load: {path} {text}"):
+        Evaluation.load(path)
+    with message(f"evaluate: {path} {text}"):
+        evaluate(model, images, labels, eps="4/255", log=path)
+    assert path.read_bytes() == content
+    with message(f"Evaluation.load: the log must be a file, but there is none at {tmp_path / 'none'}"):
+        Evaluation.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("what", ["replace", "fsync"])
+def test_a_full_disk_leaves_the_old_log(tmp_path, monkeypatch, what):
+    model = network()
+    images, labels = batch(model)
+    path = tmp_path / "log.json"
+    options = {"eps": "4/255", "attacks": QUICK, "batch_size": 5, "log": path}
+    made = []
+
+    def stop(event):
+        made.append(event)
+        if len(made) == 2:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        evaluate(model, images, labels, progress=stop, **options)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_files.os, what, full)
+        with pytest.raises(OSError, match="No space left on device"):
+            evaluate(model, images, labels, **options)
+    assert path.read_bytes() == before
+    assert not [file for file in tmp_path.rglob("*") if "partial" in file.name]
+    whole = evaluate(model, images, labels, **{**options, "log": tmp_path / "whole" / "log.json"})
+    assert without_times(evaluate(model, images, labels, **options).log) == without_times(whole.log)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+class Tuples(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)), images
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({"norm": "linf"}, ValueError, "evaluate: unknown norm `linf`. Did you mean `Linf`? Known: L2, Linf."),
+        ({"norm": "L1"}, ValueError, "evaluate: unknown norm `L1`. Known: L2, Linf."),
+        ({"version": "standart"}, ValueError, "unknown version `standart`. Did you mean `standard`? Known: plus, rand"),
+        ({"attacks": ["apgd"]}, ValueError, "unknown attack `apgd`. Did you mean `apgd-t`? Known: apgd-ce, apgd-dlr, "),
+        ({"attacks": "square"}, TypeError, "`attacks` must be a sequence of names, got 'square'. Write ['square']."),
+        ({"attacks": []}, ValueError, "`attacks` must name at least one attack, and each once, got []"),
+        ({"attacks": ["square"] * 2}, ValueError, "and each once, got ['square', 'square']"),
+        (
+            {"attacks": ["square"], "version": "plus"}, ValueError,
+            "`attacks` must be None with version='plus', which brings its own, got ['square']",
+        ),
+        ({"eps": 0}, ValueError, "evaluate: `eps` must be above 0, got 0"),
+        ({"eps": "8:255"}, ValueError, "evaluate: `eps` must be a fraction or a number, got '8:255'"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.0}, TypeError, "`batch_size` must be an integer of at least 1, got 2.0"),
+        ({"seed": None}, TypeError, "`seed` must be an integer, got None. A run without one cannot be repeated."),
+        ({"model": lambda images: images}, TypeError, "`model` must be a torch.nn.Module, got function"),
+        ({"model": network().train()}, ValueError, "`model` must be in eval mode, but it is in training mode"),
+        ({"model": nn.Flatten().eval()}, ValueError, "labels` must lie in [0, 191]"),
+        ({"model": nn.ReLU().eval()}, ValueError, "must give logits of shape (3, C) for 3 images, got shape (3, 3"),
+        ({"model": Tuples().eval()}, ValueError, "must give logits of shape (3, C) for 3 images, got a tuple"),
+        ({"images": torch.rand(3, 8, 8)}, TypeError, "`images` must be a floating tensor of shape (N, C, H, W), got"),
+        ({"images": torch.ones(3, 3, 8, 8).byte()}, TypeError, "got torch.uint8 of shape (3, 3, 8, 8). Divide uint8"),
+        ({"images": [1]}, TypeError, "`images` must be a floating tensor of shape (N, C, H, W), got list"),
+        ({"images": torch.full((3, 3, 8, 8), 1.5)}, ValueError, "pixels must lie in [0, 1], got values from 1.5 to"),
+        ({"images": -torch.ones(3, 3, 8, 8)}, ValueError, "got values from -1 to -1. Divide grey levels by 255"),
+        ({"images": torch.rand(0, 3, 8, 8)}, ValueError, "there must be at least one image, got none"),
+        ({"labels": torch.zeros(3)}, TypeError, "`labels` must be a tensor of class indices, got torch.float32"),
+        ({"labels": torch.ones(3).bool()}, TypeError, "`labels` must be a tensor of class indices, got torch.bool"),
+        ({"labels": [0, 1, 2]}, TypeError, "`labels` must be a tensor of class indices, got list"),
+        ({"labels": torch.tensor([0, 1])}, ValueError, "`labels` must have shape (3,), one per image, got (2,)"),
+        ({"labels": torch.tensor([0, 1, 10])}, ValueError, "must lie in [0, 9], as the model has 10 classes, got"),
+        ({"labels": torch.tensor([0, -1, 2])}, ValueError, "got values from -1 to 2"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(changes, kind, text):
+    given = {"model": network(), "images": torch.rand(3, 3, 8, 8), "labels": torch.tensor([0, 1, 2]), "eps": "8/255"}
+    if "labels` must lie in [0, 191]" in text:
+        given["labels"] = torch.tensor([0, 1, 192])
+    with message(text, kind):
+        evaluate(**{**given, **changes})
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = network()
+    with torch.no_grad():
+        model[3].bias[2] = float("nan")
+    with message("`model` must give finite logits, got 3 of 30 that are not, in the batch from image 0"):
+        evaluate(model, torch.rand(3, 3, 8, 8), torch.zeros(3).long(), eps="8/255")
+
+
+def test_parts_in_training_mode_are_for_random_models_alone():
+    model = nn.Sequential(nn.Dropout(0.1), network()).eval()
+    model[0].train()
+    images, labels = batch(model[1], count=4)
+    with message("`model` must be in eval mode, but these parts are in training mode: 0. Call `model.eval()`, or take"):
+        evaluate(model, images, labels, eps="1/255")
+    assert evaluate(model, images, labels, eps="1/255", version="rand").finished
+    assert model[0].training
+
+
+def test_a_rounded_eps_warns_and_is_used_as_it_is():
+    model = network()
+    images, labels = batch(model, count=4)
+    with pytest.warns(UserWarning, match=re.escape("`eps` = 0.031 is 7.905/255 and not 8/255")):
+        found = evaluate(model, images, labels, eps=0.031, attacks=["apgd-ce"])
+    assert (found.log["eps"], found.log["eps_value"]) == ("0.031", 0.031)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = evaluate(model, images, labels, eps=8 / 255, attacks=["apgd-ce"])
+    assert (found.log["eps"], found.log["eps_value"]) == ("8/255", 8 / 255)
+
+
+# --- the curve -------------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_never_rises_and_each_point_is_an_attack_on_those_who_stand():
+    model = network()
+    images, labels = batch(model, count=20)
+    made = []
+    radii = ["6/255", "1/255", "3/255", "120/255"]
+    points = curve(
+        model,
+        images,
+        labels,
+        radii,
+        attacks=QUICK,
+        batch_size=8,
+        progress=lambda eps, event: made.append((str(eps), event)),
+    )
+    standing = torch.arange(20)
+    for point, eps in zip(points, ("1/255", "3/255", "6/255", "120/255"), strict=True):
+        number = int(eps.split("/")[0]) / 255
+        _, predictions = autoattack(
+            model, images[standing], labels[standing], batch_size=8, eps=number, version="custom", attacks=QUICK
+        )
+        standing = standing[predictions == labels[standing]]
+        robust = [int(index in standing.tolist()) for index in range(20)]
+        assert point == {
+            "eps": eps, "eps_value": number, "robust_accuracy": pytest.approx(5 * len(standing)), "robust": robust,
+            "attacks": list(QUICK),
+        }  # fmt: skip
+    values = [point["robust_accuracy"] for point in points]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) > 2
+    assert values[-1] == 0
+    assert list(dict.fromkeys(eps for eps, _ in made)) == ["1/255", "3/255", "6/255", "120/255"]
+
+
+def test_a_curve_goes_on_where_all_have_fallen_and_from_its_logs(tmp_path, monkeypatch):
+    model = network()
+    images, labels = batch(model)
+    radii = ["2/255", "120/255", "130/255"]
+    first = curve(model, images, labels, radii, attacks=["apgd-ce"], folder=tmp_path, seed=2)
+    assert [point["robust_accuracy"] for point in first][1:] == [0, 0]
+    assert (first[2]["attacks"], first[2]["robust"]) == ([], [0] * 14)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["eps_120-255.json", "eps_2-255.json"]
+    attack = type(Quick(model, norm="Linf", eps=0.1, verbose=False).apgd)
+    monkeypatch.setattr(attack, "perturb", None)  # nothing is attacked again
+    assert curve(model, images, labels, radii, attacks=["apgd-ce"], folder=tmp_path, seed=2) == first
+    with message("has other seed 2 instead of 0"):
+        curve(model, images, labels, radii, attacks=["apgd-ce"], folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("radii", "kind", "text"),
+    [
+        ("8/255", TypeError, "curve: `radii` must be a sequence of radii, got '8/255'. Write ['2/255', '4/255']."),
+        ([], ValueError, "curve: `radii` must hold at least one radius, got none"),
+        (["4/255", "2/255", "8/510"], ValueError, "`radii` must be different, but 4/255 and 8/510 are one"),
+        (["x"], ValueError, "curve: `eps` must be a fraction or a number, got 'x'"),
+    ],
+)
+def test_radii_that_make_no_curve_are_refused(radii, kind, text):
+    model = network()
+    with message(text, kind):
+        curve(model, *batch(model), radii)
+
+
+# --- corruptions -----------------------------------------------------------------------------------------------------
+
+CORRUPTIONS = robustbench.data.CORRUPTIONS
+
+
+@pytest.fixture(scope="module")
+def corrupted(tmp_path_factory):
+    """CIFAR-10-C of 4x4 pixels, with 10,000 images per severity as RobustBench's loader wants it."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "CIFAR-10-C").mkdir()
+    random = np.random.default_rng(0)
+    for corruption in CORRUPTIONS:
+        pixels = random.integers(0, 256, (50000, 4, 4, 3), dtype=np.uint8)
+        np.save(folder / "CIFAR-10-C" / f"{corruption}.npy", pixels)
+    np.save(folder / "CIFAR-10-C" / "labels.npy", random.integers(0, 10, 50000))
+    return folder
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 10)).eval()
+
+
+@pytest.fixture
+def alexnet(tmp_path, monkeypatch):
+    """A working directory with RobustBench's table, and AlexNet in it."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model_info" / "cifar10" / "corruptions" / "unaggregated_results.csv"
+    path.parent.mkdir(parents=True)
+    columns = [(corruption, severity) for corruption in CORRUPTIONS for severity in range(1, 6)]
+    random = np.random.default_rng(1)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", *(corruption for corruption, _ in columns)])
+        writer.writerow(["", *(severity for _, severity in columns)])
+        writer.writerow(["Other", *random.random(75)])
+        writer.writerow(["AlexNet", *random.random(75)])
+    return path
+
+
+def theirs(model, folder, monkeypatch, count):
+    """RobustBench's own function. It calls its CIFAR loader with a keyword that the loader does not have."""
+    loaders = robustbench.data.CORRUPTION_DATASET_LOADERS[BenchmarkDataset.cifar_10]
+    load = robustbench.data.load_cifar10c
+    with monkeypatch.context() as patch:
+        patch.setitem(loaders, ThreatModel.corruptions, lambda *args, prepr, **named: load(*args, **named))
+        return robustbench.eval.corruptions_evaluation(
+            32, str(folder), BenchmarkDataset.cifar_10, ThreatModel.corruptions, torch.device("cpu"), model, count,
+            False, None, "ours",
+        )  # fmt: skip
+
+
+def test_accuracy_under_corruptions_is_robustbenchs(corrupted, alexnet, monkeypatch, capsys):
+    model = linear()
+    accuracy, mce = theirs(model, corrupted, monkeypatch, 100)
+    images, labels = torch.rand(30, 3, 4, 4), torch.arange(30) % 10
+    natural = Images(images, labels, None, "made up", "not read")
+    made = []
+    found = evaluate_corruptions(
+        model, "cifar10", data_dir=corrupted, n_examples=100, natural=natural, batch_size=32, progress=made.append
+    )
+    assert found.robust_accuracy == pytest.approx(100 * accuracy)
+    assert found.log["corruptions_mce"] == pytest.approx(100 * mce)
+    assert found.log["corruptions_mce_note"] is None
+    with torch.no_grad():
+        expected = 100 * model(images).argmax(1).eq(labels).float().mean().item()
+    assert found.natural_accuracy == pytest.approx(expected)
+    entries = found.log["corruptions"]
+    assert [(entry["corruption"], entry["severity"]) for entry in entries] == [
+        (corruption, severity) for corruption in CORRUPTIONS for severity in range(1, 6)
+    ]
+    pixels = np.load(corrupted / "CIFAR-10-C" / "snow.npy")[20000:20100].transpose(0, 3, 1, 2) / np.float32(255)
+    true = np.load(corrupted / "CIFAR-10-C" / "labels.npy")[:100]
+    entry = entries[5 * CORRUPTIONS.index("snow") + 2]
+    with torch.no_grad():
+        right = model(torch.from_numpy(pixels.astype(np.float32))).argmax(1).numpy() == true
+    assert entry["accuracy"] == pytest.approx(100 * right.mean())
+    assert entry["sha256"] == content_sha256(torch.from_numpy(pixels.astype(np.float32)), torch.from_numpy(true))
+    log = found.log
+    assert (log["threat_model"], log["dataset"], log["eps"], log["standard"]) == ("corruptions", "cifar10", None, False)
+    assert (log["robust"], log["fell_to"], log["attacks"], log["finished"]) == (None, None, [], True)
+    assert [(event.attack, event.batch, event.batches, event.n_examples) for event in made[:2]] == [
+        ("shot_noise/1", 1, 75, 100), ("shot_noise/2", 2, 75, 100),
+    ]  # fmt: skip
+    assert [event.standing for event in made] == [round(entry["accuracy"]) for entry in entries]
+
+
+def test_without_alexnet_there_is_no_corruption_error(corrupted, alexnet, tmp_path):
+    def found(**options):
+        return evaluate_corruptions(linear(), "cifar10", data_dir=corrupted, n_examples=5, **options).log
+
+    alexnet.write_text("".join(line for line in alexnet.read_text().splitlines(True) if not line.startswith("AlexNet")))
+    log = found()
+    assert (log["corruptions_mce"], log["natural_accuracy"]) == (None, None)
+    name = "model_info/cifar10/corruptions/unaggregated_results.csv"
+    assert log["corruptions_mce_note"] == f"not computed: {name} has no row AlexNet"
+    assert found(baseline=tmp_path / "none.csv")["corruptions_mce_note"] == (
+        f"not computed: there is no {tmp_path / 'none.csv'} with the accuracies of AlexNet"
+    )
+
+
+def test_interrupted_corruptions_go_on(corrupted, alexnet, tmp_path, monkeypatch):
+    model, path = linear(), tmp_path / "log.json"
+    options = {"data_dir": corrupted, "n_examples": 20}
+    whole = evaluate_corruptions(model, "cifar10", log=tmp_path / "whole.json", **options)
+
+    def stop(event):
+        if event.batch == 7:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        evaluate_corruptions(model, "cifar10", log=path, progress=stop, **options)
+    partial = Evaluation.load(path)
+    assert (partial.finished, len(partial.log["corruptions"])) == (False, 7)
+    made = []
+    resumed = evaluate_corruptions(model, "cifar10", log=path, progress=made.append, **options)
+    assert len(made) == 68
+    assert without_times(resumed.log) == without_times(whole.log)
+    assert without_times(Evaluation.load(path).log) == without_times(whole.log)
+    assert whole.log["corruptions_mce"] is not None
+    with message("has other weights. Name another file"):
+        evaluate_corruptions(linear(1), "cifar10", log=path, **options)
+    with message("has other n_examples 20 instead of 21"):
+        evaluate_corruptions(model, "cifar10", log=path, data_dir=corrupted, n_examples=21)
+    load = robustbench.data.load_cifar10c
+    loaders = robustbench.data.CORRUPTION_DATASET_LOADERS[BenchmarkDataset.cifar_10]
+    monkeypatch.setitem(loaders, ThreatModel.corruptions, lambda *args: (load(*args)[0] / 2, load(*args)[1]))
+    with message("has other data (shot_noise, severity 1)"):
+        evaluate_corruptions(model, "cifar10", log=path, **options)
+
+
+def test_corruptions_that_are_not_there_are_refused(corrupted, tmp_path, monkeypatch):
+    def run(folder, **options):
+        return evaluate_corruptions(linear(), options.pop("dataset", "cifar10"), data_dir=folder, **options)
+
+    with message("`n_examples` must be at most 10000, as many images as shot_noise has with severity 1, got 10001"):
+        run(corrupted, n_examples=10001)
+    with message("unknown data set `cifar11`. Did you mean `cifar10`? Known: cifar10, cifar100, imagenet."):
+        run(corrupted, dataset="cifar11")
+    with message("unknown threat model of cifar10 `corruptions_3d`. Did you mean `corruptions`? Known: corruptions."):
+        run(corrupted, threat_model="corruptions_3d")
+    root = tmp_path / "CIFAR-10-C"
+    text = f"the corrupted images of cifar10 must lie in {root}, but {root / 'labels.npy'}, {root / 'shot_noise.npy'}, "
+    with message(text) as caught:
+        run(tmp_path, offline=True)
+    assert "and 13 more missing. Unpack them there (CIFAR-10-C.tar of https://zenodo.org/records/2535967)" in str(
+        caught.value
+    )
+
+    def no_network(*_, **__):
+        raise AssertionError("this would download")
+
+    monkeypatch.setattr(robustbench.data, "zenodo_download", no_network)
+    with pytest.raises(AssertionError, match="this would download"):
+        run(tmp_path)
+    root.mkdir()
+    with message(text):
+        run(tmp_path)  # RobustBench downloads a missing folder, and nothing into one that is there
+    root = tmp_path / "ImageNet-3DCC"
+    with message(f"the corrupted images of imagenet must lie in {root}, but {root / 'near_focus' / '1'}, "):
+        run(tmp_path, dataset="imagenet", threat_model="corruptions_3d")
+    with message("evaluate_corruptions: `n_examples` must be an integer of at least 1, got 0"):
+        run(corrupted, n_examples=0)
+    with message("evaluate_corruptions: `model` must be in eval mode"):
+        evaluate_corruptions(linear().train(), "cifar10", data_dir=corrupted)
+
+
+# --- checksums -------------------------------------------------------------------------------------------------------
+
+
+def test_the_checksum_of_weights():
+    state = {
+        "b.weight": torch.tensor([[1.5, -2.0]]),
+        "a.count": torch.tensor(3),
+        "c.half": torch.tensor([0.5], dtype=torch.bfloat16),
+    }
+    expected = hashlib.sha256(
+        b"a.count torch.int64 ()\n" + np.int64(3).tobytes()
+        + b"b.weight torch.float32 (1, 2)\n" + np.array([1.5, -2.0], np.float32).tobytes()
+        + b"c.half torch.bfloat16 (1,)\n" + b"\x00\x3f"
+    )  # fmt: skip
+    assert weights_sha256(state) == expected.hexdigest() == weights_sha256(dict(reversed(state.items())))
+    model = network()
+    assert weights_sha256(model) == weights_sha256(model.state_dict()) == weights_sha256(network())
+    assert weights_sha256(model) != weights_sha256(network(seed=1))
+    assert weights_sha256({"a": torch.zeros(2)}) != weights_sha256({"b": torch.zeros(2)})
+    transposed = torch.rand(3, 2).t()
+    assert weights_sha256({"a": transposed}) == weights_sha256({"a": transposed.contiguous()})
+    assert weights_sha256({"a": 1}) != weights_sha256({"a": 2})

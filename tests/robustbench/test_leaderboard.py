@@ -1,0 +1,333 @@
+"""The table of the leaderboards, and places in it."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import pytest
+
+from ikl_plugins.robustbench.leaderboard import Entry, board_eps, draw, entries, rank, table_origin
+
+BOARDS = {
+    ("cifar10", "Linf"): 99,
+    ("cifar10", "L2"): 21,
+    ("cifar10", "corruptions"): 23,
+    ("cifar100", "Linf"): 38,
+    ("cifar100", "corruptions"): 13,
+    ("imagenet", "Linf"): 30,
+    ("imagenet", "corruptions"): 12,
+}
+
+
+def table():
+    return json.loads(resources.files("ikl_plugins.robustbench").joinpath("leaderboard.json").read_text())
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_all_entries_and_says_where_they_are_from():
+    assert {board: len(entries(*board)) for board in BOARDS} == BOARDS
+    assert len(table()["entries"]) == sum(BOARDS.values()) == 236
+    assert table_origin() == {
+        "source": "RobustBench model_info",
+        "repository": "https://github.com/RobustBench/robustbench",
+        "commit": "78fcc9e",
+        "date": "2025-03-31",
+        "licence": "MIT",
+    }
+
+
+def test_an_entry_holds_what_the_leaderboard_says():
+    found = {entry.id: entry for entry in entries("cifar100", "Linf")}
+    assert found["Cui2023Decoupled_WRN-28-10"] == Entry(
+        id="Cui2023Decoupled_WRN-28-10",
+        architecture="WideResNet-28-10",
+        venue="NeurIPS 2024",
+        link="https://arxiv.org/abs/2305.13948",
+        eps="8/255",
+        natural_accuracy=73.85,
+        robust_accuracy=39.18,
+        autoattack_accuracy=39.18,
+        external=False,
+        additional_data=False,
+        unreliable=False,
+        number_forward_passes=1,
+    )
+    # An adaptive attack found more than AutoAttack.
+    kang = {entry.id: entry for entry in entries("cifar10", "Linf")}["Kang2021Stable"]
+    assert (kang.robust_accuracy, kang.autoattack_accuracy, kang.external, kang.unreliable) == (64.2, 71.28, True, True)
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_entries_are_sorted_as_robustbench_sorts_them(board):
+    import robustbench.utils as rb
+    from robustbench.model_zoo.enums import ThreatModel
+
+    keys = rb.ACC_FIELDS[ThreatModel(board[1])]
+    rows = {row["id"]: row for row in table()["entries"] if (row["dataset"], row["threat_model"]) == board}
+    found = entries(*board)
+    assert [entry.robust_accuracy for entry in found] == sorted(rb.get_key(row, keys) for row in rows.values())[::-1]
+    assert all(entry.robust_accuracy == rb.get_key(rows[entry.id], keys) for entry in found)
+
+
+def test_3d_corruptions_rank_by_an_accuracy_of_their_own():
+    flat = {entry.id: entry.robust_accuracy for entry in entries("imagenet", "corruptions")}
+    deep = {entry.id: entry.robust_accuracy for entry in entries("imagenet", "corruptions_3d")}
+    assert flat.keys() == deep.keys()
+    assert (flat["Standard_R50"], deep["Standard_R50"]) == (39.48, 47.12)
+
+
+@pytest.mark.parametrize(
+    ("board", "radius"),
+    [
+        (("cifar10", "Linf"), "8/255"),
+        (("cifar10", "L2"), "0.5"),
+        (("cifar100", "Linf"), "8/255"),
+        (("imagenet", "Linf"), "4/255"),
+        (("cifar10", "corruptions"), None),
+        (("imagenet", "corruptions_3d"), None),
+    ],
+)
+def test_the_radius_of_a_leaderboard(board, radius):
+    assert board_eps(*board) == radius
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+# As RobustBench's README of that date lists them; it shows the networks of its zoo, one place each.
+PUBLISHED = {
+    ("cifar10", "Cui2023Decoupled_WRN-28-10"): (92.16, 67.73, 9),
+    ("cifar10", "Cui2023Decoupled_WRN-34-10"): (85.31, 57.09, 49),
+    ("cifar100", "Cui2023Decoupled_WRN-28-10"): (73.85, 39.18, 4),
+    ("cifar100", "Cui2023Decoupled_WRN-34-10_autoaug"): (65.93, 32.52, 13),
+    ("cifar100", "Cui2023Decoupled_WRN-34-10"): (65.76, 31.91, 17),
+}
+
+
+@pytest.mark.parametrize(("dataset", "name"), PUBLISHED)
+def test_places_of_published_entries(dataset, name):
+    natural, robust, published = PUBLISHED[dataset, name]
+    place = rank(dataset, "Linf", robust, natural_accuracy=natural, name=name).overall
+    # One place, or, among equals, one of several: the 17th shares 31.91 % with Jia2022LAS-AT_34_20.
+    assert place.place <= published <= place.place + len(place.ties)
+    assert bool(place.ties) == (robust in (57.09, 31.91))
+
+
+@pytest.mark.parametrize(("dataset", "name"), PUBLISHED)
+def test_places_in_the_order_of_robustbench_own_list(dataset, name):
+    """list_available_models: a stable sort of the zoo by accuracy."""
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    zoo = list(model_dicts[BenchmarkDataset(dataset)][ThreatModel.Linf])
+    accuracy = {entry.id: entry.robust_accuracy for entry in entries(dataset, "Linf")}
+    listed = sorted((model for model in zoo if model in accuracy), key=lambda model: -accuracy[model])
+    assert listed.index(name) + 1 == PUBLISHED[dataset, name][2]
+
+
+def test_a_result_of_the_same_accuracy_as_an_entry_shares_its_place():
+    found = rank("cifar100", "Linf", 39.18)  # by someone else
+    assert found.overall.place == 4
+    assert found.overall.ties == ("Cui2023Decoupled_WRN-28-10",)
+    assert str(found.overall) == "4 to 5 of 39"
+    assert [entry.robust_accuracy for entry in found.above] == [42.66, 42.25, 41.80]
+    assert found.below[0].id == "Cui2023Decoupled_WRN-28-10"
+
+
+@pytest.mark.parametrize(
+    ("robust", "place", "above", "below"), [(100.0, 1, 0, 3), (0.0, 39, 3, 0), (39.19, 4, 3, 3), (39.184, 4, 3, 3)]
+)
+def test_places_at_both_ends_and_between(robust, place, above, below):
+    found = rank("cifar100", "Linf", robust)
+    assert (found.overall.place, len(found.above), len(found.below)) == (place, above, below)
+
+
+def test_two_decimals_are_compared():
+    assert rank("cifar100", "Linf", 39.184).overall.ties == ("Cui2023Decoupled_WRN-28-10",)
+    assert rank("cifar100", "Linf", 39.186).overall.ties == ()
+
+
+def test_places_with_and_without_additional_data():
+    found = rank("cifar100", "Linf", 31.91, name="Cui2023Decoupled_WRN-34-10")
+    with_data = [entry for entry in entries("cifar100", "Linf") if entry.additional_data]
+    better = [entry for entry in with_data if entry.robust_accuracy > 31.91]
+    assert (found.with_data.place, found.with_data.entries) == (len(better) + 1, len(with_data)) == (9, 9)
+    assert found.without_data.entries == 38 - 9 - 1  # but for itself
+    assert found.overall.place == (found.with_data.place - 1) + (found.without_data.place - 1) + 1
+
+
+def test_unreliable_entries_can_be_left_out():
+    assert rank("cifar10", "Linf", 57.09).overall.place == 49
+    assert rank("cifar10", "Linf", 57.09, include_unreliable=False).overall.place == 48
+
+
+def test_says_how_many_are_better_in_both():
+    found = rank("cifar100", "Linf", 39.18, natural_accuracy=73.85, name="Cui2023Decoupled_WRN-28-10")
+    board = entries("cifar100", "Linf")
+    expected = [e.id for e in board if e.natural_accuracy > 73.85 and e.robust_accuracy > 39.18]
+    assert list(found.better_in_both) == expected
+    assert len(expected) == 3
+    equal = rank("cifar100", "Linf", 39.0, natural_accuracy=73.85)  # better in one, equal in the other
+    assert "Cui2023Decoupled_WRN-28-10" not in equal.better_in_both
+    assert rank("cifar100", "Linf", 39.18).better_in_both == ()
+
+
+@pytest.mark.parametrize("eps", ["8/255", 8 / 255, None])
+def test_takes_the_radius_of_the_leaderboard(eps):
+    assert rank("cifar10", "Linf", 57.09, eps=eps).eps == "8/255"
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_the_ranking_as_markdown():
+    text = rank(
+        "cifar100",
+        "Linf",
+        31.91,
+        natural_accuracy=65.76,
+        additional_data=False,
+        eps="8/255",
+        name="Cui2023Decoupled_WRN-34-10",
+    ).markdown()
+    lines = text.splitlines()
+    assert lines[0] == "# Cui2023Decoupled_WRN-34-10 on RobustBench: cifar100, Linf, eps = 8/255"
+    assert lines[2] == "Robust accuracy 31.91 %, natural accuracy 65.76 %."
+    assert "| all | 16 to 17 of 38 | Jia2022LAS-AT_34_20 |" in lines
+    assert "| with additional data | 9 of 10 | - |" in lines
+    assert "| without additional data (as this result) | 8 to 9 of 29 | Jia2022LAS-AT_34_20 |" in lines
+    rows = [line.split(" | ")[0].strip("| ") for line in lines if line.count("|") == 8][2:]
+    assert rows == ["13", "14", "15", "**16**", "16", "18", "19"]
+    assert "| **16** | **Cui2023Decoupled_WRN-34-10** | **65.76** | **31.91** | no | | |" in lines
+    assert lines[-1] == (
+        "Compared offline with the table of 2025-03-31 (RobustBench model_info, commit 78fcc9e); later entries are not "
+        "in it. Current: https://robustbench.github.io"
+    )
+
+
+def test_the_markdown_explains_external_evaluations():
+    text = rank("cifar10", "Linf", 64.0, additional_data=True).markdown()
+    assert "64.20 (e)" in text
+    assert "(e): by an attack of others, which RobustBench ranks by; AutoAttack gave more." in text
+    assert "| with additional data (as this result) |" in text
+    assert "(e)" not in rank("cifar10", "corruptions", 90.0).markdown()
+
+
+def test_the_ranking_as_json():
+    found = json.loads(json.dumps(rank("imagenet", "Linf", 59.56).to_dict()))
+    assert found["overall"]["place"] == 1 + sum(e.robust_accuracy > 59.56 for e in entries("imagenet", "Linf"))
+    assert (found["date"], found["eps"], found["natural_accuracy"]) == ("2025-03-31", "4/255", None)
+
+
+@pytest.mark.parametrize("natural", [65.76, None])
+def test_the_plot_shows_all_entries_and_the_result(natural, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="plots need matplotlib")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: (drawn.append(self), path.write_bytes(b"png"))[0])
+    path = tmp_path / "new" / "rank.png"
+    ranking = rank("cifar100", "Linf", 31.91, natural_accuracy=natural, name="Cui2023Decoupled_WRN-34-10")
+    draw(ranking, path)
+    assert path.read_bytes() == b"png"
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "natural accuracy (%)"
+    assert axes.get_ylabel() == "robust accuracy (%)"
+    assert axes.get_title() == "RobustBench, cifar100, Linf, eps = 8/255, entries of 2025-03-31"
+    points = [tuple(point) for group in axes.collections[:2] for point in group.get_offsets()]
+    assert sorted(points) == sorted((e.natural_accuracy, e.robust_accuracy) for e in ranking.others)
+    if natural is None:
+        assert set(axes.lines[0].get_ydata()) == {31.91}
+    else:
+        assert [tuple(point) for point in axes.collections[2].get_offsets()] == [(65.76, 31.91)]
+    (legend,) = drawn[0].legends
+    assert legend.get_texts()[-1].get_text() == "Cui2023Decoupled_WRN-34-10: place 16 to 17 of 38"
+
+
+def test_the_plot_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    draw(rank("imagenet", "corruptions", 50.0, natural_accuracy=76.0), tmp_path / "rank.png")
+    assert (tmp_path / "rank.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["rank.png"]
+
+
+def test_says_how_to_get_matplotlib(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ImportError, match=r"^draw needs matplotlib, which is missing\. Run: pip install matplotlib$"):
+        draw(rank("cifar10", "L2", 50.0), tmp_path / "rank.png")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("cifar11", "Linf", 50), {}, ValueError, r"unknown data set `cifar11`\. Did you mean `cifar10`\? Known: cif"),
+        (
+            ("cifar10", "linf", 50),
+            {},
+            ValueError,
+            r"unknown threat model `linf`\. Did you mean `Linf`\? Known: L2, Linf",
+        ),
+        (
+            ("cifar100", "L2", 50),
+            {},
+            ValueError,
+            r"`threat_model` must be one that has a leaderboard for cifar100, got 'L2'\. Known: cifar10 L2, ",
+        ),
+        (("cifar10", "corruptions_3d", 50), {}, ValueError, r"`threat_model` must be one that has a leaderboard for"),
+        (
+            ("cifar10", "Linf", 101),
+            {},
+            ValueError,
+            r"`robust_accuracy` must be in percent, 0 to 100, got 101.0\. Pass 57.09 for 57.09 %\.",
+        ),
+        (("cifar10", "Linf", -1), {}, ValueError, r"`robust_accuracy` must be a finite number of at least 0, got -1\."),
+        (
+            ("cifar10", "Linf", "57"),
+            {},
+            TypeError,
+            r"`robust_accuracy` must be a finite number of at least 0, got '57'",
+        ),
+        (
+            ("cifar10", "Linf", 50),
+            {"natural_accuracy": 850},
+            ValueError,
+            r"`natural_accuracy` must be in percent, 0 to",
+        ),
+        (
+            ("imagenet", "Linf", 50),
+            {"eps": "8/255"},
+            ValueError,
+            r"`eps` must be 4/255, the radius of the leaderboard for imagenet and Linf, got 8/255\. Evaluate at 4/255: "
+            r"results at different radii cannot be compared\.",
+        ),
+        (("cifar10", "L2", 50), {"eps": 1.0}, ValueError, r"`eps` must be 0.5, the radius of the leaderboard"),
+        (
+            ("cifar10", "corruptions", 50),
+            {"eps": "8/255"},
+            ValueError,
+            r"`eps` must be None for corruptions, got 8/255\. Leave it out: corruptions have no radius\.",
+        ),
+    ],
+)
+def test_refuses_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=rf"^rank: {message}"):
+        rank(*arguments, **options)
+
+
+def test_a_rounded_radius_is_neither_rounded_back_nor_compared():
+    with (
+        pytest.warns(UserWarning, match=r"^rank: `eps` = 0.031 is 7.905/255 and not 8/255"),
+        pytest.raises(ValueError, match=r"^rank: `eps` must be 8/255, .* got 0.031\."),
+    ):
+        rank("cifar10", "Linf", 50.0, eps="0.031")
+
+
+def test_entries_refuses_what_has_no_leaderboard():
+    with pytest.raises(ValueError, match=r"^entries: unknown data set `mnist`\. Known: cifar10, cifar100, imagenet\.$"):
+        entries("mnist", "Linf")

@@ -1,0 +1,313 @@
+"""ikl_plugins.robustbench.report: the numbers of an evaluation as Markdown, and its pictures."""
+
+import errno
+import importlib.util
+import os
+import re
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+if None in (importlib.util.find_spec("robustbench"), importlib.util.find_spec("matplotlib")):
+    pytest.skip("needs robustbench and matplotlib (extra `demo`)", allow_module_level=True)
+
+from ikl_plugins import _files
+from ikl_plugins.robustbench import report as module
+from ikl_plugins.robustbench.data import Images
+from ikl_plugins.robustbench.evaluation import curve, evaluate
+from ikl_plugins.robustbench.evaluation_log import Evaluation
+from ikl_plugins.robustbench.report import binomial_interval, require_matplotlib, write_report
+
+CLASSES = ("cat", "$dog$", "owl", "b|d")
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """An evaluation of four classes with all there is: some images fall, some stand, two are wrong from the start."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)).eval()
+    pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = model(pixels).argmax(1)
+    labels[:2] = (labels[:2] + 1) % 4
+    images = Images(pixels, labels, CLASSES, "made up", "0" * 64)
+    evaluation = evaluate(
+        model, pixels, labels, eps="4/255", attacks=["apgd-ce"], data=images, model_name="small_net",
+        checkpoint={"name": "w.pt", "sha256": "a" * 64},
+    )  # fmt: skip
+    evaluation.log["curve"] = curve(model, pixels, labels, ["2/255", "8/255"], attacks=["apgd-ce"])
+    return evaluation, images
+
+
+def cells(text, first):
+    """The cells of the row of a table that starts so."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first} ")]
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[2:-1]]
+
+
+# Newcombe, Statistics in Medicine 17 (1998), Table I, method 3; the last one is n / (n + 1.96^2).
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (81, 263, 25.53, 36.62),
+        (15, 148, 6.24, 16.05),
+        (0, 20, 0.0, 16.11),
+        (1, 29, 0.61, 17.18),
+        (29, 29, 88.30, 100.0),
+    ],
+)
+def test_the_interval_is_wilsons(successes, trials, low, high):
+    assert binomial_interval(successes, trials) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 3), (4, 3)])
+def test_an_interval_of_nothing_is_refused(successes, trials):
+    text = f"must lie between 0 and `trials`, which is at least 1, got {successes} of {trials}"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        binomial_interval(successes, trials)
+
+
+def test_the_page_has_the_numbers(measured, tmp_path):
+    evaluation, images = measured
+    log = evaluation.log
+    path = write_report(evaluation, tmp_path / "new" / "folder", images=images)
+    assert path == tmp_path / "new" / "folder" / "report.md"
+    text = path.read_text()
+    assert text.startswith("# Robustness of small_net\n")
+    natural, robust = sum(log["natural_correct"]), sum(log["robust"])
+    assert (natural, len(log["robust"])) == (38, 40)
+    assert 0 < robust < 38
+    for row, count in (("natural accuracy", natural), ("robust accuracy (Linf, eps 4/255)", robust)):
+        low, high = binomial_interval(count, 40)
+        assert cells(text, row) == [f"{2.5 * count:.2f}", f"{low:.2f} to {high:.2f}"]
+    assert "robust accuracy under attacks is an upper bound of robust accuracy." in text
+    assert "This is not standard AutoAttack" in text
+    assert "is not finished" not in text
+    assert cells(text, "none (natural images)") == ["2", "38", "-"]
+    assert cells(text, "apgd-ce")[:2] == [str(38 - robust), str(robust)]
+    for name, value in {
+        "data": "made up", "images": "40", "checkpoint": "w.pt", "sha256 of the checkpoint": "a" * 64, "seed": "0",
+        "sha256 of the weights": log["weights_sha256"], "AutoAttack": "custom: apgd-ce", "target classes": "-",
+        "started": log["date"], "device": log["device"],
+    }.items():  # fmt: skip
+        assert cells(text, name) == [value]
+    for label, name in enumerate(("cat", "$dog$", "owl", r"b\|d")):
+        own = images.labels == label
+        expected = [100 * torch.tensor(log[key])[own].float().mean().item() for key in ("natural_correct", "robust")]
+        assert cells(text, name)[:3] == [str(int(own.sum())), *(f"{share:.2f}" for share in expected)]
+    for point in log["curve"]:
+        assert cells(text, point["eps"])[0] == f"{point['robust_accuracy']:.2f}"
+        assert cells(text, point["eps"])[2] == ", ".join(point["attacks"])
+    fell = [index for index, attack in enumerate(log["fell_to"]) if attack is not None]
+    assert f"{len(fell)} of 38 that were classified right. 8 of them:" in text
+    shown = [index for index in fell if re.search(rf"^\| {index} ", text.split("## Images that fell")[1], re.MULTILINE)]
+    assert len(shown) == 8
+    table = text.split("## Images that fell")[1]
+    names = ("cat", "$dog$", "owl", r"b\|d")
+    for index in shown:
+        assert cells(table, index) == [names[log["labels"][index]], names[log["predictions"][index]], "apgd-ce"]
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        with Image.open(path.parent / picture) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert min(image.size) > 300
+    assert {file.name for file in path.parent.iterdir()} == {
+        "report.md", "robust_accuracy.png", "classes.png", "fallen.png",
+    }  # fmt: skip
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 6
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def drawn(monkeypatch):
+    """The figures instead of files."""
+    figures = {}
+    monkeypatch.setattr(module, "_save", lambda figure, path: figures.update({path.name: figure}))
+    return figures
+
+
+def test_the_curve_is_drawn_in_grey_levels_from_the_natural_accuracy_on(measured, tmp_path, monkeypatch):
+    evaluation, images = measured
+    figures = drawn(monkeypatch)
+    write_report(evaluation, tmp_path, images=images)
+    (axes,) = figures["robust_accuracy.png"].axes
+    line, point = axes.lines
+    assert line.get_xdata() == pytest.approx([0, 2, 8])
+    assert line.get_ydata() == pytest.approx([95, *(point["robust_accuracy"] for point in evaluation.log["curve"])])
+    assert (point.get_xdata(), point.get_ydata()) == ([pytest.approx(4)], [evaluation.robust_accuracy])
+    assert axes.get_xlabel() == "Linf radius eps (grey levels of 255)"
+    assert axes.get_ylabel() == "robust accuracy (%)"
+    (axes,) = figures["classes.png"].axes
+    heights = [bar.get_height() for bar in axes.patches]
+    assert len(heights) == 8
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("class", "accuracy (%)")
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["cat", r"\$dog\$", "owl", "b|d"]
+
+
+def test_an_l2_curve_is_in_pixels(measured, tmp_path, monkeypatch):
+    evaluation, images = measured
+    figures = drawn(monkeypatch)
+    write_report(Evaluation({**evaluation.log, "threat_model": "L2"}, evaluation.adversarial), tmp_path, images=images)
+    (axes,) = figures["robust_accuracy.png"].axes
+    assert axes.get_xlabel() == "L2 radius eps (pixels in [0, 1])"
+    assert axes.lines[0].get_xdata() == pytest.approx([0, 2 / 255, 8 / 255])
+
+
+def test_the_fallen_are_shown_natural_adversarial_and_different(measured, tmp_path, monkeypatch):
+    evaluation, images = measured
+    figures = drawn(monkeypatch)
+    write_report(evaluation, tmp_path, images=images.images)
+    axes = figures["fallen.png"].axes
+    assert len(axes) == 24
+    index = int(re.match(r"#(\d+)", axes[0].get_title())[1])
+    natural, adversarial = images.images[index], evaluation.adversarial[index]
+    pictures = [torch.from_numpy(axes[8 * row].images[0].get_array().data).permute(2, 0, 1) for row in range(3)]
+    assert torch.equal(pictures[0], natural)
+    assert torch.equal(pictures[1], adversarial)
+    change = adversarial - natural
+    assert torch.allclose(pictures[2], 0.5 + change / (2 * change.abs().max()))
+    assert axes[16].get_title() == f"difference\nat most {255 * change.abs().max():.1f}/255"
+    assert axes[8].get_title().startswith("apgd-ce\ntaken for ")
+
+
+def test_without_images_the_page_says_why_none_is_shown(measured, tmp_path):
+    evaluation, images = measured
+    assert (
+        "They are not shown, since the natural images were not given." in write_report(evaluation, tmp_path).read_text()
+    )
+    alone = Evaluation(evaluation.log)
+    assert (
+        "They are not shown, since the adversarial images were not kept."
+        in write_report(alone, tmp_path, images=images).read_text()
+    )
+    assert not (tmp_path / "fallen.png").exists()
+
+
+def test_what_is_unfinished_standard_or_left_out_is_said(measured, tmp_path):
+    evaluation, _ = measured
+    log = {**evaluation.log, "finished": False, "standard": True, "warnings": ["beware"], "curve": None}
+    log["dropped"] = [{"attack": "apgd-t", "reason": "its loss needs 4 classes, and the model has 3"}]
+    text = write_report(Evaluation(log), tmp_path).read_text()
+    assert "**This evaluation is not finished: the robust accuracy will fall further.**" in text
+    assert "not standard" not in text
+    assert "Left out: apgd-t, since its loss needs 4 classes, and the model has 3." in text
+    assert "AutoAttack warns: beware" in text
+    assert "## Robust accuracy against eps" not in text
+    assert not (tmp_path / "robust_accuracy.png").exists()
+
+
+def test_of_many_classes_the_lowest_are_shown(measured, tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    evaluation, _ = measured
+    labels = [index % 30 for index in range(60)]
+    robust = [0 if label >= 25 else index % 2 if label == 3 else 1 for index, label in enumerate(labels)]
+    log = {
+        **evaluation.log, "labels": labels, "natural_correct": [1] * 60, "robust": robust, "classes": None,
+        "fell_to": [None if flag else "apgd-ce" for flag in robust], "predictions": labels, "curve": None,
+    }  # fmt: skip
+    text = write_report(Evaluation(log), tmp_path).read_text()
+    assert "The 20 of 30 classes with the lowest robust accuracy." in text
+    table = text.split("## Classes")[1].split("## Images")[0]
+    shown = [int(row) for row in re.findall(r"^\| (\d+) ", table, re.MULTILINE)]
+    assert len(shown) == 20
+    assert {3, 25, 26, 27, 28, 29} <= set(shown)
+    assert shown == sorted(shown)
+    assert len(figures["classes.png"].axes[0].patches) == 40
+
+
+def test_nobody_fell(measured, tmp_path):
+    evaluation, images = measured
+    log = {**evaluation.log, "fell_to": [None] * 40, "robust": evaluation.log["natural_correct"]}
+    text = write_report(Evaluation(log, {}), tmp_path, images=images).read_text()
+    assert "0 of 38 that were classified right." in text
+    assert not (tmp_path / "fallen.png").exists()
+
+
+def corruption_log(log, **changes):
+    entries = [
+        {
+            "corruption": name,
+            "severity": severity,
+            "accuracy": 10.0 * severity + shift,
+            "n_examples": 10,
+            "seconds": 1.0,
+        }
+        for name, shift in (("fog", 0), ("snow", 1))
+        for severity in range(1, 6)
+    ]
+    return {
+        **log, "fell_to": None, "robust": None, "eps": None, "version": None, "threat_model": "corruptions",
+        "dataset": "cifar10", "robust_accuracy": 30.5, "corruptions": entries, "corruptions_mce": 71.234,
+        "corruptions_mce_note": None, "curve": None, **changes,
+    }  # fmt: skip
+
+
+def test_corruptions_have_a_table_of_severities(measured, tmp_path, monkeypatch):
+    evaluation, images = measured
+    log = corruption_log(evaluation.log)
+    text = write_report(Evaluation(log), tmp_path, images=images).read_text()
+    assert cells(text, "fog") == ["10.00", "20.00", "30.00", "40.00", "50.00", "30.00"]
+    assert cells(text, "snow") == ["11.00", "21.00", "31.00", "41.00", "51.00", "31.00"]
+    assert cells(text, "mean accuracy under corruptions")[0] == "30.50"
+    assert cells(text, "mean corruption error")[0] == "71.23"
+    assert "upper bound" not in text
+    assert (tmp_path / "corruptions.png").exists()
+    assert "## Classes" in text
+    figures = drawn(monkeypatch)
+    write_report(Evaluation(log), tmp_path, images=images)
+    assert len(figures["corruptions.png"].axes[0].patches) == 10
+
+
+def test_corruptions_that_are_not_all_there_yet(measured, tmp_path):
+    evaluation, _ = measured
+    log = corruption_log(
+        evaluation.log, corruptions_mce=None, corruptions_mce_note="not computed: no AlexNet", finished=False,
+        labels=None, natural_correct=None, natural_accuracy=None,
+    )  # fmt: skip
+    log["corruptions"] = log["corruptions"][:7]
+    text = write_report(Evaluation(log), tmp_path).read_text()
+    assert cells(text, "snow") == ["11.00", "21.00", "-", "-", "-", "16.00"]
+    assert "The mean corruption error was not computed: no AlexNet." in text
+    assert "natural accuracy" not in text
+    assert "## Classes" not in text
+    text = write_report(Evaluation({**log, "corruptions": [], "robust_accuracy": None}), tmp_path).read_text()
+    assert "None was evaluated yet." in text
+
+
+def test_images_of_another_number_are_refused(measured, tmp_path):
+    evaluation, images = measured
+    with pytest.raises(ValueError, match="`images` must be the 40 that were evaluated, got 39"):
+        write_report(evaluation, tmp_path, images=images.images[:39])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_matplotlib_is_needed_and_its_backend_left_alone(measured, tmp_path, monkeypatch):
+    evaluation, _ = measured
+    import matplotlib
+
+    before = matplotlib.rcParams["backend"]
+    write_report(evaluation, tmp_path)
+    assert matplotlib.rcParams["backend"] == before
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for call in (require_matplotlib, lambda: write_report(evaluation, tmp_path / "none")):
+        with pytest.raises(ImportError, match=r"the pictures need Matplotlib\. Run: pip install matplotlib"):
+            call()
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_leaves_the_old_page(measured, tmp_path, monkeypatch):
+    evaluation, images = measured
+    write_report(evaluation, tmp_path, images=images)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_files.os, "replace", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_report(Evaluation({**evaluation.log, "model": "other"}), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,0 +1,760 @@
+"""A submission: field by field as RobustBench has it, loaded by RobustBench itself, refused where it must be."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import runpy
+import subprocess
+import warnings
+
+import pytest
+import torch
+
+from ikl_plugins.models.robustbench_zoo import robustbench_network
+from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
+from ikl_plugins.robustbench.leaderboard import entries
+from ikl_plugins.robustbench.loading import Normalised
+from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight
+from ikl_plugins.robustbench.submission import DEMONSTRATION, check_name, model_info, write_submission
+
+# An entry of RobustBench's model_info/cifar100/Linf, as it is there.
+CUI = """{
+  "link": "https://arxiv.org/abs/2305.13948",
+  "name": "Decoupled Kullback-Leibler Divergence Loss",
+  "authors": "Jiequan Cui, Zhuotao Tian, Zhisheng Zhong, Xiaojuan Qi, Bei Yu, Hanwang Zhang",
+  "additional_data": false,
+  "number_forward_passes": 1,
+  "dataset": "cifar100",
+  "venue": "NeurIPS 2024",
+  "architecture": "WideResNet-28-10",
+  "eps": "8/255",
+  "clean_acc": "73.85",
+  "reported": "39.18",
+  "autoattack_acc": "39.18",
+  "unreliable": false,
+  "footnote": "It uses additional 50M synthetic images in training."
+}"""
+# And one of model_info/cifar10/corruptions.
+CALIAN = {
+    "link": "https://arxiv.org/abs/2104.01086",
+    "name": "Defending Against Image Corruptions Through Adversarial Augmentations",
+    "authors": "Dan A. Calian, Florian Stimberg, Olivia Wiles, Sylvestre-Alvise Rebuffi, Andras Gyorgy, Timothy Mann, "
+    "Sven Gowal",
+    "additional_data": False,
+    "number_forward_passes": 1,
+    "dataset": "cifar10",
+    "venue": "arXiv, Apr 2021",
+    "architecture": "ResNet-50",
+    "eps": None,
+    "clean_acc": "94.93",
+    "reported": "92.17",
+    "corruptions_acc": "92.17",
+}
+NAME = "Doe2025Better_WRN-10-1"
+PAPER = {
+    "title": "Better Networks from Smaller Ones",
+    "link": "https://example.org/paper",
+    "authors": "Jane Doe, John Roe",
+    "venue": "arXiv, Jan 2025",
+}
+PASSED = Preflight(tuple(Check(name, True, "Fine.") for name in CHECKS))
+
+
+def log(network, data="cifar10", **changes):
+    """What the evaluation of a network on the 10,000 test images says, as far as it is read."""
+    return {
+        "format": "ikl_plugins.robustbench.evaluation/1",
+        "versions": {"python": "3.11.2", "torch": "2.14.1", "robustbench": "1.1.1"},
+        "model": "network",
+        "weights_sha256": weights_sha256(network),
+        "threat_model": "Linf",
+        "eps": "8/255",
+        "eps_value": 8 / 255,
+        "version": "standard",
+        "standard": True,
+        "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"],
+        "dataset": None,
+        "data": {"name": data} if isinstance(data, str) else data,
+        "n_classes": 100 if data == "cifar100" else 10,
+        "n_examples": 10000,
+        "seed": 0,
+        "natural_accuracy": 85.3,
+        "robust_accuracy": 57.09,
+        "finished": True,
+        "fell_to": [],
+        "adversarial": False,
+        **changes,
+    }
+
+
+def corruptions(network, **changes):
+    options = {
+        "threat_model": "corruptions", "eps": None, "eps_value": None, "version": None, "standard": False,
+        "attacks": [], "dataset": "cifar10", "corruptions": [{}] * 75, "corruptions_mce": None,
+    }  # fmt: skip
+    return log(network, **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(1)
+    net = robustbench_network("WideResNet-10-1").eval()
+    with torch.no_grad():  # statistics that are not the initial ones
+        for name, buffer in net.named_buffers():
+            if "running" in name:
+                buffer.copy_(torch.rand(buffer.shape) + 0.5)
+    return net
+
+
+@pytest.fixture
+def write(tmp_path, network):
+    """Writes a sound submission but for what is said."""
+
+    def call(**changes):
+        options = {
+            "name": NAME,
+            "model": network,
+            "architecture": "WideResNet-10-1",
+            "dataset": "cifar10",
+            "evaluation": log(network),
+            "preflight": PASSED,
+            **PAPER,
+            "additional_data": False,
+            "generated_data": False,
+            "licence": "MIT",
+            **changes,
+        }
+        return write_submission(options.pop("folder", tmp_path / "submission"), **options)
+
+    return call
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# --- the entry -------------------------------------------------------------------------------------------------------
+
+
+def test_the_entry_equals_one_of_robustbench_field_by_field(network):
+    expected = json.loads(CUI)
+    entry = model_info(
+        log(network, "cifar100", natural_accuracy=73.85, robust_accuracy=39.18),
+        architecture="WideResNet-28-10",
+        dataset="cifar100",
+        title=expected["name"],
+        link=expected["link"],
+        authors=["Jiequan Cui", "Zhuotao Tian", "Zhisheng Zhong", "Xiaojuan Qi", "Bei Yu", "Hanwang Zhang"],
+        venue="NeurIPS 2024",
+        additional_data=False,
+        footnote="It uses additional 50M synthetic images in training.",
+    )
+    for field, value in expected.items():
+        assert (entry[field], type(entry[field])) == (value, type(value)), field
+    assert list(entry) == list(expected)
+    assert json.dumps(entry, indent=2) == CUI
+
+
+@pytest.mark.parametrize("mce", [None, 30.456])
+def test_the_entry_of_corruptions_equals_one_of_robustbench(mce, network):
+    entry = model_info(
+        corruptions(network, natural_accuracy=94.93, robust_accuracy=92.17, corruptions_mce=mce),
+        architecture="ResNet-50",
+        dataset="cifar10",
+        title=CALIAN["name"],
+        link=CALIAN["link"],
+        authors=CALIAN["authors"],
+        venue="arXiv, Apr 2021",
+        additional_data=False,
+    )
+    expected = dict(CALIAN) if mce is None else {**CALIAN, "corruptions_mce": "30.46"}
+    assert list(entry.items()) == list(expected.items())
+
+
+def test_the_fields_are_those_that_robustbench_writes(network):
+    from robustbench.utils import ModelInfo
+
+    known = {field.name for field in dataclasses.fields(ModelInfo)}
+    assert len(known) == 17
+    facts = {"architecture": "A", "dataset": "cifar10", **PAPER, "additional_data": False, "footnote": "f"}
+    linf = model_info(log(network), **facts)
+    common = model_info(corruptions(network, corruptions_mce=10.0), **facts)
+    # `unreliable` is in its files, and not in the class that its benchmark writes them with.
+    assert set(linf) | set(common) == known - {"corruptions_acc_3d", "corruptions_mce_3d"} | {"unreliable"}
+
+
+def test_accuracies_have_two_decimals_and_the_paper_its_own(network):
+    entry = model_info(
+        log(network, robust_accuracy=57.0, natural_accuracy=85.3),
+        architecture="A", dataset="cifar10", **PAPER, additional_data=True, reported=56.5, number_forward_passes=3,
+    )  # fmt: skip
+    assert (entry["clean_acc"], entry["autoattack_acc"], entry["reported"]) == ("85.30", "57.00", "56.50")
+    assert (entry["additional_data"], entry["number_forward_passes"]) == (True, 3)
+    assert "footnote" not in entry
+
+
+def test_robustbench_makes_a_leaderboard_of_the_entry(write, monkeypatch, capsys):
+    """Its own list, which reads model_info in the working directory."""
+    import robustbench.utils as rb
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    folder = write()
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(rb.all_models[BenchmarkDataset.cifar_10][ThreatModel.Linf], NAME, {})
+    rb.list_available_models("cifar10", "Linf")
+    assert f"**{NAME}**" in capsys.readouterr().out
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_everything(write):
+    folder = write()
+    assert files(folder) == [
+        "SHA256SUMS",
+        "evaluation.json",
+        f"model_info/cifar10/Linf/{NAME}.json",
+        f"models/cifar10/Linf/{NAME}.pt",
+        "new_models_form.md",
+        "preflight.json",
+        "preflight.md",
+        "zoo_entry.py",
+    ]
+    assert [path.name for path in folder.parent.iterdir()] == ["submission"]
+    assert Evaluation.load(folder / "evaluation.json").log["robust_accuracy"] == 57.09
+    assert json.loads((folder / "preflight.json").read_text()) == json.loads(PASSED.to_json())
+    assert (folder / "preflight.md").read_text() == PASSED.markdown()
+    assert not any("emonstration" in path.name or "emonstration" in path.read_text() for path in texts(folder))
+
+
+def texts(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"]
+
+
+def test_the_checksums_are_those_of_the_files(write):
+    folder = write()
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sorted(sums) == [name for name in files(folder) if name != "SHA256SUMS"]
+    for name, expected in sums.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
+
+
+def load(folder, dataset, threat_model, monkeypatch, name=NAME):
+    """Through RobustBench alone, with our entry in its zoo."""
+    import robustbench
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    found, entry = runpy.run_path(str(folder / "zoo_entry.py"))["ENTRY"]
+    assert found == name
+    zoo = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)]
+    assert isinstance(zoo, collections.OrderedDict)
+    monkeypatch.setitem(zoo, name, entry)
+    return robustbench.load_model(name, model_dir=folder / "models", dataset=dataset, threat_model=threat_model)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dataset", "threat_model", "statistics"),
+    [
+        ("WideResNet-10-1", "cifar10", "Linf", {}),
+        ("DMWideResNet-10-1-SiLU", "cifar100", "Linf", {}),
+        ("DMWideResNet-10-1-Swish", "cifar10", "L2", {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}),
+        ("PreActResNet-18", "cifar10", "corruptions", {}),
+    ],
+)
+def test_robustbench_loads_the_checkpoint_strictly(architecture, dataset, threat_model, statistics, write, monkeypatch):
+    classes = {"cifar10": 10, "cifar100": 100}[dataset]
+    net = robustbench_network(architecture, classes, dataset=dataset, **statistics).eval()
+    evaluation = {
+        "Linf": log(net, dataset),
+        "L2": log(net, dataset, threat_model="L2", eps="0.5"),
+        "corruptions": corruptions(net),
+    }[threat_model]
+    folder = write(model=net, architecture=architecture, dataset=dataset, evaluation=evaluation, **statistics)
+    loaded = load(folder, dataset, threat_model, monkeypatch)
+    assert type(loaded) is type(net)
+    assert not loaded.training
+    assert list(loaded.state_dict()) == list(net.state_dict())
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), net(images))
+    state = torch.load(folder / "models" / dataset / threat_model / f"{NAME}.pt", weights_only=True)
+    assert not any("module." in key or "model." in key for key in state)
+
+
+def test_leaves_the_network_as_it_was(write, network):
+    network.train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    write()
+    assert network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    network.eval()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "statistics"),
+    [
+        ("DMWideResNet-10-1-ReLU", {}),
+        ("DMWideResNet-10-1-SiLU", {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}),
+        ("DMWideResNet-10-1-SiLU", {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2, 0.2, 0.2)}),
+    ],
+)
+def test_refuses_what_the_weights_do_not_tell_but_the_logits_do(architecture, statistics, write, tmp_path):
+    net = robustbench_network("DMWideResNet-10-1-SiLU").eval()
+    with pytest.raises(
+        ValueError,
+        match=r"^write_submission: `model` must give the logits of the zoo entry, but does not, although the weights "
+        r"fit\. Name its own activation in `architecture`, and pass its `mean` and `std`\.$",
+    ):
+        write(model=net, architecture=architecture, evaluation=log(net), **statistics)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_takes_an_evaluation_as_object_mapping_or_file(write, network, tmp_path):
+    Evaluation(log(network)).save(tmp_path / "evaluation.json")
+    one = write(folder=tmp_path / "a", evaluation=tmp_path / "evaluation.json")
+    two = write(folder=tmp_path / "b", evaluation=Evaluation(log(network)))
+    assert (one / "evaluation.json").read_bytes() == (two / "evaluation.json").read_bytes()
+
+
+def test_the_architecture_is_worded_as_on_the_leaderboard(write, tmp_path):
+    known = {entry.architecture for entry in entries("cifar10", "Linf")}
+    for number, (name, worded) in enumerate(
+        [("DMWideResNet-10-1-SiLU", "WideResNet-10-1"), ("DMPreActResNet-18-SiLU", "PreActResNet-18")]
+    ):
+        net = robustbench_network(name)
+        folder = write(folder=tmp_path / str(number), model=net, architecture=name, evaluation=log(net))
+        entry = json.loads((folder / f"model_info/cifar10/Linf/{NAME}.json").read_text())
+        assert entry["architecture"] == worded
+    assert {"PreActResNet-18", "WideResNet-28-10"} <= known
+
+
+# --- the form --------------------------------------------------------------------------------------------------------
+
+
+def test_the_form_answers_what_robustbench_asks(write):
+    form = (write() / "new_models_form.md").read_text()
+    for line in (
+        f'title: "[New Model] {NAME}"',
+        "labels: new-model",
+        "- **Paper Title**: Better Networks from Smaller Ones",
+        "- **Paper URL**: https://example.org/paper",
+        "- **Paper authors**: Jane Doe, John Roe",
+        "- **Architecture**: WideResNet-10-1 (`WideResNet(depth=10, widen_factor=1, sub_block1=False)`)",
+        "- **Threat Model**: Linf",
+        "- **eps**: 8/255",
+        "- **Clean accuracy**: 85.30",
+        "- **Robust accuracy**: 57.09",
+        "- **Additional data**: false",
+        "- **Generated data**: false",
+        "- **Evaluation method**: standard AutoAttack (apgd-ce, apgd-t, fab-t, square), 10000 images, seed 0; "
+        "python 3.11.2, torch 2.14.1, robustbench 1.1.1; per image in evaluation.json",
+        f"- **Checkpoint and code**: checkpoint TO BE FILLED IN (upload models/cifar10/Linf/{NAME}.pt), code "
+        "TO BE FILLED IN",
+        "- [x] I want to add my models to the Model Zoo",
+        "- [x] I agree to release my model(s) under MIT license **OR**",
+        "- [ ] under a custom license, located here:",
+    ):
+        assert line in form.splitlines(), line
+
+
+def test_the_form_says_what_was_declared(write):
+    folder = write(
+        additional_data=True,
+        generated_data=True,
+        footnote="It uses additional 1M synthetic images in training.",
+        licence="https://example.org/licence",
+        checkpoint_link="https://example.org/weights",
+        code_link="https://example.org/code",
+        gdrive_id="1abc'",
+        model_zoo=False,
+        reported=56.0,
+    )
+    form = (folder / "new_models_form.md").read_text().splitlines()
+    for line in (
+        "- **Robust accuracy**: 56.00",
+        "- **Additional data**: true",
+        "- **Generated data**: true",
+        "- **Footnote**: It uses additional 1M synthetic images in training.",
+        "- **Checkpoint and code**: checkpoint https://example.org/weights, code https://example.org/code",
+        "- [ ] I want to add my models to the Model Zoo",
+        "- [ ] I agree to release my model(s) under MIT license **OR**",
+        "- [x] under a custom license, located here: https://example.org/licence",
+    ):
+        assert line in form, line
+    entry = json.loads((folder / f"model_info/cifar10/Linf/{NAME}.json").read_text())
+    assert entry["footnote"] == "It uses additional 1M synthetic images in training."
+    assert (entry["additional_data"], entry["reported"], entry["autoattack_acc"]) == (True, "56.00", "57.09")
+    assert runpy.run_path(str(folder / "zoo_entry.py"))["ENTRY"][1]["gdrive_id"] == "1abc'"
+
+
+def test_the_form_of_corruptions(write, network):
+    form = (write(evaluation=corruptions(network)) / "new_models_form.md").read_text()
+    assert "- **Threat Model**: Common Corruptions\n- **eps**: N/A\n" in form
+    assert "- **Evaluation method**: mean accuracy over 75 corruptions and severities, 10000 images, seed 0; " in form
+
+
+def test_the_zoo_entry_says_where_it_belongs(write, network, tmp_path):
+    from robustbench.model_zoo import cifar10
+
+    for number, (evaluation, variable) in enumerate(
+        [
+            (log(network), "linf"),
+            (log(network, threat_model="L2", eps="0.5"), "l2"),
+            (corruptions(network), "common_corruptions"),
+        ]
+    ):
+        text = (write(folder=tmp_path / str(number), evaluation=evaluation) / "zoo_entry.py").read_text()
+        assert f"It belongs into the list `{variable}` of robustbench/model_zoo/cifar10.py." in text
+        assert isinstance(getattr(cifar10, variable), dict)
+
+
+# --- demonstrations and failed checks --------------------------------------------------------------------------------
+
+
+def test_a_demonstration_takes_little_and_marks_every_file(write, network, monkeypatch):
+    small = log(
+        network, n_examples=20, standard=False, version="custom", attacks=["apgd-ce"], data={"name": "data/digits/test"}
+    )
+    with pytest.raises(ValueError, match=r"^write_submission: `evaluation` must be of standard AutoAttack"):
+        write(evaluation=small)
+    folder = write(evaluation=small, demonstration=True)
+    marked = f"{NAME}_demonstration"
+    assert f"models/cifar10/Linf/{marked}.pt" in files(folder)
+    assert f"model_info/cifar10/Linf/{marked}.json" in files(folder)
+    for path in texts(folder):
+        text = path.read_text()
+        assert DEMONSTRATION in text or (path.name == "SHA256SUMS" and "_demonstration.pt" in text), path
+    assert Evaluation.load(folder / "evaluation.json").log["demonstration"] == DEMONSTRATION
+    assert json.loads((folder / "preflight.json").read_text())["demonstration"] == DEMONSTRATION
+    entry = json.loads((folder / f"model_info/cifar10/Linf/{marked}.json").read_text())
+    assert entry["footnote"] == DEMONSTRATION
+    load(folder, "cifar10", "Linf", monkeypatch, name=marked)
+
+
+def test_a_demonstration_keeps_the_footnote_and_other_class_counts(write):
+    net = robustbench_network("WideResNet-10-1", 4)
+    folder = write(
+        model=net, evaluation=log(net, n_classes=4), demonstration=True, generated_data=True, footnote="It uses 5."
+    )
+    entry = json.loads((folder / f"model_info/cifar10/Linf/{NAME}_demonstration.json").read_text())
+    assert entry["footnote"] == f"{DEMONSTRATION} It uses 5."
+    assert "num_classes=4" in (folder / "zoo_entry.py").read_text()
+
+
+def test_a_failed_preflight_is_refused_or_named(write):
+    failed = Preflight((Check("output", True, "Fine."), Check("gradients", False, "All are zero.")))
+    with pytest.raises(
+        ValueError,
+        match=r"^write_submission: `preflight` must have passed, but failed\. gradients: All are zero\. Mend the "
+        r"model, or pass allow_failed_preflight=True, which the form will say\.$",
+    ):
+        write(preflight=failed)
+    folder = write(preflight=failed, allow_failed_preflight=True)
+    assert "**Preflight failed: gradients; see preflight.md.**" in (folder / "new_models_form.md").read_text()
+    assert "Preflight failed: gradients." in (folder / "zoo_entry.py").read_text()
+    assert "# Preflight: FAILED: gradients" in (folder / "preflight.md").read_text()
+
+
+def test_checks_that_could_not_be_made_are_refused(write):
+    unchecked = Preflight((Check("batch", None, "Not."), Check("eps", None, "No radius."), Check("claim", None, "No.")))
+    with pytest.raises(
+        ValueError, match=r"^write_submission: `preflight` must have made its checks, but not: batch\. "
+    ):
+        write(preflight=unchecked)
+    write(preflight=Preflight(unchecked.checks[1:]))
+
+
+def test_a_claim_above_the_measured_accuracy_is_refused_unless_allowed(write):
+    with pytest.raises(
+        ValueError,
+        match=r"^write_submission: `reported` must not be above the measured 57.09 %, got 57.13 %\. Claim the measured",
+    ):
+        write(reported=57.13)
+    write(reported=57.13, allow_failed_preflight=True)
+
+
+# --- the place -------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_folder_is_left_alone_unless_forced(write, tmp_path):
+    folder = write()
+    before = (folder / "SHA256SUMS").read_text()
+    with pytest.raises(
+        ValueError, match=r"^write_submission: `folder` must be a new one, but .*submission is there\. "
+    ):
+        write(name="Doe2025Better_new")
+    assert (folder / "SHA256SUMS").read_text() == before
+    (folder / "left_over.txt").write_text("old")
+    write(name="Doe2025Better_new", force=True)
+    assert "models/cifar10/Linf/Doe2025Better_new.pt" in files(folder)
+    assert "left_over.txt" not in files(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["submission"]
+
+
+def test_force_replaces_no_other_folder(write, tmp_path):
+    (tmp_path / "submission").mkdir()
+    (tmp_path / "submission" / "thesis.tex").write_text("years of work")
+    (tmp_path / "submission" / "SHA256SUMS").write_text("")
+    with pytest.raises(
+        ValueError, match=r"^write_submission: `folder` must be a new one or a submission, but .* is some"
+    ):
+        write(force=True)
+    assert files(tmp_path / "submission") == ["SHA256SUMS", "thesis.tex"]
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.rename"])
+def test_a_full_disk_leaves_what_was_there(failing, write, tmp_path, monkeypatch):
+    folder = write()
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    rename, calls = os.rename, []
+
+    def fail(*arguments, **options):
+        calls.append(arguments)
+        if failing == "os.rename" and len(calls) != 2:  # the second one is of the new folder, the old one being aside
+            return rename(*arguments, **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failing, fail)
+        with pytest.raises(OSError, match="No space left on device"):
+            write(name="Doe2025Better_new", force=True)
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["submission"]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+BASELINES = {"Standard", "Standard_R50", "AlexNet", "Geirhos2018_SIN", "Geirhos2018_SIN_IN", "Geirhos2018_SIN_IN_IN"}
+
+
+def test_the_pattern_is_that_of_the_leaderboards():
+    from ikl_plugins.robustbench.leaderboard import _table
+
+    others = set()
+    for row in _table()["entries"]:
+        try:
+            check_name(row["id"])
+        except ValueError:
+            others.add(row["id"])
+    assert others == BASELINES
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "author"),
+    [
+        ("Cui2023Decoupled_WRN-28-10", "Decoupled Kullback-Leibler Divergence Loss", "Jiequan Cui"),
+        ("Debenedetti2022Light_XCiT-S12", "A Light Recipe to Train Robust Vision Transformers", "Edoardo Debenedetti"),
+        ("Sehwag2020Hydra", "HYDRA: Pruning Adversarially Robust Neural Networks", "Vikash Sehwag"),
+        ("Jia2022LAS-AT_34_10", "LAS-AT: Adversarial Training with Learnable Attack Strategy", "Xiaojun Jia"),
+        ("RodriguezMunoz2024Characterizing_Swin-B", "Characterizing Model Robustness", "Adrián Rodríguez-Muñoz"),
+        ("Moosavi-Dezfooli2019Robustness", "Robustness via curvature regularization", "Seyed-Mohsen Moosavi-Dezfooli"),
+        ("KimWang2020Sensible", "Sensible adversarial learning", "Jungeum Kim"),
+        ("Hendrycks2020Many", "The Many Faces of Robustness", "Dan Hendrycks"),
+        ("Modas2021PRIMEResNet18", "PRIME: A Few Primitives Can Boost Robustness", "Apostolos Modas"),
+    ],
+)
+def test_names_of_real_entries_go_with_their_papers(name, title, author):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_name(name, title=title, authors=[author, "Somebody Else"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cui2023Decoupled",
+        "Cui23Decoupled",
+        "Cui2023",
+        "Cui2023decoupled",
+        "Cui2023_Decoupled",
+        "Cui2023Decoupled_",
+        "Cui2023Decoupled WRN",
+        "Cui2023Decoupled_WRN/28",
+        "../Cui2023Decoupled",
+        "",
+    ],
+)
+def test_refuses_names_of_another_pattern(name):
+    with pytest.raises(
+        ValueError,
+        match=r"^check_name: `name` must be <FamilyName><Year><FirstWordOfTitle>, and may have _<What tells it apart>, "
+        rf"got '{name}'\. Write it as Cui2023Decoupled_WRN-28-10\.$",
+    ):
+        check_name(name)
+
+
+def test_warns_of_a_name_that_does_not_go_with_the_paper():
+    with pytest.warns(
+        UserWarning,
+        match=r"^check_name: `name` has Loss where RobustBench has the first word of the title, which is Decoupled\.$",
+    ):
+        check_name("Cui2023Loss", title="Decoupled Kullback-Leibler Divergence Loss", authors=["Jiequan Cui"])
+    with pytest.warns(
+        UserWarning,
+        match=r"^check_name: `name` has Tian where RobustBench has the family name of the first author, "
+        r"which is Cui\.$",
+    ):
+        check_name("Tian2023Decoupled", title="Decoupled Kullback-Leibler Divergence Loss", authors=["Jiequan Cui"])
+
+
+def test_warns_of_a_name_that_is_taken(write):
+    with pytest.warns(
+        UserWarning,
+        match=r"^write_submission: `name` Cui2023Decoupled_WRN-34-10 is that of an entry for cifar10 and Linf "
+        r"\(table of 2025-03-31\)\. Unless this replaces it, add _ and what tells the models apart\.$",
+    ):
+        write(
+            name="Cui2023Decoupled_WRN-34-10",
+            title="Decoupled Kullback-Leibler Divergence Loss",
+            authors=["Jiequan Cui", "Zhuotao Tian"],
+        )
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"name": "mine"}, ValueError, r"`name` must be <FamilyName><Year><FirstWordOfTitle>, .* got 'mine'\."),
+        ({"title": " "}, ValueError, r"`title` must be one line of text, got ' '\. Write it out\."),
+        ({"venue": "a\nb"}, ValueError, r"`venue` must be one line of text, got 'a\\nb'\."),
+        ({"link": None}, TypeError, r"`link` must be text, got NoneType\. Write it out\."),
+        ({"licence": "GPL"}, ValueError, r"`licence` must be 'MIT' or the address of another one, got 'GPL'\."),
+        (
+            {"additional_data": None},
+            TypeError,
+            r"`additional_data` must be declared with True or False, got None\. Say what was trained on\.",
+        ),
+        ({"generated_data": "no"}, TypeError, r"`generated_data` must be declared with True or False, got 'no'\."),
+        (
+            {"generated_data": True},
+            ValueError,
+            r"`footnote` must say what generated images were trained on, got None\. Write 'It uses additional 1M",
+        ),
+        ({"dataset": "cifar11"}, ValueError, r"unknown data set `cifar11`\. Did you mean `cifar10`\? Known: cifar10, "),
+        (
+            {"dataset": "imagenet"},
+            ValueError,
+            r"`dataset` must be 'cifar10' or 'cifar100', got 'imagenet'\. RobustBench",
+        ),
+        ({"architecture": "WRN-10-1"}, ValueError, r"unknown architecture `WRN-10-1`\."),
+        ({"evaluation": 3}, TypeError, r"`evaluation` must be an Evaluation, its log or its file, got int\."),
+        (
+            {"evaluation": "missing.json"},
+            ValueError,
+            r"`evaluation` must be the file of a log, but there is none at missing.json\. Run tools/robustbench_eval",
+        ),
+        ({"preflight": None}, TypeError, r"`preflight` must be the result of preflight, got NoneType\. Run it first\."),
+        ({"model": {}}, TypeError, r"`model` must be the network that was evaluated, got dict\. Pass what load_ch"),
+        ({"reported": 5709}, ValueError, r"`reported` must be in percent, 0 to 100, got 5709\. Pass 57.09\."),
+    ],
+)
+def test_refuses_bad_input(changes, error, message, write, tmp_path):
+    with pytest.raises(error, match=rf"^write_submission: {message}"):
+        write(**changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"name": "./cifar10"}}, r"be on the test images of cifar10, got './cifar10'"),
+        ({"data": None}, r"be on the test images of cifar10, got None"),
+        ({"n_examples": 1000}, r"have all 10000 test images, got 1000"),
+        ({"standard": False}, r"be of standard AutoAttack, got version 'standard' with apgd-ce, apgd-t, fab-t, square"),
+        ({"n_classes": 9}, r"be of a model with 10 classes, got 9"),
+        ({"eps": "4/255"}, r"be at eps 8/255, that of the leaderboard, got 4/255"),
+    ],
+)
+def test_refuses_an_evaluation_that_is_not_the_benchmark(changes, message, write, network):
+    evaluation = log(network, **changes)
+    with pytest.raises(
+        ValueError,
+        match=rf"^write_submission: `evaluation` must {message}\. Evaluate again, or pass demonstration=True\.$",
+    ):
+        write(evaluation=evaluation)
+    write(evaluation=evaluation, demonstration=True)
+
+
+def test_refuses_corruptions_that_are_not_all_there(write, network):
+    for changes, got in (({"corruptions": [{}] * 74}, "74 of cifar10"), ({"dataset": "cifar100"}, "75 of cifar100")):
+        with pytest.raises(
+            ValueError,
+            match=r"^write_submission: `evaluation` must have all 75 corruptions and severities of cifar10, "
+            rf"got {got}\.",
+        ):
+            write(evaluation=corruptions(network, **changes))
+
+
+@pytest.mark.parametrize("demonstration", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finished": False}, r"`evaluation` must be finished, but was interrupted\. Run the same evaluation again"),
+        (
+            {"eps": "0.031"},
+            r"`evaluation` must be at (a radius that is a fraction, got eps 0.031|eps 8/255, .* got 0.031)\.",
+        ),
+        (
+            {"natural_accuracy": None},
+            r"`evaluation` must have the natural and the robust accuracy, got None and 57.09\.",
+        ),
+        (
+            {"weights_sha256": "0" * 64},
+            r"`model` must have the weights of the evaluation, whose checksum is 000000000000, got [0-9a-f]{12}\. ",
+        ),
+    ],
+)
+def test_refuses_in_a_demonstration_too(changes, message, demonstration, write, network):
+    with pytest.raises(ValueError, match=rf"^write_submission: {message}"):
+        write(evaluation=log(network, **changes), demonstration=demonstration)
+
+
+def test_refuses_weights_of_another_architecture_and_names_the_nearest(write, tmp_path):
+    net = robustbench_network("DMWideResNet-16-2-SiLU")
+    with pytest.raises(
+        ValueError,
+        match=r"^write_submission: `model` must be a WideResNet-10-1 of RobustBench's own class, but has other "
+        r"entries; missing or of another shape: conv1.weight, block1\.[^ ]+, [^ ]+ and \d+ more; unexpected: "
+        r"init_conv.weight, [^ ]+, [^ ]+ and \d+ more\. It looks like DMWideResNet-16-2-SiLU\. "
+        r"Evaluate and submit what load_checkpoint gives ",
+    ):
+        write(model=net, evaluation=log(net))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_a_network_inside_a_normalisation(write, network):
+    wrapped = Normalised(network, (0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(
+        ValueError,
+        match=r"^write_submission: `model` must be a network of RobustBench's own class, got a Normalised around one\. "
+        r"Train a DMWideResNet, which normalises itself, or without normalisation;",
+    ):
+        write(model=wrapped, evaluation=log(wrapped))
+
+
+def test_refuses_a_subclass_that_may_do_something_else(write, network):
+    class Defended(type(network)):
+        def forward(self, x):
+            return super().forward(x.round())
+
+    net = Defended(depth=10, num_classes=10, widen_factor=1, sub_block1=False)
+    with pytest.raises(
+        ValueError,
+        match=r"^write_submission: `model` must be an instance of RobustBench's WideResNet, got Defended\. Load the",
+    ):
+        write(model=net, evaluation=log(net))
+
+
+def test_refuses_a_threat_model_without_leaderboard(write):
+    net = robustbench_network("WideResNet-10-1", 100)
+    with pytest.raises(ValueError, match=r"`threat_model` must be one that has a leaderboard for cifar100, got 'L2'\."):
+        write(model=net, dataset="cifar100", evaluation=log(net, "cifar100", threat_model="L2", eps="0.5"))
