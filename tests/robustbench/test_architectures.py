@@ -182,8 +182,10 @@ def test_weights_do_not_tell_activations_apart():
 def test_the_networks_of_this_package_are_recognised(name):
     with torch.device("meta"):
         network = getattr(models, name)(num_classes=10)
-    # The wide ones have the names and shapes of RobustBench's.
-    expected = f"WideResNet-{name[4:].replace('_', '-')}" if name.startswith("wrn") else name
+    # These have the names and shapes of RobustBench's.
+    expected = {"ResNet18": "ResNet-18", "ResNet50": "ResNet-50"}.get(name, name)
+    if name.startswith("wrn"):
+        expected = f"WideResNet-{name[4:].replace('_', '-')}"
     assert nearest_architecture(network.state_dict()) == expected
 
 

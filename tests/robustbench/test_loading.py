@@ -316,7 +316,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(saved, tmp_path):
         (
             ("WideResNet-34",),
             {},
-            r"unknown architecture `WideResNet-34`\. .* Also those of ikl_plugins\.models: resnet8",
+            r"unknown architecture `WideResNet-34`\. .* Also those of ikl_plugins\.models: .*resnet8",
         ),
         (("WideResNet-35-10",), {}, r"`architecture` must have a depth of 6n \+ 4"),
         (
