@@ -67,7 +67,7 @@ def test_a_run_writes_table_and_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(float(row["seconds"]) > 0 and row["torch"] == torch.__version__ for row in timed)
     for row in timed:
         base = next(r for r in timed if r["method"] == "KL" and r["classes"] == row["classes"])
-        assert float(row["ratio"]) == pytest.approx(float(row["seconds"]) / float(base["seconds"]), rel=1e-3)
+        assert float(row["ratio"]) == pytest.approx(float(row["seconds"]) / float(base["seconds"]), rel=1e-3, abs=1e-4)
     table = (tmp_path / "out" / "losses.md").read_text()
     assert "| (4, 3) | 1 (" in table
     assert torch.__version__ in table
