@@ -354,7 +354,7 @@ def _composed(
         mse = 0.5 * mass * (weights * (difference - mean.unsqueeze(1)) ** 2).sum(1)
         if settings.divide_by_pairs:
             pairs = (mass**2).sum()
-            mse = mse * (mass.numel() / torch.where(pairs > 0, pairs, 1.0))
+            mse = mse * (mass.numel() / torch.where(pairs == 0, 1.0, pairs))
 
         soft_labels = torch.softmax(t.detach() / settings.temperature, 1)
         cross_entropy = -(soft_labels * torch.log_softmax(s / settings.temperature, 1)).sum(1)
@@ -549,7 +549,7 @@ def _walk(
                 if mass is not None:
                     squares.append(mass.square_())
             pairs = torch.stack([square.sum() for square in squares]).sum()
-            share = rows / torch.where(pairs > 0, pairs, 1.0)
+            share = rows / torch.where(pairs == 0, 1.0, pairs)
             factors = [square * share for square in squares]
 
         scale = 1.0 / rows if settings.reduction == "batchmean" and rows else 1.0

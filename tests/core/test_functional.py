@@ -466,3 +466,13 @@ def test_blocks_bound_the_size_of_temporaries(monkeypatch: pytest.MonkeyPatch) -
     with Spy():
         ikl_loss(_logits(10, 5), _logits(10, 5))
     assert max(seen) == 4
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_a_row_without_numbers_is_not_hidden_by_the_batch_s_divisor(gamma: float) -> None:
+    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+    teacher[1, 2] = math.nan
+    values = gkl_loss(student, teacher, gamma=gamma, reduction="none")
+    assert values[1].isnan()
+    if gamma != 1.0:  # the sum of all pair weights is in every row
+        assert values.isnan().all()
