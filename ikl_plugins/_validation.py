@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -179,3 +179,9 @@ def unknown_name_message(caller: str, kind: str, name: str, known: Iterable[str]
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean `{nearest[0]}`? " if nearest else ""
     return f"{caller}: unknown {kind} `{name}`. {hint}Known: {', '.join(names)}."
+
+
+def first_names(names: Sequence[str], shown: int = 3) -> str:
+    """The first of many names, for a message: 'a, b, c and 5 more'."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -12,6 +12,7 @@ import pickle
 import re
 import sys
 import urllib.parse
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -218,7 +219,11 @@ def _read(path: Path, where: str) -> Any:
         # The context takes away at its end what it is given, so it gets what is not there for good.
         present = torch.serialization.get_safe_globals()
         ours: list[SafeGlobal] = [*mmengine_globals(), argparse.Namespace]
-        with torch.serialization.safe_globals([entry for entry in ours if entry not in present]):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([entry for entry in ours if entry not in present]),
+        ):
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # told with the refusal
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         found = re.search(r"(?:GLOBAL|class|getattr of) [^\s,;]+|attempted to call \S+|REDUCE[^\n]*", str(error))
@@ -232,5 +237,5 @@ def _read(path: Path, where: str) -> Any:
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         raise ValueError(
             f"load_content: the checkpoint {where} must hold tensors and plain values, but reading it gave: {reason}. "
-            f"It is truncated or damaged; copy or make it anew."
+            f"It is truncated or damaged, or was not written by torch.save; copy or make it anew."
         ) from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from robustbench_arguments import LoadedModel, add_data_arguments, add_model_arg
 from ikl_plugins.robustbench.corruptions import evaluate_corruptions
 from ikl_plugins.robustbench.data import Images, load_images
 from ikl_plugins.robustbench.eps import Eps
-from ikl_plugins.robustbench.evaluation import ATTACKS, VERSIONS, Progress, curve, evaluate
+from ikl_plugins.robustbench.evaluation import ATTACKS, VERSIONS, Progress, check_radii, curve, evaluate
 from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.report import require_matplotlib, write_report
 
@@ -154,7 +155,8 @@ def _what(evaluation: Evaluation) -> str:
     log = evaluation.log
     if log["eps"] is None:
         return f"mean over {len(log['corruptions'])} corruptions and severities"
-    name = "standard AutoAttack" if evaluation.standard else f"AutoAttack {log['version']}: {', '.join(log['attacks'])}"
+    version = f"part of {log['version']} AutoAttack" if log["dropped"] else f"AutoAttack {log['version']}"
+    name = "standard AutoAttack" if evaluation.standard else f"{version}: {', '.join(log['attacks'])}"
     return f"{log['threat_model']}, eps {log['eps']}, {name}"
 
 
@@ -175,6 +177,10 @@ def _check_together(args: argparse.Namespace, corrupted: bool) -> None:
                 )
     elif args.eps is None:
         raise ValueError(f"{CALLER}: --threat-model {args.threat_model} needs a radius. Add --eps 8/255.")
+    elif args.curve is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come when the radii are used
+            check_radii(f"{CALLER}, --curve", args.curve, args.threat_model)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,7 +210,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; errors that a user can mend end it with one line."""
     args = _parser().parse_args(arguments)
     try:
-        run(args)
+        with warnings.catch_warnings():
+            # One line each, like the errors.
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            run(args)
     except torch.cuda.OutOfMemoryError as error:
         sys.exit(f"error: {CALLER}: {args.device} has too little memory ({_first_line(error)}). Lower --batch-size.")
     except RuntimeError as error:

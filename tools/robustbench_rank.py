@@ -10,7 +10,6 @@ The table of entries is part of this package; the output says of which day it is
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from ikl_plugins import _validation as check
 from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.leaderboard import Ranking, draw, rank
+from ikl_plugins.robustbench.report import binomial_interval
 
 __all__ = ["main", "run"]
 
@@ -121,29 +121,14 @@ def _notes(log: dict[str, Any], dataset: str, ranking: Ranking, options: dict[st
         attacks = ", ".join(log["attacks"])
         notes.append(f"The entries are by standard AutoAttack, the result by {attacks}: it may be too high.")
     if log["n_examples"] < IMAGES[dataset]:
-        low, high = interval(log["robust_accuracy"], log["n_examples"])
+        standing = round(log["robust_accuracy"] / 100 * log["n_examples"])
+        low, high = binomial_interval(standing, log["n_examples"])
         places = [rank(dataset, ranking.threat_model, bound, **options).overall.place for bound in (high, low)]
         notes.append(
             f"Only {log['n_examples']} of {IMAGES[dataset]} images: with 95 % probability the accuracy on all lies "
             f"between {low:.2f} % and {high:.2f} %, and the place between {places[0]} and {places[1]}."
         )
     return notes
-
-
-def interval(accuracy: float, images: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share.
-
-    Args:
-        accuracy: in percent.
-        images: that it was measured on.
-
-    Returns:
-        Its ends, in percent.
-    """
-    z, share = 1.959964, accuracy / 100
-    centre = (share + z * z / (2 * images)) / (1 + z * z / images)
-    half = z / (1 + z * z / images) * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def _parser() -> argparse.ArgumentParser:

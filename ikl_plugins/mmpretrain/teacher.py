@@ -13,13 +13,13 @@ from mmengine.model.weight_init import PretrainedInit
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from .. import _validation as check
 from .checkpoints import load_weights
 from .classifier import EpochClassifier
 from .pixels import PixelSpace
 
 __all__ = ["TeacherHolder", "build_teacher"]
 
-_SHOWN = 4  # names in a message
 _PLAIN_KEYS = ("backbone", "neck", "head", "pretrained", "data_preprocessor", "init_cfg")
 _EXTRAS = ("distill_loss.", "robust_loss.", "data_preprocessor.")
 _INLINE = "teacher=dict(type='ImageClassifier', backbone=..., head=...)"
@@ -202,22 +202,17 @@ def _load(caller: str, module: nn.Module, path: str, origin: str) -> None:
         for key in own
         if key in weights and weights[key].shape != own[key].shape
     ]
-    found = "" if not shapes else f"; other shapes: {_some(shapes)}"
+    found = "" if not shapes else f"; other shapes: {check.first_names(shapes)}"
     if not shapes:
         # Only now, after the hooks with which some backbones rename the keys of foreign checkpoints.
         missing, unexpected = module.load_state_dict(weights, strict=False)
-        found += f"; missing: {_some(missing)}" if missing else ""
-        found += f"; unexpected: {_some(unexpected)}" if unexpected else ""
+        found += f"; missing: {check.first_names(missing)}" if missing else ""
+        found += f"; unexpected: {check.first_names(unexpected)}" if unexpected else ""
     if found:
         raise ValueError(
             f"{caller}: `teacher_ckpt` must be a checkpoint of the network in `teacher`, but {path} does not fit it"
             f"{found}. Name the config that the checkpoint was trained with, or another checkpoint."
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _conversion(student: EpochClassifier, module: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -392,6 +392,11 @@ def check_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Refuses a mean and std that are not three finite numbers each, std above 0; hands them back as tuples."""
     for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, (tuple, list)):
+            raise TypeError(
+                f"{caller}: `{name}` must be a sequence of three numbers, one a channel, got {values!r}. "
+                f"Give them for pixels in [0, 1]."
+            )
         numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
         if len(numbers) != 3 or len(values) != 3 or (name == "std" and min(numbers) <= 0):
             raise ValueError(

@@ -374,6 +374,11 @@ def check_pixels(caller: str, images: Tensor) -> None:
             f"{caller}: pixels must lie in [0, 1], got values from {low:.4g} to {high:.4g}. Divide grey levels by 255; "
             f"leave normalisation to the model."
         )
+    if 0 < high <= 1 / 255:
+        raise ValueError(
+            f"{caller}: pixels must reach up to 1, where white is, but the brightest is {high:.4g}: they seem to have "
+            f"been divided by 255 twice. Divide grey levels once."
+        )
 
 
 def _too_many(wanted: int, there: int, where: object) -> ValueError:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from .. import _validation as check
 
-__all__ = ["Eps", "parse_eps"]
+__all__ = ["Eps", "as_fraction", "parse_eps"]
 
 _GREY_LEVELS = 255
 _NEAR = 0.13  # of a grey level: rounding 8/255 to three decimals moves it by 0.095
@@ -33,6 +33,11 @@ class Eps:
         return self.text
 
 
+def as_fraction(text: str) -> Fraction:
+    """The fraction that '8/255', '7.5/255' or '0.5' stands for; ValueError, TypeError or an ArithmeticError if none."""
+    return Fraction(*map(Fraction, text.split("/")))
+
+
 def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
     """Reads a radius and keeps it exactly.
 
@@ -46,7 +51,7 @@ def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
 
     Raises:
         TypeError: neither text nor a number.
-        ValueError: text that is no fraction, or a radius that is not above 0 and finite.
+        ValueError: text that is no fraction, or a radius that is not above 0 and finite, or above 1 for L-infinity.
 
     Warns:
         UserWarning: an L-infinity radius that is nearly, but not exactly, a number of grey levels, as 0.031 is for
@@ -58,12 +63,12 @@ def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
         value = str(value)
     if isinstance(value, str):
         try:
-            exact = Fraction(*map(Fraction, value.split("/")))
+            exact = as_fraction(value)
         except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
             raise ValueError(
                 f"{caller}: `eps` must be a fraction or a number, got {value!r}. Write it as 8/255 or 0.5."
             ) from error
-        eps = Eps(value.strip(), exact)
+        eps = Eps("".join(value.split()), exact)
     else:
         number = check.check_number(caller, "eps", value)
         levels = round(number * _GREY_LEVELS)
@@ -75,6 +80,11 @@ def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
             eps = Eps(repr(number), Fraction(repr(number)))
     if eps.exact <= 0:
         raise ValueError(f"{caller}: `eps` must be above 0, got {value!r}. Write it as 8/255 or 0.5.")
+    if norm == "Linf" and eps.exact > 1:
+        raise ValueError(
+            f"{caller}: `eps` must be at most 1 for L-infinity, as pixels lie in [0, 1], got {eps.text}. Write grey "
+            f"levels as {eps.text}/{_GREY_LEVELS}."
+        )
     if norm == "Linf":
         in_levels = float(eps.exact * _GREY_LEVELS)
         nearest = round(in_levels)

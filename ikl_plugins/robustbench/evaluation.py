@@ -34,6 +34,7 @@ __all__ = [
     "check_count",
     "check_data",
     "check_model",
+    "check_radii",
     "check_seed",
     "curve",
     "evaluate",
@@ -227,18 +228,14 @@ def curve(
         ValueError: as :func:`evaluate`; no radius, or one that comes twice.
     """
     caller = "curve"
-    if isinstance(radii, (str, bytes)) or not isinstance(radii, Sequence):
-        raise TypeError(f"{caller}: `radii` must be a sequence of radii, got {radii!r}. Write ['2/255', '4/255'].")
-    parsed = sorted((_check_threat(caller, norm, radius) for radius in radii), key=float)
-    if not parsed:
-        raise ValueError(f"{caller}: `radii` must hold at least one radius, got none. Write ['2/255', '4/255'].")
-    for smaller, larger in itertools.pairwise(parsed):
-        if float(smaller) == float(larger):
-            raise ValueError(f"{caller}: `radii` must be different, but {smaller} and {larger} are one. Name it once.")
+    parsed = check_radii(caller, radii, norm)
     images, labels = check_data(caller, images, labels)
     standing = torch.arange(len(images))
     points = []
+    tried = "eps"
     for eps in parsed:
+        # The images that are left depend on the smaller radii, and so the name of the log does.
+        tried += f"_{eps.text.replace('/', '-')}"
         run: list[str] = []
         if len(standing):
             result = evaluate(
@@ -249,7 +246,7 @@ def curve(
                 norm=norm,
                 version=version,
                 attacks=attacks,
-                log=None if folder is None else Path(folder) / f"eps_{eps.text.replace('/', '-')}.json",
+                log=None if folder is None else Path(folder) / f"{tried}.json",
                 progress=None if progress is None else lambda made, eps=eps: progress(eps, made),  # type: ignore[misc]
                 **options,
             )
@@ -370,9 +367,15 @@ def natural_predictions(
         logits = model(batch)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(batch):
             what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            way_out = "Wrap it so that its forward returns the logits alone."
+            if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) % len(batch) == 0:
+                way_out = (
+                    f"Give images of the size that it was made for: these are {batch.shape[2]}x{batch.shape[3]}, and "
+                    f"RobustBench's networks for CIFAR take 32x32."
+                )
             raise ValueError(
                 f"{caller}: `model` must give logits of shape ({len(batch)}, C) for {len(batch)} images, got {what}. "
-                f"Wrap it so that its forward returns the logits alone."
+                f"{way_out}"
             )
         if not torch.isfinite(logits).all():
             raise ValueError(
@@ -426,6 +429,19 @@ def _check_threat(caller: str, norm: str, eps: str | float | Eps) -> Eps:
     if norm not in _NORMS:
         raise ValueError(check.unknown_name_message(caller, "norm", norm, _NORMS))
     return parse_eps(caller, eps, norm=norm)
+
+
+def check_radii(caller: str, radii: Sequence[str | float | Eps], norm: str) -> list[Eps]:
+    """The radii of a curve in rising order, refused unless there is at least one and each is there once."""
+    if isinstance(radii, (str, bytes)) or not isinstance(radii, Sequence):
+        raise TypeError(f"{caller}: `radii` must be a sequence of radii, got {radii!r}. Write ['2/255', '4/255'].")
+    parsed = sorted((_check_threat(caller, norm, radius) for radius in radii), key=float)
+    if not parsed:
+        raise ValueError(f"{caller}: `radii` must hold at least one radius, got none. Write ['2/255', '4/255'].")
+    for smaller, larger in itertools.pairwise(parsed):
+        if float(smaller) == float(larger):
+            raise ValueError(f"{caller}: `radii` must be different, but {smaller} and {larger} are one. Name it once.")
+    return parsed
 
 
 def _check_version(caller: str, version: str, attacks: Sequence[str] | None) -> tuple[str, list[str] | None]:

@@ -21,12 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from .. import _validation as check
 from .._files import written_aside
 from .data import Images, content_sha256, file_sha256
 
 __all__ = ["FORMAT", "Evaluation", "Record", "class_names", "data_facts", "identity", "percent", "weights_sha256"]
 
 FORMAT = "ikl_plugins.robustbench.evaluation/1"
+# What every log has, read by reports, submissions and ranks.
+_KEYS = (
+    "versions", "weights_sha256", "threat_model", "dataset", "eps", "version", "standard", "attacks", "dropped",
+    "n_examples", "data", "labels", "natural_correct", "fell_to", "robust", "adversarial", "progress", "finished",
+    "natural_accuracy", "robust_accuracy",
+)  # fmt: skip
 # Of the predictions on the natural images, which a GPU may give otherwise from run to run.
 _MAY_DIFFER = 0.01
 # What must be the same when a run goes on; the keys of the log.
@@ -299,6 +306,12 @@ def _read_log(caller: str, path: Path) -> dict[str, Any]:
     if not isinstance(log, dict) or log.get("format") != FORMAT:
         found = log.get("format") if isinstance(log, dict) else type(log).__name__
         raise ValueError(f"{caller}: {path} must be a log of the format {FORMAT}, got {found}. Name another file.")
+    missing = [key for key in _KEYS if key not in log]
+    if missing:
+        raise ValueError(
+            f"{caller}: {path} must be a whole log, but lacks {check.first_names(missing)}. Remove it and evaluate "
+            f"again."
+        )
     return log
 
 

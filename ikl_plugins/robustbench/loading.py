@@ -39,7 +39,6 @@ DATASET_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 # What the networks of the distillation literature were trained with on CIFAR-100.
 _DISTILLATION_STATISTICS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 _PREFIXES = ("module.", "model.", "backbone.", "0.")  # wrappers, MMPretrain's classifiers, a Sequential of one network
-_SHOWN = 3  # names in a message
 _PRIOR = re.compile(r"(?:distill_loss|robust_loss)\.class_prior\.(?:matrix|sums|counts)")
 # Of the official WideResNet, whose forward never uses it; RobustBench and the official evaluation leave it out.
 _UNUSED = "sub_block1."
@@ -409,10 +408,10 @@ def _load(
                 f"{caller}: the checkpoint {path} must have {num_classes} classes, got {theirs}. Give the `dataset` "
                 f"that it was trained on, or num_classes={theirs}."
             )
-    found = [f"missing: {_some(missing)}"] if missing else []
-    found += [f"unexpected: {_some(unexpected)}"] if unexpected else []
+    found = [f"missing: {check.first_names(missing)}"] if missing else []
+    found += [f"unexpected: {check.first_names(unexpected)}"] if unexpected else []
     differ = [f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in shapes]
-    found += [f"other shapes: {_some(differ)}"] if differ else []
+    found += [f"other shapes: {check.first_names(differ)}"] if differ else []
     way_out = "Name the config that it was trained with, or another checkpoint."
     if num_classes is not None:
         nearest = nearest_architecture(weights)
@@ -424,11 +423,6 @@ def _load(
     raise ValueError(
         f"{caller}: the checkpoint {path} must fit {target}, but it does not; {'; '.join(found)}. {way_out}"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 # --- MMPretrain ------------------------------------------------------------------------------------------------------

@@ -111,6 +111,10 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, images: Images |
 # --- the parts of the page -------------------------------------------------------------------------------------------
 
 
+def _version(log: dict[str, Any]) -> str:
+    return f"part of {log['version']}" if log["dropped"] else str(log["version"])
+
+
 def _summary(log: dict[str, Any]) -> str:
     lines = []
     if not log["finished"]:
@@ -149,7 +153,7 @@ def _setting(log: dict[str, Any]) -> str:
         "sha256 of the checkpoint": checkpoint.get("sha256", "-"),
         "sha256 of the weights": log["weights_sha256"],
         "sha256 of the data": data.get("sha256", "-"),
-        "AutoAttack": "-" if log["version"] is None else f"{log['version']}: {', '.join(log['attacks'])}",
+        "AutoAttack": "-" if log["version"] is None else f"{_version(log)}: {', '.join(log['attacks'])}",
         "target classes": "-" if log["n_target_classes"] is None else str(log["n_target_classes"]),
         "batch size": str(log["batch_size"]),
         "seed": str(log["seed"]),

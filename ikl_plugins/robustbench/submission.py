@@ -22,6 +22,7 @@ from .. import _validation as check
 from .._robustbench_import import import_robustbench
 from ..models.robustbench_zoo import Architecture, class_count, nearest_architecture, parse_architecture
 from .data import file_sha256
+from .eps import as_fraction
 from .evaluation_log import Evaluation, weights_sha256
 from .leaderboard import board_eps, entries, table_origin
 from .loading import DATASET_CLASSES, HostClassifier, Normalised
@@ -36,7 +37,6 @@ _MARK = "_demonstration"
 _DATASETS = ("cifar10", "cifar100")
 _IMAGES = 10000  # of the test sets of CIFAR-10 and CIFAR-100
 _CORRUPTIONS = 15 * 5  # corruptions and severities of CIFAR-10-C and CIFAR-100-C
-_SHOWN = 3  # names in a message
 _ROUNDING = 0.005  # points: accuracies are stated with two decimals
 _ARTICLES = ("a", "an", "the")
 # Family name and year, first word of the title, and what tells several models of one paper apart. Of the entries of
@@ -112,7 +112,7 @@ def model_info(
         "dataset": dataset,
         "venue": venue,
         "architecture": architecture,
-        "eps": log["eps"],
+        "eps": board_eps(dataset, log["threat_model"]) if _same_eps(log, dataset) else log["eps"],
         "clean_acc": f"{log['natural_accuracy']:.2f}",
         "reported": robust if reported is None else f"{reported:.2f}",
     }
@@ -213,7 +213,21 @@ def write_submission(
     folder = Path(folder)
     _check_texts(title=title, link=link, venue=venue, licence=licence, footnote=footnote, name=name)
     _check_declared(additional_data, generated_data, footnote)
-    people = [person.strip() for person in authors.split(",")] if isinstance(authors, str) else list(authors)
+    people = [person.strip() for person in (authors.split(",") if isinstance(authors, str) else authors)]
+    if not people or not all(people):
+        raise ValueError(f"{_CALLER}: `authors` must name at least one person, got {authors!r}. Write them out.")
+    if not re.match(r"https?://\S", link):
+        raise ValueError(f"{_CALLER}: `link` must be an http(s) address, got {link!r}. Write https://arxiv.org/abs/...")
+    if isinstance(number_forward_passes, bool) or not isinstance(number_forward_passes, int):
+        raise TypeError(
+            f"{_CALLER}: `number_forward_passes` must be an integer of at least 1, got {number_forward_passes!r}. "
+            f"Write 1 for a single network."
+        )
+    if number_forward_passes < 1:
+        raise ValueError(
+            f"{_CALLER}: `number_forward_passes` must be an integer of at least 1, got {number_forward_passes}. "
+            f"Write 1 for a single network."
+        )
     _name(_CALLER, name, title, people)
     log = _log(evaluation)
     threat_model = log["threat_model"]
@@ -404,10 +418,18 @@ def _check_evaluation(log: Mapping[str, Any], dataset: str) -> None:
         wrong = f"have all {_IMAGES} test images, got {log['n_examples']}"
     elif log["n_classes"] != DATASET_CLASSES[dataset]:
         wrong = f"be of a model with {DATASET_CLASSES[dataset]} classes, got {log['n_classes']}"
-    elif not corrupted and log["eps"] != board_eps(dataset, log["threat_model"]):
+    elif not corrupted and not _same_eps(log, dataset):
         wrong = f"be at eps {board_eps(dataset, log['threat_model'])}, that of the leaderboard, got {log['eps']}"
     if wrong is not None:
         raise ValueError(f"{_CALLER}: `evaluation` must {wrong}. {way_out}")
+
+
+def _same_eps(log: Mapping[str, Any], dataset: str) -> bool:
+    """Whether the radius is the leaderboard's, however it is written."""
+    board = board_eps(dataset, log["threat_model"])
+    if board is None or log["eps"] is None:
+        return board is None and log["eps"] is None
+    return as_fraction(log["eps"]) == as_fraction(board)
 
 
 def _check_always(log: Mapping[str, Any], reported: float | None, allow_failed: bool) -> None:
@@ -420,9 +442,9 @@ def _check_always(log: Mapping[str, Any], reported: float | None, allow_failed: 
             f"{_CALLER}: `evaluation` must have the natural and the robust accuracy, got "
             f"{log['natural_accuracy']} and {log['robust_accuracy']}. Evaluate on natural images too."
         )
-    if log["threat_model"] == "Linf" and "/" not in log["eps"]:
+    if log["threat_model"] == "Linf" and (as_fraction(log["eps"]) * 255).denominator != 1:
         raise ValueError(
-            f"{_CALLER}: `evaluation` must be at a radius that is a fraction, got eps {log['eps']}. "
+            f"{_CALLER}: `evaluation` must be at a radius of whole grey levels, got eps {log['eps']}. "
             f"Evaluate again with --eps 8/255: another radius is another threat model."
         )
     if reported is not None:
@@ -498,9 +520,9 @@ def _weights(
         hint = f" It looks like {nearest}." if nearest else ""
         raise ValueError(
             f"{_CALLER}: `model` must be a {architecture.name} of RobustBench's own class, but has other entries; "
-            f"missing or of another shape: {_some(missing)}; unexpected: {_some(unexpected)}.{hint} Evaluate and "
-            f"submit what load_checkpoint gives for one of RobustBench's architectures; another network needs its "
-            f"code in RobustBench first."
+            f"missing or of another shape: {check.first_names(missing) or 'none'}; unexpected: "
+            f"{check.first_names(unexpected) or 'none'}.{hint} Evaluate and submit what load_checkpoint gives for one "
+            f"of RobustBench's architectures; another network needs its code in RobustBench first."
         )
     if type(model) is not type(network):
         raise ValueError(
@@ -514,11 +536,6 @@ def _weights(
             f"{log['weights_sha256'][:12]}, got {found[:12]}. Evaluate this checkpoint, or pass the evaluated one."
         )
     return {key: state[key].detach().cpu().contiguous().clone() for key in own}
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "none") + more
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

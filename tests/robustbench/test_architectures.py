@@ -263,3 +263,9 @@ def test_examples_in_messages_are_names():
     known = re.search(r"Known: (.*)\. Other", str(refusal.value))[1].split(", ")
     assert len(known) > 3
     assert [parse_architecture(name).name for name in known] == known
+
+
+@pytest.mark.parametrize("value", [0.5, "0.5"])
+def test_a_mean_that_is_no_sequence_is_refused(value):
+    with pytest.raises(TypeError, match="`mean` must be a sequence of three numbers, one a channel, got"):
+        robustbench_network("DMWideResNet-10-1-SiLU", mean=value, std=(0.2, 0.2, 0.2))

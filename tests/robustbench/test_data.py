@@ -406,3 +406,11 @@ def test_the_checksum_of_a_file(tmp_path):
     content = bytes(range(256)) * 8192  # 2 MiB
     (tmp_path / "file").write_bytes(content)
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_refuses_pixels_that_were_divided_twice(tmp_path):
+    path = tmp_path / "images.npz"
+    pixels = np.full((2, 3, 4, 4), 200 / 255 / 255, dtype=np.float32)
+    np.savez(path, image=pixels, label=np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"pixels must reach up to 1, .* been divided by 255 twice"):
+        load_images(path)

@@ -15,7 +15,7 @@ from ikl_plugins.robustbench.eps import Eps, parse_eps
     ("value", "text", "exact"),
     [
         ("8/255", "8/255", Fraction(8, 255)),
-        (" 8/255 ", "8/255", Fraction(8, 255)),
+        (" 8 / 255 ", "8/255", Fraction(8, 255)),
         ("7.5/255", "7.5/255", Fraction(15, 510)),
         ("0.5", "0.5", Fraction(1, 2)),
         (0.5, "0.5", Fraction(1, 2)),
@@ -76,6 +76,13 @@ def test_refuses_text_that_is_no_fraction(value: str) -> None:
 def test_refuses_a_radius_that_is_not_above_0(value: object) -> None:
     with pytest.raises(ValueError, match=r"^evaluate: `eps` must be above 0, got .*. Write it as 8/255 or 0.5.$"):
         parse_eps("evaluate", value)
+
+
+@pytest.mark.parametrize("value", ["8", 8, "1.5", "256/255"])
+def test_refuses_an_l_infinity_radius_beyond_all_pixels(value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^evaluate: `eps` must be at most 1 .*, got {value}. Write grey levels as"):
+        parse_eps("evaluate", value)
+    assert float(parse_eps("evaluate", "8", norm="L2")) == 8
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])

@@ -897,7 +897,7 @@ def test_a_curve_goes_on_where_all_have_fallen_and_from_its_logs(tmp_path, monke
     first = curve(model, images, labels, radii, attacks=["apgd-ce"], folder=tmp_path, seed=2)
     assert [point["robust_accuracy"] for point in first][1:] == [0, 0]
     assert (first[2]["attacks"], first[2]["robust"]) == ([], [0] * 14)
-    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["eps_120-255.json", "eps_2-255.json"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["eps_2-255.json", "eps_2-255_120-255.json"]
     attack = type(Quick(model, norm="Linf", eps=0.1, verbose=False).apgd)
     monkeypatch.setattr(attack, "perturb", None)  # nothing is attacked again
     assert curve(model, images, labels, radii, attacks=["apgd-ce"], folder=tmp_path, seed=2) == first
@@ -1109,3 +1109,18 @@ def test_the_checksum_of_weights():
     transposed = torch.rand(3, 2).t()
     assert weights_sha256({"a": transposed}) == weights_sha256({"a": transposed.contiguous()})
     assert weights_sha256({"a": 1}) != weights_sha256({"a": 2})
+
+
+def test_a_log_that_lacks_entries_is_refused(tmp_path):
+    path = tmp_path / "evaluation.json"
+    path.write_text('{"format": "ikl_plugins.robustbench.evaluation/1", "versions": {}}')
+    with message("must be a whole log, but lacks weights_sha256, threat_model, dataset and 16 more. Remove it"):
+        Evaluation.load(path)
+
+
+def test_images_of_another_size_are_named():
+    from ikl_plugins.models.robustbench_zoo import robustbench_network
+
+    model = robustbench_network("WideResNet-10-1").eval()
+    with message("got shape (8, 10). Give images of the size that it was made for: these are 64x64"):
+        evaluate(model, torch.rand(2, 3, 64, 64), torch.tensor([0, 1]), eps="8/255")

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -178,11 +179,13 @@ def test_standard_l2_and_a_folder(files, tmp_path, capsys):
     assert "(L2, eps 0.5, standard AutoAttack)" in capsys.readouterr().out
 
 
-def test_a_rounded_eps_warns(files, tmp_path):
+def test_a_rounded_eps_warns(files, tmp_path, capsys):
     arguments = command(files, tmp_path, "--attacks", "apgd-ce")
     arguments[arguments.index("--eps") + 1] = "0.031"
-    with pytest.warns(UserWarning, match=re.escape("`eps` = 0.031 is 7.905/255 and not 8/255")):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as on the command line
         main(*arguments)
+    assert "\nwarning: evaluate: `eps` = 0.031 is 7.905/255 and not 8/255." in "\n" + capsys.readouterr().err
     assert json.loads((tmp_path / "evaluation.json").read_text())["eps"] == "0.031"
 
 
@@ -506,3 +509,17 @@ def test_a_model_of_the_zoo_that_is_not_there(zoo, tmp_path):
         model_from(
             zoo_arguments("Diffenderfer2021Winning_LRR_CARD_Deck", tmp_path, "--offline", threat_model="corruptions")
         )
+
+
+def test_a_radius_of_the_curve_is_refused_before_the_attacks(files, tmp_path, capsys):
+    for radii, text in (("2/255,abc", "must be a fraction or a number, got 'abc'"), ("2/255,4/510", "are one")):
+        with pytest.raises(SystemExit, match=re.escape(text)):
+            main(*command(files, tmp_path, "--curve", radii))
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_another_curve_may_follow_in_the_same_folder(files, tmp_path):
+    main(*command(files, tmp_path, "--attacks", "apgd-ce", "--curve", "2/255,4/255"))
+    main(*command(files, tmp_path, "--attacks", "apgd-ce", "--curve", "4/255"))
+    points = json.loads((tmp_path / "evaluation.json").read_text())["curve"]
+    assert [point["eps"] for point in points] == ["4/255"]

@@ -67,7 +67,9 @@ PASSED = Preflight(tuple(Check(name, True, "Fine.") for name in CHECKS))
 
 def log(network, data="cifar10", **changes):
     """What the evaluation of a network on the 10,000 test images says, as far as it is read."""
+    unread = ("dropped", "labels", "natural_correct", "robust", "progress")
     return {
+        **dict.fromkeys(unread),
         "format": "ikl_plugins.robustbench.evaluation/1",
         "versions": {"python": "3.11.2", "torch": "2.14.1", "robustbench": "1.1.1"},
         "model": "network",
@@ -701,7 +703,7 @@ def test_refuses_corruptions_that_are_not_all_there(write, network):
         ({"finished": False}, r"`evaluation` must be finished, but was interrupted\. Run the same evaluation again"),
         (
             {"eps": "0.031"},
-            r"`evaluation` must be at (a radius that is a fraction, got eps 0.031|eps 8/255, .* got 0.031)\.",
+            r"`evaluation` must be at (a radius of whole grey levels, got eps 0.031|eps 8/255, .* got 0.031)\.",
         ),
         (
             {"natural_accuracy": None},
@@ -758,3 +760,29 @@ def test_refuses_a_threat_model_without_leaderboard(write):
     net = robustbench_network("WideResNet-10-1", 100)
     with pytest.raises(ValueError, match=r"`threat_model` must be one that has a leaderboard for cifar100, got 'L2'\."):
         write(model=net, dataset="cifar100", evaluation=log(net, "cifar100", threat_model="L2", eps="0.5"))
+
+
+@pytest.mark.parametrize("eps", ["8/255", "16/510", "8/255.0"])
+def test_the_radius_counts_however_it_is_written(eps, network, write):
+    folder = write(evaluation=log(network, eps=eps))
+    (path,) = (folder / "model_info").rglob("*.json")
+    assert json.loads(path.read_text())["eps"] == "8/255"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({"number_forward_passes": 0}, ValueError, "`number_forward_passes` must be an integer of at least 1, got 0"),
+        (
+            {"number_forward_passes": "2"},
+            TypeError,
+            "`number_forward_passes` must be an integer of at least 1, got '2'",
+        ),
+        ({"authors": ""}, ValueError, "`authors` must name at least one person, got ''"),
+        ({"authors": []}, ValueError, "`authors` must name at least one person, got \\[\\]"),
+        ({"link": "arxiv"}, ValueError, "`link` must be an http\\(s\\) address, got 'arxiv'"),
+    ],
+)
+def test_refuses_what_no_entry_has(changes, kind, text, write):
+    with pytest.raises(kind, match=f"^write_submission: {text}"):
+        write(**changes)
