@@ -112,6 +112,7 @@ def _checked(args: argparse.Namespace, model: torch.nn.Module, evaluation: Evalu
         claimed=log["robust_accuracy"] if args.reported is None else args.reported,
         measured=log["robust_accuracy"],
         batch_size=args.batch_size,
+        number_forward_passes=args.number_forward_passes,
     )
     words = {True: "pass", False: "FAIL", None: "not checked"}
     for found in report.checks:

@@ -9,12 +9,14 @@ was rounded.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import os
+import pickle
 import random
 import sys
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .. import _validation as check
 from .eps import Eps, parse_eps
@@ -53,12 +56,19 @@ _DEAD = 0.1  # share of images whose gradient may be zero: single ones lie where
 _POINTS = 5.0  # by which another input range must be better before it is taken for the right one
 _ROUNDING = 0.005  # points: accuracies are stated with two decimals
 _GREY_LEVELS = 255
+_AUTOCAST = ("cpu", "cuda")
 # (mean, std) that models are commonly trained with, tried when none is given.
 _COMMON = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CIFAR's": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "0.5 and 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+# Steps along the gradient, in grey levels. The small ones stay below the levels of a quantiser for most images.
+_STEPS = (1.0, 0.2, 0.02, 0.002, 0.0005)
+_NOISE = 1e-5  # of an image's largest logit: changes below are rounding, and tell nothing about a gradient
+_ULPS = 32  # a predicted change of so many roundings shows in float32, unless the function is constant
+_BAND = 20.0  # times: how far the median change may be from the one that the gradient predicts
+_PRECISION = 1e-3  # of their sum: how equal the sums of probabilities are
 _MEANS = ("mean", "mu", "means")
 _STDS = ("std", "sigma", "stds")
 
@@ -131,11 +141,13 @@ def preflight(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     batch_size: int = 32,
+    number_forward_passes: int = 1,
 ) -> Preflight:
     """Checks a model against the rules of RobustBench and the usual mistakes.
 
-    The model is left as it was: parameters, buffers, gradients and the mode of each module. All checks but 'eval mode'
-    see it in eval mode. The generators of random numbers are put back too.
+    The checks work on copies of the model. One that cannot be copied is left as it was in its parameters, buffers,
+    gradients and the mode of each module. All checks but 'eval mode' see it in eval mode, and without the caller's
+    autocast. The generators of random numbers are put back too.
 
     Args:
         model: of images in [0, 1], returning logits (N, C).
@@ -150,20 +162,26 @@ def preflight(
             those in common use are tried.
         std: the same.
         batch_size: images per forward, at least 1.
+        number_forward_passes: how often one prediction may pass the network, at least 1, as the leaderboard states it.
+            A network that shares weights between layers calls the same layer more than once, and needs that number
+            here too.
 
     Returns:
-        The checks: 'eval mode', 'output' (parameters and logits are float32, logits finite and of shape (N, C)),
-        'deterministic', 'batch' (an image's logits depend on no other image), 'gradients' (finite, not zero), 'logits'
-        (not probabilities), 'inputs' (in [0, 1]), 'normalisation' (once), 'optimisation' (none in the forward), 'eps'
-        (exact) and 'claim' (not above what was measured).
+        The checks: 'eval mode', 'output' (parameters, logits and what is computed between are float32, logits finite
+        and of shape (N, C)), 'deterministic' (also whatever batches came before), 'batch' (an image's logits depend on
+        no other image), 'gradients' (finite, not zero, and true: small steps along them change the margin as they
+        predict), 'logits' (not probabilities), 'inputs' (in [0, 1]), 'normalisation' (once), 'optimisation' (none in
+        the forward, and no more passes of the network than stated), 'eps' (exact) and 'claim' (not above what was
+        measured).
 
     Raises:
         TypeError: the model is no module, images or labels are no tensors of the right kind.
         ValueError: shapes that do not fit each other, fewer than 2 images, labels that the model has no class for, an
-            accuracy that is not in 0 to 100, or only one of ``mean`` and ``std``.
+            accuracy that is not in 0 to 100, only one of ``mean`` and ``std``, or a number of passes below 1.
     """
-    _check_arguments(model, images, labels, mean, std, batch_size)
+    _check_arguments(model, images, labels, mean, std, batch_size, number_forward_passes)
     found = [_eval_mode(model)]
+    user, model = model, _copied(model) or model
     with _as_it_was(model), torch.no_grad():
         output, logits = _output(model, images, batch_size)
         found.append(output)
@@ -177,18 +195,18 @@ def preflight(
                     f"{_CALLER}: `labels` must be below {logits.shape[1]}, the number of logits, got "
                     f"{int(labels.max())}. Pass images of the classes that the model knows."
                 )
-            deterministic = _deterministic(model, images[:batch_size])
+            deterministic = _deterministic(model, images[:batch_size], user)
             found += [
                 deterministic,
                 _batch(model, images, logits, batch_size)
                 if deterministic.passed
                 else Check("batch", None, "The model is not deterministic, so that its batches cannot be compared."),
-                _gradients(model, images, logits, labels, eps, norm, batch_size),
+                _gradients(model, images, logits, labels, eps, norm, batch_size, deterministic.passed is True),
                 _logits(logits),
                 _inputs(images),
                 _normalisation(model, images, logits, labels, mean, std, batch_size),
             ]
-        found.append(_optimisation(model, images[:batch_size]))
+        found.append(_optimisation(model, images[:batch_size], number_forward_passes))
     found += [_eps(eps, norm), _claim(claimed, measured)]
     return Preflight(tuple(found))
 
@@ -203,6 +221,7 @@ def _check_arguments(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     batch_size: object,
+    number_forward_passes: object,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -234,6 +253,12 @@ def _check_arguments(
         raise ValueError(f"{_CALLER}: `mean` and `std` must be given together. Pass both, or neither.")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"{_CALLER}: `batch_size` must be an integer of at least 1, got {batch_size!r}. Pass 32.")
+    passes = number_forward_passes
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(
+            f"{_CALLER}: `number_forward_passes` must be an integer of at least 1, got {passes!r}. Pass 1, or the "
+            f"number that the entry states."
+        )
     if mean is not None and std is not None:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != images.shape[1]:
@@ -243,13 +268,30 @@ def _check_arguments(
                 )
 
 
+def _copied(model: nn.Module) -> nn.Module | None:
+    """A copy that shares no state; None for a model that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except (TypeError, ValueError, AttributeError, RuntimeError, copy.Error, pickle.PicklingError):
+        return None
+
+
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone; afterwards modes, buffers, parameters and random numbers are as before."""
+    """Eval mode by the flags alone, no autocast; afterwards modes, tensors, autocast and random numbers as before."""
     modes = {module: module.training for module in model.modules()}
-    tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
-    cuda = sorted({tensor.device.index for _, tensor in _tensors(model) if tensor.device.type == "cuda"})
+    # The tensors themselves, as `half` and its like put other buffers into a module. TorchScript has no such tables.
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (table, dict(table))
+        for module in modes
+        for table in (module._parameters, module._buffers)
+        if isinstance(table, dict)
+    ]
+    tensors = [(tensor, tensor.detach().clone()) for _, tensor in _tensors(model)]
+    cuda = sorted({tensor.device.index for tensor, _ in tensors if tensor.device.type == "cuda"})
     numpy_state, python_state = np.random.get_state(), random.getstate()
+    autocast = {device: torch.is_autocast_enabled(device) for device in _AUTOCAST}
+    _stop_autocast()
     for module in modes:
         module.training = False
     try:
@@ -258,12 +300,27 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+        for device, enabled in autocast.items():
+            torch.set_autocast_enabled(device, enabled)
         for module, training in modes.items():
             module.training = training
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
         with torch.no_grad():
-            for name, tensor in _tensors(model):
-                if name in tensors and tensor.shape == tensors[name].shape:
-                    tensor.copy_(tensors[name])
+            for tensor, value in tensors:
+                if tensor.dtype != value.dtype or tensor.shape != value.shape:
+                    tensor.data = value
+                elif not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def _stop_autocast() -> tuple[str, ...]:
+    """Turns autocast off; the devices it was on for."""
+    on = tuple(device for device in _AUTOCAST if torch.is_autocast_enabled(device))
+    for device in on:
+        torch.set_autocast_enabled(device, False)
+    return on
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -274,6 +331,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _forward(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     # Copies: a model that writes into its input must not spoil the other checks.
     return torch.cat([model(batch.clone()) for batch in torch.split(images, batch_size)])
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -298,15 +359,30 @@ def _eval_mode(model: nn.Module) -> Check:
 def _output(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Check, Tensor | None]:
     """The check, and the logits if the other checks can use them."""
     wrong = [
-        f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+        f"{name} is {_word(tensor.dtype)}"
         for name, tensor in _tensors(model)
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32
     ]
     dtypes = f"{_some(wrong)}; RobustBench evaluates in float32. Call model.float(). " if wrong else ""
+    before = {name: tensor.dtype for name, tensor in _tensors(model)}
     try:
-        outputs = [model(batch.clone()) for batch in torch.split(images, batch_size)]
+        with _Precision(model) as precision:
+            outputs = [model(batch.clone()) for batch in torch.split(images, batch_size)]
     except RuntimeError as error:
         return Check("output", False, f"{dtypes}The forward fails: {str(error).splitlines()[0]}"), None
+    finally:
+        autocast = _stop_autocast()
+    recast = [
+        f"{name} to {_word(tensor.dtype)}"
+        for name, tensor in _tensors(model)
+        if tensor.dtype != before.get(name, tensor.dtype)
+    ]
+    if recast:
+        dtypes += f"The forward converts {_some(recast)}. Leave the parameters in float32. "
+    if precision.found:
+        dtypes += f"The forward computes in another precision: {_some(precision.found)}. Compute in float32. "
+    if autocast:
+        dtypes += f"The forward leaves autocast on ({', '.join(autocast)}). Use it in a with statement, or not at all. "
     for output in outputs:
         if not isinstance(output, Tensor):
             return Check("output", False, f"{dtypes}The model returns a {type(output).__name__}, no tensor."), None
@@ -320,18 +396,98 @@ def _output(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Check, T
     if bad:
         return Check("output", False, f"{dtypes}{bad} of {len(images)} images gave inf or nan."), None
     if logits.dtype != torch.float32:
-        dtypes += f"The logits are {str(logits.dtype).removeprefix('torch.')} and not float32."
+        dtypes += f"The logits are {_word(logits.dtype)} and not float32."
     if dtypes:
         return Check("output", False, dtypes.strip()), logits.float()
     return Check("output", True, f"Finite float32 logits of {logits.shape[1]} classes; float32 parameters."), logits
 
 
-def _deterministic(model: nn.Module, images: Tensor) -> Check:
-    def seed(value: int) -> None:
-        torch.manual_seed(value)
-        np.random.seed(value)
-        random.seed(value)
+class _Precision(TorchFunctionMode):
+    """Notes where a forward leaves float32: outputs of leaf modules, and any call that gives fewer bits.
 
+    Both, since a module in TorchScript hides its calls, and a call outside any leaf has no module that would tell.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._model = model
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Precision:
+        for name, module in self._model.named_modules():
+            if not any(True for _ in module.children()) and not isinstance(module, torch.jit.ScriptModule):
+                self._handles.append(module.register_forward_hook(self._hook(name or type(module).__name__)))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # float64 is not less: constants and statistics may be computed in it. `data` and such only read.
+        name = getattr(func, "__name__", "a call")
+        for dtype in _dtypes(result):
+            if dtype.itemsize < 4 and name != "__get__":
+                self._note(f"{name} gives {_word(dtype)}")
+        return result
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            for dtype in _dtypes(output):
+                self._note(f"`{name}` gives {_word(dtype)}", first=True)
+
+        return hook
+
+    def _note(self, words: str, first: bool = False) -> None:
+        if words not in self.found:
+            # Modules before calls, which are many and say less.
+            place = sum(known.startswith("`") for known in self.found) if first else len(self.found)
+            self.found.insert(place, words)
+
+
+def _dtypes(output: Any) -> set[torch.dtype]:
+    """The floating dtypes but float32 in what a call gave."""
+    if isinstance(output, Tensor):
+        floating = output.is_floating_point() or output.is_complex()
+        return {output.dtype} if floating and output.dtype != torch.float32 else set()
+    if isinstance(output, (list, tuple)):
+        return set().union(*map(_dtypes, output))
+    if isinstance(output, dict):
+        return set().union(*map(_dtypes, output.values()))
+    return set()
+
+
+def _seed(value: int) -> None:
+    torch.manual_seed(value)
+    np.random.seed(value)
+    random.seed(value)
+
+
+def _remembered(user: nn.Module, images: Tensor) -> float | None:
+    """How far logits depend on whether another batch came first, in fresh copies; None if there are no copies."""
+    half = (len(images) + 1) // 2
+    # Darker, so that statistics of the two differ, however alike the images are.
+    pair = images[:half], images[-half:] / 2
+    seen: list[list[Tensor]] = []
+    for order in ((0, 1), (1, 0)):
+        fresh = _copied(user)
+        if fresh is None:
+            return None
+        for module in fresh.modules():
+            module.training = False
+        logits = {}
+        for which in order:
+            _seed(1)
+            logits[which] = fresh(pair[which].clone())
+        seen.append([logits[0], logits[1]])
+    return max(_distance(first, second) for first, second in zip(*seen, strict=True))
+
+
+def _deterministic(model: nn.Module, images: Tensor, user: nn.Module) -> Check:
     def generators() -> tuple[bytes, ...]:
         state = [torch.get_rng_state().numpy().tobytes()]
         if images.device.type == "cuda":
@@ -342,7 +498,7 @@ def _deterministic(model: nn.Module, images: Tensor) -> Check:
     before = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
     outputs, started, ended = [], [], []
     for value in (1, 1, 2):
-        seed(value)
+        _seed(value)
         started.append(generators())
         inputs = images.clone()
         outputs.append(model(inputs))
@@ -376,6 +532,16 @@ def _deterministic(model: nn.Module, images: Tensor) -> Check:
                 f"The logits differ when gradients are recorded, by up to {_distance(first, graded):.2g}: an attack "
                 f"would see another model. Make the forward independent of torch.is_grad_enabled()."
             )
+    unseen = ""
+    if not found:
+        remembered = _remembered(user, images)
+        if remembered is None:
+            unseen = " The model cannot be copied: not checked whether it remembers its first batch."
+        elif remembered > max(slack, _tolerance(first) / 10):  # the same batch in the same network
+            found.append(
+                f"The logits depend on the batches that came before, by up to {remembered:.2g}: the model remembers "
+                f"them. Keep nothing in the forward."
+            )
     drawn = started[0] != ended[0]
     if drawn and any(ended[0][i] == ended[2][i] and started[0][i] != started[2][i] for i in range(len(ended[0]))):
         found.append(
@@ -385,7 +551,9 @@ def _deterministic(model: nn.Module, images: Tensor) -> Check:
     if found:
         return Check("deterministic", False, " ".join(found))
     note = " It draws random numbers, but they change nothing." if drawn else ""
-    return Check("deterministic", True, f"The same logits under every seed, and nothing is changed by a forward.{note}")
+    return Check(
+        "deterministic", True, f"The same logits under every seed, and nothing is changed by a forward.{note}{unseen}"
+    )
 
 
 def _batch(model: nn.Module, images: Tensor, logits: Tensor, batch_size: int) -> Check:
@@ -421,9 +589,10 @@ def _gradients(
     eps: object,
     norm: str,
     batch_size: int,
+    deterministic: bool,
 ) -> Check:
     targets = logits.argmax(dim=1) if labels is None else labels.long()
-    radius = float(_read_eps(eps, norm)) if eps is not None else 4 / _GREY_LEVELS
+    radius = float(_read_eps(eps)) if eps is not None else 4 / _GREY_LEVELS
     generator = torch.Generator().manual_seed(0)  # its own: the user's random numbers stay
     noise = torch.rand(images.shape, generator=generator, dtype=torch.float32) * 2 - 1
     if norm == "L2":
@@ -468,27 +637,118 @@ def _gradients(
                     f"The gradient of {words} at {place} is zero for {dead} of {len(size)}: attacks have nothing to "
                     f"follow. Remove what has no derivative (rounding, thresholds), or scale the logits down.",
                 )
+    grey = (images * _GREY_LEVELS).round() / _GREY_LEVELS  # as in a file, and where quantisers have their levels
+    for place, points in (("the images", grey), (f"points inside the ball of {radius:.4g}", inside)):
+        if not deterministic:  # two forwards then differ by more than the step
+            break
+        # One batch tells: this is about the model and not about single images.
+        with _without_tf32():
+            longest = min(radius, 1.0) if norm == "Linf" else None
+            why = _untrue(model, points[:batch_size], targets[:batch_size], longest)
+        if why:
+            return Check("gradients", False, f"At {place}, {why}")
     zero = [share for share in shares if not share.startswith("0 ")]
     note = f" Zero: {'; '.join(zero)}." if zero else ""
-    return Check("gradients", True, f"Finite and not zero, at the images and within the radius.{note}")
+    found = "Finite, not zero and true" if deterministic else "Finite and not zero (steps along them not compared)"
+    return Check("gradients", True, f"{found}, at the images and within the radius.{note}")
 
 
 def _margin(logits: Tensor, targets: Tensor) -> Tensor:
+    return _margins(logits, targets).sum()
+
+
+def _margins(logits: Tensor, targets: Tensor) -> Tensor:
     own = logits.gather(1, targets[:, None])
     others = logits.scatter(1, targets[:, None], -torch.inf)
-    return (others.amax(dim=1) - own[:, 0]).sum()
+    return others.amax(dim=1) - own[:, 0]
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Float32 on a GPU too: TF32, which convolutions use by default, is a quantiser of its own for small steps."""
+    cudnn: Any = torch.backends.cudnn
+    legacy = (cudnn, torch.backends.cuda.matmul)
+    places: list[tuple[Any, str, Any]] = [(place, "allow_tf32", False) for place in legacy]
+    try:
+        before = [getattr(place, name) for place, name, _ in places]
+    except RuntimeError:  # the caller uses `fp32_precision`, which torch lets nobody mix with the flags
+        kernels = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+        places = [(kernel, "fp32_precision", "ieee") for kernel in kernels]
+        before = [getattr(place, name) for place, name, _ in places]
+    for place, name, value in places:
+        setattr(place, name, value)
+    try:
+        yield
+    finally:
+        for (place, name, _), value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
+def _untrue(model: nn.Module, points: Tensor, targets: Tensor, radius: float | None) -> str:
+    """What is wrong with the gradients of the margin, judged by steps along their signs; empty if nothing is.
+
+    Margins, as the cross entropy is flat where a model is sure. A gradient is true if the median change is about the
+    predicted one for some step: long steps leave the linear range of a network, short ones drown in rounding. A short
+    step that changes far more than predicted has met a jump.
+    """
+    with torch.enable_grad():
+        leaf = points.detach().clone().requires_grad_()
+        logits = model(leaf).float()
+        (gradient,) = torch.autograd.grad(_margin(logits, targets), leaf)
+    # Against the same kernels: a forward that records gradients may round in another way.
+    logits = model(points.clone()).float()
+    before = _margins(logits, targets)
+    largest = logits.double().abs().amax(dim=1)
+    steps = [step / _GREY_LEVELS for step in _STEPS] + ([] if radius is None else [radius])
+    # A model may clamp: steps stay among the images, even where these are not in [0, 1], which has a check of its own.
+    low, high = min(0.0, float(points.min())), max(1.0, float(points.max()))
+    medians: dict[float, float] = {}
+    for step in steps:
+        moved = (points + step * gradient.sign()).clamp(low, high)
+        # Of the step that was made, after clamping and rounding.
+        predicted = (gradient.double() * (moved.double() - points.double())).flatten(1).sum(dim=1)
+        actual = _margins(model(moved.clone()).float(), targets).double() - before.double()
+        visible = predicted > _ULPS * torch.finfo(torch.float32).eps * largest
+        still = int((actual[visible] == 0).sum())
+        if int(visible.sum()) > len(points) / 4 and still > int(visible.sum()) / 2:
+            return (
+                f"a step of {step * _GREY_LEVELS:.4g}/{_GREY_LEVELS} along the gradient changes nothing for {still} of "
+                f"{int(visible.sum())}: the model is constant in steps, and its gradient is made up. Remove the "
+                f"quantiser."
+            )
+        judged = torch.maximum(predicted.abs(), actual.abs()) > _NOISE * largest
+        if int(judged.sum()) > len(points) / 2:
+            # A prediction of exactly 0 would make the ratio infinite or, without a change, no number.
+            ratios = actual[judged] / predicted[judged].clamp(min=torch.finfo(torch.float64).tiny)
+            medians[step] = float(ratios.median())
+    jumps = [median for step, median in medians.items() if step < steps[0] and median > _BAND]
+    true = [median for median in medians.values() if 1 / _BAND <= median <= _BAND]
+    if jumps or (medians and not true):
+        nearest = jumps[0] if jumps else min(medians.values(), key=lambda median: abs(median - 1))
+        return (
+            f"steps along the gradient change the margin by {nearest:.2g} times what it predicts: attacks would follow "
+            f"another function. Remove what masks the gradient."
+        )
+    return ""
 
 
 def _logits(logits: Tensor) -> Check:
     if logits.shape[1] < 2:
         return Check("logits", None, "One class has no probabilities.")
-    sums = logits.double().sum(dim=1)
-    if bool(((logits >= 0) & (logits <= 1)).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+    if bool(((logits >= 0) & (logits <= 1)).all()):
         return Check(
             "logits",
             False,
-            "The outputs lie in [0, 1] and sum to 1: they are probabilities, whose gradients vanish. "
-            "Return what goes into the softmax.",
+            "The outputs lie in [0, 1]: they are probabilities, whose gradients vanish. Return what goes into the "
+            "softmax or sigmoid.",
+        )
+    sums = logits.double().sum(dim=1)
+    if bool((logits >= 0).all()) and float(sums.max() - sums.min()) <= _PRECISION * float(sums.max()):
+        return Check(
+            "logits",
+            False,
+            f"The outputs are not negative and each row sums to {float(sums.mean()):.4g}: they are probabilities but "
+            f"for a constant, and their gradients vanish. Return what goes into the softmax.",
         )
     if bool((logits.double().logsumexp(dim=1).abs() < 1e-3).all()):
         return Check("logits", True, "The outputs are log-probabilities, which are logits too.")
@@ -630,7 +890,7 @@ def _made_by(earlier: _Normaliser, inputs: Tensor, images: Tensor) -> bool:
     return any(torch.allclose(inputs, expected, rtol=1e-3, atol=1e-3) for expected in made)
 
 
-def _optimisation(model: nn.Module, images: Tensor) -> Check:
+def _optimisation(model: nn.Module, images: Tensor, number_forward_passes: int) -> Check:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return Check("optimisation", None, "The model has parts in TorchScript, into which the check cannot look.")
     calls: list[str] = []
@@ -660,12 +920,16 @@ def _optimisation(model: nn.Module, images: Tensor) -> Check:
             calls.append("a derivative of torch.func")
 
     failure = ""
+    passes: list[Counter[str]] = []
     before = sys.getprofile()
     sys.setprofile(watch)
     try:
-        model(images.clone())
-        with torch.enable_grad():
+        with _calls_of_layers(model) as counts:
+            model(images.clone())
+        passes.append(counts)
+        with _calls_of_layers(model) as counts, torch.enable_grad():
             model(images.detach().clone().requires_grad_())
+        passes.append(counts)
     except RuntimeError as error:
         failure = str(error).splitlines()[0]
     finally:
@@ -678,22 +942,59 @@ def _optimisation(model: nn.Module, images: Tensor) -> Check:
             False,
             f"The forward calls {_some(sorted(set(calls)))}. RobustBench takes no model that optimises in its forward.",
         )
+    name, number = max(((counts.most_common(1) or [("", 1)])[0] for counts in passes), key=lambda pair: pair[1])
+    if number > number_forward_passes:
+        return Check(
+            "optimisation",
+            False,
+            f"{number} passes of the network in one forward, counted at `{name}`; state "
+            f"number_forward_passes={number}, also if layers share weights, and RobustBench takes no search in the "
+            f"forward.",
+        )
     return Check("optimisation", True, "No derivative is taken and no optimiser steps in the forward.")
 
 
-def _read_eps(eps: object, norm: str) -> Eps:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the check says the same
-        return parse_eps(_CALLER, eps, norm=norm)
+@contextlib.contextmanager
+def _calls_of_layers(model: nn.Module) -> Iterator[Counter[str]]:
+    """Counts the calls of each leaf that has parameters: a search without gradients calls them again and again."""
+    counts: Counter[str] = Counter()
+
+    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            counts[name] += 1
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name or type(module).__name__))
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children()) and any(True for _ in module.parameters())
+    ]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _read_eps(eps: object) -> Eps:
+    # As for L2, which sets no bound and warns of nothing: the check says it.
+    return parse_eps(_CALLER, eps, norm="L2")
 
 
 def _eps(eps: object, norm: str) -> Check:
     if eps is None:
         return Check("eps", None, "No radius was given.")
-    radius = _read_eps(eps, norm)
-    if norm != "Linf" or "/" in radius.text:
+    radius = _read_eps(eps)
+    if norm != "Linf":
         return Check("eps", True, f"{radius} is exact.")
     levels = radius.exact * _GREY_LEVELS
+    if radius.exact > 1:
+        why = f"{radius} is above 1, the range of a pixel in [0, 1]. Write grey levels as k/{_GREY_LEVELS}."
+        return Check("eps", False, why)
+    if "/" in radius.text:
+        whole = levels.denominator == 1
+        return Check("eps", True, f"{radius} is exact{'' if whole else ', but no whole number of grey levels'}.")
     if levels.denominator == 1:
         return Check("eps", True, f"{radius} is exactly {levels}/{_GREY_LEVELS}.")
     nearest = Fraction(max(1, round(levels)))

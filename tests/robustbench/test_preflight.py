@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from ikl_plugins.models.robustbench_zoo import robustbench_network
+from ikl_plugins.robustbench.loading import HostClassifier, Normalised
 from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight, preflight
 
 N, CLASSES = 40, 10
@@ -122,6 +124,61 @@ def test_sound_classifiers_pass_every_check(model, images, labels):
     assert report.unchecked == ()
 
 
+class After(nn.Module):
+    def __init__(self, net, after):
+        super().__init__()
+        self.net, self.after = net, after
+
+    def forward(self, x):
+        return self.after(self.net(x))
+
+
+@pytest.mark.parametrize("architecture", ["WideResNet-10-1", "DMWideResNet-10-1-SiLU", "PreActResNet-18"])
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize(
+    "after",
+    [lambda logits: 20 * logits, lambda logits: 100 * logits, lambda logits: logits.log_softmax(dim=1)],
+    ids=["x20", "x100", "log-softmax"],
+)
+def test_scaled_logits_of_networks_pass_every_check(after, grid, architecture):
+    model = After(robustbench_network(architecture), after).eval()
+    images = torch.rand(4, 3, 32, 32)
+    images = (images * 255).round() / 255 if grid else images
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    report = run(model, images, labels, batch_size=4)
+    assert all(found.passed is True for found in report.checks), report.markdown()
+
+
+class Preprocessor(nn.Module):
+    """As MMPretrain's: pixels in a dictionary, to normalised inputs."""
+
+    def forward(self, data, training):
+        return {"inputs": (data["inputs"] - 255 * column(MEAN)) / (255 * column(STD))}
+
+
+class Host(Brightness):
+    def __init__(self):
+        super().__init__(MEAN, STD)
+        self.data_preprocessor = Preprocessor()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Normalised(Brightness(MEAN, STD), MEAN, STD), HostClassifier(Host(), 255.0, False)],
+    ids=["Normalised", "HostClassifier"],
+)
+def test_wrapped_classifiers_pass_every_check(model, images, labels):
+    report = run(model.eval(), images, labels)
+    assert all(found.passed is True for found in report.checks), report.markdown()
+
+
+def test_a_robust_network_whose_gradients_are_small_passes(images, labels):
+    # Far from its boundary: the margin changes by a thousandth of the logits over the whole ball.
+    model = Around(after=lambda logits, x: 0.01 * logits + 10 * logits.detach().sign() + 10.0)
+    assert "gradients" not in run(model.eval(), images, labels).failed
+
+
 def test_says_that_log_probabilities_are_logits(images, labels):
     report = run(Around(after=lambda logits, x: logits.log_softmax(dim=1)).eval(), images, labels)
     assert report["logits"].why == "The outputs are log-probabilities, which are logits too."
@@ -190,6 +247,73 @@ def test_leaves_model_and_random_numbers_as_they_were(images, labels):
     assert sys.getprofile() is profile
 
 
+class Halved(Around):
+    def forward(self, x):
+        return self.net.half()(x.half()).float()
+
+
+class HalvedBuffer(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(1))
+
+    def forward(self, x):
+        self.half()
+        return self.net(x.half() + self.shift).float()
+
+
+class Remembering(Brightness):
+    """Normalises by the mean of the first batch that it sees."""
+
+    first = None
+
+    def forward(self, x):
+        if self.first is None:
+            self.first = x.detach().mean()
+        return super().forward(x - 0.05 * self.first)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("cls", [Halved, HalvedBuffer])
+def test_leaves_the_dtypes_as_they_were(cls, copied, images, labels):
+    model = cls().eval()
+    if not copied:
+        model.lock = threading.Lock()  # which has no copy
+    before = dict(model.state_dict(keep_vars=True))
+    values = {name: tensor.detach().clone() for name, tensor in before.items()}
+    assert "output" in run(model, images, labels).failed
+    after = model.state_dict(keep_vars=True)
+    assert all(after[name] is tensor and tensor.dtype == torch.float32 for name, tensor in before.items())
+    assert all(torch.equal(tensor, values[name]) for name, tensor in before.items())
+
+
+def test_compares_steps_without_tf32_and_leaves_it_as_it_was(images, labels):
+    convolutions = torch.backends.cudnn.allow_tf32
+    seen = set()
+
+    def before(x):
+        seen.add(torch.backends.cudnn.allow_tf32)
+        return x
+
+    assert run(Around(before=before).eval(), images, labels).passed
+    assert seen == {False, convolutions}
+    assert torch.backends.cudnn.allow_tf32 is convolutions
+
+
+def test_leaves_no_memory_in_the_model(images, labels):
+    model = Remembering().eval()
+    run(model, images, labels)
+    assert model.first is None
+
+
+def test_works_without_the_callers_autocast_and_leaves_it_on(images, labels):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(256, 10)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        report = run(model, images, None)
+        assert torch.is_autocast_enabled("cpu")
+    assert report.passed, report.markdown()
+
+
 def test_leaves_the_images_as_they_were(images, labels):
     kept = images.clone()
     run(Around(before=lambda x: x.mul_(0.5)).eval(), images, labels)
@@ -233,6 +357,69 @@ def test_catches_parameters_of_another_dtype_whose_logits_are_float32(images, la
     model.register_parameter("scale", nn.Parameter(torch.ones((), dtype=torch.bfloat16)))
     why = caught(run(model.eval(), images, labels), "output")
     assert why == "scale is bfloat16; RobustBench evaluates in float32. Call model.float()."
+
+
+class Autocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = robustbench_network("WideResNet-10-1")
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).float()
+
+
+class AutocastLeftOn(Around):
+    def forward(self, x):
+        torch.set_autocast_enabled("cpu", True)
+        return self.net(x)
+
+
+def test_catches_autocast_and_names_the_modules():
+    report = run(Autocast().eval(), torch.rand(4, 3, 32, 32), None)
+    assert "output" in report.failed
+    why = report["output"].why
+    assert why.startswith("The forward computes in another precision: `net.conv1` gives bfloat16, `net.block1.layer.0.")
+    assert why.endswith(" more. Compute in float32.")
+
+
+def test_catches_autocast_that_is_left_on_and_turns_it_off(images, labels):
+    why = caught(run(AutocastLeftOn().eval(), images, labels), "output")
+    assert why == "The forward leaves autocast on (cpu). Use it in a with statement, or not at all."
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("cls", [Halved, HalvedBuffer])
+def test_catches_parameters_that_the_forward_converts(cls, images, labels):
+    report = run(cls().eval(), images, labels)
+    assert "output" in report.failed
+    assert report["output"].why.startswith("The forward converts net.templates to float16")
+    assert "`net` gives float16" in report["output"].why
+
+
+def test_catches_inputs_that_are_cut_to_half_precision(images, labels):
+    report = run(Around(before=lambda x: x.bfloat16().float()).eval(), images, labels)
+    assert report["output"].why == (
+        "The forward computes in another precision: bfloat16 gives bfloat16. Compute in float32."
+    )
+    assert "output" in report.failed
+
+
+def test_constants_in_double_precision_are_no_other_precision(images, labels):
+    def shifted(x):
+        return x + torch.zeros(1, dtype=torch.float64).float()
+
+    assert run(Around(before=shifted).eval(), images, labels).passed
+
+
+def test_catches_a_leaf_in_double_precision(images, labels):
+    class Double(nn.Module):
+        def forward(self, x):
+            return x.double()
+
+    model = Around(before=Double(), after=lambda logits, x: logits.float())
+    why = caught(run(model.eval(), images, labels), "output")
+    assert why.startswith("The forward computes in another precision: `before` gives float64")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +467,23 @@ def test_catches_logits_that_change_from_call_to_call(images, labels):
 
     why = caught(run(Drifting().eval(), images, labels), "deterministic")
     assert why.startswith("The same batch gave other logits the second time, by up to 9.")
+
+
+def test_catches_a_model_that_remembers_its_first_batch(images, labels):
+    report = run(Remembering().eval(), images, labels)
+    why = caught(report, "deterministic")
+    assert why.startswith("The logits depend on the batches that came before, by up to ")
+    assert report["batch"].passed is None
+
+
+def test_says_that_a_model_without_a_copy_is_not_checked_for_memory(images, labels):
+    model = Brightness().eval()
+    model.lock = threading.Lock()
+    report = run(model, images, labels)
+    assert report.passed
+    assert report["deterministic"].why.endswith(
+        " The model cannot be copied: not checked whether it remembers its first batch."
+    )
 
 
 def test_catches_a_forward_that_changes_a_buffer(images, labels):
@@ -394,6 +598,48 @@ def test_catches_a_gradient_that_vanishes_inside_the_ball_alone(images, labels):
     assert "at points inside the ball of 0.03137 is zero for 40 of 40" in why
 
 
+def masked(x):
+    return x.detach() + 1e-12 * (x - x.detach())
+
+
+def misled(x):
+    signs = torch.randint(0, 2, x.shape[1:], generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return x.detach() + signs * (x - x.detach())
+
+
+def straight_through(levels, rounded=torch.round):
+    return lambda x: x + (rounded(x * levels) / levels - x).detach()
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        (masked, "e+1"),
+        (misled, "attacks would follow another function"),
+        (straight_through(255, torch.floor), "attacks would follow another function"),
+        (straight_through(255), "changes nothing for "),
+        (straight_through(100), "changes nothing for "),
+        (straight_through(15), "changes nothing for "),
+    ],
+    ids=["masked", "misled", "floor", "255 levels", "100 levels", "15 levels"],
+)
+def test_catches_gradients_of_another_function(before, words, grid):
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = robustbench_network("WideResNet-10-1")
+
+        def forward(self, x):
+            return self.net(before(x))
+
+    images = torch.rand(8, 3, 32, 32)
+    images = (images * 255).round() / 255 if grid else images
+    why = caught(run(Inside().eval(), images, None), "gradients")
+    assert words in why
+    assert why.startswith("At the images, ")
+
+
 def test_catches_a_gradient_that_is_no_number(images, labels):
     def rooted(x):
         return x + (0 * x).sqrt()  # 0 forward, 0 * inf backward
@@ -426,9 +672,21 @@ def test_more_than_a_tenth_without_gradient_fail(images, labels):
     assert why.startswith("The gradient of the cross entropy at the images is zero for 5 of 40: ")
 
 
-def test_catches_probabilities(images, labels):
-    why = caught(run(Around(after=lambda logits, x: logits.softmax(dim=1)).eval(), images, labels), "logits")
-    assert why.startswith("The outputs lie in [0, 1] and sum to 1: they are probabilities")
+@pytest.mark.parametrize(
+    ("after", "why"),
+    [
+        (lambda logits, x: logits.softmax(dim=1), "The outputs lie in [0, 1]: they are probabilities"),
+        (lambda logits, x: logits.sigmoid(), "The outputs lie in [0, 1]: they are probabilities"),
+        (lambda logits, x: 100 * logits.softmax(dim=1), "The outputs are not negative and each row sums to 100: "),
+        (lambda logits, x: logits.softmax(dim=1) + 1e-3, "The outputs "),
+        (lambda logits, x: logits.softmax(dim=1) + 0.1, "The outputs are not negative and each row sums to 2: "),
+    ],
+    ids=["softmax", "sigmoid", "percent", "shifted", "shifted far"],
+)
+def test_catches_probabilities(after, why, images, labels):
+    report = run(Around(after=after).eval(), images, labels)
+    assert "logits" in report.failed
+    assert report["logits"].why.startswith(why)
 
 
 @pytest.mark.parametrize(
@@ -595,6 +853,40 @@ def test_catches_optimisation_in_the_forward(before, call, images, labels):
     assert call in why
 
 
+class Searching(nn.Module):
+    """Takes the best of three neighbours, without a gradient."""
+
+    def __init__(self, when=lambda x: True):
+        super().__init__()
+        self.net = nn.Sequential(nn.Identity(), Brightness())
+        self.when = when
+
+    def forward(self, x):
+        if not self.when(x):
+            return self.net(x)
+        return torch.stack([self.net(x + step) for step in (0, 2 / 255, -2 / 255)]).amax(dim=0)
+
+
+def test_catches_a_search_in_the_forward_unless_its_passes_are_stated(images, labels):
+    why = caught(run(Searching().eval(), images, labels), "optimisation")
+    assert why == (
+        "3 passes of the network in one forward, counted at `net.1`; state number_forward_passes=3, also if layers "
+        "share weights, and RobustBench takes no search in the forward."
+    )
+    caught(run(Searching().eval(), images, labels, number_forward_passes=2), "optimisation")
+    assert run(Searching().eval(), images, labels, number_forward_passes=3).passed
+
+
+def test_catches_a_search_under_attack_alone(images, labels):
+    report = run(Searching(lambda x: x.requires_grad).eval(), images, labels)
+    assert report["optimisation"].why.startswith("3 passes of the network")
+
+
+def test_layers_without_parameters_may_be_called_again(images, labels):
+    shared = nn.Identity()
+    assert run(nn.Sequential(shared, shared, Brightness()).eval(), images, labels).passed
+
+
 def test_a_network_in_torchscript_cannot_be_looked_into(images, labels):
     with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit"):
         traced = torch.jit.trace(Brightness().eval(), images[:2])
@@ -612,6 +904,11 @@ def test_a_network_in_torchscript_cannot_be_looked_into(images, labels):
         (0.03, "Linf", False, "0.03 is 7.65/255, no number of grey levels. Evaluate at a fraction such as 8/255."),
         ("1", "Linf", True, "1 is exactly 255/255."),
         ("0.5", "L2", True, "0.5 is exact."),
+        ("2", "L2", True, "2 is exact."),
+        ("7.9/255", "Linf", True, "7.9/255 is exact, but no whole number of grey levels."),
+        ("16/510", "Linf", True, "16/510 is exact."),
+        ("8", "Linf", False, "8 is above 1, the range of a pixel in [0, 1]. Write grey levels as k/255."),
+        ("256/255", "Linf", False, "256/255 is above 1, the range of a pixel in [0, 1]. Write grey levels as k/255."),
         (None, "Linf", None, "No radius was given."),
     ],
 )
@@ -711,6 +1008,16 @@ def test_the_report_as_markdown_and_json():
             r"`mean` must have one value per channel, got \(0.5,\) for 3 channels\. Pass 3 values\.",
         ),
         ({"batch_size": 0}, ValueError, r"`batch_size` must be an integer of at least 1, got 0\. Pass 32\."),
+        (
+            {"number_forward_passes": 0},
+            ValueError,
+            r"`number_forward_passes` must be an integer of at least 1, got 0\. Pass 1, or the number that the entry",
+        ),
+        (
+            {"number_forward_passes": True},
+            ValueError,
+            r"`number_forward_passes` must be an integer of at least 1, got T",
+        ),
         (
             {"claimed": 101.0},
             ValueError,
