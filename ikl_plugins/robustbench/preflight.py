@@ -337,11 +337,6 @@ def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
@@ -352,7 +347,7 @@ def _cell(text: str) -> str:
 def _eval_mode(model: nn.Module) -> Check:
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
-        return Check("eval mode", False, f"In training mode: {_some(training)}. Call model.eval().")
+        return Check("eval mode", False, f"In training mode: {check.first_names(training, _SHOWN)}. Call model.eval().")
     return Check("eval mode", True, "All modules are in eval mode.")
 
 
@@ -363,7 +358,9 @@ def _output(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Check, T
         for name, tensor in _tensors(model)
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32
     ]
-    dtypes = f"{_some(wrong)}; RobustBench evaluates in float32. Call model.float(). " if wrong else ""
+    dtypes = (
+        f"{check.first_names(wrong, _SHOWN)}; RobustBench evaluates in float32. Call model.float(). " if wrong else ""
+    )
     before = {name: tensor.dtype for name, tensor in _tensors(model)}
     try:
         with _Precision(model) as precision:
@@ -378,9 +375,10 @@ def _output(model: nn.Module, images: Tensor, batch_size: int) -> tuple[Check, T
         if tensor.dtype != before.get(name, tensor.dtype)
     ]
     if recast:
-        dtypes += f"The forward converts {_some(recast)}. Leave the parameters in float32. "
+        dtypes += f"The forward converts {check.first_names(recast, _SHOWN)}. Leave the parameters in float32. "
     if precision.found:
-        dtypes += f"The forward computes in another precision: {_some(precision.found)}. Compute in float32. "
+        named = check.first_names(precision.found, _SHOWN)
+        dtypes += f"The forward computes in another precision: {named}. Compute in float32. "
     if autocast:
         dtypes += f"The forward leaves autocast on ({', '.join(autocast)}). Use it in a with statement, or not at all. "
     for output in outputs:
@@ -521,7 +519,7 @@ def _deterministic(model: nn.Module, images: Tensor, user: nn.Module) -> Check:
         name for name, tensor in _tensors(model) if name not in before or not _same(tensor.detach(), before[name])
     ]
     if changed:
-        found.append(f"The forward changes {_some(changed)}. Freeze what it keeps.")
+        found.append(f"The forward changes {check.first_names(changed, _SHOWN)}. Freeze what it keeps.")
     if not torch.equal(inputs, images):
         found.append("The forward writes into its input. Let it work on a new tensor.")
     if not found:
@@ -940,7 +938,8 @@ def _optimisation(model: nn.Module, images: Tensor, number_forward_passes: int) 
         return Check(
             "optimisation",
             False,
-            f"The forward calls {_some(sorted(set(calls)))}. RobustBench takes no model that optimises in its forward.",
+            f"The forward calls {check.first_names(sorted(set(calls)), _SHOWN)}. RobustBench takes no model that "
+            f"optimises in its forward.",
         )
     name, number = max(((counts.most_common(1) or [("", 1)])[0] for counts in passes), key=lambda pair: pair[1])
     if number > number_forward_passes:
