@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := demo,test
 FORK_VENV := .venv-fork
-FORK_EXTRAS := mmpretrain-fork,data,test
+FORK_EXTRAS := mmpretrain-fork,robustbench,data,test
 
 .PHONY: demo test test-slow test-fork lint type bench clean help
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 import ikl_plugins.mmpretrain
 from ikl_plugins._robustbench_import import import_robustbench
 
-if importlib.util.find_spec("robustbench") is None:
+# By its companion: the folder tests/robustbench would be found under its own name.
+if importlib.util.find_spec("pyautoattack") is None:
     pytest.skip("the networks are RobustBench's", allow_module_level=True)
 import_robustbench()
 wide_resnet = importlib.import_module("robustbench.model_zoo.architectures.wide_resnet")

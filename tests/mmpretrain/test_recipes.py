@@ -356,7 +356,7 @@ def load(tmp_path, monkeypatch):
 
 
 def need_robustbench(path):
-    if RECIPES[path].student.startswith("WRN-") and find_spec("robustbench") is None:
+    if RECIPES[path].student.startswith("WRN-") and find_spec("pyautoattack") is None:
         pytest.skip("the network of this config is RobustBench's, which is not installed")
 
 
@@ -795,7 +795,7 @@ def test_networks_have_the_published_sizes(load):
         return seen[key]
 
     for path, recipe in RECIPES.items():
-        if recipe.student.startswith("WRN-") and find_spec("robustbench") is None:
+        if recipe.student.startswith("WRN-") and find_spec("pyautoattack") is None:
             continue
         model = load(path).model
         found = numpy.add(size(model.backbone), size(model.head)).tolist()

@@ -46,7 +46,7 @@ def test_registering_robustbench_s_networks_does_not_import_it():
         "print({'autoattack', 'pyautoattack', 'robustbench', 'timm'} & {name.split('.')[0] for name in sys.modules})"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "set()\n"
+    assert done.stdout.splitlines()[-1] == "set()"  # the forks print at their import
 
 
 @pytest.mark.parametrize("name", ROOT["MODELS"])

@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-if importlib.util.find_spec("robustbench") is None:
+# By its companion: the folder tests/robustbench would be found under its own name.
+if importlib.util.find_spec("pyautoattack") is None:
     pytest.skip("needs robustbench (extra `robustbench`)", allow_module_level=True)
 
 from ikl_plugins import _files

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-if None in (importlib.util.find_spec("robustbench"), importlib.util.find_spec("matplotlib")):
+# By its companion: the folder tests/robustbench would be found under its own name.
+if None in (importlib.util.find_spec("pyautoattack"), importlib.util.find_spec("matplotlib")):
     pytest.skip("needs robustbench and matplotlib (extra `demo`)", allow_module_level=True)
 
 from ikl_plugins import _files

@@ -320,7 +320,7 @@ def workplace(data, tmp_path, monkeypatch):
 def network(model_config):
     """What torchdistill's script builds, without the weights that torchvision would download."""
     kwargs = {name: value for name, value in model_config["kwargs"].items() if name != "weights"}
-    if model_config["key"] == "ikl_plugins.robustbench_network" and find_spec("robustbench") is None:
+    if model_config["key"] == "ikl_plugins.robustbench_network" and find_spec("pyautoattack") is None:
         pytest.skip("the network of configs/torchdistill/cifar10 is RobustBench's, which is not installed")
     model = get_image_classification_model({"key": model_config["key"], "kwargs": kwargs})
     return get_model(model_config["key"], **kwargs) if model is None else model
