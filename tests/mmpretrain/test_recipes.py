@@ -29,6 +29,7 @@ from mmpretrain.datasets import CIFAR10, CIFAR100
 from mmpretrain.registry import DATASETS, MODELS, TRANSFORMS
 from mmpretrain_runs import CONFIGS
 from PIL import Image
+from published_values import CIFAR100_TABLE, IMAGENET_LT_TABLE, IMAGENET_TABLE
 
 from ikl_plugins.mmpretrain import load_weights
 
@@ -55,35 +56,6 @@ class Recipe(NamedTuple):
     ramp: int = 0
     lr: float = 0.05
 
-
-# teacher -> student | lr | IKL alpha / beta (GI off, T2 = 100) | GKL alpha / beta / gamma / GI (T2 = 4)
-CIFAR100_TABLE = """
-resnet56 -> resnet20 | .05 | 1 / 4 | 1 / 4 / 0.2 / on
-resnet110 -> resnet32 | .05 | 1 / 12 | 1 / 4 / 0.1 / off
-resnet32x4 -> resnet8x4 | .05 | 1 / 8 | 1 / 16 / 0.05 / on
-wrn_40_2 -> wrn_16_2 | .05 | 3 / 12 | 3 / 20 / 0.3 / off
-wrn_40_2 -> wrn_40_1 | .05 | 1 / 8 | 1 / 12 / 0.3 / off
-vgg13 -> vgg8 | .05 | 1 / 12 | 1 / 8 / 0.2 / on
-resnet32x4 -> ShuffleV1 | .01 | 1 / 8 | 1 / 8 / 0.0 / on
-wrn_40_2 -> ShuffleV1 | .01 | 1 / 4 | 1 / 8 / 0.0 / off
-vgg13 -> MobileNetV2 | .01 | 4 / 12 | 4 / 12 / 0.1 / on
-ResNet50 -> MobileNetV2 | .01 | 1 / 12 | 1 / 8 / 0.05 / on
-resnet32x4 -> ShuffleV2 | .01 | 3 / 12 | 3 / 12 / 0.1 / on
-"""
-
-# teacher -> student | IKL alpha / beta (warm-up 1) | GKL alpha / beta / gamma (warm-up 5); GI on, T2 = 1
-IMAGENET_TABLE = """
-resnet34 -> resnet18 | 1 / 0.5 | 1 / 0.5 / 0.6
-resnet50 -> MobileNetV1 | 4 / 1 | 4 / 1 / 0.5
-"""
-
-# teacher -> student | KL | IKL alpha / beta (GI off, T2 = 100) | GKL alpha / beta / gamma (GI on, T2 = 1)
-IMAGENET_LT_TABLE = """
-resnet18 -> resnet18 | 4.0 | 1 / 0.5 | no script
-resnet50 -> resnet50 | 1.0 | 1 / 1 | 1 / 1 / 0.3
-resnext101_32x4d -> resnet18 | 4.0 | 4 / 4 | 4 / 4 / 0.3
-resnext101_32x4d -> resnet50 | 3.0 | 3 / 4 | 3 / 4 / 0.3
-"""
 
 # file | alpha | beta | gamma | T | weight of the augmented view. No script has Cutout: its rows are AutoAugment's, and
 # for CIFAR-10 the basic one of IKL. The second script for CIFAR-10 asks for T = 1, but its default, 4, is in effect.
