@@ -18,11 +18,13 @@ pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill ada
 import train_torchdistill
 from train_torchdistill import last_path, load_checkpoint, load_config, main, run
 
+from ikl_plugins.models import resnet56
+
 TOOL = Path(train_torchdistill.__file__)
 CONFIGS = TOOL.parent.parent / "configs" / "torchdistill"
 SHIPPED = sorted(
     str(path.relative_to(CONFIGS))
-    for folder in ("digits", "cifar10_folder")
+    for folder in ("digits", "cifar10_folder", "cifar10_miniature")
     for path in (CONFIGS / folder).glob("*.yaml")
 )
 IKL = CONFIGS / "digits" / "ikl.yaml"
@@ -53,6 +55,9 @@ def teachers(data_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IKL_PLUGINS_DATA", str(data_folder))
         patch.chdir(folder)
+        public = Path("runs/torchdistill/cifar10_miniature/public_resnet56.pt")  # stands in for a download
+        public.parent.mkdir(parents=True)
+        torch.save({"model": resnet56(num_classes=10).state_dict()}, public)
         for path in SHIPPED:
             if Path(path).name == "teacher.yaml":
                 run(shrink(load_config(CONFIGS / path)))
@@ -98,6 +103,8 @@ def test_there_are_the_promised_configs():
         SHIPPED
     )
     assert {f"cifar10_folder/{name}.yaml" for name in ("teacher", "ce", "kd", "ikl", "gkl")} <= set(SHIPPED)
+    miniature = ("teacher", "ce", "kd", "dkl", "ikl_no_prior", "ikl", "gkl")
+    assert {f"cifar10_miniature/{name}.yaml" for name in miniature} <= set(SHIPPED)
     for folder in CONFIGS.iterdir():
         assert (folder / "README.md").is_file()
 
@@ -113,8 +120,11 @@ def test_each_shipped_config_trains(path, workplace):
     best = Path("runs/torchdistill") / dataset / name / f"{name}.pt"
     assert set(load_checkpoint(best)) == {"model", "optimizer", "lr_scheduler", "best_value", "args"}
     # In the style of the recipes, IKL on CIFAR has no class prior.
-    term = name.removeprefix("adversarial_")
-    with_prior = term in ("ikl", "gkl") and path != "cifar10_folder/ikl.yaml"
+    term = name.removeprefix("adversarial_").removesuffix("_no_prior")
+    with_prior = term in ("ikl", "gkl") and path not in (
+        "cifar10_folder/ikl.yaml",
+        "cifar10_miniature/ikl_no_prior.yaml",
+    )
     assert set(result["class_prior"]) == ({term} if with_prior else set())
     assert (f"{term}/weighted_mse" in row) is (term in ("dkl", "ikl", "gkl"))
 

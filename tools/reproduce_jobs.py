@@ -1,0 +1,179 @@
+"""Jobs of tools/reproduce.py: each a process of its own, whose result is a file, so that nothing is computed twice.
+
+A job is a name, a function of one of the tools and its settings. Its folder holds `job.json` (what is asked), `log.txt`
+(what the process says), whatever the function keeps there to go on from after an interruption, and at last
+`result.json`. A job with a result is not run again; one that was interrupted is called again in the same folder.
+
+    python tools/reproduce_jobs.py FOLDER    # what run_jobs starts for each job
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ikl_plugins._files import written_aside
+
+__all__ = ["Job", "exclusive", "read_json", "run_jobs", "versions", "write_json"]
+
+CALLER = "reproduce"
+PACKAGES = ("torch", "torchvision", "numpy", "torchdistill", "mmengine", "mmpretrain", "robustbench", "pyautoattack")
+
+
+class Job(NamedTuple):
+    """Something to compute once."""
+
+    name: str  # of its folder too
+    function: str  # 'module:function' of the tools, called with the settings and the folder; returns the result
+    settings: dict[str, Any]  # all that the result depends on, as JSON can hold it
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    processes: int = 1,
+    threads: int = 1,
+    report: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+    """Runs the jobs that have no result yet.
+
+    Args:
+        jobs: the jobs, their names all different.
+        folder: holds a folder for each.
+        processes: how many run at once, at least 1.
+        threads: of each process, at least 1. A result's last digits can depend on it, so it is part of what is asked.
+        report: told in a line what begins, ends and fails.
+
+    Returns:
+        The results by the names of the jobs, in their order: 'settings', 'result', 'seconds' (of the last process),
+        'versions'.
+
+    Raises:
+        ValueError: the folder of a job was made with other settings.
+        RuntimeError: a job failed. The others were finished first.
+    """
+    waiting = [job for job in jobs if not _finished(job, folder, threads)]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
+    done = len(jobs) - len(waiting)
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                job = waiting.pop(0)
+                running[job.name] = _start(folder / job.name, threads)
+                report(f"{job.name}: begins")
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                done += process.returncode == 0
+                if process.returncode:
+                    failed.append(name)
+                end = f"failed, see {folder / name / 'log.txt'}" if process.returncode else "done"
+                report(f"{name}: {end} ({done} of {len(jobs)})")
+            time.sleep(0.1)
+    finally:
+        for process in running.values():  # only where this process is being interrupted
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    if failed:
+        raise RuntimeError(
+            f"{CALLER}: {', '.join(failed)} failed; {folder / failed[0] / 'log.txt'} says why. The same command goes "
+            f"on from there."
+        )
+    return {job.name: read_json(folder / job.name / "result.json") for job in jobs}
+
+
+def _finished(job: Job, folder: Path, threads: int) -> bool:
+    """Whether the result is there; else makes the job's folder."""
+    asked = json.loads(json.dumps({"function": job.function, "settings": job.settings, "threads": threads}))
+    file = folder / job.name / "job.json"
+    if file.is_file() and (known := read_json(file)) != asked:
+        differing = [key for key in asked if known.get(key) != asked[key]]
+        raise ValueError(
+            f"{CALLER}: `output` must hold jobs of the same settings, but {file} has other {', '.join(differing)}. "
+            f"Choose another --output, or delete {file.parent}."
+        )
+    write_json(file, asked)
+    return (folder / job.name / "result.json").is_file()
+
+
+def _start(folder: Path, threads: int) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with (folder / "log.txt").open("ab") as log:
+        command = [sys.executable, __file__, str(folder)]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _work(folder: Path) -> None:
+    """The job of a folder, in this process."""
+    import torch
+
+    asked = read_json(folder / "job.json")
+    torch.set_num_threads(asked["threads"])
+    module, function = asked["function"].split(":")
+    begin = time.perf_counter()
+    result = getattr(importlib.import_module(module), function)(asked["settings"], folder)
+    seconds = time.perf_counter() - begin
+    content = {**asked, "result": result, "seconds": round(seconds, 1), "versions": versions()}
+    write_json(folder / "result.json", content)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the processor and the installed packages that results depend on."""
+    import bench
+
+    found = {"python": platform.python_version(), "processor": bench.processor(), "system": platform.system()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process alone.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{CALLER}: `output` must be free, but another process works in {folder}. Wait for it, or choose "
+                f"another --output."
+            ) from error
+        yield
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file that appears whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of a job, with its job.json")
+    _work(parser.parse_args().folder)
