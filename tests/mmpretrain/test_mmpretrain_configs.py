@@ -19,7 +19,11 @@ _ADVERSARIAL = ("adversarial_trades", "adversarial_ikl")
 NAMES = {  # in the order of the tables
     "digits": (*_DISTILLATION, "natural", *_ADVERSARIAL),
     "cifar10_folder": (*_DISTILLATION, *_ADVERSARIAL),
-}
+    "cifar10_miniature": (
+        "adversarial_trades", "adversarial_dkl", "adversarial_ikl_no_prior", "adversarial_ikl", "adversarial_gkl",
+        "adversarial_trades_few_images", "adversarial_ikl_few_images",
+    ),
+}  # fmt: skip
 SHIPPED = [f"{folder}/{name}.py" for folder, names in NAMES.items() for name in names]
 IN_PROCESS = {
     "num_workers": 0, "persistent_workers": False, "pin_memory": False, "collate_fn": {"type": "default_collate"},
@@ -69,6 +73,8 @@ def test_there_are_the_promised_configs():
 @pytest.mark.parametrize("path", SHIPPED)
 def test_each_shipped_config_trains_a_step(path, load):
     config = load(path)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.pop("indices", None)  # of real images; there are ten here
     if "distill" in path:
         save_teacher(config)
     torch.manual_seed(0)
@@ -80,7 +86,10 @@ def test_each_shipped_config_trains_a_step(path, load):
     for hook in [*config.custom_hooks, *config.default_hooks.values()]:
         HOOKS.build(hook)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
-    PARAM_SCHEDULERS.build(config.param_scheduler, default_args={"optimizer": wrapper})
+    schedulers = config.param_scheduler if isinstance(config.param_scheduler, list) else [config.param_scheduler]
+    for scheduler in schedulers:
+        length = {"epoch_length": 10} if scheduler.get("convert_to_iter_based") else {}
+        PARAM_SCHEDULERS.build(scheduler, default_args={"optimizer": wrapper, **length})
     evaluators = config.val_evaluator if isinstance(config.val_evaluator, list) else [config.val_evaluator]
     metrics = [METRICS.build(metric) for metric in evaluators]
 
@@ -134,6 +143,45 @@ def test_students_are_the_plain_network(folder, load):
         model = load(f"{folder}/{name}.py").model
         assert all(model[part] == plain[part] for part in ("backbone", "neck", "data_preprocessor"))
         assert model.head.in_channels == plain.head.in_channels
+
+
+MINIATURE = [f"cifar10_miniature/{name}.py" for name in NAMES["cifar10_miniature"]]
+
+
+@pytest.mark.parametrize("path", MINIATURE)
+def test_the_images_of_the_miniature_are_as_many_of_each_class(path, load):
+    config = load(path)
+    counts = {}
+    for name, of_each in (("train", 4_500), ("val", 500)):  # of the prepared data, in the order of the classes
+        indices = config[f"{name}_dataloader"].dataset.indices
+        assert max(indices) < 10 * of_each
+        classes = [index // of_each for index in indices]
+        (counts[name],) = {classes.count(label) for label in range(10)}
+    assert counts == {"train": 90 if "few_images" in path else 900, "val": 50}
+
+
+@pytest.mark.parametrize("path", MINIATURE)
+def test_the_configs_of_the_miniature_differ_in_the_loss_alone(path, load):
+    reference = load("cifar10_miniature/adversarial_trades" + "_few_images" * ("few_images" in path) + ".py").to_dict()
+    config = load(path).to_dict()
+    for one in (reference, config):
+        one["model"].pop("robust_loss")
+        one.pop("work_dir")
+    assert config == reference
+    assert config["param_scheduler"][-1]["T_max"] == config["train_cfg"]["max_epochs"] - 1
+    assert config["train_dataloader"]["num_workers"] == 0  # or a resumed training is another one
+
+
+def test_the_losses_of_the_miniature_are_the_published_ones(load):
+    losses = {name: load(f"cifar10_miniature/{name}.py").model.robust_loss for name in NAMES["cifar10_miniature"]}
+    assert losses["adversarial_trades"] == {"type": "KLLoss", "loss_weight": 6.0}
+    assert losses["adversarial_dkl"] == {"type": "DKLLoss", "alpha": 1.0, "beta": 1.0, "loss_weight": 6.0}
+    ikl = {"type": "IKLLoss", "alpha": 4.0, "beta": 20.0, "global_info": True, "weight_temperature": 4.0}
+    assert losses["adversarial_ikl"] == losses["adversarial_ikl_few_images"] == ikl
+    assert losses["adversarial_gkl"] == {**ikl, "type": "GKLLoss", "gamma": 0.2}
+    no_prior = {key: value for key, value in ikl.items() if key != "weight_temperature"}
+    assert losses["adversarial_ikl_no_prior"] == {**no_prior, "global_info": False}
+    assert losses["adversarial_trades_few_images"] == losses["adversarial_trades"]
 
 
 def test_the_data_folder_is_data_without_the_variable(load, monkeypatch):
