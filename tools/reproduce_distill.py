@@ -30,7 +30,7 @@ from train_torchdistill import Trainer, last_path, load_checkpoint, load_config,
 
 from ikl_plugins._files import written_aside
 from ikl_plugins.checkpoints import load_weights
-from ikl_plugins.models import resnet56
+from ikl_plugins.models import resnet8, resnet56
 
 __all__ = ["METHODS", "Method", "run_plan"]
 
@@ -76,12 +76,62 @@ class Budget(NamedTuple):
     teacher_epochs: int
     search_epochs: int
     epochs: int
+    longer_epochs: int  # of some probes
+    probes: int | None  # of each question; None for all
     equality_steps: int
     timing_rounds: int
 
 
-FULL = Budget(None, None, teacher_epochs=3, search_epochs=2, epochs=4, equality_steps=200, timing_rounds=40)
-QUICK = Budget(64, 20, teacher_epochs=1, search_epochs=1, epochs=2, equality_steps=10, timing_rounds=3)
+FULL = Budget(
+    None, None, teacher_epochs=3, search_epochs=1, epochs=4, longer_epochs=12, probes=None, equality_steps=200,
+    timing_rounds=40,
+)  # fmt: skip
+QUICK = Budget(
+    64, 20, teacher_epochs=1, search_epochs=1, epochs=2, longer_epochs=3, probes=1, equality_steps=10, timing_rounds=3
+)
+
+
+class Probe(NamedTuple):
+    """A training that asks why the table is what it is: with the first seed, on the validation images."""
+
+    question: str
+    method: str
+    keywords: dict[str, float]
+    epochs: int
+
+
+def probes(budget: Budget, chosen: dict[str, dict[str, float]]) -> list[Probe]:
+    """What else could have put IKL without global information where the table has it, and each loss once more longer.
+
+    Args:
+        budget: says how many, and of how many epochs.
+        chosen: keywords by the method.
+    """
+    weight = dkl_of(chosen["kd"])["alpha"]
+    as_kd = [{**dkl_of(chosen["kd"]), "beta": beta} for beta in (1.0, 4.0, weight)]
+    (no_prior,) = (method for method in METHODS if method.key == "ikl_no_prior")
+    rejected = [trial for trial in no_prior.trials if trial != chosen["ikl_no_prior"]]
+    asked: dict[str, list[tuple[str, dict[str, float]]]] = {
+        "the choice after few epochs": [("ikl_no_prior", trial) for trial in rejected],
+        "KD's weights of labels and teacher, the MSE added": [
+            (method, keywords) for keywords in as_kd for method in ("ikl_no_prior", "ikl")
+        ],
+        "sharper and flatter weights of the MSE": [
+            ("ikl_no_prior", {**chosen["ikl_no_prior"], "weight_temperature": value}) for value in (1.0, 16.0)
+        ],
+        "one term alone": [
+            ("ikl_no_prior", {"alpha": 1.0, "beta": 0.0}),
+            ("ikl_no_prior", {"alpha": 0.0, "beta": 1.0}),
+            ("ikl", {"alpha": 0.0, "beta": 1.0}),
+        ],
+    }
+    found = [
+        Probe(question, method, keywords, budget.epochs)
+        for question, some in asked.items()
+        for method, keywords in some[: budget.probes]
+    ]
+    longer = [("kd", chosen["kd"]), ("ikl_no_prior", chosen["ikl_no_prior"]), ("ikl", chosen["ikl"])]
+    return [*found, *(Probe("more epochs", *one, budget.longer_epochs) for one in longer)]
 
 
 def run_plan(
@@ -105,7 +155,7 @@ def run_plan(
 
     Returns:
         'budget', 'teacher', 'search' (a list for each method), 'chosen', 'runs' (a list for each method, one a seed),
-        'equality', 'timing', 'versions', as JSON can hold it.
+        'probes', 'weights', 'equality', 'timing', 'versions', as JSON can hold it.
 
     Raises:
         ValueError: the weights are missing.
@@ -153,6 +203,14 @@ def run_plan(
     for one in jobs(*finals):
         kept = {"seed": one["settings"]["seed"], "seconds": one["seconds"], **one["result"]}
         runs[one["settings"]["method"]].append(kept)
+    asked = probes(budget, chosen)
+    probed = jobs(
+        *(
+            student(f"probe-{index}", one.method, one.keywords, one.epochs, SEEDS[0], tested=False)
+            for index, one in enumerate(asked)
+        )
+    )
+    (weights_result,) = jobs(Job("weights", "reproduce_distill:pair_weights", images))
     pair = {**images, "kd": chosen["kd"], "dkl": chosen["dkl"], "steps": budget.equality_steps}
     (equality,) = jobs(Job("equality", "reproduce_distill:equality", pair))
     # Alone on the machine, whatever runs beside the others.
@@ -166,6 +224,8 @@ def run_plan(
         "search": search,
         "chosen": chosen,
         "runs": runs,
+        "probes": [{**one._asdict(), **found["result"]} for one, found in zip(asked, probed, strict=True)],
+        "weights": weights_result["result"],
         "equality": equality["result"],
         "timing": timing["result"],
         "versions": timing["versions"],
@@ -290,6 +350,41 @@ def predictions(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"images": len(keys)}
 
 
+def pair_weights(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """How much of the MSE's weight lies on pairs of different classes, and on those without the most likely class.
+
+    The weights of the pairs (j, k) are the products w_j * w_k, their sum is 1, and a pair of a class with itself has no
+    difference: what is left to the MSE is 1 - sum_j w_j ** 2. Once for the weights of each image, once for those of its
+    class (IKL's global information), over the training images, for some temperatures.
+    """
+    dataset = _config("kd", settings, folder)["datasets"]["cifar10/train"]
+    targets = (
+        torch.tensor(dataset.dataset.targets)[dataset.indices]
+        if isinstance(dataset, Subset)
+        else torch.tensor(dataset.targets)
+    )
+    content = torch.load(folder.parent / "predictions" / "predictions.pt", weights_only=True)
+    logits = content["logits"][: len(targets)].double()  # the first half are the images as they are
+    found = []
+    for temperature in (1.0, 4.0, 16.0):
+        single = torch.softmax(logits / temperature, 1)
+        classes = torch.stack([single[targets == label].mean(0) for label in range(CLASSES)])[targets]
+        for name, weights in (("image", single), ("class", classes)):
+            largest = weights.max(1).values
+            between = 1 - (weights**2).sum(1)
+            without = (1 - largest) ** 2 - ((weights**2).sum(1) - largest**2)
+            found.append(
+                {
+                    "weights": name,
+                    "temperature": temperature,
+                    "between_classes": between.mean().item(),
+                    "without_the_largest": without.mean().item(),
+                    "deviation": between.std().item(),
+                }
+            )
+    return {"rows": found}
+
+
 def _key(image: Tensor) -> bytes:
     return hashlib.blake2b(image.numpy(), digest_size=16).digest()
 
@@ -320,9 +415,16 @@ class RememberedTeacher(nn.Module):
 # --- the students ----------------------------------------------------------------------------------------------------
 
 
+@register_model(key="reproduce.resnet8")
+def _resnet8(**keywords: Any) -> nn.Module:
+    """The student of the configs, with its channels last: equal but for rounding, in two thirds of the time."""
+    return resnet8(**keywords).to(memory_format=torch.channels_last)
+
+
 def student(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Trains one student; with 'tested' the best checkpoint sees the test images."""
     config = _config(settings["method"], settings, folder, settings["epochs"], settings["keywords"])
+    _trained(config)["key"] = "reproduce.resnet8"
     if "teacher_model" in config["models"]:
         file = os.fspath(folder.parent / "predictions" / "predictions.pt")
         config["models"]["teacher_model"] = {"key": "reproduce.remembered_teacher", "kwargs": {"file": file}}
@@ -349,7 +451,7 @@ def _config(
         if per_class is not None:
             dataset = config["datasets"][f"cifar10/{split}"]
             config["datasets"][f"cifar10/{split}"] = Subset(dataset, first_of_each_class(dataset, per_class))
-    trained = config["models"].get("student_model", config["models"].get("model"))
+    trained = _trained(config)
     trained["dst_ckpt"] = os.fspath(folder / f"{name}.pt")
     if epochs is not None:
         config["train"]["num_epochs"] = epochs
@@ -358,6 +460,12 @@ def _config(
         (term,) = config["train"]["criterion"]["kwargs"]["sub_terms"].values()
         term["criterion"]["kwargs"].update(keywords)
     return config
+
+
+def _trained(config: dict[str, Any]) -> dict[str, Any]:
+    """The block of the model that a config trains."""
+    models: dict[str, Any] = config["models"]
+    return models["student_model"] if "student_model" in models else models["model"]
 
 
 def first_of_each_class(dataset: ImageFolder, count: int) -> list[int]:
@@ -373,8 +481,7 @@ def first_of_each_class(dataset: ImageFolder, count: int) -> list[int]:
 
 def _resumed_run(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """The driver's run, from its last checkpoint if there is one."""
-    trained = config["models"].get("student_model", config["models"].get("model"))
-    last = last_path(trained["dst_ckpt"])
+    last = last_path(_trained(config)["dst_ckpt"])
     start = load_checkpoint(last)["epoch"] if last.is_file() else 0
     return run(config, seed=seed, start_epoch=start)
 
@@ -400,27 +507,42 @@ def _trainers(settings: dict[str, Any], folder: Path, keywords: dict[str, dict[s
 
 
 def equality(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """How far the students of KD and DKL are apart after the same steps, in both precisions."""
-    result: dict[str, Any] = {}
-    for dtype in (torch.float64, torch.float32):
-        pair = _trainers(settings, folder, {"kd": settings["kd"], "dkl": settings["dkl"]})
-        for trainer in pair.values():
-            for module in (trainer.box.teacher_model, trainer.box.student_model):
-                module.to(dtype)
-        batches = iter(pair["kd"].box.train_data_loader)
-        apart = []
-        for _ in range(settings["steps"]):
-            images, labels, extra = next(batches)
-            for trainer in pair.values():
-                loss = trainer.box.forward_process(images.to(dtype), labels, extra)
-                trainer.box.post_forward_process(loss=loss)
-            ours, theirs = (
-                torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
-                for trainer in (pair["dkl"], pair["kd"])
-            )
-            apart.append(((ours - theirs).norm() / theirs.norm()).item())
-        result[str(dtype).removeprefix("torch.")] = apart
-    return result
+    """How far the students of KD and DKL are apart after the same steps, in both precisions.
+
+    For float32 also how far two students of KD are apart, one of which began a rounding away: what rounding alone does.
+    """
+
+    def pair(*methods: str) -> list[Trainer]:
+        return [_trainers(settings, folder, {method: settings[method]})[method] for method in methods]
+
+    moved = pair("kd", "kd")
+    with torch.no_grad():
+        for parameter in moved[1].model.parameters():
+            parameter.copy_(torch.nextafter(parameter, torch.tensor(torch.inf)))
+    return {
+        "float64": _apart(pair("kd", "dkl"), torch.float64, settings["steps"]),
+        "float32": _apart(pair("kd", "dkl"), torch.float32, settings["steps"]),
+        "float32, KD and KD moved": _apart(moved, torch.float32, settings["steps"]),
+    }
+
+
+def _apart(pair: list[Trainer], dtype: torch.dtype, steps: int) -> list[float]:
+    """After each step on the same batches: norm of the difference of the weights, relative to that of the first."""
+    for trainer in pair:
+        for module in (trainer.box.teacher_model, trainer.box.student_model):
+            module.to(dtype)
+    batches = iter(pair[0].box.train_data_loader)
+    apart = []
+    for _ in range(steps):
+        images, labels, extra = next(batches)
+        for trainer in pair:
+            loss = trainer.box.forward_process(images.to(dtype), labels, extra)
+            trainer.box.post_forward_process(loss=loss)
+        first, second = (
+            torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]) for trainer in pair
+        )
+        apart.append(((second - first).norm() / first.norm()).item())
+    return apart
 
 
 def timing(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
