@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("batchmean", "sum", "none")
+# What the losses compute with. torch counts its 8-bit formats as floating, but they have no arithmetic.
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_number(caller: str, name: str, value: object, *, positive: bool = False) -> float:
@@ -38,15 +40,22 @@ def check_number(caller: str, name: str, value: object, *, positive: bool = Fals
 
 def check_reduction(caller: str, reduction: str) -> None:
     """Refuses an unknown ``reduction``."""
-    if reduction in REDUCTIONS:
+    if isinstance(reduction, str) and reduction in REDUCTIONS:
         return
     known = ", ".join(repr(name) for name in REDUCTIONS)
     hint = (
         "Use 'batchmean' for the mean over samples (the mean over samples and classes is not offered)."
-        if reduction == "mean"
+        if isinstance(reduction, str) and reduction == "mean"
         else "Use 'batchmean' for the mean over samples."
     )
     raise ValueError(f"{caller}: `reduction` must be one of {known}, got {reduction!r}. {hint}")
+
+
+def check_dense(caller: str, name: str, tensor: Tensor) -> None:
+    """Refuses a sparse or nested tensor."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
+        raise TypeError(f"{caller}: `{name}` must be a dense tensor, got {kind}. Convert it to a plain tensor first.")
 
 
 def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor) -> None:
@@ -57,11 +66,12 @@ def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor) ->
                 f"{caller}: `{name}` must be a torch.Tensor, got {type(logits).__name__}. "
                 f"Pass the tensor of raw class scores."
             )
-        if not logits.is_floating_point():
+        if logits.dtype not in FLOATING:
             raise TypeError(
-                f"{caller}: `{name}` must have a floating dtype, got {logits.dtype}. "
+                f"{caller}: `{name}` must have a floating dtype of at least 16 bits, got {logits.dtype}. "
                 f"Pass raw class scores, or convert with `.float()`; class indices go to `targets`."
             )
+        check_dense(caller, name, logits)
     if student_logits.dim() < 2:
         raise ValueError(
             f"{caller}: `student_logits` must have shape (N, C) or (N, C, d1, ...), got "
@@ -95,10 +105,12 @@ def check_class_prior(caller: str, class_prior: Tensor, student_logits: Tensor) 
             f"{caller}: `class_prior` must be a torch.Tensor, got {type(class_prior).__name__}. "
             f"Pass ClassPrior.prior(targets), one row per sample."
         )
-    if not class_prior.is_floating_point():
+    if class_prior.dtype not in FLOATING:
         raise TypeError(
-            f"{caller}: `class_prior` must have a floating dtype, got {class_prior.dtype}. Convert with `.float()`."
+            f"{caller}: `class_prior` must have a floating dtype of at least 16 bits, got {class_prior.dtype}. "
+            f"Convert with `.float()`."
         )
+    check_dense(caller, "class_prior", class_prior)
     rows = tuple(student_logits.shape[:2])
     if tuple(class_prior.shape) not in (rows, tuple(student_logits.shape)):
         raise ValueError(
@@ -151,7 +163,8 @@ def check_targets(caller: str, targets: Tensor, num_classes: int) -> None:
         )
     if torch.compiler.is_compiling() or targets.numel() == 0 or targets.is_meta:
         return
-    low, high = (int(bound) for bound in torch.aminmax(targets))
+    # torch has no comparisons of the wide unsigned types; beyond int64 they turn negative, and are refused as such.
+    low, high = (int(bound) for bound in torch.aminmax(targets.long()))
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"{caller}: `targets` must lie in [0, {num_classes - 1}], got values from {low} to {high}. "

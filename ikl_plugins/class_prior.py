@@ -93,9 +93,10 @@ class ClassPrior(nn.Module):
         """
         caller = "ClassPrior.observe"
         check.check_targets(caller, targets, self.num_classes)
-        if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
+        if not isinstance(probabilities, Tensor) or probabilities.dtype not in check.FLOATING:
             kind = probabilities.dtype if isinstance(probabilities, Tensor) else type(probabilities).__name__
             raise TypeError(f"{caller}: `probabilities` must be a floating tensor, got {kind}. Pass a softmax output.")
+        check.check_dense(caller, "probabilities", probabilities)
         expected = (*targets.shape[:1], self.num_classes, *targets.shape[1:])
         if tuple(probabilities.shape) != expected:
             raise ValueError(

@@ -84,7 +84,7 @@ class _DecoupledLoss(nn.Module):
             TypeError: dtypes that do not fit.
             ValueError: shapes, a class count or labels that do not fit; missing ``targets``.
         """
-        settings = self._settings()
+        settings = check_settings(type(self).__name__, self._settings())  # as floats
         rows = self._rows(student_logits, teacher_logits, targets)
         loss, self.last_terms = evaluate(
             type(self).__name__, student_logits, teacher_logits, rows, settings,

@@ -239,9 +239,10 @@ class PGD:
         return adversarial
 
     def _check_images(self, images: Tensor, eps: float) -> None:
-        if not isinstance(images, Tensor) or not images.is_floating_point():
+        if not isinstance(images, Tensor) or images.dtype not in check.FLOATING:
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"PGD: `images` must be a floating tensor of pixels in [0, 1], got {kind}. Divide by 255.")
+        check.check_dense("PGD", "images", images)
         if images.dim() < 2 or images.numel() == 0:
             raise ValueError(
                 f"PGD: `images` must be a batch (N, C, H, W) of at least one image, got shape {tuple(images.shape)}. "
@@ -403,9 +404,10 @@ def _check_labels(labels: Tensor, images: int) -> None:
             f"PGD: `labels` must have shape ({images},), one class index for each image, got {tuple(labels.shape)}. "
             f"Pass the indices of the batch; turn one-hot rows into indices with `.argmax(1)`."
         )
-    if int(labels.min()) < 0:
+    lowest = int(labels.long().min())  # torch has no minimum of the wide unsigned types
+    if lowest < 0:
         raise ValueError(
-            f"PGD: `labels` must be class indices of at least 0, got {int(labels.min())}. Drop ignored samples first."
+            f"PGD: `labels` must be class indices of at least 0, got {lowest}. Drop ignored samples first."
         )
 
 

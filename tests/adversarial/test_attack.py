@@ -570,7 +570,9 @@ def test_labels_made_in_inference_mode(model: Watched, images: Tensor) -> None:
         linf()(model, images, labels=labels)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int32, torch.int16, torch.uint16, torch.uint32, torch.uint64], ids=str
+)
 def test_labels_of_other_integer_types(model: Watched, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
     expected = linf()(model, images, labels=labels, generator=seeded())
     assert torch.equal(linf()(model, images, labels=labels.to(dtype), generator=seeded()), expected)
@@ -937,16 +939,26 @@ def test_a_step_may_be_longer_than_the_ball_and_l2_radii_longer_than_1(
         (lambda images: (images * 255).to(torch.uint8), "torch.uint8"),
         (lambda images: images > 0.5, "torch.bool"),
         (lambda images: images.to(torch.complex64), "torch.complex64"),
+        (lambda images: images.to(torch.float8_e5m2), "torch.float8_e5m2"),
         (lambda images: images.tolist(), "list"),
         (lambda images: None, "NoneType"),
     ],
-    ids=["uint8", "bool", "complex", "list", "None"],
+    ids=["uint8", "bool", "complex", "float8", "list", "None"],
 )
 def test_images_that_are_not_floating(model: Watched, images: Tensor, labels: Tensor, make: Any, kind: str) -> None:
     refused(
         TypeError,
         lambda: linf()(model, make(images), labels=labels),
         f"PGD: `images` must be a floating tensor of pixels in [0, 1], got {kind}. Divide by 255.",
+    )
+    assert model.inputs == []
+
+
+def test_images_that_are_sparse(model: Watched, images: Tensor, labels: Tensor) -> None:
+    refused(
+        TypeError,
+        lambda: linf()(model, images.to_sparse(), labels=labels),
+        "PGD: `images` must be a dense tensor, got the layout torch.sparse_coo. Convert it to a plain tensor first.",
     )
     assert model.inputs == []
 

@@ -125,7 +125,10 @@ def test_nothing_carries_gradient() -> None:
     assert list(prior.parameters()) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_labels_of_every_integer_dtype(dtype: torch.dtype) -> None:
     prior, other = ClassPrior(4), ClassPrior(4)
     probabilities, targets = _batch(20, 4)
@@ -185,6 +188,17 @@ def test_labels_out_of_range_are_refused(call: str, labels: list[int]) -> None:
 
 
 @pytest.mark.parametrize("call", ["prior", "observe"])
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_labels_out_of_range_are_refused(call: str, dtype: torch.dtype) -> None:
+    """Also those that are too large for torch's usual integers."""
+    prior = ClassPrior(4)
+    targets = torch.tensor([0, torch.iinfo(dtype).max], dtype=dtype)
+    with pytest.raises(ValueError, match=f"ClassPrior.{call}: `targets` must lie in \\[0, 3\\], got values from "):
+        prior.prior(targets) if call == "prior" else prior.observe(torch.full((2, 4), 0.25), targets)
+    assert _same(prior, ClassPrior(4))
+
+
+@pytest.mark.parametrize("call", ["prior", "observe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64], ids=str)
 def test_labels_of_another_dtype_are_refused(call: str, dtype: torch.dtype) -> None:
     prior = ClassPrior(4)
@@ -201,13 +215,27 @@ def test_labels_that_are_not_a_tensor_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probabilities", "came"), [(torch.zeros(2, 4, dtype=torch.int64), "torch.int64"), ([[0.5] * 4] * 2, "list")]
+    ("probabilities", "came"),
+    [
+        (torch.zeros(2, 4, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(2, 4, dtype=torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        ([[0.5] * 4] * 2, "list"),
+    ],
 )
 def test_predictions_that_are_not_floating_are_refused(probabilities: object, came: str) -> None:
     message = f"ClassPrior.observe: `probabilities` must be a floating tensor, got {came}. Pass a softmax output."
     with pytest.raises(TypeError) as caught:
         ClassPrior(4).observe(probabilities, torch.tensor([0, 1]))  # type: ignore[arg-type]
     assert str(caught.value) == message
+
+
+def test_sparse_predictions_are_refused() -> None:
+    with pytest.raises(TypeError) as caught:
+        ClassPrior(4).observe(torch.full((2, 4), 0.25).to_sparse(), torch.tensor([0, 1]))
+    assert str(caught.value) == (
+        "ClassPrior.observe: `probabilities` must be a dense tensor, got the layout torch.sparse_coo. Convert it to a "
+        "plain tensor first."
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ FUNCTIONS = [dkl_loss, ikl_loss, gkl_loss]
 MODULES = [DKLLoss, IKLLoss, GKLLoss]
 S = torch.zeros(4, 3)
 T = torch.ones(4, 3)
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 each_function = pytest.mark.parametrize("function", FUNCTIONS)
 
@@ -55,16 +56,40 @@ def test_logits_that_are_not_tensors(function: Any) -> None:
 
 
 @each_function
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, *EIGHT_BITS], ids=str)
 def test_logits_that_are_not_floating(function: Any, dtype: torch.dtype) -> None:
+    """Nor those of 8 bits, which torch counts as floating and has no arithmetic for."""
     name = function.__name__
     for student, teacher, argument in ((S.to(dtype), T, "student_logits"), (S, T.to(dtype), "teacher_logits")):
         refused(
             TypeError,
             lambda s=student, t=teacher: function(s, t),
-            f"{name}: `{argument}` must have a floating dtype, got {dtype}. Pass raw class scores",
+            f"{name}: `{argument}` must have a floating dtype of at least 16 bits, got {dtype}. Pass raw class scores",
             "`.float()`",
             "`targets`",
+        )
+
+
+# Tensors that are not plain, and how a message calls them.
+NOT_PLAIN = [
+    (lambda: T.to_sparse(), "the layout torch.sparse_coo"),
+    (lambda: T.to_sparse_csr(), "the layout torch.sparse_csr"),
+    (lambda: torch.nested.nested_tensor([T, T]), "a nested tensor"),
+]
+each_not_plain = pytest.mark.parametrize(("make", "kind"), NOT_PLAIN, ids=[kind for _, kind in NOT_PLAIN])
+# torch says that both are new, once in a process.
+new_in_torch = pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors")
+
+
+@each_function
+@each_not_plain
+@new_in_torch
+def test_logits_that_are_sparse_or_nested(function: Any, make: Any, kind: str) -> None:
+    for student, teacher, argument in ((make(), T, "student_logits"), (S, make(), "teacher_logits")):
+        refused(
+            TypeError,
+            lambda s=student, t=teacher: function(s, t),
+            f"{function.__name__}: `{argument}` must be a dense tensor, got {kind}. Convert it to a plain tensor",
         )
 
 
@@ -243,15 +268,30 @@ def test_real_numbers_of_other_types() -> None:
     expected = gkl_loss(S, T, alpha=0.5, temperature=0.5, gamma=0.5)
     for half in (numpy.float32(0.5), numpy.float64(0.5), Fraction(1, 2)):
         assert torch.equal(gkl_loss(S, T, alpha=half, temperature=half, gamma=half), expected)
+        assert torch.equal(GKLLoss(alpha=half, temperature=half, gamma=half)(S, T), expected)
 
 
 # --- reduction -------------------------------------------------------------------------------------------------------
 
 
+class Every:
+    """Compares as an array does: to no single truth."""
+
+    def __eq__(self, other: object) -> Any:
+        return torch.tensor([True, False])
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return "every"
+
+
 @pytest.mark.parametrize("caller", [*FUNCTIONS, *MODULES])
-@pytest.mark.parametrize("reduction", ["mean", "avg", "SUM", "", None, 1, ["sum"]], ids=repr)
+@pytest.mark.parametrize("reduction", ["mean", "avg", "SUM", "", None, 1, ["sum"], {}, b"sum", Every()], ids=repr)
 def test_unknown_reductions(caller: Any, reduction: Any) -> None:
-    hint = " (the mean over samples and classes is not offered)" if reduction == "mean" else ""
+    asked_for_mean = isinstance(reduction, str) and reduction == "mean"
+    hint = " (the mean over samples and classes is not offered)" if asked_for_mean else ""
     refused(
         ValueError,
         _with_number(caller, "reduction", reduction),
@@ -276,7 +316,23 @@ def test_a_prior_that_is_not_a_floating_tensor(function: Any) -> None:
     refused(
         TypeError,
         lambda: function(S, T, class_prior=torch.ones(4, 3, dtype=torch.int64)),
-        f"{name}: `class_prior` must have a floating dtype, got torch.int64. Convert with `.float()`.",
+        f"{name}: `class_prior` must have a floating dtype of at least 16 bits, got torch.int64. Convert with",
+    )
+    refused(
+        TypeError,
+        lambda: function(S, T, class_prior=T.to(torch.float8_e5m2)),
+        f"{name}: `class_prior` must have a floating dtype of at least 16 bits, got torch.float8_e5m2. Convert with",
+    )
+
+
+@each_with_prior
+@each_not_plain
+@new_in_torch
+def test_a_prior_that_is_sparse_or_nested(function: Any, make: Any, kind: str) -> None:
+    refused(
+        TypeError,
+        lambda: function(S, T, class_prior=make()),
+        f"{function.__name__}: `class_prior` must be a dense tensor, got {kind}. Convert it to a plain tensor first.",
     )
 
 
