@@ -9,7 +9,9 @@ loader would go on to run the file. The reading itself is in :mod:`ikl_plugins.c
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mmengine.runner.checkpoint
 import torch.serialization
@@ -36,7 +38,11 @@ def allow_mmengine_checkpoints() -> bool:
     return True
 
 
-def verify(path: Path | str) -> None:
+# What MMEngine looks up, without looking whether it is there, where a run goes on from a checkpoint.
+_OF_A_RUN = ("meta", "message_hub", "state_dict")
+
+
+def verify(path: Path | str, *, resume: bool = False) -> None:
     """Refuses a checkpoint that the host must not read, before the host reads it.
 
     MMEngine fetches addresses without ``weights_only``, and some versions of it read a file a second time and run what
@@ -44,12 +50,14 @@ def verify(path: Path | str) -> None:
 
     Args:
         path: a file, or an http(s) address; what is fetched stays in torch's hub folder, where MMEngine looks for it.
+        resume: a run shall go on from it, so that weights alone will not do.
 
     Raises:
-        ValueError: as :func:`load_content`; the address cannot be read, or has another scheme.
+        ValueError: as :func:`load_content`; the address cannot be read, or has another scheme; with ``resume``, it is
+            no checkpoint of a run.
     """
     if checkpoints.is_address(path):
-        checkpoints.fetch(str(path))
+        _check_run(checkpoints.fetch(str(path)), path, resume)
         return
     scheme = re.match(r"[\w+.-]+(?=://)", str(path))
     if scheme:
@@ -58,4 +66,14 @@ def verify(path: Path | str) -> None:
             f"Fetch it and name the file, or trust what {scheme[0]}:// gives: "
             f"custom_hooks = [dict(type='IKLHook', verify_checkpoints=False)]."
         )
-    load_content(path)
+    _check_run(load_content(path), path, resume)
+
+
+def _check_run(content: Any, path: Path | str, resume: bool) -> None:
+    missing = [key for key in _OF_A_RUN if not isinstance(content, Mapping) or key not in content]
+    if resume and missing:
+        raise ValueError(
+            f"verify: the checkpoint {path} must be one of MMEngine's for a run to go on from it, but lacks "
+            f"{', '.join(map(repr, missing))}. To start from its weights, name it in `load_from` and leave `resume` "
+            f"out."
+        )

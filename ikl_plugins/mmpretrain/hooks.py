@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -11,6 +14,7 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook, SyncBuffersHook
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import find_latest_checkpoint
@@ -23,11 +27,16 @@ from .classifier import EpochClassifier
 
 __all__ = ["IKLHook"]
 
+_ZIP = b"PK\x03\x04"  # how torch.save begins a file
+
 
 class IKLHook(Hook):  # type: ignore[misc]
     """What the classifiers of this package need from the training loop: ``custom_hooks = [dict(type='IKLHook')]``.
 
-    - Before a checkpoint is loaded or resumed it is read with :func:`ikl_plugins.mmpretrain.checkpoints.verify`.
+    - Before a checkpoint is loaded or resumed it is read with :func:`ikl_plugins.mmpretrain.checkpoints.verify`. The
+      text of the config in it, which MMEngine runs as Python on resume, is taken out of what MMEngine has loaded. A run
+      that was stopped while MMEngine wrote its last checkpoint, or wrote down which one that is, goes on from the
+      newest that is whole.
     - The classifier hears the number of each epoch. At its end the class priors are rolled, on all ranks and before
       the checkpoint of the epoch is written.
     - Random numbers are seeded for each epoch from the run's seed, the epoch and the rank, so that a resumed run draws
@@ -68,8 +77,16 @@ class IKLHook(Hook):  # type: ignore[misc]
         path = runner._load_from
         if path is None and runner._resume:
             path = find_latest_checkpoint(runner.work_dir)
+            if path is not None and _cut_off(path, runner.work_dir):
+                path = runner._load_from = _newest_whole(path, runner.work_dir)
         if path is not None:
-            verify(path)
+            verify(path, resume=runner._resume)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Takes out the text of the config: MMEngine would run it, to look for a key that no config has any more."""
+        meta = checkpoint.get("meta")
+        if self.verify_checkpoints and isinstance(meta, dict):
+            meta.pop("config", None)
 
     def before_train(self, runner: Any) -> None:
         """Refuses what would go wrong silently, and introduces the runner to the model."""
@@ -153,6 +170,41 @@ class IKLHook(Hook):  # type: ignore[misc]
         random.seed(python)
         numpy.random.seed(array)
         torch.manual_seed(tensor)
+
+
+def _cut_off(path: str, work_dir: str) -> bool:
+    """Whether MMEngine was stopped in the middle of writing ``path``, or its name: '' in the file `last_checkpoint`.
+
+    MMEngine writes in place: the name behind each checkpoint, and the last checkpoint a second time behind a validation
+    that was the best so far. What is damaged in another way, or was not written by this run, is refused and not passed
+    over.
+    """
+    if path == "":
+        return True
+    file = Path(path)
+    if not file.is_file() or file.parent.resolve() != Path(work_dir).resolve() or zipfile.is_zipfile(file):
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_ZIP)) in (_ZIP, b"")
+
+
+def _newest_whole(named: str, work_dir: str) -> str:
+    """The newest checkpoint of a run that was written to its end."""
+    found = [path for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(?:epoch|iter)_\d+", path.stem)]
+    whole = [path for path in found if not _cut_off(str(path), work_dir)]
+    note = Path(work_dir, "last_checkpoint")
+    if not whole:
+        what = f"names {named}, which was not written to its end" if named else "is empty"
+        raise ValueError(
+            f"IKLHook: {note} must name the checkpoint to go on from, but {what}, and there is no whole one beside it. "
+            f"Start anew, without --resume."
+        )
+    # By time and not by number: the folder may have checkpoints of a longer run that was there before.
+    newest = max(whole, key=lambda path: path.stat().st_mtime_ns)
+    MMLogger.get_current_instance().warning(
+        "IKLHook: the run was stopped while it wrote %s; going on from %s.", named or note, newest
+    )
+    return str(newest)
 
 
 def _unwrap(model: Any) -> nn.Module:

@@ -9,7 +9,6 @@ import datetime
 import hashlib
 import json
 import platform
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -324,15 +323,13 @@ def _read_adversarial(log: Mapping[str, Any], folder: Path) -> dict[int, Tensor]
             try:
                 with path.open("rb") as file:
                     part = np.load(file, allow_pickle=False)
-                    indices, images = part["index"].tolist(), torch.from_numpy(part["image"])
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                    pairs = list(zip(part["index"].tolist(), torch.from_numpy(part["image"]), strict=True))
+            except Exception as error:  # a damaged file makes the readers raise nearly anything
                 raise ValueError(
                     f"Evaluation: {path} must hold adversarial images, but is damaged ({error}). Evaluate again."
                 ) from error
             # A run that was killed between its images and its log leaves some that the log knows nothing of.
-            found.update(
-                {index: image for index, image in zip(indices, images, strict=True) if fell.get(index) == attack}
-            )
+            found.update({index: image for index, image in pairs if fell.get(index) == attack})
     if len(found) != len(fell):
         raise ValueError(
             f"Evaluation: {folder} must hold the adversarial images of all {len(fell)} images that fell, but has "

@@ -187,6 +187,27 @@ def test_what_cannot_be_checked_is_refused(address):
         verify(address)
 
 
+@pytest.mark.parametrize(
+    ("content", "missing"),
+    [
+        ({"weight": torch.ones(1)}, "'meta', 'message_hub', 'state_dict'"),
+        ({"state_dict": {"weight": torch.ones(1)}, "meta": {}}, "'message_hub'"),
+        ([torch.ones(1)], "'meta', 'message_hub', 'state_dict'"),
+    ],
+)
+def test_weights_alone_are_no_run_to_go_on_with(content, missing, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    verify(path)
+    text = f"verify: the checkpoint {path} must be one of MMEngine's for a run to go on from it, but lacks {missing}. "
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}.*`load_from`"):
+        verify(path, resume=True)
+
+
+def test_a_checkpoint_of_a_run_is_one_to_go_on_with(mmengine_checkpoint):
+    verify(mmengine_checkpoint, resume=True)
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +288,13 @@ def test_an_address_gets_no_more_trust_than_a_file(address, tmp_path):
         with pytest.raises(ValueError, match=rf"the checkpoint {url}/bomb\.pth \(kept as .*bomb\.pth\) .*run code"):
             read(f"{url}/bomb.pth")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_at_an_address_are_no_run_to_go_on_with(address):
+    url, served = address
+    torch.save({"weight": torch.ones(1)}, served / "weights.pth")
+    with pytest.raises(ValueError, match=rf"the checkpoint {url}/weights\.pth must be one of MMEngine's .*'meta'"):
+        verify(f"{url}/weights.pth", resume=True)
 
 
 def test_an_address_that_leads_nowhere_is_refused(address):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 
 import numpy
 import pytest
@@ -326,8 +327,116 @@ def test_a_checkpoint_is_verified_before_it_is_read(way, teacher, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("way", ["last_checkpoint", "load_from"])
+def test_a_run_does_not_go_on_from_weights_alone(way, teacher, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": MODELS.build(network()).state_dict(), "meta": {}}, path)
+    (tmp_path / "last_checkpoint").write_text(str(path))
+    settings = {"load_from": str(path)} if way == "load_from" else {}
+    with pytest.raises(
+        ValueError, match=r"weights\.pth must be one of MMEngine's .* but lacks 'message_hub'\. To start"
+    ):
+        run_of(teacher, tmp_path, resume=True, **settings).train()
+    run_of(teacher, tmp_path, load_from=str(path)).load_or_resume()
+
+
+def checkpoint_whose_config_would_run(teacher, tmp_path):
+    """A checkpoint of a run; the text of the config in it makes a folder when it is read as Python."""
+    run_of(teacher, tmp_path, epochs=1).train()
+    path = tmp_path / "epoch_1.pth"
+    content = torch.load(path, weights_only=False)
+    content["meta"]["cfg"] = content["meta"]["config"] = f"__import__('os').mkdir({str(tmp_path / 'exploded')!r})\n"
+    torch.save(content, path)
+    return path
+
+
+def test_the_config_in_a_checkpoint_is_not_run(teacher, tmp_path):
+    path = checkpoint_whose_config_would_run(teacher, tmp_path)
+    run = run_of(teacher, tmp_path, load_from=str(path), resume=True)
+    run.train()
+    assert run.iter == 6
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_config_of_these_tests_would_run(teacher, tmp_path):
+    """MMEngine does it by itself; were it to stop, the hook would have nothing to take out."""
+    path = checkpoint_whose_config_would_run(teacher, tmp_path)
+    trusting = [{"type": "IKLHook", "verify_checkpoints": False}]
+    run_of(teacher, tmp_path, hooks=trusting, load_from=str(path), resume=True).load_or_resume()
+    assert (tmp_path / "exploded").is_dir()
+
+
+def test_a_run_that_was_stopped_while_it_noted_its_last_checkpoint_goes_on(teacher, tmp_path):
+    whole = run_of(teacher, tmp_path / "whole", epochs=3)
+    whole.train()
+    stopped = tmp_path / "stopped"
+    run_of(teacher, stopped, epochs=2).train()
+    (stopped / "last_checkpoint").write_text("")
+    shutil.copy(tmp_path / "whole" / "epoch_3.pth", stopped / "best_accuracy_epoch_9.pth")  # not one to go on from
+    left = stopped / "epoch_7.pth"  # of an earlier run in the same folder
+    shutil.copy(tmp_path / "whole" / "epoch_3.pth", left)
+    os.utime(left, (0, 0))
+    resumed = run_of(teacher, stopped, epochs=3, resume=True)
+    epochs = []
+    resumed.register_hook(Record(before_train_iter=lambda run, *_, **__: epochs.append(run.model.epoch)), "LOW")
+    resumed.train()
+    assert epochs == [3, 3, 3]
+    assert_same(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_a_note_of_the_last_checkpoint_that_is_empty_is_named(teacher, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("")
+    with pytest.raises(
+        ValueError, match=r"IKLHook: .*last_checkpoint must name .* but is empty, and there is no .* without --resume"
+    ):
+        run_of(teacher, tmp_path, resume=True).train()
+
+
+@pytest.mark.parametrize("length", [0, 4, 0.5, 0.999])
+def test_a_run_that_was_stopped_while_it_wrote_its_last_checkpoint_again_goes_on(length, teacher, tmp_path):
+    """As MMEngine does behind a validation that was the best so far."""
+    whole = run_of(teacher, tmp_path / "whole", epochs=3)
+    whole.train()
+    stopped = tmp_path / "stopped"
+    run_of(teacher, stopped, epochs=2).train()
+    assert (stopped / "last_checkpoint").read_text().endswith("epoch_2.pth")
+    content = (stopped / "epoch_2.pth").read_bytes()
+    cut = content[: length if isinstance(length, int) else int(length * len(content))]
+    (stopped / "epoch_2.pth").write_bytes(cut)
+    resumed = run_of(teacher, stopped, epochs=3, resume=True)
+    epochs = []
+    resumed.register_hook(Record(before_train_iter=lambda run, *_, **__: epochs.append(run.model.epoch)), "LOW")
+    resumed.train()
+    assert epochs == [2, 2, 2, 3, 3, 3]
+    assert_same(resumed.model.state_dict(), whole.model.state_dict())
+
+    (stopped / "epoch_3.pth").write_bytes(cut)
+    for epoch in (1, 2):
+        (stopped / f"epoch_{epoch}.pth").unlink()
+    with pytest.raises(
+        ValueError, match=r"names .*epoch_3\.pth, which was not written to its end, and there is no whole"
+    ):
+        run_of(teacher, stopped, epochs=3, resume=True).train()
+
+
+def test_a_last_checkpoint_that_is_damaged_otherwise_is_not_passed_over(teacher, tmp_path):
+    run_of(teacher, tmp_path, epochs=2).train()
+    path = tmp_path / "epoch_2.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    elsewhere = tmp_path / "elsewhere" / "epoch_2.pth"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(content[:-40])
+    for damaged, file in ((content, path), (b"text" * 100, path), (None, elsewhere)):
+        if damaged is not None:
+            file.write_bytes(damaged)
+        (tmp_path / "last_checkpoint").write_text(str(file))
+        with pytest.raises(ValueError, match=rf"the checkpoint {file} must hold tensors and plain values, but reading"):
+            run_of(teacher, tmp_path, epochs=3, resume=True).train()
+
+
 def test_verification_can_be_turned_off(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(hooks, "verify", pytest.fail)
+    monkeypatch.setattr(hooks, "verify", lambda path, **_: pytest.fail(f"verifies {path}"))
     run_of(teacher, tmp_path, epochs=1).train()  # there is nothing to verify
     settings = {"load_from": str(tmp_path / "epoch_1.pth"), "epochs": 1}
     run_of(teacher, tmp_path, hooks=[{"type": "IKLHook", "verify_checkpoints": False}], **settings).train()

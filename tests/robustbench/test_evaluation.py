@@ -5,6 +5,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -704,6 +706,33 @@ def test_a_log_without_its_images_is_refused(tmp_path):
         parts[0].unlink()
         with message(f"must hold the adversarial images of all {len(found.adversarial)} images that fell, but has "):
             read(path)
+
+
+def test_adversarial_images_that_are_damaged_in_any_way_are_refused(tmp_path):
+    """Readers of damaged files raise nearly anything; whatever it is, the message has the file's name."""
+    model = network()
+    images, labels = batch(model)
+    path = tmp_path / "log.json"
+    found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"], log=path)
+    (part,) = (tmp_path / "log_adversarial").iterdir()
+    content = part.read_bytes()
+    directory = content.rindex(b"PK\x01\x02")  # of the archive: the entry of its last file
+    messages, kinds = set(), set()
+    for place in range(directory, len(content)):
+        part.write_bytes(content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :])
+        try:
+            loaded = Evaluation.load(path)
+        except ValueError as error:
+            messages.add(str(error).split("(")[0])
+            kinds.add(type(error.__cause__))
+        else:  # a date or the like
+            assert torch.equal(loaded.adversarial_images(images), found.adversarial_images(images))
+    assert messages == {f"Evaluation: {part} must hold adversarial images, but is damaged "}
+    assert {NotImplementedError, KeyError, zipfile.BadZipFile} <= kinds
+    with np.load(io.BytesIO(content)) as sound:
+        np.savez(part, index=sound["index"][:-1], image=sound["image"])
+    with message(f"Evaluation: {part} must hold adversarial images, but is damaged"):
+        Evaluation.load(path)
 
 
 def test_what_a_removed_log_left_is_not_taken_for_new(tmp_path):
