@@ -10,7 +10,8 @@ so nothing of size C x C is ever formed. Its derivative with respect to ``d_i`` 
 
 Two ways compute the same numbers. The fused one walks over blocks of rows that fit the cache and leaves the analytic
 gradient behind while the block is hot. The composed one is plain differentiable tensor code; it serves
-``torch.compile`` and second derivatives.
+``torch.compile`` and second derivatives. Whoever has built it may replace the walk by an operator in C++, see
+:mod:`ikl_plugins.native`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import _validation as check
+from . import native
 
 __all__ = ["LossTerms", "dkl_loss", "gkl_loss", "ikl_loss"]
 
@@ -372,7 +374,7 @@ def _composed(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Value and analytic gradient in one walk over the rows; see :func:`_walk`."""
+    """Value and analytic gradient at once; see :func:`_evaluate`."""
 
     @staticmethod
     def forward(
@@ -384,7 +386,7 @@ class _FusedLoss(torch.autograd.Function):
         needs: tuple[bool, bool],
         with_terms: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        mse, cross_entropy, ctx.gradients = _walk(student, teacher, class_prior, settings, needs)
+        loss, terms, ctx.gradients = _evaluate(student, teacher, class_prior, settings, needs, with_terms)
         ctx.fixed = None
         if teacher.is_inference() or (class_prior is not None and class_prior.is_inference()):
             # Autograd refuses to save what torch.inference_mode() made; such tensors cannot change under our hands.
@@ -394,10 +396,8 @@ class _FusedLoss(torch.autograd.Function):
             ctx.save_for_backward(student, teacher, class_prior)
         ctx.settings = settings
         ctx.needs = needs
-        loss = _reduce(mse + cross_entropy, settings, student.shape)
-        if not with_terms:
+        if terms is None:
             return loss
-        terms = _reduce(mse, settings, student.shape), _reduce(cross_entropy, settings, student.shape)
         ctx.mark_non_differentiable(*terms)
         return loss, *terms
 
@@ -413,9 +413,34 @@ class _FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # A second call on a retained graph: the first one scaled its tensors in place and gave them away.
-            gradients = _walk(student, teacher, class_prior, ctx.settings, ctx.needs)[2]
+            gradients = _evaluate(student, teacher, class_prior, ctx.settings, ctx.needs, False)[2]
         finished = _finish(gradients[0], grad_loss, student), _finish(gradients[1], grad_loss, teacher)
         return *finished, None, None, None, None
+
+
+def _evaluate(
+    student: Tensor,
+    teacher: Tensor,
+    class_prior: Tensor | None,
+    settings: Settings,
+    needs: tuple[bool, bool],
+    with_terms: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor | None, Tensor | None]]:
+    """The reduced loss, on request its two terms, and the gradients that are needed, in the compute dtype.
+
+    They are rounded to the inputs' dtype only after the chain rule's last factor, so that a loss scale keeps small ones
+    from vanishing.
+    """
+    operator = native.operator()
+    if operator is not None and native.serves(student, teacher, class_prior):
+        loss, mse, cross_entropy, *gradients = operator(student, teacher, class_prior, *settings, *needs)
+        return loss, (mse, cross_entropy) if with_terms else None, (gradients[0], gradients[1])
+    mse, cross_entropy, found = _walk(student, teacher, class_prior, settings, needs)
+    loss = _reduce(mse + cross_entropy, settings, student.shape)
+    terms = None
+    if with_terms:
+        terms = _reduce(mse, settings, student.shape), _reduce(cross_entropy, settings, student.shape)
+    return loss, terms, found
 
 
 def _finish(gradient: Tensor | None, grad_loss: Tensor, like: Tensor) -> Tensor | None:
@@ -511,8 +536,7 @@ def _walk(
 
     Returns:
         beta * weighted MSE and alpha * soft cross entropy, each (N * L,), and the gradients for student and teacher in
-        the compute dtype: they are rounded to the inputs' dtype only after the chain rule's last factor, so that a loss
-        scale keeps small ones from vanishing.
+        the compute dtype.
     """
     shape = student.shape
     dtype = _compute_dtype(student, teacher)
@@ -562,7 +586,9 @@ def _walk(
                 for gradient in gradients
             )
             factor = None if factors is None else factors[index]
-            values = _evaluate(part, settings, scale, factor, outs, stashed=factor is not None and stash is not None)
+            values = _evaluate_block(
+                part, settings, scale, factor, outs, stashed=factor is not None and stash is not None
+            )
             mse.append(values[0])
             cross_entropy.append(values[1])
             if dense:
@@ -579,7 +605,7 @@ def _walk(
         return mse[0], cross_entropy[0], (student_gradient, teacher_gradient)
 
 
-def _evaluate(
+def _evaluate_block(
     part: _Rows,
     settings: Settings,
     scale: float,

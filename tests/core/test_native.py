@@ -1,0 +1,605 @@
+"""The C++ operator: when it is used and when not, how it is built, and what happens where it cannot be."""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ikl_plugins import IKLLoss, build_native, dkl_loss, gkl_loss, ikl_loss, native
+
+LOSSES = {"dkl": dkl_loss, "ikl": ikl_loss, "gkl": gkl_loss}
+DIGEST = hashlib.sha256().digest_size
+
+
+class Calls(list[tuple[Any, ...]]):
+    """The arguments of each call of the operator."""
+
+
+@pytest.fixture
+def state() -> Iterator[pytest.MonkeyPatch]:
+    """The module as in a new process; as it was afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_ask_environment", True)
+        patch.setattr(native, "_operator", None)
+        for name in (native.VARIABLE, "CXX"):
+            patch.delenv(name, raising=False)
+        yield patch
+
+
+@pytest.fixture
+def operator(state: pytest.MonkeyPatch, built_operator: Path) -> Calls:
+    """The operator switched on; it notes its calls."""
+    state.setenv("XDG_CACHE_HOME", str(built_operator))
+    native.enable()
+    found, calls = native.operator(), Calls()
+    assert found is not None
+
+    def noted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return found(*arguments)
+
+    state.setattr(native, "_operator", noted)
+    return calls
+
+
+@pytest.fixture
+def cache(state: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder, and a process that has not loaded the operator."""
+    state.setenv("XDG_CACHE_HOME", str(tmp_path))
+    state.setattr(native, "_loaded", lambda: None)
+    return tmp_path
+
+
+def _python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A new process with the operator's own variables, and no others of them."""
+    clean = {name: value for name, value in os.environ.items() if name not in (native.VARIABLE, "CXX")}
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def _compiler(folder: Path, body: str) -> str:
+    """A command that is called like a compiler and does what ``body`` says with the output's name in $out."""
+    script = folder / "compiler"
+    script.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nout="$2"\n' + body)
+    script.chmod(0o755)
+    return str(script)
+
+
+def _copying_compiler(folder: Path, built_operator: Path, before: str = "") -> str:
+    """One that has the operator ready: a real compiler takes ten seconds."""
+    (library,) = (built_operator / "ikl_plugins").glob("*.so")
+    (folder / "ready").write_bytes(library.read_bytes()[:-DIGEST])
+    return _compiler(folder, f'{before}\necho compiled >> "{folder}/log"\ncp "{folder}/ready" "$out"\n')
+
+
+def _with_digest(content: bytes) -> bytes:
+    return content + hashlib.sha256(content).digest()
+
+
+# --- what it computes, beside what the oracle tests look at ----------------------------------------------------------
+
+
+def test_the_oracle_comparison_uses_it(operator: Calls) -> None:
+    student, teacher = torch.randn(4, 7).double(), torch.randn(4, 7).double()
+    oracles.assert_matches(ikl_loss, "ikl", student, teacher)
+    assert len(operator) == 1
+    with pytest.raises(AssertionError, match="is allowed for"):
+        oracles.assert_matches(ikl_loss, "ikl", student, teacher, beta=1.0 + 1e-6, reference=_with_beta_one)
+    assert len(operator) == 2
+
+
+def _with_beta_one(*arguments: Any, **settings: Any) -> oracles.Expected:
+    return oracles.decoupled(*arguments, **{**settings, "beta": 1.0})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("dkl", {"temperature": 4.0}), ("ikl", {"weight_temperature": 4.0}), ("gkl", {"gamma": 0.3}), ("gkl prior", {})],
+)
+def test_every_length_of_a_row(operator: Calls, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Whole vectors, parts of one, and more of them than are summed before a double takes over."""
+    kind, _, prior = kind.partition(" ")
+    for classes in (*range(1, 36), 63, 64, 65, 511, 512, 513, 640):
+        student, teacher = (3 * torch.randn(3, classes, dtype=torch.float64) for _ in range(2))
+        used = dict(settings)
+        if prior:
+            used = {"gamma": 0.4, "class_prior": torch.softmax(torch.randn(3, classes, dtype=torch.float64), 1)}
+        oracles.assert_matches(LOSSES[kind], kind, student.to(dtype), teacher.to(dtype), reduction="none", **used)
+    assert len(operator) == 42
+
+
+@pytest.mark.parametrize("gamma", [0.05, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_from_denormal_to_large(operator: Calls, dtype: torch.dtype, gamma: float) -> None:
+    tiny = torch.finfo(dtype).tiny
+    prior = torch.tensor([[0.0, tiny / 8, tiny, 1e-20, 1e-3, 0.5, 0.7071067, 1.0, 1.0000001, 3.0, 100.0]], dtype=dtype)
+    student, teacher = torch.randn(1, 11, dtype=dtype), torch.randn(1, 11, dtype=dtype)
+    for loss in ("ikl", "gkl"):
+        used = {"gamma": gamma} if loss == "gkl" else {}
+        oracles.assert_matches(LOSSES[loss], loss, student, teacher, class_prior=prior, alpha=0.0, **used)
+    assert len(operator) == 2
+
+
+def test_results_do_not_depend_on_the_number_of_threads(operator: Calls) -> None:
+    student, teacher = (torch.randn(333, 1003, requires_grad=True) for _ in range(2))
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            loss = gkl_loss(student, teacher, gamma=0.3)
+            found.append((loss, *torch.autograd.grad(loss, (student, teacher))))
+        finally:
+            torch.set_num_threads(1)
+    for other in found[1:]:
+        for one, another in zip(found[0], other, strict=True):
+            assert torch.equal(one, another)
+    assert len(operator) == 3
+
+
+def test_more_elements_than_a_32_bit_number_counts(operator: Calls) -> None:
+    """Rows that overlap in memory, each shifted by one class: the logits of 2**31 elements take a megabyte."""
+    classes = 100_000
+    samples = 2**31 // classes + 20
+    student, teacher = (torch.randn(samples + classes).as_strided((samples, classes), (1, 1)) for _ in range(2))
+    assert student.numel() > 2**31
+    values = ikl_loss(student, teacher, reduction="none")
+    torch.testing.assert_close(values[-3:], ikl_loss(student[-3:].clone(), teacher[-3:].clone(), reduction="none"))
+    assert len(operator) == 2
+
+
+def test_tensors_that_are_not_what_lies_in_memory(operator: Calls) -> None:
+    negated = torch.randn(3, 5, dtype=torch.complex128).conj().imag
+    zeros = torch._efficientzerotensor((3, 5), dtype=torch.float64)
+    assert negated.is_neg()
+    teacher = torch.randn(3, 5, dtype=torch.float64)
+    for student in (negated, zeros):
+        expected = oracles.decoupled("ikl", student.clone(), teacher).loss("batchmean")
+        oracles.assert_close(ikl_loss(student, teacher), expected, torch.float64)
+    assert len(operator) == 2
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+@pytest.mark.parametrize("weights", [{}, {"alpha": 0.0}, {"beta": 0.0}], ids=str)
+def test_infinities_and_nans_come_out_where_they_do_without_it(
+    operator: Calls, weights: dict[str, float], gamma: float
+) -> None:
+    plain, strange = [[1.0, 2.0, -1.0], [0.0, 0.5, 1.0]], []
+    for value in (-math.inf, math.inf, math.nan):
+        strange.append([[1.0, 2.0, value], [0.0, 0.5, 1.0]])
+    strange.append([[-math.inf] * 3, [0.0, 0.5, 1.0]])
+    pairs = [(s, t) for s in (plain, *strange) for t in (plain, *strange)]
+    for pair in pairs:
+        found = []
+        for way in (native._operator, None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(native, "_operator", way)
+                student, teacher = (torch.tensor(logits, requires_grad=True) for logits in pair)
+                values = gkl_loss(student, teacher, gamma=gamma, reduction="none", **weights)
+                found.append((values.detach(), *torch.autograd.grad(values.sum(), (student, teacher))))
+        torch.testing.assert_close(*found, equal_nan=True)
+    assert len(operator) == len(pairs)
+
+
+def test_the_operator_refuses_what_the_losses_never_hand_it(operator: Calls) -> None:
+    settings = (None, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, True, False, "sum", True, True)
+    found = native.operator()
+    assert found is not None
+    assert len(found(torch.zeros(2, 3), torch.zeros(2, 3), *settings)) == 5
+    for student, teacher in (
+        (torch.zeros(2, 0), torch.zeros(2, 0)),
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        (torch.zeros(2, 3, 1), torch.zeros(2, 3, 1)),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)),
+    ):
+        with pytest.raises(RuntimeError, match="decoupled_kl: "):
+            found(student, teacher, *settings)
+
+
+# --- when it is used -------------------------------------------------------------------------------------------------
+
+
+class _Plain(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _Labelled(Tensor):
+    pass
+
+
+def test_it_is_used_for_logits_of_two_dimensions_on_a_cpu(operator: Calls) -> None:
+    student = torch.nn.Parameter(torch.randn(3, 5))
+    IKLLoss(global_info=True, num_classes=5)(student, torch.randn(3, 5).half(), torch.tensor([0, 1, 2])).backward()
+    assert len(operator) == 1
+    assert student.grad is not None
+
+
+@pytest.mark.parametrize("case", ["dense", "meta", "subclass", "watched", "compiled", "second derivatives"])
+def test_everything_else_goes_as_it_does_without_it(operator: Calls, case: str) -> None:
+    student, teacher = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    expected = oracles.decoupled("ikl", student, teacher).loss("batchmean")
+    if case == "dense":
+        loss = ikl_loss(student.t().reshape(1, 5, 3), teacher.t().reshape(1, 5, 3))
+    elif case == "meta":
+        assert ikl_loss(student.to("meta"), teacher.to("meta")).is_meta
+        loss = expected
+    elif case == "subclass":
+        loss = ikl_loss(student.as_subclass(_Labelled), teacher)
+        assert type(loss) is _Labelled
+    elif case == "watched":
+        with _Plain():
+            loss = ikl_loss(student, teacher)
+    elif case == "compiled":
+        loss = torch.compile(ikl_loss, backend="eager", fullgraph=True)(student, teacher)
+    else:
+        loss = ikl_loss(student.requires_grad_(), teacher)
+        operator.clear()
+        torch.autograd.grad(loss, student, create_graph=True)
+    oracles.assert_close(loss.as_subclass(Tensor), expected, torch.float64)
+    assert operator == []
+
+
+def test_transforms_are_refused_as_without_it(operator: Calls) -> None:
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda student: ikl_loss(student, torch.zeros(3, 5)))(torch.randn(3, 5))
+
+
+def test_disabling_brings_back_the_other_way(operator: Calls) -> None:
+    assert native.is_enabled()
+    native.disable()
+    assert not native.is_enabled()
+    ikl_loss(torch.randn(3, 5), torch.randn(3, 5))
+    assert operator == []
+
+
+def test_switched_off_it_looks_for_nothing() -> None:
+    """No process is started, no file of its own is opened, and nothing but its module is imported."""
+    code = """
+import sys, torch
+seen = []
+sys.addaudithook(lambda event, arguments: seen.append((event, str(arguments))))
+import ikl_plugins
+torch.manual_seed(0)
+student = torch.randn(3, 5, requires_grad=True)
+ikl_plugins.ikl_loss(student, torch.randn(3, 5)).backward()
+assert not ikl_plugins.native.is_enabled()
+started = [event for event, arguments in seen if event in ("subprocess.Popen", "os.system", "ctypes.dlopen")]
+opened = [arguments for event, arguments in seen if event == "open" and ("decoupled_kl" in arguments
+          or "/nowhere/at/all" in arguments)]
+assert any(event == "open" and "functional" in arguments for event, arguments in seen), "the hook saw nothing"
+assert started == opened == [], (started, opened)
+assert "ikl_plugins.build_native" not in sys.modules
+"""
+    for value in ("", "0"):
+        done = _python(code, "-W", "error", XDG_CACHE_HOME="/nowhere/at/all", **{native.VARIABLE: value})
+        assert done.returncode == 0, done.stderr
+
+
+# --- what the environment asks for -----------------------------------------------------------------------------------
+
+
+def test_one_in_the_environment_uses_what_is_built(built_operator: Path) -> None:
+    code = """
+import torch, ikl_plugins
+ikl_plugins.ikl_loss(torch.randn(3, 5), torch.randn(3, 5))
+print(ikl_plugins.native.is_enabled(), "decoupled_kl" in str(ikl_plugins.native.operator()))
+"""
+    done = _python(code, "-W", "error", XDG_CACHE_HOME=str(built_operator), **{native.VARIABLE: "1"})
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+def test_build_in_the_environment_builds_what_is_missing(built_operator: Path, tmp_path: Path) -> None:
+    compiler = _copying_compiler(tmp_path, built_operator)
+    code = "import ikl_plugins; print(ikl_plugins.native.is_enabled(), ikl_plugins.native.library_path())"
+    for _ in range(2):  # the second finds it
+        done = _python(
+            code, "-W", "error", XDG_CACHE_HOME=str(tmp_path / "new"), CXX=compiler, **{native.VARIABLE: "build"}
+        )
+        enabled, path = done.stdout.split()
+        assert enabled == "True"
+        assert Path(path).parent == tmp_path / "new" / "ikl_plugins"
+        assert [Path(path).name] == [entry.name for entry in Path(path).parent.iterdir()]
+    assert (tmp_path / "log").read_text().split() == ["compiled"]
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "BUILD", " 1"])
+def test_another_value_is_refused_every_time(state: pytest.MonkeyPatch, value: str) -> None:
+    state.setenv(native.VARIABLE, value)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"{native.VARIABLE} must be '0', '1' or 'build', got '{value}'"):
+            ikl_loss(torch.randn(3, 5), torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("value", ["1", "build"])
+def test_where_it_cannot_be_had_the_losses_go_on_without_it(cache: Path, state: pytest.MonkeyPatch, value: str) -> None:
+    state.setenv(native.VARIABLE, value)
+    state.setenv("CXX", str(cache / "no compiler"))
+    student, teacher = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    reason = {"1": "must be built first", "build": "cannot be run"}[value]
+    with pytest.warns(RuntimeWarning, match=f"{native.VARIABLE}={value} asks for .* without it.*{reason}"):
+        oracles.assert_matches(ikl_loss, "ikl", student, teacher)
+    assert not native.is_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        oracles.assert_matches(ikl_loss, "ikl", student, teacher)
+
+
+def test_code_goes_before_the_environment(cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setenv(native.VARIABLE, "1")  # it would warn
+    native.disable()
+    ikl_loss(torch.randn(3, 5), torch.randn(3, 5))
+    assert not native.is_enabled()
+
+
+# --- libraries that are not what they should be ----------------------------------------------------------------------
+
+
+def test_what_is_not_built_cannot_be_enabled(cache: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"must be built first, but there is no .*decoupled_kl-.*build_native"):
+        native.enable()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "text", "text with a digest", "folder"])
+def test_a_damaged_library_is_refused(built_operator: Path, cache: Path, damage: str) -> None:
+    (library,) = (built_operator / "ikl_plugins").glob("*.so")
+    content = library.read_bytes()
+    path = native.library_path()
+    path.parent.mkdir(parents=True)
+    if damage == "folder":
+        path.mkdir()
+    else:
+        flipped = bytes([content[len(content) // 2] ^ 4])
+        path.write_bytes(
+            {
+                "truncated": content[: len(content) // 2],
+                "one bit": content[: len(content) // 2] + flipped + content[len(content) // 2 + 1 :],
+                "empty": b"",
+                "text": b"no library" * 10,
+                "text with a digest": _with_digest(b"no library"),
+            }[damage]
+        )
+    with pytest.raises(RuntimeError, match=rf"operator at .*{path.name} cannot be loaded: .*Delete the file"):
+        native.enable()
+    assert native._operator is None
+
+
+def test_a_library_without_the_operator_is_refused(cache: Path) -> None:
+    other = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
+    path = native.library_path()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(_with_digest(other.read_bytes()))
+    with pytest.raises(RuntimeError, match="cannot be loaded: it holds no operator"):
+        native.enable()
+
+
+def test_a_training_survives_a_truncated_library(built_operator: Path, tmp_path: Path) -> None:
+    """In a process of its own: the system ends one that maps more of a file than there is."""
+    (library,) = (built_operator / "ikl_plugins").glob("*.so")
+    (tmp_path / "ikl_plugins").mkdir()
+    (tmp_path / "ikl_plugins" / library.name).write_bytes(library.read_bytes()[:20000])
+    code = "import torch, ikl_plugins; print(ikl_plugins.ikl_loss(torch.zeros(1, 2), torch.zeros(1, 2)).item())"
+    done = _python(code, XDG_CACHE_HOME=str(tmp_path), **{native.VARIABLE: "1"})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(math.log(2))
+    assert "RuntimeWarning" in done.stderr
+    assert "cannot be loaded: it is not what was written there" in done.stderr
+
+
+def test_the_name_tells_releases_processors_and_sources_apart(cache: Path, state: pytest.MonkeyPatch) -> None:
+    paths = {native.library_path()}
+    state.setattr(torch, "__version__", "1.0.0")
+    paths.add(native.library_path())
+    state.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    paths.add(native.library_path())
+    source = cache / "source.cpp"
+    source.write_text("int nothing;")
+    state.setattr(native, "_SOURCE", source)
+    paths.add(native.library_path())
+    assert len(paths) == 4
+    assert {path.parent for path in paths} == {cache / "ikl_plugins"}
+    state.delenv("XDG_CACHE_HOME")
+    state.setenv("HOME", "/somebody")
+    assert native.library_path().parent == Path("/somebody/.cache/ikl_plugins")
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_build_finds_the_first_and_a_damaged_one_is_built_again(
+    built_operator: Path, cache: Path, state: pytest.MonkeyPatch
+) -> None:
+    state.setenv("CXX", _copying_compiler(cache, built_operator))
+    path = native.build()
+    content = path.read_bytes()
+    assert native.build() == path
+    assert (cache / "log").read_text().split() == ["compiled"]
+    path.write_bytes(content[:-1])
+    assert native.build() == path
+    assert path.read_bytes() == content
+    assert (cache / "log").read_text().split() == ["compiled"] * 2
+
+
+def test_two_processes_that_build_at_once_leave_one_whole_library(built_operator: Path, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        native.VARIABLE: "build",
+        "XDG_CACHE_HOME": str(tmp_path / "new"),
+        # Each waits in the compiler for the other.
+        "CXX": _copying_compiler(
+            tmp_path, built_operator,
+            f'touch "{tmp_path}/in.$$"\nn=0\n'
+            f'while [ "$(ls "{tmp_path}" | grep -c "^in\\.")" -lt 2 ] && [ $n -lt 300 ]\n'
+            "do sleep 0.1; n=$((n+1)); done",
+        ),
+    }  # fmt: skip
+    code = "import ikl_plugins; print(ikl_plugins.native.is_enabled())"
+    both = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code], env=environment, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].split() for process in both] == [[b"True"]] * 2
+    assert (tmp_path / "log").read_text().split() == ["compiled"] * 2
+    (library,) = (tmp_path / "new" / "ikl_plugins").iterdir()
+    assert native._is_whole(library)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("echo ugly line >&2; exit 3", r"must compile .*decoupled_kl\.cpp, but ended with 3:\nugly line"),
+        ("exit 0", "must compile .* but ended with 0"),
+        ("kill -9 $$", "must compile .* but ended with -9"),
+    ],
+)
+def test_a_compiler_that_fails(cache: Path, state: pytest.MonkeyPatch, body: str, message: str) -> None:
+    state.setenv("CXX", _compiler(cache, body))
+    with pytest.raises(RuntimeError, match=message):
+        native.build()
+    assert list((cache / "ikl_plugins").iterdir()) == []
+
+
+def test_no_compiler(cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setenv("PATH", str(cache))
+    with pytest.raises(RuntimeError, match=r"needs the C\+\+ compiler .* none of g\+\+, clang\+\+, c\+\+ is on"):
+        native.build()
+    state.setenv("CXX", "/no/such/compiler --fast")
+    with pytest.raises(RuntimeError, match=r"the compiler /no/such/compiler cannot be run.*environment variable CXX"):
+        native.build()
+
+
+def test_a_compiler_with_arguments(built_operator: Path, cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setenv("CXX", f"sh '{_copying_compiler(cache, built_operator)}'")
+    assert native._is_whole(native.build())
+
+
+def test_another_system(cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setattr(sys, "platform", "win32")
+    with pytest.raises(RuntimeError, match=r"the operator is for Linux, and this is win32"):
+        native.build()
+
+
+def test_a_cache_that_cannot_be_written_to(built_operator: Path, cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setenv("CXX", _copying_compiler(cache, built_operator))
+    (cache / "file").write_text("")
+    for folder in (cache / "file", Path("/proc/self")):
+        state.setenv("XDG_CACHE_HOME", str(folder))
+        with pytest.raises(RuntimeError, match=rf"folder {folder}/ikl_plugins must be there .*XDG_CACHE_HOME"):
+            native.build()
+        state.setattr(native, "_ask_environment", True)
+        state.setenv(native.VARIABLE, "build")
+        with pytest.warns(RuntimeWarning, match="go on without it"):
+            ikl_loss(torch.randn(3, 5), torch.randn(3, 5))
+
+
+def test_a_full_disk(built_operator: Path, cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setenv("CXX", _copying_compiler(cache, built_operator))
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    state.setattr(Path, "write_bytes", full)
+    with pytest.raises(RuntimeError, match=r"No space left on device.*XDG_CACHE_HOME"):
+        native.build()
+    assert list((cache / "ikl_plugins").iterdir()) == []
+
+
+def test_a_package_without_its_source(cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setattr(native, "_SOURCE", cache / "nothing.cpp")
+    for function in (native.build, native.enable):
+        with pytest.raises(RuntimeError, match=r"must hold the operator's source, but .*nothing\.cpp"):
+            function()
+
+
+def test_the_source_is_part_of_the_distribution() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parents[2] / "setup.cfg")
+    patterns = settings["options.package_data"]["ikl_plugins"].split()
+    assert any(native._SOURCE.match(f"ikl_plugins/{pattern}") for pattern in patterns)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_builds_and_checks(built_operator: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(built_operator)}
+    command = [sys.executable, "-W", "error", "-m", "ikl_plugins.build_native"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (library,) = (built_operator / "ikl_plugins").glob("*.so")
+    first, second = done.stdout.splitlines()
+    assert first == f"Built: {library}"
+    assert second.startswith("Gradients agree to ")
+    assert second.endswith(f"{native.VARIABLE}=1 in the environment.")
+
+
+def test_the_command_shows_the_compilers_own_command(
+    built_operator: Path, operator: Calls, state: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler = _copying_compiler(tmp_path, built_operator)
+    state.setenv("CXX", compiler)
+    state.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build_native.main(["--verbose"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith(f"{compiler} -O3 ")
+    assert shown[1].startswith("Built: ")
+
+
+@pytest.mark.parametrize("wrong", [1.0 + 1e-3, math.nan], ids=str)
+def test_the_command_deletes_a_wrong_operator(
+    built_operator: Path, operator: Calls, state: pytest.MonkeyPatch, tmp_path: Path, wrong: float
+) -> None:
+    folder = tmp_path / "ikl_plugins"
+    shutil.copytree(built_operator / "ikl_plugins", folder)
+    state.setenv("XDG_CACHE_HOME", str(tmp_path))
+    right = native._loaded()
+    assert right is not None
+
+    def operator_that_is_off(*arguments: Any) -> Any:
+        *values, student, teacher = right(*arguments)
+        return *values, student * wrong, teacher
+
+    state.setattr(native, "_loaded", lambda: operator_that_is_off)
+    with pytest.raises(SystemExit, match=r"differ by .*has been deleted.*CXX"):
+        build_native.main([])
+    assert list(folder.iterdir()) == []
+
+
+def test_the_command_says_why_it_cannot_build(cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(SystemExit, match="cannot be run"):
+        build_native.main([])
+
+
+def test_asking_costs_a_call_next_to_nothing(state: pytest.MonkeyPatch) -> None:
+    native.disable()
+    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+    spent = {}
+    for name, function in (("ask", native.operator), ("loss", lambda: ikl_loss(student, teacher))):
+        start = time.perf_counter()
+        for _ in range(300):
+            function()
+        spent[name] = time.perf_counter() - start
+    assert spent["ask"] < 0.05 * spent["loss"]
