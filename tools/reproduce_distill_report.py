@@ -168,11 +168,6 @@ def _order_lines(content: dict[str, Any]) -> list[str]:
 
 def _probe_table(content: dict[str, Any]) -> str:
     rows = []
-    for key in ("kd", "ikl_no_prior", "ikl"):
-        run = content["runs"][key][0]
-        epochs = str(content["budget"]["epochs"])
-        keywords = _keywords(content["chosen"][key])
-        rows.append(["the first table", _LABELS[key], keywords, epochs, f"{run['val_accuracy']:.2f}"])
     for probe in content["probes"]:
         accuracy = f"{probe['val_accuracy']:.2f}"
         label = _LABELS[probe["method"]]
