@@ -699,21 +699,22 @@ def _softmax(logits: Tensor, temperature: float, *, out: Tensor, work: Tensor) -
 def _weigh(part: _Rows, settings: Settings, *, out: Tensor) -> Tensor | None:
     """Class weights of a block into ``out``, rows divided by their mass; the mass (k, 1), or None where it is 1.
 
-    The mass of a row is the sum of its weights to the power gamma. A softmax to the power gamma is, but for its mass,
-    the softmax of ``gamma * t / T2``. With x = t - max t its mass is sum exp(gamma x / T2) / (sum exp(x / T2))**gamma,
-    and each of these two sums is 1 over the largest entry of its softmax.
+    The mass of a row is the sum of its weights to the power gamma. Of a softmax these are exp(gamma * log softmax), and
+    one of them at least is C**-gamma: they do not vanish together.
     """
     if part.class_prior is not None:
         torch.pow(part.class_prior, settings.gamma, out=out)
-        mass = out.sum(1, keepdim=True)
-        out.div_(torch.where(mass > 0, mass, 1.0))
-        return mass
-    largest = None
-    if settings.gamma != 1.0:
+    elif settings.gamma == 1.0:
         _softmax(part.teacher, settings.weight_temperature, out=out, work=part.work)
-        largest = out.amax(1, keepdim=True).pow_(settings.gamma)
-    if settings.gamma == 0.0:
-        out.fill_(1.0 / out.shape[1])
+        return None
+    elif settings.gamma == 0.0:
+        out.fill_(1.0)  # for a probability of 0 as well
     else:
-        _softmax(part.teacher, settings.weight_temperature / settings.gamma, out=out, work=part.work)
-    return None if largest is None else largest.div_(out.amax(1, keepdim=True))
+        tempered = part.teacher
+        if settings.weight_temperature != 1.0:
+            tempered = torch.mul(part.teacher, 1.0 / settings.weight_temperature, out=part.work)
+        torch.log_softmax(tempered, 1, out=out)
+        out.mul_(settings.gamma).exp_()
+    mass = out.sum(1, keepdim=True)
+    out.div_(torch.where(mass > 0, mass, 1.0))
+    return mass

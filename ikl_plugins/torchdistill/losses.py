@@ -150,10 +150,13 @@ class MidLevelLoss(nn.Module):
             self.to(student.device)
 
         loss: Tensor = self.core(student, teacher, self._labels(targets) if prior is not None else None)
+        # Factors of 1 are left out: on small logits each costs a noticeable part of the loss, forward and backward.
         if self._epoch is not None:
-            loss = loss * core.warmup_factor(self._epoch, self.warmup_epochs)
+            factor = core.warmup_factor(self._epoch, self.warmup_epochs)
+            loss = loss if factor == 1 else loss * factor
         if self.ce_weight > 0:
-            loss = loss + self.ce_weight * self._cross_entropy(labelled, targets)
+            cross_entropy = self._cross_entropy(labelled, targets)
+            loss = loss + (cross_entropy if self.ce_weight == 1 else self.ce_weight * cross_entropy)
 
         if training:
             self._batches_seen += 1
