@@ -222,21 +222,24 @@ def _compile(caller: str, output: Path, *, verbose: bool) -> None:
     command = [*compiler, *_flags(), str(_SOURCE), "-o", str(output), *_libraries()]
     if verbose:
         print(shlex.join(command), flush=True)
+    status, said = _run(command)
+    if status != 0 or not output.exists():
+        last = "\n".join(said.splitlines()[-20:])
+        raise RuntimeError(
+            f"{caller}: {compiler[0]} must compile {_SOURCE}, but ended with {status}:\n{last}\n"
+            f"Name another compiler in the environment variable CXX. {_WITHOUT}."
+        )
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit status and errors of a command; of one that cannot be started 127, as from a shell, and why."""
     try:
         done = subprocess.run(  # noqa: S603
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
         )
     except OSError as error:
-        raise RuntimeError(
-            f"{caller}: the compiler {compiler[0]} cannot be run: {error}. Install one, or name it in the environment "
-            f"variable CXX. {_WITHOUT}."
-        ) from error
-    if done.returncode != 0 or not output.exists():
-        last = "\n".join(done.stderr.splitlines()[-20:])
-        raise RuntimeError(
-            f"{caller}: {compiler[0]} must compile {_SOURCE}, but ended with {done.returncode}:\n{last}\n"
-            f"Name another compiler in the environment variable CXX. {_WITHOUT}."
-        )
+        return 127, str(error)
+    return done.returncode, done.stderr
 
 
 def _flags() -> list[str]:

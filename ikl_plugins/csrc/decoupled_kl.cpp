@@ -514,12 +514,29 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
   }
 
   // The weighted MSE of weights that sum to 1, times the square of what they do sum to.
+  const double mass = weight_sum.whole;
+  if constexpr (kind == Weights::prior || kind == Weights::power) {
+    // 1 over a denormal number is infinite, and products with one lose their digits: such weights are made larger first.
+    if (mass > 0 && mass < std::numeric_limits<T>::min()) {
+      const T lift = T(int64_t(1) << Lanes<T>::mantissa_bits);
+      weight_sum = {}, difference_sum = {};
+      over_row<T>(
+          classes,
+          [&](auto place) {
+            const V<T> weight = load<T>(weights + place.index) * lift;
+            weight_sum.add(weight);
+            difference_sum.add(weight * (place.get(teacher) - place.get(student)));
+            store<T>(weights + place.index, weight);
+          },
+          [&] { weight_sum.settle(), difference_sum.settle(); });
+    }
+  }
   const double weight_mass = weight_sum.whole > 0 ? weight_sum.whole : 1;
   double factor = 1;
   if (s.divide_by_pairs) {
     factor = problem.mass[index] * problem.mass[index] * problem.share;
   } else if (kind == Weights::prior || kind == Weights::power) {
-    factor = weight_sum.whole * weight_sum.whole;
+    factor = mass * mass;
   }
   factor *= s.beta / (s.mse_temperature * s.mse_temperature);
   const T mean = T(difference_sum.whole / weight_mass), per_mass = T(1 / weight_mass);

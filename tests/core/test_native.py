@@ -74,7 +74,7 @@ def _python(code: str, *options: str, **environment: str) -> subprocess.Complete
         env={**clean, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -140,6 +140,57 @@ def test_weights_from_denormal_to_large(operator: Calls, dtype: torch.dtype, gam
     for loss in ("ikl", "gkl"):
         used = {"gamma": gamma} if loss == "gkl" else {}
         oracles.assert_matches(LOSSES[loss], loss, student, teacher, class_prior=prior, alpha=0.0, **used)
+    assert len(operator) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_processors_with_shorter_vectors(built_operator: Path, tmp_path: Path, capability: str) -> None:
+    """Built and run as on a processor that torch finds to have less than this one."""
+    code = """
+import itertools, torch
+from ikl_plugins import gkl_loss, native
+print(torch.backends.cpu.get_cpu_capability())
+native.build()
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+    for classes, prior, gamma in itertools.product((*range(1, 20), 63, 65, 1030), (False, True), (0.0, 0.4, 1.0)):
+        settings = {"gamma": gamma, "reduction": "none", "temperature": 2.0}
+        if prior:
+            settings["class_prior"] = torch.softmax(3 * torch.randn(3, classes, dtype=dtype), 1)
+        logits = [(3 * torch.randn(3, classes, dtype=dtype)).requires_grad_() for _ in range(2)]
+        found = []
+        for switch in (native.disable, native.enable):
+            switch()
+            loss = gkl_loss(*logits, **settings)
+            found.append((loss, *torch.autograd.grad(loss.sum(), logits)))
+        torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance / 100)
+"""
+    done = _python(code, XDG_CACHE_HOME=str(tmp_path), ATEN_CPU_CAPABILITY=capability)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.strip().lower()
+    if found != capability:
+        pytest.skip(f"torch takes this processor for one with {found}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "divide"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)], ids=str
+)
+def test_weights_that_are_all_denormal(operator: Calls, dtype: torch.dtype, divide: bool) -> None:
+    """One over their sum is infinite. GKL's normaliser makes up for their size, where a double holds its square."""
+    tiny = torch.finfo(dtype).tiny
+    shares = torch.tensor([[0.25, 0.5, 0.125, 0.0, 1.0]] * 2, dtype=dtype)
+    prior = shares * (tiny / 16)
+    assert 0 < prior.sum(1).max() < tiny
+    student, teacher = torch.randn(2, 5, dtype=dtype), torch.randn(2, 5, dtype=dtype)
+    for reduction in ("batchmean", "none"):
+        if divide:  # the normaliser is that of the same weights of an ordinary size
+            expected = oracles.decoupled("gkl", student, teacher, class_prior=shares, gamma=1.0)
+            found = gkl_loss(student, teacher, class_prior=prior, gamma=1.0, reduction=reduction)
+        else:
+            expected = oracles.decoupled("ikl", student, teacher, class_prior=prior)
+            found = ikl_loss(student, teacher, class_prior=prior, reduction=reduction)
+        oracles.assert_close(found, expected.loss(reduction), dtype)
     assert len(operator) == 2
 
 
@@ -338,8 +389,8 @@ def test_where_it_cannot_be_had_the_losses_go_on_without_it(cache: Path, state: 
     state.setenv(native.VARIABLE, value)
     state.setenv("CXX", str(cache / "no compiler"))
     student, teacher = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    reason = {"1": "must be built first", "build": "cannot be run"}[value]
-    with pytest.warns(RuntimeWarning, match=f"{native.VARIABLE}={value} asks for .* without it.*{reason}"):
+    reason = {"1": "must be built first", "build": "ended with 127"}[value]
+    with pytest.warns(RuntimeWarning, match=f"(?s){native.VARIABLE}={value} asks for .* without it.*{reason}"):
         oracles.assert_matches(ikl_loss, "ikl", student, teacher)
     assert not native.is_enabled()
     with warnings.catch_warnings():
@@ -486,7 +537,9 @@ def test_no_compiler(cache: Path, state: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"needs the C\+\+ compiler .* none of g\+\+, clang\+\+, c\+\+ is on"):
         native.build()
     state.setenv("CXX", "/no/such/compiler --fast")
-    with pytest.raises(RuntimeError, match=r"the compiler /no/such/compiler cannot be run.*environment variable CXX"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)/no/such/compiler must compile .* ended with 127:.*No such file.*variable CXX"
+    ):
         native.build()
 
 
@@ -589,7 +642,7 @@ def test_the_command_deletes_a_wrong_operator(
 
 def test_the_command_says_why_it_cannot_build(cache: Path, state: pytest.MonkeyPatch) -> None:
     state.setenv("CXX", "/no/such/compiler")
-    with pytest.raises(SystemExit, match="cannot be run"):
+    with pytest.raises(SystemExit, match="ended with 127"):
         build_native.main([])
 
 
