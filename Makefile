@@ -6,7 +6,7 @@ EXTRAS := demo,test
 FORK_VENV := .venv-fork
 FORK_EXTRAS := mmpretrain-fork,robustbench,data,test
 
-.PHONY: demo test test-slow test-fork lint type bench clean help
+.PHONY: demo test test-slow test-fork lint type bench reproduce reliability clean help
 
 help:
 	@echo "make demo       small students and robust networks on real digits; tables and plots in runs/demo"
@@ -15,7 +15,9 @@ help:
 	@echo "make test-fork  the MMPretrain tests, in a second environment with the maintained forks (onedl-*)"
 	@echo "make lint       ruff"
 	@echo "make type       mypy"
-	@echo "make bench      time and memory of the losses, time of an adversarial step; tables and CSV in runs/bench"
+	@echo "make bench      time and memory of the losses and of training steps; tables and CSV in runs/bench"
+	@echo "make reproduce  the paper's tables in miniature on CIFAR-10, some hours; tables and plots in docs/results"
+	@echo "make reliability  kill -9, generated inputs, mutated configs, hostile checkpoints, full disks; in runs/reliability"
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,7 +50,15 @@ type: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench_training.py
 	$(BIN)/python tools/bench_adversarial.py
+
+reproduce: $(VENV)/installed
+	$(BIN)/python tools/reproduce.py distill
+	$(BIN)/python tools/reproduce.py adversarial
+
+reliability: $(VENV)/installed
+	$(BIN)/python tools/reliability.py all
 
 clean:
 	rm -rf $(VENV) $(FORK_VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -2,6 +2,8 @@
 
 Each shape's methods run in turn, round after round, in one process; a figure is the median over the rounds, and ratios
 are taken between medians of the same run. Peak memory is measured in a process of its own for each method.
+
+The C++ operator takes part where it can be built, as `python -m ikl_plugins.build_native` does it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,16 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ikl_plugins import dkl_loss, gkl_loss, ikl_loss
+import ikl_plugins.functional
+from ikl_plugins import dkl_loss, gkl_loss, ikl_loss, native
 from ikl_plugins.functional import ikl_settings
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-SHAPES = [(512, 100), (512, 1000), (128, 21841), (128, 128256)]
+SHAPES = [
+    (128, 100), (512, 100), (64, 1000), (512, 1000), (64, 10000), (128, 21841), (64, 32000), (16, 128256),
+    (128, 128256),
+]  # fmt: skip
 PAIRWISE_SHAPE = (64, 1000)
 LINEAR_ROWS = 64
 LINEAR_CLASSES = [1000, 4008, 16032, 64128, 128256]
 MEMORY_SHAPE = (256, 32000)
+STEP_SHAPES = [(128, 100), (512, 1000), (64, 32000)]
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -50,12 +57,27 @@ def pairwise(student: Tensor, teacher: Tensor) -> Tensor:
     return mse - (weights * torch.log_softmax(student, 1)).sum() / len(student)
 
 
-def composed(student: Tensor, teacher: Tensor) -> Tensor:
+def composed(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """IKL in the linear form as ordinary tensor code, the path that torch.compile gets."""
     from ikl_plugins.functional import _composed
 
-    settings = ikl_settings(alpha=1.0, beta=1.0, temperature=1.0, weight_temperature=1.0, reduction="batchmean")
+    settings = ikl_settings(
+        alpha=1.0, beta=1.0, temperature=temperature, weight_temperature=temperature, reduction="batchmean"
+    )
     return _composed(student, teacher, None, settings)[0]
+
+
+def by_operator(loss: Loss) -> Loss:
+    """The loss with the C++ operator switched on for it; its backward only hands out what forward has left."""
+
+    def loss_by_operator(student: Tensor, teacher: Tensor) -> Tensor:
+        native.enable()
+        try:
+            return loss(student, teacher)
+        finally:
+            native.disable()
+
+    return loss_by_operator
 
 
 METHODS: dict[str, Loss] = {
@@ -66,7 +88,83 @@ METHODS: dict[str, Loss] = {
     "DKL": dkl_loss,
     "GKL gamma 1": gkl_loss,
     "GKL gamma 0.5": partial(gkl_loss, gamma=0.5),
+    "IKL, C++ operator": by_operator(ikl_loss),
+    "GKL gamma 0.5, C++ operator": by_operator(partial(gkl_loss, gamma=0.5)),
 }
+
+
+def of_operator(name: str) -> bool:
+    return "C++ operator" in name
+
+
+# --- what each step towards the shipped losses gave; all at temperature 4, in both terms ---
+
+STEP_TEMPERATURE = 4.0
+
+
+def in_one_block(loss: Loss) -> Loss:
+    """The walk over all rows at once, whatever their number."""
+
+    def loss_in_one_block(student: Tensor, teacher: Tensor) -> Tensor:
+        shipped = ikl_plugins.functional._BLOCK_ELEMENTS_CPU
+        ikl_plugins.functional._BLOCK_ELEMENTS_CPU = 2**62
+        try:
+            return loss(student, teacher)
+        finally:
+            ikl_plugins.functional._BLOCK_ELEMENTS_CPU = shipped
+
+    return loss_in_one_block
+
+
+_shipped = partial(ikl_loss, temperature=STEP_TEMPERATURE, weight_temperature=STEP_TEMPERATURE)
+# A temperature that differs in its last digit keeps the walk from taking the soft labels for the weights.
+_weights_apart = partial(
+    ikl_loss, temperature=STEP_TEMPERATURE, weight_temperature=STEP_TEMPERATURE * (1 + sys.float_info.epsilon)
+)
+
+STEPS: dict[str, Loss] = {
+    "KL": lambda student, teacher: kl(student / STEP_TEMPERATURE, teacher / STEP_TEMPERATURE),
+    "linear form, plain code": partial(composed, temperature=STEP_TEMPERATURE),
+    "plain code through torch.compile": torch.compile(
+        partial(composed, temperature=STEP_TEMPERATURE), dynamic=False, fullgraph=True
+    ),
+    "analytic gradient, in place": in_one_block(_weights_apart),
+    "in blocks that fit the cache": _weights_apart,
+    "one softmax less (shipped)": _shipped,
+    "C++ operator": by_operator(_shipped),
+}
+
+
+WEIGHTS_GAMMA = 0.5
+
+
+def shipped_weights(teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """GKL's weights and their mass as the walk makes them, from one log-softmax."""
+    from ikl_plugins.functional import _Rows, _weigh, gkl_settings
+
+    settings = gkl_settings(
+        alpha=1.0, beta=1.0, temperature=1.0, weight_temperature=STEP_TEMPERATURE, gamma=WEIGHTS_GAMMA,
+        reduction="batchmean",
+    )  # fmt: skip
+    weights, work = torch.empty_like(teacher), torch.empty_like(teacher)
+    mass = _weigh(_Rows(teacher, teacher, None, weights, work, work), settings, out=weights)
+    if mass is None:
+        raise RuntimeError("GKL's weights have lost their mass")
+    return weights, mass
+
+
+def two_softmax_weights(teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from two softmaxes, whose largest entries give the mass."""
+    weights, work = torch.empty_like(teacher), torch.empty_like(teacher)
+    torch.mul(teacher, 1.0 / STEP_TEMPERATURE, out=work)
+    torch.softmax(work, 1, out=weights)
+    largest = weights.amax(1, keepdim=True).pow_(WEIGHTS_GAMMA)
+    work.mul_(WEIGHTS_GAMMA)
+    torch.softmax(work, 1, out=weights)
+    return weights, largest.div_(weights.amax(1, keepdim=True))
+
+
+WEIGHTS = {"two softmaxes": two_softmax_weights, "one log-softmax, raised (shipped)": shipped_weights}
 
 
 def logits(rows: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -78,6 +176,18 @@ def logits(rows: int, classes: int) -> tuple[Tensor, Tensor]:
 def interleaved_medians(methods: dict[str, Loss], rows: int, classes: int, seconds: float) -> dict[str, float]:
     """Median seconds of forward and backward for each method, the student alone with a gradient."""
     student, teacher = logits(rows, classes)
+
+    def timed(method: Loss) -> float:
+        leaf = student.clone().requires_grad_()
+        start = time.perf_counter()
+        method(leaf, teacher).backward()
+        return time.perf_counter() - start
+
+    return medians_of({name: partial(timed, method) for name, method in methods.items()}, seconds)
+
+
+def medians_of(methods: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """Median of what the methods return, called in turn for at least ``seconds``."""
     times: dict[str, list[float]] = {name: [] for name in methods}
     order = random.Random(0)  # noqa: S311 - an order, not a secret
     end = time.perf_counter() + seconds
@@ -85,13 +195,40 @@ def interleaved_medians(methods: dict[str, Loss], rows: int, classes: int, secon
     while rounds < 7 or (time.perf_counter() < end and rounds < 2000):
         # What a method leaves in caches and heap must not always meet the same next one.
         for name in order.sample(list(methods), len(methods)):
-            leaf = student.clone().requires_grad_()
-            start = time.perf_counter()
-            methods[name](leaf, teacher).backward()
+            spent = methods[name]()
             if rounds >= 2:  # the first rounds warm caches and threads up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(spent)
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def weights_medians(rows: int, classes: int, seconds: float) -> dict[str, float]:
+    """Median seconds of GKL's weights, made in two ways."""
+    _, teacher = logits(rows, classes)
+
+    def timed(weights: Callable[[Tensor], object]) -> float:
+        start = time.perf_counter()
+        weights(teacher)
+        return time.perf_counter() - start
+
+    return medians_of({name: partial(timed, way) for name, way in WEIGHTS.items()}, seconds)
+
+
+def can_build(what: str) -> bool:
+    """Builds the C++ operator; says so where that is not possible."""
+    try:
+        native.build()
+        native.enable()
+    except RuntimeError as error:
+        print(f"{what} without the C++ operator: {error}", flush=True)
+        return False
+    native.disable()
+    return True
+
+
+def without_operator(methods: Iterable[str], *, built: bool) -> list[str]:
+    """The methods that can run here."""
+    return [name for name in methods if built or not of_operator(name)]
 
 
 def peak_memory(name: str) -> float:
@@ -99,13 +236,14 @@ def peak_memory(name: str) -> float:
     torch.set_num_threads(2)
     loss = METHODS[name]
     small = torch.randn(64, 64, requires_grad=True)
+    native.disable()
     loss(small, torch.randn(64, 64)).backward()
     student, teacher = logits(*MEMORY_SHAPE)
     student.requires_grad_()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak that the kernel keeps
-    before = _status("VmRSS")
+    before = status("VmRSS")
     loss(student, teacher).backward()
-    return (_status("VmHWM") - before) * 1024 / (student.numel() * student.element_size())
+    return (status("VmHWM") - before) * 1024 / (student.numel() * student.element_size())
 
 
 def peak_memory_of(name: str) -> float:
@@ -114,7 +252,8 @@ def peak_memory_of(name: str) -> float:
     return statistics.median(float(subprocess.check_output(command)) for _ in range(3))
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """A figure of /proc/self/status, in kibibytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1])
@@ -142,14 +281,17 @@ def main() -> None:
         return
 
     torch.set_num_threads(args.threads)
+    native.disable()  # but where a method has it in its name
+    built = can_build("Measured")
+    methods = {name: METHODS[name] for name in without_operator(METHODS, built=built)}
     rows: list[dict[str, object]] = []
     lines = [f"Measured with `make bench`: {describe(args.threads)}.", ""]
 
     lines += ["Forward and backward, relative to KL (its time in brackets):", ""]
-    names = [name for name in METHODS if name != "KL"]
+    names = [name for name in methods if name != "KL"]
     lines += [f"| shape | KL | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for shape in SHAPES:
-        medians = interleaved_medians(METHODS, *shape, args.seconds)
+        medians = interleaved_medians(methods, *shape, args.seconds)
         ratios = [f"{medians[name] / medians['KL']:.2f}" for name in names]
         lines.append(f"| {shape} | 1 ({1e3 * medians['KL']:.2f} ms) | {' | '.join(ratios)} |")
         rows += [_row("time", shape, name, value, medians["KL"]) for name, value in medians.items()]
@@ -172,9 +314,9 @@ def main() -> None:
 
     if Path("/proc/self/clear_refs").exists():
         lines += ["", f"Peak memory above the inputs at {MEMORY_SHAPE}, in logits tensors (the gradient is 1):", ""]
-        lines += [f"| {' | '.join(METHODS)} |", "|---" * len(METHODS) + "|"]
+        lines += [f"| {' | '.join(methods)} |", "|---" * len(methods) + "|"]
         peaks = []
-        for name in METHODS:
+        for name in methods:
             peak = peak_memory_of(name)
             peaks.append(f"{peak:.2f}")
             rows.append({"kind": "memory", "rows": MEMORY_SHAPE[0], "classes": MEMORY_SHAPE[1], "method": name,
@@ -182,11 +324,38 @@ def main() -> None:
         lines.append(f"| {' | '.join(peaks)} |")
         print(lines[-1], flush=True)
 
+    lines += ["", *steps_table(rows, args.seconds, built=built)]
+
     lines += ["", f"`import ikl_plugins` after `import torch`: {import_milliseconds():.0f} ms."]
     print(lines[-1])
 
     fields = ["kind", "rows", "classes", "method", "seconds", "ratio", "logits_tensors"]
     write_results(args.output, "losses", fields, rows, lines)
+
+
+def steps_table(rows: list[dict[str, object]], seconds: float, *, built: bool) -> list[str]:
+    """What each step gave, as lines; the figures are appended to ``rows``."""
+    names = without_operator(STEPS, built=built)  # torch.compile needs the compiler that the operator needs
+    if not built:
+        names.remove("plain code through torch.compile")
+    lines = [f"Steps towards the shipped IKL, temperature {STEP_TEMPERATURE:g} in both terms, relative to KL:", ""]
+    lines += [f"| shape | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for shape in STEP_SHAPES:
+        medians = interleaved_medians({name: STEPS[name] for name in names}, *shape, seconds)
+        rows += [_row("step", shape, name, value, medians["KL"]) for name, value in medians.items()]
+        ratios = [f"{medians[name] / medians['KL']:.2f}" for name in names]
+        lines.append(f"| {shape} | {' | '.join(ratios)} |")
+        print(lines[-1], flush=True)
+
+    lines += ["", f"GKL's weights and their mass, gamma {WEIGHTS_GAMMA}, relative to the first way:", ""]
+    lines += [f"| shape | {' | '.join(WEIGHTS)} |", "|---" * (len(WEIGHTS) + 1) + "|"]
+    for shape in STEP_SHAPES:
+        medians = weights_medians(*shape, seconds / 5)
+        base = medians["two softmaxes"]
+        rows += [_row("weights", shape, name, value, base) for name, value in medians.items()]
+        lines.append(f"| {shape} | {' | '.join(f'{value / base:.2f}' for value in medians.values())} |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 def describe(threads: int) -> str:
