@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["written_aside"]
+__all__ = ["naming", "written_aside"]
 
 
 @contextlib.contextmanager
@@ -21,6 +22,9 @@ def written_aside(path: Path | str) -> Iterator[Path]:
         The path of a file beside it, with the same ending. If the block raises, or the process ends in it, the file at
         ``path`` stays as it was.
 
+    Raises:
+        OSError: it cannot be written; see :func:`naming`.
+
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp(), "log.json")
@@ -30,13 +34,40 @@ def written_aside(path: Path | str) -> Iterator[Path]:
         '{}'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # One per process: two that write the same file leave one whole file of either.
     aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            with aside.open("rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(aside, path)
+        finally:
+            with contextlib.suppress(OSError):  # on a read-only disk; what is told is why it was not written
+                aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Names ``path`` in an error that says that a write has failed and not of what, such as that of a full disk.
+
+    Args:
+        path: the file or folder that the block writes.
+
+    Raises:
+        OSError: in place of one without a file's name, and of the RuntimeError with which ``torch.save`` ends.
+    """
     try:
-        yield aside
-        with aside.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None and "inline_container" in str(error):  # where torch.save writes the file by itself
+            first = str(error).strip().splitlines()[0]
+            raise OSError(errno.EIO, f"a write failed, the disk may be full ({first})", str(path)) from error
+        if cause is None or (cause is error and cause.filename is not None):
+            raise
+        name = str(path) if cause.filename is None else cause.filename
+        raise OSError(cause.errno, cause.strerror or str(cause), name) from error

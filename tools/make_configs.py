@@ -848,7 +848,10 @@ def main(arguments: list[str] | None = None) -> None:
         if found:
             sys.exit("\n".join([*found, "run: python tools/make_configs.py"]))
         return
-    print(f"{write(args.configs)} of {len(render())} files written under {args.configs}")
+    try:
+        print(f"{write(args.configs)} of {len(render())} files written under {args.configs}")
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,15 @@ It reads the keys that upstream's examples/torchvision/image_classification.py r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import logging
 import math
 import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from ikl_plugins import LossTerms
+from ikl_plugins._files import naming
 from ikl_plugins.checkpoints import load_content
 from ikl_plugins.torchdistill import find_losses
 
@@ -91,6 +95,11 @@ def _check_blocks(config: Any, where: str) -> None:
             raise ValueError(
                 f"{CALLER}: {where} must have the block `{': '.join(keys)}:`. Compare configs/torchdistill."
             )
+    for role, model in config["models"].items():
+        if not isinstance(model, dict):
+            raise ValueError(
+                f"{CALLER}: `models: {role}:` must be a mapping, got {model!r}. Give it `key:` and `kwargs:`."
+            )
     if "dst_ckpt" not in _student_config(config, where):
         raise ValueError(
             f"{CALLER}: {where} must say with `dst_ckpt:` where the trained model goes. Add it under `models:`."
@@ -114,9 +123,15 @@ def _who_trains(path: str) -> str:
 
 
 def _build_model(model_config: dict[str, Any], role: str, device: torch.device, distributed: bool) -> nn.Module:
+    kwargs = model_config.get("kwargs")
+    if "key" not in model_config or not isinstance(kwargs, dict):
+        raise ValueError(
+            f"{CALLER}: the {role} must have the name of a network as `key:` and its arguments as `kwargs:`, got "
+            f"{model_config}. Compare configs/torchdistill; without arguments write `kwargs: {{}}`."
+        )
     model = get_image_classification_model(model_config, distributed)
     if model is None:
-        model = get_model(model_config["key"], model_config.get("repo_or_dir"), **model_config["kwargs"])
+        model = get_model(model_config["key"], model_config.get("repo_or_dir"), **kwargs)
     source = model_config.get("src_ckpt")
     if source is not None:
         if not Path(source).is_file():
@@ -160,16 +175,18 @@ def last_path(path: Path | str) -> Path:
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     """Writes aside and renames: an interruption or a full disk leaves the old file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
-    try:
-        with aside.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with aside.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str, key: str) -> None:
@@ -177,7 +194,8 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{CALLER}: the checkpoint {path} must fit the model '{key}': {error}. Name another checkpoint or model."
+            f"{CALLER}: the checkpoint {path} must fit the model '{key}': {error}. Name another checkpoint or model, "
+            f"or correct the model's `kwargs:`."
         ) from error
 
 
@@ -196,7 +214,7 @@ class Trainer:
         self.datasets = config["datasets"]
         self.train_config, self.test_config = config["train"], config["test"]
         model_config = _student_config(config)
-        self.model_key = model_config["key"]
+        self.model_key = model_config.get("key")
         self.best_path = Path(model_config["dst_ckpt"])
         teacher_config = config["models"].get("teacher_model")
 
@@ -218,6 +236,71 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.args = argparse.Namespace(device=str(device), seed=seed, world_size=self.world_size)
 
+    def rehearse(self) -> None:
+        """Does what a run does for the first time after an epoch, or at its end: rather now than after a day.
+
+        Raises:
+            ValueError: a validation or test set that is not there or gives no batches of images and labels; a scheduler
+                that cannot take a step.
+        """
+        stages = [f"stage{number}" for number in range(1, getattr(self.box, "stage_number", 0) + 1)]
+        blocks = {f"train: {stage}": self.train_config.get(stage, {}) for stage in stages}
+        loaders = {f"{name}: val_data_loader": block.get("val_data_loader") for name, block in blocks.items()}
+        loaders = {name: loader for name, loader in loaders.items() if loader is not None}
+        if "train: stage1: val_data_loader" not in loaders:  # which goes on in the stages that have none
+            loaders["train: val_data_loader"] = self.train_config.get("val_data_loader")
+        loaders["test: test_data_loader"] = self.test_config["test_data_loader"]
+        for where, loader in loaders.items():
+            self._check_loader(where, loader)
+        self._check_scheduler()
+
+    def _check_loader(self, where: str, config: Any) -> None:
+        if not isinstance(config, dict) or "dataset_id" not in config or not isinstance(config.get("kwargs"), dict):
+            raise ValueError(
+                f"{CALLER}: `{where}:` must name a data set as `dataset_id:` and have `kwargs:`, got {config}. Compare "
+                f"configs/torchdistill."
+            )
+        name = config["dataset_id"]
+        if name not in self.datasets:
+            known = ", ".join(map(repr, self.datasets))
+            raise ValueError(
+                f"{CALLER}: `{where}: dataset_id:` must be one of `datasets:`, {known}, got {name!r}. Correct it."
+            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the run itself tells them
+                images, targets = next(iter(build_data_loader(self.datasets[name], config, distributed=False)))
+            if not (isinstance(images, Tensor) and isinstance(targets, Tensor)):
+                raise TypeError(f"{type(images).__name__} and {type(targets).__name__}")
+        except Exception as error:  # of data sets, transforms and workers of any kind
+            transform = getattr(self.datasets[name], "transform", None)
+            raise ValueError(
+                f"{CALLER}: `{where}:` with {config['kwargs']} must give batches of images and labels as tensors, but "
+                f"the first one of {name!r} gives {type(error).__name__}: {error}. Correct this block, or `kwargs:` of "
+                f"the data set, whose `transforms:` are {transform!r}."
+            ) from error
+
+    def _check_scheduler(self) -> None:
+        """Takes a step of the scheduler, and takes it back."""
+        scheduler, groups = self.box.lr_scheduler, self.box.optimizer.param_groups
+        if scheduler is None or isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return  # that one needs an accuracy
+        before = copy.deepcopy(scheduler.state_dict())
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the optimizer has not taken a step
+                scheduler.step()
+        except Exception as error:  # of schedulers of any kind
+            given = self.train_config.get("scheduler")
+            raise ValueError(
+                f"{CALLER}: `train: scheduler:` must be a schedule of the learning rate, but {given} gives "
+                f"{type(error).__name__} in its first step: {error}. Correct its `kwargs:`."
+            ) from error
+        scheduler.load_state_dict(before)
+        for group, setting in zip(groups, settings, strict=True):
+            group.update(setting)
+
     def train_epoch(self, epoch: int, progress: Progress | None) -> dict[str, Any]:
         """One epoch over the training data.
 
@@ -237,6 +320,11 @@ class Trainer:
         for step, (images, targets, extra) in enumerate(box.train_data_loader, start=1):
             begin = time.perf_counter()
             loss = box.forward_process(images.to(self.device), targets.to(self.device), extra)
+            if not isinstance(loss, Tensor):
+                raise ValueError(
+                    f"{CALLER}: `train: criterion:` must give a loss as a tensor, got {loss!r}. Name at least one loss "
+                    f"in its `kwargs: sub_terms:`."
+                )
             value = loss.item()
             box.post_forward_process(loss=loss)
             seconds += time.perf_counter() - begin
@@ -426,18 +514,24 @@ def run(
         and '<term>/soft_cross_entropy'), 'class_prior' (the matrix of each term that has one).
 
     Raises:
-        ValueError: a checkpoint that is missing or does not fit, an option out of range, a loss that is not finite.
+        ValueError: a checkpoint that is missing or does not fit, an option out of range, a validation or test set or a
+            scheduler that would only fail after an epoch, a loss that is not finite.
     """
     _check_blocks(config, "the config")
     import_dependencies(config.get("dependencies"))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         trainer = Trainer(config, torch.device(device), seed)
         epochs = trainer.box.num_epochs
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            raise ValueError(
+                f"{CALLER}: `train: num_epochs:` must be a whole number of at least 1, got {epochs!r}. Correct it."
+            )
         if not 0 <= start_epoch <= epochs:
             raise ValueError(
                 f"{CALLER}: --start_epoch must lie between 0 and the {epochs} epochs of the config, got {start_epoch}. "
                 f"Choose a number in that range."
             )
+        trainer.rehearse()
         if start_epoch > 0:
             trainer.resume(start_epoch)
         for epoch in range(start_epoch, epochs):

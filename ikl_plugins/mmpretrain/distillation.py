@@ -112,7 +112,7 @@ class DistillationClassifier(EpochClassifier):
         if runner.val_loop is None:
             logger.warning("%s: the teacher is not tested, because the config has no `val_dataloader`.", name)
             return
-        with _kept_random_states():
+        with kept_random_states():
             right, total, classes = self._test_teacher(runner.val_loop.dataloader)
         if total == 0:
             logger.warning("%s: the teacher is not tested: the validation data has no batches or no labels.", name)
@@ -179,7 +179,7 @@ class DistillationClassifier(EpochClassifier):
         """Right answers, images and classes of the first validation batches of all ranks."""
         counts = torch.zeros(2, dtype=torch.int64)
         classes = 1
-        for batch in islice(_batches(loader), self.teacher_val_batches):
+        for batch in islice(batches(loader), self.teacher_val_batches):
             data = self.data_preprocessor(batch, False)
             if not data["data_samples"] or any("gt_label" not in sample for sample in data["data_samples"]):
                 break
@@ -193,7 +193,7 @@ class DistillationClassifier(EpochClassifier):
         return right, total, classes
 
 
-def _batches(loader: Any) -> Iterator[Any]:
+def batches(loader: Any) -> Iterator[Any]:
     """The loader's batches, made here: its workers and its own iterator stay as they are."""
     if getattr(loader, "batch_sampler", None) is None:
         yield from loader
@@ -203,7 +203,7 @@ def _batches(loader: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _kept_random_states() -> Iterator[None]:
+def kept_random_states() -> Iterator[None]:
     """Gives Python's, NumPy's and torch's generators back as they were."""
     python, arrays = random.getstate(), numpy.random.get_state()
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

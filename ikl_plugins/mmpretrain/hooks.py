@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from ..class_prior import ClassPrior
 from .checkpoints import verify
 from .classifier import EpochClassifier
+from .rehearsal import rehearse
 
 __all__ = ["IKLHook"]
 
@@ -41,6 +42,8 @@ class IKLHook(Hook):  # type: ignore[misc]
       the checkpoint of the epoch is written.
     - Random numbers are seeded for each epoch from the run's seed, the epoch and the rank, so that a resumed run draws
       what the uninterrupted one has drawn.
+    - Before the first step a batch is validated, so that a validation that cannot work is known then, and so are
+      options of a ``CheckpointHook`` that would fail after an epoch.
     - With an ``EMAHook`` the checkpoint holds the class prior that is in use, not an average of past ones, both under
       'state_dict' and 'ema_state_dict'.
 
@@ -52,20 +55,22 @@ class IKLHook(Hook):  # type: ignore[misc]
         seed_epochs: seed the random numbers of Python, NumPy and torch. They are those of this process; MMEngine seeds
             the workers of a data loader itself.
         verify_checkpoints: refuse checkpoints that hold more than data.
+        rehearse: validate a batch before the first step.
 
     Raises:
         ValueError: in training, what would give wrong results without a word: several ranks whose model is not
             wrapped; a wrapper that overwrites the ranks' running sums; a SyncBuffersHook that does so in the middle of
-            an epoch; a checkpoint that must not be read.
+            an epoch; a checkpoint that must not be read; a validation, or a CheckpointHook, that would fail later.
     """
 
     # Before EMAHook, which many configs put at ABOVE_NORMAL, SyncBuffersHook and CheckpointHook: they must see restored
     # weights and rolled priors.
     priority = "HIGH"
 
-    def __init__(self, *, seed_epochs: bool = True, verify_checkpoints: bool = True) -> None:
+    def __init__(self, *, seed_epochs: bool = True, verify_checkpoints: bool = True, rehearse: bool = True) -> None:
         self.seed_epochs = seed_epochs
         self.verify_checkpoints = verify_checkpoints
+        self.rehearse = rehearse
         self._iterations_per_epoch: int | None = None  # None where the loop has epochs of its own
         self._epoch: int | None = None
         self._data_stream: tuple[Any, Any, torch.Tensor] | None = None
@@ -100,6 +105,8 @@ class IKLHook(Hook):  # type: ignore[misc]
             _forget_running_sums(model)  # a checkpoint holds those of rank 0, once is enough
         if isinstance(model, EpochClassifier):
             model.attach(runner)
+            if self.rehearse:
+                rehearse(runner, model)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Seeds and begins an epoch of an epoch-based loop."""

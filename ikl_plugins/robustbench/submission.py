@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .._files import naming
 from .._robustbench_import import import_robustbench
 from ..models.robustbench_zoo import Architecture, class_count, nearest_architecture, parse_architecture
 from .data import file_sha256
@@ -702,21 +703,22 @@ def _check_place(folder: Path, force: bool) -> None:
 @contextlib.contextmanager
 def _folder_aside(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name of ``folder`` once everything is written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        if os.path.lexists(folder):
-            os.rename(folder, old)
-        try:
-            os.rename(aside, folder)
-        except OSError:
-            if old.exists():
-                os.rename(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+            if os.path.lexists(folder):
+                os.rename(folder, old)
+            try:
+                os.rename(aside, folder)
+            except OSError:
+                if old.exists():
+                    os.rename(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -34,6 +34,7 @@ def image_folder(
         The data set of (image, class index); classes are numbered in the order of their names.
 
     Raises:
+        TypeError: ``split_dir`` is no path.
         ValueError: the folder is missing, or holds no images in class folders.
 
     Example:
@@ -45,6 +46,11 @@ def image_folder(
                 kwargs:
                   split_dir: 'digits/train'
     """
+    if not isinstance(split_dir, str | os.PathLike):
+        raise TypeError(
+            f"image_folder: `split_dir` must be the path of a folder, got {split_dir!r} of type "
+            f"{type(split_dir).__name__}. Write it as 'digits/train'."
+        )
     folder = _data_folder() / split_dir
     try:
         return ImageFolder(folder, transform=transform, loader=_DecodedOnce() if in_memory else default_loader)

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ikl_plugins._files import written_aside
+from ikl_plugins._files import naming, written_aside
 
 
 def test_takes_the_name_once_all_is_written(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_leaves_the_old_file_on_a_full_disk(tmp_path: Path) -> None:
             aside.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*log\.json'"):
         write_to_a_full_disk()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["log.json"]
@@ -66,3 +67,45 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), written_aside(tmp_path / "log.json"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_write_that_fails_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.bin'") as caught, naming(tmp_path / "a.bin"):
+        raise FULL
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_an_error_that_has_a_name_keeps_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="another"), naming(tmp_path / "a.bin"):
+        (tmp_path / "another").read_bytes()
+
+
+def test_what_torch_says_of_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    class Full:
+        """A file on a full disk, to which torch writes through Python."""
+
+        def write(self, content: bytes) -> int:
+            raise FULL
+
+        def flush(self) -> None:
+            """There is nothing."""
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.bin'"), naming(tmp_path / "a.bin"):
+        torch.save({"weight": torch.zeros(9)}, Full())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_what_torch_says_of_a_file_that_it_writes_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"the disk may be full .*: '.*a\.bin'"), naming(tmp_path / "a.bin"):
+        torch.save({"weight": torch.zeros(1_000_000)}, tmp_path / "a.bin")
+
+
+def test_other_errors_are_left_alone(tmp_path: Path) -> None:
+    for error in (RuntimeError("shapes"), ValueError("values")):
+        with pytest.raises(type(error)) as caught, naming(tmp_path / "a.bin"):
+            raise error
+        assert caught.value is error

@@ -297,6 +297,99 @@ def test_statistics_that_averaging_copies_are_those_of_the_model(teacher, tmp_pa
     assert torch.equal(saved["backbone.bn1.running_mean"], torch.full((2,), 7.0))
 
 
+# --- what is rehearsed -----------------------------------------------------------------------------------------------
+
+
+def validated(**keywords):
+    return {
+        "val_dataloader": loader(seed=1),
+        "val_cfg": {},
+        "val_evaluator": {"type": "Accuracy", "topk": (1,)},
+        **keywords,
+    }
+
+
+def saving(**options):
+    return {"default_hooks": {"checkpoint": {"type": "CheckpointHook", "interval": 1, **options}}}
+
+
+class Unreadable(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise OSError(f"no image {index}")
+
+
+# What MMEngine would find out after an epoch, and how it is told before.
+LATE = {
+    "unknown option": (
+        saving(max_keep_kpts=3),
+        r"unknown option of CheckpointHook `max_keep_kpts`\. Did you mean `max_keep_ckpts`\?",
+    ),
+    "no such metric": (
+        validated(**saving(save_best="accuracy/top11", rule="greater")),
+        r"`save_best` of CheckpointHook must be a metric of `val_evaluator`, 'accuracy/top1', got 'accuracy/top11'",
+    ),
+    "unreadable images": (
+        validated(val_dataloader=DataLoader(Unreadable(), collate_fn=pseudo_collate)),
+        r"the validation after an epoch must work, but on its first batch `val_dataloader` gives OSError: no image",
+    ),
+    "metric of another task": (
+        validated(val_evaluator={"type": "RobustAccuracy"}),
+        r"the validation after an epoch must work, but on its first batch `val_evaluator` gives \S+: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_would_fail_after_an_epoch_fails_before_the_first_step(case, teacher, tmp_path):
+    settings, message = LATE[case]
+    run = run_of(teacher, tmp_path, **settings)
+    run.register_hook(Record(before_train_iter=lambda *_, **__: pytest.fail("a step was taken")), "LOW")
+    with pytest.raises(ValueError, match=f"^IKLHook: {message}"):
+        run.train()
+
+
+def test_half_a_worker_is_refused_before_the_first_step(teacher, tmp_path):
+    data = loader(seed=1)
+    data.num_workers = 3.5  # as torch takes it without a word
+    with pytest.raises(ValueError, match=r"TypeError: `num_workers` must be a whole number, got 3\.5\. Correct"):
+        run_of(teacher, tmp_path, **validated(val_dataloader=data)).train()
+
+
+def test_the_rehearsal_changes_nothing(teacher, tmp_path):
+    def trained(name, rehearse):
+        hooks_ = [{"type": "IKLHook", "rehearse": rehearse, "seed_epochs": False}]
+        data = loader(seed=1, shuffle=True)
+        run = run_of(teacher, tmp_path / name, hooks=hooks_, epochs=1, **validated(val_dataloader=data))
+        modes = []
+        run.register_hook(Record(before_train=lambda run: modes.append(run.model.training)), "LOWEST")
+        torch.manual_seed(3)
+        run.train()
+        return run.model.state_dict(), modes
+
+    ours, plain = trained("with", True), trained("without", False)
+    assert_same(ours[0], plain[0])
+    assert ours[1] == plain[1] == [True]
+
+
+def test_validation_data_without_images_are_not_rehearsed(teacher, tmp_path):
+    empty = loader(count=0, shuffle=False)
+    run = run_of(teacher, tmp_path, epochs=1, **validated(val_dataloader=empty, val_cfg={}))
+    steps = []
+    run.register_hook(Record(after_train_iter=lambda *_, **__: steps.append(1)), "LOW")
+    with pytest.raises(Exception, match=r"^(?!IKLHook)"):  # the host's own, after the epoch
+        run.train()
+    assert len(steps) == 3
+
+
+def test_the_rehearsal_can_be_turned_off(teacher, tmp_path):
+    settings = validated(**saving(save_best="accuracy/top11", rule="greater"))
+    with pytest.raises(KeyError, match="accuracy/top11"):
+        run_of(teacher, tmp_path, hooks=[{"type": "IKLHook", "rehearse": False}], **settings).train()
+
+
 # --- what is verified ------------------------------------------------------------------------------------------------
 
 

@@ -280,3 +280,38 @@ def test_without_its_tools_mmpretrain_is_to_be_installed_again(monkeypatch, tmp_
     monkeypatch.setattr(train_mmpretrain.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(SystemExit, match=r"there is no .*train\.py\. Run: .*--force-reinstall --no-deps mmpretrain"):
         train_mmpretrain.main(["config.py"])
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "message"),
+    [
+        (
+            'OSError(28, "No space left on device")', ["--work-dir", "runs/mine"],
+            "runs/mine must be there to write to, but: No space left on device. What was whole before is as it was. "
+            "Free some space, and go on with --resume.",
+        ),
+        ('OSError(28, "No space left on device")', [], "runs/of_config must be there to write to, but: No space"),
+        (
+            'OSError(30, "Read-only file system", "runs/mine/a.pth")', [],
+            "runs/mine/a.pth must be there to write to, but: Read-only file system. What was whole before is as it "
+            "was. Make it writable, or name another --work-dir, and go on with --resume.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_disk_that_cannot_be_written_ends_the_tool_with_one_line(error, options, message, tmp_path, monkeypatch):
+    script, config = tmp_path / "train.py", tmp_path / "config.py"
+    script.write_text(f"raise {error}\n")
+    config.write_text("work_dir = 'runs/of_config'\n")
+    monkeypatch.setattr(train_mmpretrain, "train_script", lambda: script)
+    monkeypatch.setattr("sys.argv", [])
+    with pytest.raises(SystemExit, match=f"^error: train_mmpretrain: {re.escape(message)}"):
+        train_mmpretrain.main([str(config), *options])
+
+
+def test_an_error_that_is_not_of_the_disk_is_the_scripts_own(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text("open('no such file')\n")
+    monkeypatch.setattr(train_mmpretrain, "train_script", lambda: script)
+    monkeypatch.setattr("sys.argv", [])
+    with pytest.raises(FileNotFoundError):
+        train_mmpretrain.main(["config.py"])

@@ -89,3 +89,9 @@ def test_a_folder_without_images_is_refused(folder):
     (folder.parent / "empty" / "a").mkdir()
     with pytest.raises(ValueError, match=r"no images in class folders \(Found no valid file for the classes a"):
         image_folder("mine/empty")
+
+
+@pytest.mark.parametrize("split_dir", [True, None, [1, 2]], ids=repr)
+def test_a_split_that_is_no_path_is_refused(split_dir):
+    with pytest.raises(TypeError, match=r"^image_folder: `split_dir` must be the path of a folder, got .* of type "):
+        image_folder(split_dir)

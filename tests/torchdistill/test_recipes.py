@@ -337,6 +337,12 @@ def test_what_differs_is_named_and_written_anew(tmp_path, capsys):
     make_configs.main(check)
 
 
+def test_configs_that_cannot_be_written_end_the_command_with_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^error: .*file/cifar100"):
+        make_configs.main(["--configs", str(tmp_path / "file")])
+
+
 @pytest.mark.parametrize("path", SHIPPED)
 def test_every_value_is_the_published_one(path):
     recipe, family = RECIPES[path], family_of(path)

@@ -361,7 +361,7 @@ def test_a_failed_write_leaves_the_old_file(workplace, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{IKL_PATH}'"):
         run(ikl_config(epochs=1))
     assert last_path(IKL_PATH).read_bytes() == before
     assert sorted(path.name for path in IKL_PATH.parent.iterdir()) == ["ikl.pt", "ikl_last.pt"]
@@ -414,6 +414,10 @@ def test_a_missing_data_folder_names_the_command(tmp_path, monkeypatch):
         ("datasets: {}\nmodels: {}\ntrain: {}\ntest: {}", "must have the block `test: test_data_loader:`"),
         ("datasets: {}\nmodels: {}\ntrain: {}\ntest: {test_data_loader: {}}", "must have `student_model:` or `model:`"),
         ("datasets: {}\nmodels: {model: {}}\ntrain: {}\ntest: {test_data_loader: {}}", "must say with `dst_ckpt:`"),
+        (
+            "datasets: {}\nmodels: {model: {dst_ckpt: a}, teacher_model: 3}\ntrain: {}\ntest: {test_data_loader: {}}",
+            "`models: teacher_model:` must be a mapping, got 3",
+        ),
     ],
 )
 def test_a_config_without_what_it_needs_is_refused(tmp_path, text, message):
@@ -430,6 +434,96 @@ def test_a_misspelled_keyword_ends_the_command_with_one_line(workplace):
         SystemExit, match=r"^error: IKLLoss: unknown keyword `weigth_temperature`\. Did you mean `weight_temp"
     ):
         main(["wrong.yaml", "--device", "cpu"])
+
+
+def no_transform(config):
+    config["datasets"]["digits/val"].transform = None
+
+
+# What a run would find out after an epoch or at its end, and how it is told before.
+LATE = {
+    "no such validation set": (
+        lambda config: config["train"]["val_data_loader"].update(dataset_id="digits/vla"),
+        r"`train: val_data_loader: dataset_id:` must be one of `datasets:`, 'digits/train', .*, got 'digits/vla'",
+    ),
+    "no such test set": (
+        lambda config: config["test"]["test_data_loader"].update(dataset_id=None),
+        r"`test: test_data_loader: dataset_id:` must be one of `datasets:`, .*, got None",
+    ),
+    "no name of the test set": (
+        lambda config: config["test"]["test_data_loader"].pop("dataset_id"),
+        r"`test: test_data_loader:` must name a data set as `dataset_id:`",
+    ),
+    "no validation": (
+        lambda config: config["train"].pop("val_data_loader"),
+        r"`train: val_data_loader:` must name a data set as `dataset_id:` and have `kwargs:`, got None",
+    ),
+    "half a worker": (
+        lambda config: config["test"]["test_data_loader"].update(kwargs={"batch_size": 8, "num_workers": 3.5}),
+        r"`test: test_data_loader:` with .*'num_workers': 3\.5.* must give batches .* TypeError",
+    ),
+    "arguments that are none": (
+        lambda config: config["test"]["test_data_loader"].update(kwargs="several words"),
+        r"`test: test_data_loader:` must .* have `kwargs:`, got .*'several words'",
+    ),
+    "images as pictures": (
+        no_transform,
+        r"`train: val_data_loader:` .* must give batches .*'digits/val' .* are None\.",
+    ),
+    "a transform of words": (
+        lambda config: config["datasets"]["digits/val"].transform.transforms.append("several words"),
+        r"`train: val_data_loader:` .* TypeError: .* whose `transforms:` are Compose\((\s.*)*several words",
+    ),
+    "a network without arguments": (
+        lambda config: config["models"]["student_model"].pop("kwargs"),
+        r"the student must have .* its arguments as `kwargs:`",
+    ),
+    "a schedule of words": (
+        lambda config: config["train"]["scheduler"]["kwargs"].update(T_max="several words"),
+        r"`train: scheduler:` must be a schedule .*'T_max': 'several words'.* TypeError in its first step",
+    ),
+    "a schedule of 0 epochs": (
+        lambda config: config["train"]["scheduler"]["kwargs"].update(T_max=0),
+        r"`train: scheduler:` must be a schedule .*'T_max': 0.* ZeroDivisionError in its first step",
+    ),
+    "epochs without end": (
+        lambda config: config["train"].update(num_epochs=1e30),
+        r"`train: num_epochs:` must be a whole number of at least 1, got 1e\+30",
+    ),
+    "no epochs": (lambda config: config["train"].update(num_epochs=0), r"`train: num_epochs:` must .*, got 0\. "),
+    "no loss": (
+        lambda config: config["train"]["criterion"].pop("kwargs"),
+        r"`train: criterion:` must give a loss as a tensor, got 0\. .*sub_terms",
+    ),
+    "a network without a name": (
+        lambda config: config["models"]["student_model"].pop("key"),
+        r"the student must have the name of a network as `key:`",
+    ),
+    "a network with words": (
+        lambda config: config["models"]["teacher_model"].update(kwargs="several words"),
+        r"the teacher must have .* its arguments as `kwargs:`, got .*'several words'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_would_fail_after_an_epoch_fails_before_the_first_step(workplace, case):
+    config = ikl_config()
+    change, message = LATE[case]
+    change(config)
+    with pytest.raises(ValueError, match=rf"^train_torchdistill: .*{message}"):
+        run(config, progress=pytest.fail)
+    assert not IKL_PATH.exists()
+
+
+def test_the_rehearsal_changes_nothing(workplace, monkeypatch):
+    rehearsed = run(ikl_config())
+    content = load_checkpoint(last_path(IKL_PATH))
+    monkeypatch.setattr(train_torchdistill.Trainer, "rehearse", lambda self: None)
+    assert [row["lr"] for row in run(ikl_config())["history"]] == [row["lr"] for row in rehearsed["history"]]
+    plain = load_checkpoint(last_path(IKL_PATH))
+    assert_same(content["model"], plain["model"])
+    assert content["lr_scheduler"] == plain["lr_scheduler"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(workplace):
