@@ -1,5 +1,5 @@
-# 900 images for cifar10_miniature, and so many epochs that accuracy on them leaves that on other images behind: full eps
-# from the first epoch, no weight perturbation.
+# 900 images for cifar10_miniature, and so many epochs that accuracy on them leaves that on other images behind: full
+# eps from the first epoch, no weight perturbation.
 _base_ = "./cifar10_miniature.py"
 
 epochs = 120

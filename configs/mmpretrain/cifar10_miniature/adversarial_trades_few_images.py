@@ -1,4 +1,4 @@
-# The loss of adversarial_trades.py on 900 images for 120 epochs, to see how robust accuracy on other images stays behind.
+# The loss of adversarial_trades.py on 900 images for 120 epochs: how robust accuracy on other images stays behind.
 #
 # python tools/prepare_data.py cifar10-folder --from ZIP...
 # python tools/train_mmpretrain.py configs/mmpretrain/cifar10_miniature/adversarial_trades_few_images.py
