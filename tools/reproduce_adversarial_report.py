@@ -12,6 +12,7 @@ import reproduce_adversarial_plan as plan
 from demo_report import binomial_margin, pyplot, save_figure, text_table
 from reproduce_adversarial_jobs import STEPS, from_hex
 from reproduce_adversarial_plan import CENTRE, DKL, EPS, IKL, METHODS, SEVERAL, TRADES, Budget, Cell
+from reproduce_jobs import all_versions
 
 __all__ = ["FIGURES", "difference", "draw", "render"]
 
@@ -49,7 +50,7 @@ def render(content: dict[str, Any]) -> str:
         content: what ``reproduce_adversarial.reproduce`` writes into adversarial.json.
     """
     budget = _budget(content)
-    versions = next(iter(content["jobs"].values()))["versions"]
+    versions = all_versions(content["jobs"].values())
     lines = [
         "# Adversarial training: measured",
         "",

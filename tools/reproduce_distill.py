@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from reproduce_jobs import CALLER, Job, run_jobs
+from reproduce_jobs import CALLER, Job, all_versions, run_jobs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchdistill.models.registry import register_model
@@ -166,8 +166,11 @@ def run_plan(
     weights = _public_weights(weights)
     images = {"images_per_class": budget.images_per_class, "held_out_per_class": budget.held_out_per_class}
 
+    everything: list[dict[str, Any]] = []
+
     def jobs(*asked: Job, at_once: int = processes) -> list[dict[str, Any]]:
         found = run_jobs(asked, folder, processes=at_once, threads=threads, report=report)
+        everything.extend(found.values())
         return [found[job.name] for job in asked]
 
     teacher = {**images, "weights_sha256": _sha256(weights), "epochs": budget.teacher_epochs, "seed": 0}
@@ -229,7 +232,7 @@ def run_plan(
         "weights": weights_result["result"],
         "equality": equality["result"],
         "timing": timing["result"],
-        "versions": timing["versions"],
+        "versions": all_versions(everything),
     }
 
 

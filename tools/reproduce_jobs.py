@@ -20,13 +20,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ikl_plugins._files import written_aside
 
-__all__ = ["Job", "exclusive", "read_json", "run_jobs", "versions", "write_json"]
+__all__ = ["Job", "all_versions", "exclusive", "read_json", "run_jobs", "versions", "write_json"]
 
 CALLER = "reproduce"
 PACKAGES = ("torch", "torchvision", "numpy", "torchdistill", "mmengine", "mmpretrain", "robustbench", "pyautoattack")
@@ -142,6 +142,19 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def all_versions(results: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Those of all jobs; what differs among them, as when a run goes on on another machine, is listed.
+
+    Args:
+        results: as :func:`run_jobs` returns them.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        for key, value in result["versions"].items():
+            found.setdefault(key, {})[value] = None
+    return {key: " and ".join(values) for key, values in found.items()}
 
 
 @contextlib.contextmanager

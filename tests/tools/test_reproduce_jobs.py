@@ -148,3 +148,8 @@ def test_json_is_written_whole(tmp_path):
         reproduce_jobs.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["one.json"]
+
+
+def test_versions_that_differ_among_the_jobs_are_all_told():
+    jobs = [{"versions": {"torch": "2.14.1", "processor": name}} for name in ("A", "B", "A")]
+    assert reproduce_jobs.all_versions(jobs) == {"torch": "2.14.1", "processor": "A and B"}
