@@ -60,14 +60,18 @@ def naming(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        # torch.save met the error of the disk, and then one of its own, as its archive is not whole.
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
-        if cause is None and "inline_container" in str(error):  # where torch.save writes the file by itself
+        if cause is None:  # where it writes the file by itself
             first = str(error).strip().splitlines()[0]
             raise OSError(errno.EIO, f"a write failed, the disk may be full ({first})", str(path)) from error
-        if cause is None or (cause is error and cause.filename is not None):
-            raise
-        name = str(path) if cause.filename is None else cause.filename
-        raise OSError(cause.errno, cause.strerror or str(cause), name) from error
+        raise OSError(cause.errno, cause.strerror or str(cause), cause.filename or str(path)) from error

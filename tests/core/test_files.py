@@ -109,3 +109,11 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as caught, naming(tmp_path / "a.bin"):
             raise error
         assert caught.value is error
+
+
+def test_an_error_of_ones_own_behind_one_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
+    error = RuntimeError("there is no compiler")
+    error.__context__ = OSError(errno.ENOENT, "No such file or directory")
+    with pytest.raises(RuntimeError) as caught, naming(tmp_path / "a.bin"):
+        raise error
+    assert caught.value is error
