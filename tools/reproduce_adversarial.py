@@ -68,7 +68,7 @@ def reproduce(
         followed["trainings"],
         followed["followed"],
         further["trainings"],
-        further["pgd"],
+        [*further["pgd"], *further["prior"]],
     ):
         found |= run(jobs)
     content = {

@@ -22,9 +22,20 @@ from torch import Tensor, nn
 
 from ikl_plugins import dkl_loss
 from ikl_plugins.adversarial import PGD
-from ikl_plugins.checkpoints import load_weights
+from ikl_plugins.checkpoints import load_content, load_weights
 
-__all__ = ["attack", "autoattack", "check", "data_folder", "follow", "from_hex", "read_scalars", "to_hex", "train"]
+__all__ = [
+    "attack",
+    "autoattack",
+    "check",
+    "class_prior",
+    "data_folder",
+    "follow",
+    "from_hex",
+    "read_scalars",
+    "to_hex",
+    "train",
+]
 
 WORK = "work"  # the folder of a training inside that of its job
 STEPS, STEP_SIZE = 20, 0.25  # of the PGD that measures, the second relative to eps: 2/255 at 8/255
@@ -162,6 +173,21 @@ def follow(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         rows.append(row)
         reproduce_jobs.write_json(kept, rows)
     return {"images": {name: len(labels) for name, (_, labels) in sets.items()}, "rows": rows}
+
+
+def class_prior(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the class prior of a training holds: rows of probabilities, all equal where it says nothing of the class.
+
+    Args:
+        settings: 'training': the name of its job; 'epoch' of the checkpoint.
+        folder: of the job, beside that of the training.
+
+    Returns:
+        'matrix': the class-wise means of the predictions, a list for each class.
+    """
+    path = folder.parent / settings["training"] / WORK / f"epoch_{settings['epoch']}.pth"
+    # The live prior; of the averaged weights there is none.
+    return {"matrix": load_content(path)["state_dict"]["robust_loss.class_prior.matrix"].tolist()}
 
 
 def autoattack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:

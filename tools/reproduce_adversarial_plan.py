@@ -254,7 +254,10 @@ def published_label(budget: Budget, scales: dict[str, float], method: str) -> st
 
 
 def further_jobs(budget: Budget, scales: dict[str, float]) -> dict[str, list[Job]]:
-    """Trainings and PGD with the published weights where others were chosen, and with more images and steps."""
+    """Trainings and PGD with the published weights where others were chosen, and with more images and steps.
+
+    Under 'prior' what IKL's class prior holds after the longer training.
+    """
     trainings, pgd = [], []
     wanted = [
         (published_label(budget, scales, method), method, budget.epochs, budget.options)
@@ -270,7 +273,8 @@ def further_jobs(budget: Budget, scales: dict[str, float]) -> dict[str, list[Job
         trainings.append(training)
         settings = {"epoch": epochs, "split": "test", "images": budget.test_images, "radii": [EPS]}
         pgd.append(_measuring(f"pgd-{label}", "attack", training, **settings))
-    return {"trainings": trainings, "pgd": pgd}
+    prior = _measuring("prior", "class_prior", trainings[-1], epoch=budget.longer_epochs)
+    return {"trainings": trainings, "pgd": pgd, "prior": [prior]}
 
 
 def ablation_jobs(budget: Budget) -> list[Job]:

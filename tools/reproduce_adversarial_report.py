@@ -111,6 +111,8 @@ def render(content: dict[str, Any]) -> str:
         "",
         _longer_table(content),
         "",
+        _prior_line(content),
+        "",
         "## Ablations of IKL",
         "",
         f"Around alpha {CENTRE['alpha']:g}, beta {CENTRE['beta']:g}, tau {CENTRE['weight_temperature']:g}, the paper's "
@@ -370,6 +372,17 @@ def _longer_table(content: dict[str, Any]) -> str:
         f"{MEASURES[measure]}: {what}" for measure in ("natural", "pgd") for what in ("TRADES", "IKL", "difference")
     ]
     return text_table(["training", *names], rows)
+
+
+def _prior_line(content: dict[str, Any]) -> str:
+    matrix = _result(content, "prior")["matrix"]
+    entries = [entry for row in matrix for entry in row]
+    own = [row[label] for label, row in enumerate(matrix)]
+    return (
+        f"The class prior of IKL at the end of the longer training, class-wise means of the predictions at the config's "
+        f"temperature: all entries lie between {min(entries):.3f} and {max(entries):.3f}, the mean of those of the own "
+        f"class is {statistics.fmean(own):.3f}; {1 / len(matrix):.3f} says nothing."
+    )
 
 
 def _search_table(content: dict[str, Any]) -> str:

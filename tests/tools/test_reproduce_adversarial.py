@@ -65,6 +65,8 @@ def made_up(budget, *, robust=lambda cell: 0.3, scales=None):
         if kind == "autoattack":
             images = settings["images"]
             return {"images": images, "natural_accuracy": 50.0, "robust": bits(robust(job.name) - 0.05, images)}
+        if kind == "class_prior":
+            return {"matrix": [[0.4 if row == column else 0.0625 for column in range(10)] for row in range(10)]}
         if kind == "follow":
             rows = [{"epoch": epoch, "train": [50 + place, 40 + place], "val": [40, 30 - place]}
                     for place, epoch in enumerate(settings["epochs"])]  # fmt: skip
@@ -347,6 +349,8 @@ def test_the_tables_of_the_further_trainings_hold_what_was_measured():
     assert rows["GKL"] == ["50.00", "20.00", "+0.00 ± 0.00", "-10.00 ± 1.32"]
     longer = rows_of(section, "training")
     assert longer[1][0] == "main table: 9,000 images, 6 epochs"
+    prior = "all entries lie between 0.062 and 0.400, the mean of those of the own class is 0.400; 0.100 says nothing"
+    assert prior in section
     assert longer[2] == [
         "longer: 45,000 images, 5 epochs", "50.00", "50.00", "+0.00 ± 0.00", "40.00", "45.00", "+5.00 ± 0.96",
     ]  # fmt: skip
