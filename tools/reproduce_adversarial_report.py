@@ -379,7 +379,7 @@ def _prior_line(content: dict[str, Any]) -> str:
     entries = [entry for row in matrix for entry in row]
     own = [row[label] for label, row in enumerate(matrix)]
     return (
-        f"The class prior of IKL at the end of the longer training, class-wise means of the predictions at the config's "
+        f"The class prior of IKL after the longer training, class-wise means of the predictions at the config's "
         f"temperature: all entries lie between {min(entries):.3f} and {max(entries):.3f}, the mean of those of the own "
         f"class is {statistics.fmean(own):.3f}; {1 / len(matrix):.3f} says nothing."
     )
