@@ -76,19 +76,16 @@ class Budget(NamedTuple):
     teacher_epochs: int
     search_epochs: int
     epochs: int
-    longer_epochs: int  # of some probes
     probes: int | None  # of each question; None for all
     equality_steps: int
     timing_rounds: int
 
 
 FULL = Budget(
-    None, None, teacher_epochs=3, search_epochs=1, epochs=4, longer_epochs=6, probes=None, equality_steps=200,
+    None, None, teacher_epochs=3, search_epochs=1, epochs=4, probes=None, equality_steps=200,
     timing_rounds=40,
 )  # fmt: skip
-QUICK = Budget(
-    64, 20, teacher_epochs=1, search_epochs=1, epochs=2, longer_epochs=3, probes=1, equality_steps=10, timing_rounds=3
-)
+QUICK = Budget(64, 20, teacher_epochs=1, search_epochs=1, epochs=2, probes=1, equality_steps=10, timing_rounds=3)
 
 
 class Probe(NamedTuple):
@@ -97,14 +94,13 @@ class Probe(NamedTuple):
     question: str
     method: str
     keywords: dict[str, float]
-    epochs: int
 
 
 def probes(budget: Budget, chosen: dict[str, dict[str, float]]) -> list[Probe]:
     """What else could have put IKL without global information where the table has it.
 
     Args:
-        budget: says how many, and of how many epochs.
+        budget: says how many.
         chosen: keywords by the method.
     """
     as_kd = dkl_of(chosen["kd"])  # its beta, the weight of the MSE, is that of the cross entropy
@@ -119,12 +115,11 @@ def probes(budget: Budget, chosen: dict[str, dict[str, float]]) -> list[Probe]:
         ],
         "labels and the MSE alone": [(method, {"alpha": 0.0, "beta": 1.0}) for method in ("ikl_no_prior", "ikl")],
     }
-    found = [
-        Probe(question, method, keywords, budget.epochs)
+    return [
+        Probe(question, method, keywords)
         for question, some in asked.items()
         for method, keywords in some[: budget.probes]
     ]
-    return [*found, *(Probe("more epochs", *one, budget.longer_epochs) for one in shown[:2])]
 
 
 def run_plan(
@@ -202,7 +197,7 @@ def run_plan(
     asked = probes(budget, chosen)
     probed = jobs(
         *(
-            student(f"probe-{index}", one.method, one.keywords, one.epochs, SEEDS[0], tested=False)
+            student(f"probe-{index}", one.method, one.keywords, budget.epochs, SEEDS[0], tested=False)
             for index, one in enumerate(asked)
         )
     )

@@ -171,8 +171,8 @@ def _probe_table(content: dict[str, Any]) -> str:
     for probe in content["probes"]:
         accuracy = f"{probe['val_accuracy']:.2f}"
         label = _LABELS[probe["method"]]
-        rows.append([probe["question"], label, _keywords(probe["keywords"]), str(probe["epochs"]), accuracy])
-    return text_table(["question", "loss", "keywords", "epochs", "validation"], rows)
+        rows.append([probe["question"], label, _keywords(probe["keywords"]), accuracy])
+    return text_table(["question", "loss", "keywords", "validation"], rows)
 
 
 def _weights_table(content: dict[str, Any]) -> str:

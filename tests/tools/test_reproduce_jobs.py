@@ -153,3 +153,18 @@ def test_json_is_written_whole(tmp_path):
 def test_versions_that_differ_among_the_jobs_are_all_told():
     jobs = [{"versions": {"torch": "2.14.1", "processor": name}} for name in ("A", "B", "A")]
     assert reproduce_jobs.all_versions(jobs) == {"torch": "2.14.1", "processor": "A and B"}
+
+
+def test_the_page_of_results_shows_the_measured_tables():
+    docs = Path(reproduce.__file__).parent.parent / "docs"
+    measured = {
+        line
+        for name in ("distill", "adversarial")
+        for line in (docs / "results" / f"{name}.md").read_text().splitlines()
+    }
+    page = (docs / "results.md").read_text()
+    for heading, rows in (("## Distillation", 6), ("## Adversarial training", 10)):
+        section = page[page.index(heading) :]
+        table = section[section.index("\n| loss ") + 1 :].split("\n\n")[0].splitlines()
+        assert len(table) == 2 + rows
+        assert set(table) <= measured
