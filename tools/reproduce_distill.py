@@ -113,7 +113,7 @@ def probes(budget: Budget, chosen: dict[str, dict[str, float]]) -> list[Probe]:
             ("ikl", {**as_kd, "beta": 1.0}),
             ("ikl_no_prior", as_kd),
         ],
-        "labels and the MSE alone": [(method, {"alpha": 0.0, "beta": 1.0}) for method in ("ikl_no_prior", "ikl")],
+        "labels and the MSE alone": [("ikl_no_prior", {"alpha": 0.0, "beta": 1.0})],
     }
     return [
         Probe(question, method, keywords)
