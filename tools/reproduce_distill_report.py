@@ -89,8 +89,7 @@ def render(content: dict[str, Any]) -> str:
         "## DKL is KL",
         "",
         "Students of KDLoss and of DKLLoss, the same start, batches and steps: norm of the difference of their "
-        "weights, divided by the norm of the weights. Last, two students of KDLoss whose first weights differ by one "
-        "rounding: what float32 makes of the smallest difference (a unit of a ReLU on the other side of 0 is enough).",
+        "weights, divided by the norm of the weights.",
         "",
         _equality_table(content),
     ]
