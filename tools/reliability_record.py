@@ -19,6 +19,8 @@ from ikl_plugins._files import written_aside
 
 __all__ = ["FORMAT", "Record", "child_environment", "merge", "table"]
 
+_ROOT = Path(__file__).resolve().parent.parent
+
 FORMAT = "ikl_plugins.reliability/1"
 TOOLS = Path(__file__).resolve().parent
 PACKAGES = ("numpy", "torchvision", "torchdistill", "mmengine", "mmpretrain", "robustbench", "pyautoattack")
@@ -123,7 +125,8 @@ def merge(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     for part in parts:
         path = folder / f"{part}.json"
         if path.exists():
-            content = json.loads(path.read_text())
+            # Messages name files of this checkout; where it lies is nobody's business.
+            content = json.loads(path.read_text().replace(f"{_ROOT}/", ""))
             if not content["finished"]:
                 raise ValueError(f"reliability: {path} must be finished to be shown. Run the part {part} again.")
             content.pop("done")
