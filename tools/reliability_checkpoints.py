@@ -306,7 +306,7 @@ def _host(work: Path, files: Path, teacher: Path) -> Base:
         }
         found = {}
         for name, text in texts.items():
-            content = torch.load(sound, map_location="cpu", weights_only=False)
+            content = load_content(sound)
             content["meta"]["cfg"] = content["meta"]["config"] = text
             buffer = io.BytesIO()
             torch.save(content, buffer)
