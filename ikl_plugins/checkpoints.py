@@ -8,9 +8,11 @@ buffers of MMEngine. MMEngine itself is not needed; where it is not imported a s
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import re
 import sys
+import threading
 import urllib.parse
 import warnings
 import zipfile
@@ -32,6 +34,8 @@ _STATISTICS = ("min", "max", "current", "mean")
 _BUFFER = ("mmengine.logging.history_buffer", "HistoryBuffer")
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
 READS_WEIGHTS_ONLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
+# torch's list of allowed names is the process's own, and a reading takes away at its end what it has added.
+reading = threading.Lock()
 
 
 class _LogBuffer:
@@ -105,7 +109,9 @@ def load_weights(path: Path | str, *, averaged: bool = True) -> dict[str, Tensor
     """The weights of a checkpoint, whoever has written it.
 
     Args:
-        path: a file, or an http(s) address; what is fetched stays in torch's hub folder.
+        path: a file, or an http(s) address. What is fetched stays in torch's hub folder, as ``name.<digest>.pth`` with
+            the first digits of the address's SHA-256. A ``name-<digest>.pth``, torch's own way to say that the digest
+            is the content's, stays what it is called; 8 or more hex digits count as one, decimal ones alone do not.
         averaged: of a checkpoint that also has the average of its weights, take the average and not the last ones.
 
     Returns:
@@ -114,7 +120,7 @@ def load_weights(path: Path | str, *, averaged: bool = True) -> dict[str, Tensor
     Raises:
         ValueError: as :func:`load_content` and :func:`weights_in`; the address cannot be read.
     """
-    content = fetch(str(path)) if is_address(path) else load_content(path)
+    content = fetch(str(path), name=_kept_name(str(path))) if is_address(path) else load_content(path)
     return weights_in(content, path, averaged=averaged)
 
 
@@ -179,11 +185,21 @@ def is_address(path: Path | str) -> bool:
     return isinstance(path, str) and path.startswith(("http://", "https://"))
 
 
-def fetch(address: str) -> Any:
+def _kept_name(address: str) -> str:
+    """A name in the hub folder that is no other address's: many a run calls its file best.pth."""
+    path = Path(urllib.parse.urlparse(address).path)
+    if re.search(r"-(?=\d*[a-f])[0-9a-f]{8,}\.", path.name):  # digits alone may be a day
+        return path.name
+    return f"{path.stem}.{hashlib.sha256(address.encode()).hexdigest()[:8]}{path.suffix}"
+
+
+def fetch(address: str, *, name: str | None = None) -> Any:
     """Reads what lies at an address as :func:`load_content` reads a file.
 
     Args:
         address: http(s). Torch's hub folder keeps what is fetched, and is looked at first.
+        name: of the file there; None for the last part of the address. Torch and MMEngine look under that one, and
+            read what is there from whatever address it has come: it is the file to check before they read it.
 
     Returns:
         As :func:`load_content`.
@@ -191,7 +207,7 @@ def fetch(address: str) -> Any:
     Raises:
         ValueError: as :func:`load_content`; the address cannot be read.
     """
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urllib.parse.urlparse(address).path).name)
+    cached = Path(torch.hub.get_dir(), "checkpoints", name or Path(urllib.parse.urlparse(address).path).name)
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -216,15 +232,16 @@ def _read(path: Path, where: str) -> Any:
                 damaged = archive.testzip()  # torch does not compare the checksums of tensors
             if damaged is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        # The context takes away at its end what it is given, so it gets what is not there for good.
-        present = torch.serialization.get_safe_globals()
         ours: list[SafeGlobal] = [*mmengine_globals(), argparse.Namespace]
-        with (
-            warnings.catch_warnings(),
-            torch.serialization.safe_globals([entry for entry in ours if entry not in present]),
-        ):
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # told with the refusal
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with reading:
+            # The context takes away at its end what it is given, so it gets what is not there for good.
+            present = torch.serialization.get_safe_globals()
+            with (
+                warnings.catch_warnings(),
+                torch.serialization.safe_globals([entry for entry in ours if entry not in present]),
+            ):
+                warnings.filterwarnings("ignore", "Detected pickle protocol")  # told with the refusal
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         found = re.search(r"(?:GLOBAL|class|getattr of) [^\s,;]+|attempted to call \S+|REDUCE[^\n]*", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:

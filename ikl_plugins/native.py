@@ -48,6 +48,8 @@ _PROCESSOR_FLAGS = {
 _operator: Callable[..., Any] | None = None
 _ask_environment = True  # until the first loss, or whoever decides before it
 _building = threading.Lock()
+# Whoever comes while a thread loads or builds waits for it: else that one's losses and this one's go different ways.
+_deciding = threading.RLock()
 
 
 def build(*, verbose: bool = False) -> Path:
@@ -113,32 +115,16 @@ def enable() -> None:
         RuntimeError: it has not been built, or cannot be loaded.
     """
     global _operator, _ask_environment
-    found = _loaded()
-    if found is None:
-        path = library_path()
-        try:
-            if not path.exists():
-                raise RuntimeError(
-                    f"ikl_plugins.native.enable: the operator must be built first, but there is no {path}. {_WAY_OUT}."
-                )
-            if not _is_whole(path):
-                raise OSError("it is not what was written there")
-            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-            found = _loaded()
-            if found is None:
-                raise OSError("it holds no operator")
-        except OSError as error:
-            raise RuntimeError(
-                f"ikl_plugins.native.enable: the operator at {path} cannot be loaded: {error}. Delete the file. "
-                f"{_WAY_OUT}."
-            ) from error
-    _operator, _ask_environment = found, False
+    with _deciding:
+        # In this order: operator() reads the answer without the lock as soon as there is no question left.
+        _operator, _ask_environment = _loaded() or _load(), False
 
 
 def disable() -> None:
     """The losses of this process go back to :mod:`ikl_plugins.functional`'s own way, whatever the environment says."""
     global _operator, _ask_environment
-    _operator, _ask_environment = None, False
+    with _deciding:
+        _operator, _ask_environment = None, False
 
 
 def is_enabled() -> bool:
@@ -171,22 +157,27 @@ def serves(student: Tensor, teacher: Tensor, class_prior: Tensor | None) -> bool
 def _follow_environment() -> None:
     """What the variable says: 1 uses a built operator, 'build' builds it if need be, 0 and nothing leave it out."""
     global _ask_environment
-    value = os.environ.get(VARIABLE, "0")
-    if value not in ("", "0", "1", "build"):
-        raise ValueError(
-            f"ikl_plugins.native: the environment variable {VARIABLE} must be '0', '1' or 'build', got {value!r}. Use "
-            f"1 for the operator that has been built, build to compile it where it is missing."
-        )
-    _ask_environment = False
-    if value in ("", "0"):
-        return
-    try:
-        if value == "build":
-            build()
-        enable()
-    except RuntimeError as error:
+    with _deciding:
+        if not _ask_environment:  # another thread has decided meanwhile
+            return
+        value = os.environ.get(VARIABLE, "0")
+        if value not in ("", "0", "1", "build"):
+            raise ValueError(
+                f"ikl_plugins.native: the environment variable {VARIABLE} must be '0', '1' or 'build', got {value!r}. "
+                f"Use 1 for the operator that has been built, build to compile it where it is missing."
+            )
+        refusal = ""
+        if value in ("1", "build"):
+            try:
+                if value == "build":
+                    build()
+                enable()
+            except RuntimeError as error:
+                refusal = str(error)
+        _ask_environment = False
+    if refusal:
         warnings.warn(
-            f"{VARIABLE}={value} asks for the C++ operator, but the losses go on without it. {error}",
+            f"{VARIABLE}={value} asks for the C++ operator, but the losses go on without it. {refusal}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -198,6 +189,26 @@ def _loaded() -> Callable[..., Any] | None:
         found: Callable[..., Any] = torch.ops.ikl_plugins.decoupled_kl.default
     except AttributeError:
         return None
+    return found
+
+
+def _load() -> Callable[..., Any]:
+    path = library_path()
+    try:
+        if not path.exists():
+            raise RuntimeError(
+                f"ikl_plugins.native.enable: the operator must be built first, but there is no {path}. {_WAY_OUT}."
+            )
+        if not _is_whole(path):
+            raise OSError("it is not what was written there")
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        found = _loaded()
+        if found is None:
+            raise OSError("it holds no operator")
+    except OSError as error:
+        raise RuntimeError(
+            f"ikl_plugins.native.enable: the operator at {path} cannot be loaded: {error}. Delete the file. {_WAY_OUT}."
+        ) from error
     return found
 
 

@@ -12,6 +12,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/util/string_view.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -23,7 +24,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <tuple>
 #include <type_traits>
 
@@ -679,11 +679,11 @@ Results walk(
 }
 
 // The caller has checked its arguments: (N, C) tensors of one shape on the CPU, each float64, float32, float16 or
-// bfloat16, and settings in their ranges.
+// bfloat16, and settings in their ranges. A string is torch's own string_view: older releases register no other.
 Results decoupled_kl(
     const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& class_prior, double alpha,
     double beta, double temperature, double weight_temperature, double gamma, double mse_temperature,
-    bool student_in_mse, bool divide_by_pairs, std::string_view reduction, bool student_needs, bool teacher_needs) {
+    bool student_in_mse, bool divide_by_pairs, c10::string_view reduction, bool student_needs, bool teacher_needs) {
   TORCH_CHECK(student.dim() == 2 && student.sizes() == teacher.sizes() && student.size(1) > 0,
               "decoupled_kl: logits must be two (N, C)");
   TORCH_CHECK(!class_prior || class_prior->sizes() == student.sizes(), "decoupled_kl: class_prior must be (N, C)");

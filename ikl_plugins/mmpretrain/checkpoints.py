@@ -34,7 +34,8 @@ def allow_mmengine_checkpoints() -> bool:
     """
     if not checkpoints.READS_WEIGHTS_ONLY or hasattr(mmengine.runner.checkpoint, "get_torch_safe_globals"):
         return False
-    torch.serialization.add_safe_globals(checkpoints.mmengine_globals())
+    with checkpoints.reading:  # which takes away at its end what it has added, these names too
+        torch.serialization.add_safe_globals(checkpoints.mmengine_globals())
     return True
 
 

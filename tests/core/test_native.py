@@ -9,9 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ def _python(code: str, *options: str, **environment: str) -> subprocess.Complete
     )
 
 
+def _library(built_operator: Path) -> Path:
+    """The operator there; a folder that is kept has those of other sources and releases of torch as well."""
+    return built_operator / "ikl_plugins" / native.library_path().name
+
+
 def _compiler(folder: Path, body: str) -> str:
     """A command that is called like a compiler and does what ``body`` says with the output's name in $out."""
     script = folder / "compiler"
@@ -89,7 +95,7 @@ def _compiler(folder: Path, body: str) -> str:
 
 def _copying_compiler(folder: Path, built_operator: Path, before: str = "") -> str:
     """One that has the operator ready: a real compiler takes ten seconds."""
-    (library,) = (built_operator / "ikl_plugins").glob("*.so")
+    library = _library(built_operator)
     (folder / "ready").write_bytes(library.read_bytes()[:-DIGEST])
     return _compiler(folder, f'{before}\necho compiled >> "{folder}/log"\ncp "{folder}/ready" "$out"\n')
 
@@ -405,6 +411,125 @@ def test_code_goes_before_the_environment(cache: Path, state: pytest.MonkeyPatch
     assert not native.is_enabled()
 
 
+# --- several threads -------------------------------------------------------------------------------------------------
+
+
+class Doing(threading.Thread):
+    """What a function gives or raises, from a thread of its own."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.function = function
+        self.found: Any = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.found = self.function()
+        except BaseException as error:
+            self.found = error
+
+    def result(self) -> Any:
+        self.join(60)
+        assert not self.is_alive()
+        return self.found
+
+
+@pytest.fixture
+def slow(state: pytest.MonkeyPatch, built_operator: Path) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """The environment asks for the operator, which says when its loading has begun and waits for leave to end it."""
+    begun, leave = threading.Event(), threading.Event()
+    loaded = native._loaded
+
+    def waiting() -> Any:
+        begun.set()
+        assert leave.wait(60)
+        return loaded()
+
+    state.setattr(native, "_loaded", waiting)
+    state.setenv("XDG_CACHE_HOME", str(built_operator))
+    state.setenv(native.VARIABLE, "1")
+    yield begun, leave
+    leave.set()
+
+
+def test_a_thread_that_asks_while_another_loads_gets_the_same_answer(
+    slow: tuple[threading.Event, threading.Event],
+) -> None:
+    begun, leave = slow
+    first = Doing(native.operator)
+    assert begun.wait(60)
+    second = Doing(native.operator)
+    second.join(0.2)
+    assert second.is_alive(), f"it did not wait, and got {second.found}"
+    leave.set()
+    assert first.result() is second.result()
+    assert "decoupled_kl" in str(first.found)
+
+
+@pytest.mark.parametrize("failing", [RuntimeError("no such thing"), None], ids=["in vain", "with success"])
+def test_threads_build_and_warn_once(
+    slow: tuple[threading.Event, threading.Event], state: pytest.MonkeyPatch, failing: RuntimeError | None
+) -> None:
+    begun, leave = slow
+    builds = []
+
+    def build() -> None:
+        builds.append(1)
+        begun.set()
+        assert leave.wait(60)
+        if failing is not None:
+            raise failing
+
+    state.setattr(native, "build", build)
+    state.setenv(native.VARIABLE, "build")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        first = Doing(native.is_enabled)
+        assert begun.wait(60)
+        others = [Doing(native.is_enabled) for _ in range(3)]
+        for other in others:
+            other.join(0.1)
+        leave.set()
+        assert [thread.result() for thread in (first, *others)] == [failing is None] * 4
+    assert builds == [1]
+    assert [str(warning.message).partition(" ")[0] for warning in said] == [f"{native.VARIABLE}=build"] * bool(failing)
+
+
+def test_code_that_decides_while_another_thread_loads_has_the_last_word(
+    slow: tuple[threading.Event, threading.Event],
+) -> None:
+    begun, leave = slow
+    first = Doing(native.operator)
+    assert begun.wait(60)
+    second = Doing(native.disable)
+    second.join(0.1)
+    leave.set()
+    first.result(), second.result()
+    assert not native.is_enabled()
+
+
+def test_once_it_is_decided_no_loss_waits(state: pytest.MonkeyPatch) -> None:
+    native.disable()
+    with native._deciding:
+        asking = Doing(native.operator)
+        asking.join(10)
+        assert not asking.is_alive()
+
+
+def test_an_interrupted_build_is_asked_for_again(slow: Any, state: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    slow[1].set()
+    state.setenv(native.VARIABLE, "build")
+    state.setattr(native, "build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        native.operator()
+    state.setattr(native, "build", lambda: None)
+    assert native.is_enabled()
+
+
 # --- libraries that are not what they should be ----------------------------------------------------------------------
 
 
@@ -415,7 +540,7 @@ def test_what_is_not_built_cannot_be_enabled(cache: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "text", "text with a digest", "folder"])
 def test_a_damaged_library_is_refused(built_operator: Path, cache: Path, damage: str) -> None:
-    (library,) = (built_operator / "ikl_plugins").glob("*.so")
+    library = _library(built_operator)
     content = library.read_bytes()
     path = native.library_path()
     path.parent.mkdir(parents=True)
@@ -448,7 +573,7 @@ def test_a_library_without_the_operator_is_refused(cache: Path) -> None:
 
 def test_a_training_survives_a_truncated_library(built_operator: Path, tmp_path: Path) -> None:
     """In a process of its own: the system ends one that maps more of a file than there is."""
-    (library,) = (built_operator / "ikl_plugins").glob("*.so")
+    library = _library(built_operator)
     (tmp_path / "ikl_plugins").mkdir()
     (tmp_path / "ikl_plugins" / library.name).write_bytes(library.read_bytes()[:20000])
     code = "import torch, ikl_plugins; print(ikl_plugins.ikl_loss(torch.zeros(1, 2), torch.zeros(1, 2)).item())"
@@ -586,6 +711,13 @@ def test_a_package_without_its_source(cache: Path, state: pytest.MonkeyPatch) ->
             function()
 
 
+def test_the_source_uses_the_string_that_every_release_of_torch_registers() -> None:
+    """std::string_view does not compile with torch 2.4, the oldest release that the package asks for."""
+    source = native._SOURCE.read_text(encoding="utf-8")
+    assert "c10::string_view reduction" in source
+    assert "std::string_view" not in source
+
+
 def test_the_source_is_part_of_the_distribution() -> None:
     settings = configparser.ConfigParser()
     settings.read(Path(__file__).parents[2] / "setup.cfg")
@@ -601,7 +733,7 @@ def test_the_command_builds_and_checks(built_operator: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "ikl_plugins.build_native"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (library,) = (built_operator / "ikl_plugins").glob("*.so")
+    library = _library(built_operator)
     first, second = done.stdout.splitlines()
     assert first == f"Built: {library}"
     assert second.startswith("Gradients agree to ")
@@ -625,7 +757,8 @@ def test_the_command_deletes_a_wrong_operator(
     built_operator: Path, operator: Calls, state: pytest.MonkeyPatch, tmp_path: Path, wrong: float
 ) -> None:
     folder = tmp_path / "ikl_plugins"
-    shutil.copytree(built_operator / "ikl_plugins", folder)
+    folder.mkdir()
+    shutil.copy(_library(built_operator), folder)
     state.setenv("XDG_CACHE_HOME", str(tmp_path))
     right = native._loaded()
     assert right is not None

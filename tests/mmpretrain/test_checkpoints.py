@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy
 import pytest
@@ -281,11 +282,55 @@ def test_weights_come_from_an_address(address, mmengine_checkpoint):
     verify(f"{url}/a.pth")
 
 
+def test_files_of_one_name_at_two_addresses_are_two(address):
+    url, served = address
+    for number, folder in enumerate("xy"):
+        (served / folder).mkdir()
+        torch.save({"weight": torch.full((1,), number)}, served / folder / "best.pth")
+    for number, folder in [*enumerate("xy"), *enumerate("xy")]:
+        assert load_weights(f"{url}/{folder}/best.pth")["weight"].item() == number
+    for name in ("best.pth?of=x", "best.pth?of=y"):
+        assert load_weights(f"{url}/x/{name}")["weight"].item() == 0
+    assert len(list(Path(torch.hub.get_dir(), "checkpoints").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("best.pth", r"best\.[0-9a-f]{8}\.pth"),
+        ("best", r"best\.[0-9a-f]{8}"),
+        ("best.pth.tar", r"best\.pth\.[0-9a-f]{8}\.tar"),
+        ("best-abc.pth", r"best-abc\.[0-9a-f]{8}\.pth"),
+        ("best-20240131.pth", r"best-20240131\.[0-9a-f]{8}\.pth"),  # a day
+        ("resnet50-0676ba61.pth", "resnet50-0676ba61.pth"),
+        ("resnet50-19c8e3574a5d.pth.tar", "resnet50-19c8e3574a5d.pth.tar"),
+        ("resnet50_20240131-ea4938fc.pth", "resnet50_20240131-ea4938fc.pth"),
+    ],
+)
+def test_the_name_of_what_is_kept_is_of_its_address_or_its_content(name, kept, address):
+    url, served = address
+    torch.save({"weight": torch.ones(1)}, served / name)
+    load_weights(f"{url}/{name}")
+    (served / name).unlink()
+    load_weights(f"{url}/{name}")  # from the hub folder
+    (path,) = Path(torch.hub.get_dir(), "checkpoints").iterdir()
+    assert re.fullmatch(kept, path.name)
+
+
+def test_what_is_verified_at_an_address_is_what_the_host_reads(address, mmengine_checkpoint):
+    url, served = address
+    mmengine_checkpoint.rename(served / "a.pth")
+    verify(f"{url}/a.pth")
+    (served / "a.pth").write_bytes(b"another one")
+    read = checkpoints.mmengine.runner.checkpoint.load_from_http
+    assert read(f"{url}/a.pth", map_location="cpu")["meta"]["epoch"] == 1
+
+
 def test_an_address_gets_no_more_trust_than_a_file(address, tmp_path):
     url, served = address
     torch.save({"state_dict": {}, "x": Bomb(tmp_path / "exploded")}, served / "bomb.pth")
     for read in (load_weights, verify):
-        with pytest.raises(ValueError, match=rf"the checkpoint {url}/bomb\.pth \(kept as .*bomb\.pth\) .*run code"):
+        with pytest.raises(ValueError, match=rf"the checkpoint {url}/bomb\.pth \(kept as .*bomb\..*pth\) .*run code"):
             read(f"{url}/bomb.pth")
     assert not (tmp_path / "exploded").exists()
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -101,6 +102,38 @@ def test_what_is_allowed_is_allowed_for_the_reading_alone(tmp_path):
     load_content(tmp_path / "a.pt")
     assert set(torch.serialization.get_safe_globals()) == before
     assert argparse.Namespace not in before
+
+
+def test_a_thread_that_is_done_takes_nothing_from_one_that_reads(monkeypatch, tmp_path):
+    """The list of names is the process's own; whoever was there first may not end another one's permission."""
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "a.pt")
+    second_reads, first_is_done, found = threading.Event(), threading.Event(), {}
+    load, order = torch.load, []
+
+    def meeting(*arguments, **keywords):
+        order.append(threading.current_thread().name)
+        if len(order) == 1:
+            second.start()
+            second_reads.wait(0.5)  # until it has seen that all names are there, or waits for its turn
+        else:
+            second_reads.set()
+            first_is_done.wait(30)
+        return load(*arguments, **keywords)
+
+    def read():
+        try:
+            found["second"] = load_content(tmp_path / "a.pt")
+        except ValueError as error:
+            found["second"] = error
+
+    second = threading.Thread(target=read)
+    monkeypatch.setattr(torch, "load", meeting)
+    found["first"] = load_content(tmp_path / "a.pt")
+    first_is_done.set()
+    second.join(30)
+    assert found["first"] == found["second"] == {"args": argparse.Namespace(a=1)}
+    assert len(order) == 2
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 # --- averaged weights ------------------------------------------------------------------------------------------------
