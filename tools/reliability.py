@@ -43,14 +43,18 @@ def run_part(part: str, output: Path, *, seed: int, quick: bool) -> dict[str, An
         The content of its JSON file.
 
     Raises:
-        ValueError: the folder has results of other settings or versions.
+        ValueError: the folder has results of other settings, versions or sources of the package.
     """
     import importlib
 
     from reliability_record import Record
 
+    from ikl_plugins import native
+
     record = Record(output / f"{part}.json", part, {"seed": seed, "quick": quick})
     if not record.finished:
+        if part not in WITH_COMPILER:
+            native.disable()  # whatever the environment says: what is tried is the losses' own way
         module = importlib.import_module(f"reliability_{part}")
         module.run(record, output / "work" / part, seed=seed, quick=quick)
     return record.content

@@ -22,7 +22,7 @@ import yaml
 from reliability_digits import TORCHDISTILL, few_digits, mmpretrain_config, mmpretrain_teacher, quiet
 from reliability_isolated import Answer, each
 from reliability_kills import replaced
-from reliability_record import Record
+from reliability_record import Record, anonymous
 
 __all__ = ["HOSTS", "Mutation", "judge", "mutate", "python_text", "run", "yaml_text", "yaml_tree"]
 
@@ -370,7 +370,7 @@ def run(record: Record, work: Path, *, seed: int, quick: bool, hosts: tuple[str,
                 if outcome in FAILURES:
                     record.fail(name, number=number, input=str(mutation), what=outcome, detail=said[-2000:])
                 elif outcome not in ("trains", "refused by us", "refused by the host"):
-                    record.remark(name, f"{outcome}: {mutation}"[:300], said[:300])
+                    record.remark(name, f"{outcome}: {mutation}"[:300], anonymous(said)[:300])
             record.save(f"{name} from {first}")
             print(f"configs, {name}: {numbers[-1] + 1} of {mutants}", flush=True)
     record.finish()

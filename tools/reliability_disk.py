@@ -253,6 +253,12 @@ def _whole_files(folder: Path, writer: Writer) -> dict[str, str]:
     }
 
 
+def blind_to(folder: Path, writer: Writer) -> list[str]:
+    """Files of a run that was left alone whose loss would not be seen, as they count as half-written all the same."""
+    kept = [name for name in _checksums(folder) if writer.kept.search(name) and not name.endswith(".lock")]
+    return [name for name in kept if half_written(folder / name)]
+
+
 def _left(folder: Path, writer: Writer) -> list[str]:
     """Files aside that a failure has left."""
     return [f"{name} is left" for name in _checksums(folder) if re.search(r"\.partial(\.|$|/)", name)]
@@ -366,6 +372,10 @@ def _inside(work: Path, name: str, seed: int, first: int, cases: int, answers: P
     code, output = _execute(writer, folder, False, work / "cwd")
     if code:
         sys.exit(f"{name} does not run on an empty disk:\n{output[-3000:]}")
+    if blind := blind_to(folder, writer):
+        sys.exit(
+            f"{name} must leave files that are whole, but {', '.join(blind)} count as half-written. Adapt this tool."
+        )
     reference, used, new = writer.result(folder), _used(disk), _checksums(folder)
     _unmount(disk)
     with answers.open("w") as file:

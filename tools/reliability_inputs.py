@@ -31,12 +31,16 @@ from ikl_plugins import ClassPrior
 from ikl_plugins.adversarial import PGD
 from ikl_plugins.adversarial.schedule import Strength
 
-__all__ = ["Case", "WrongResultError", "draw", "judge", "run"]
+__all__ = ["Case", "WrongResultError", "draw", "judge", "judge_all", "run"]
 
 CASES = 10_000
 QUICK_CASES = 400
 CHUNK = 250
 RIGHT = "right number"
+# What is right as well, with less or nothing to compare.
+NOT_FINITE = "not finite, as the formula"
+BEYOND = "beyond float32"
+EMPTY = "no sample"
 # dtype of the inputs -> relative tolerance, against the largest entry of the row, and absolute one, in units of the
 # size of the terms. Half precision computes in float32; its relative tolerance is that of rounding the gradient.
 TOLERANCES = {
@@ -79,19 +83,20 @@ class Case(NamedTuple):
         subject: what is called.
         what: what is special about the input.
         names: the arguments of which the refusal must name one; empty if the call is right.
-        call: makes the call and holds its result against the oracle.
+        call: makes the call and holds its result against the oracle; returns what is to be told of a right one, None
+            for :data:`RIGHT`.
     """
 
     subject: str
     what: str
     names: tuple[str, ...]
-    call: Callable[[], None]
+    call: Callable[[], str | None]
 
 
 def judge(case: Case) -> tuple[str, str | None]:
     """The outcome of a case, and why it is a failure; None if it is none."""
     try:
-        case.call()
+        found = case.call()
     except WrongResultError as error:
         return "wrong number", str(error)
     except (ValueError, TypeError) as error:
@@ -105,7 +110,7 @@ def judge(case: Case) -> tuple[str, str | None]:
         return "another error", traceback.format_exc(limit=-3)
     if case.names:
         return "accepted what is wrong", f"{' or '.join(case.names)} must be refused: {case.what}"
-    return RIGHT, None
+    return found or RIGHT, None
 
 
 def draw(*, seed: int, number: int) -> Case:
@@ -237,7 +242,7 @@ def _hold(
     class_prior: Tensor | None,
     gradients: tuple[bool, bool] = (True, True),
     lenient: bool = False,
-) -> None:
+) -> str:
     """Value, shape, dtype and gradients of one call against the oracle.
 
     Args:
@@ -250,6 +255,12 @@ def _hold(
         class_prior: weights, (N, C) or of the logits' shape.
         gradients: which of the two require grad.
         lenient: beyond the range in which float32 can hold the squares: a number that is not finite will do.
+
+    Returns:
+        :data:`RIGHT`, or what else there was to compare.
+
+    Raises:
+        WrongResultError: it is not the oracle's.
     """
     s, t = student.detach(), teacher.detach()
     s, t = s.requires_grad_(gradients[0]), t.requires_grad_(gradients[1])
@@ -287,8 +298,9 @@ def _hold(
         size *= max(1.0, float(prior_rows.sum(1).max())) ** 2  # pairs of weights
     of_loss = size * max(1.0, rows if reduction == "sum" else 1.0)  # a sum adds up the rounding of each row
     _close(actual[known], wanted[known], compute, of_loss * (size if lenient else 1.0), "loss")
+    outcome = EMPTY if not s.numel() else BEYOND if lenient else RIGHT if bool(known.any()) else NOT_FINITE
     if not bool(known.all()) or not any(gradients):
-        return
+        return outcome
 
     upstream = 0.5 + 0.25 * (torch.arange(rows) % 5) if reduction == "none" else torch.tensor(1.75)
     targets = [x for x, need in zip((s, t), gradients, strict=True) if need]
@@ -306,6 +318,7 @@ def _hold(
             raise WrongResultError(f"gradient of {gradient.dtype} {tuple(gradient.shape)} for {logits.dtype}")
         if bool(torch.isfinite(right_one).all()):
             _close(rows_of(gradient), right_one, logits.dtype, size, "gradient")
+    return outcome
 
 
 # --- the three functions ---------------------------------------------------------------------------------------------
@@ -449,8 +462,8 @@ def _function(rng: np.random.Generator) -> Case:
             return plainly(("student_logits", "teacher_logits"), "check_finite", bad, teacher, check_finite=True)
     gradients = _pick(rng, ((True, True), (True, True), (True, False), (False, True), (False, False)))
 
-    def call() -> None:
-        _hold(
+    def call() -> str:
+        return _hold(
             lambda s, t: function(s, t, **keywords), kind, student, teacher, settings, reduction,
             class_prior=prior, gradients=gradients, lenient=style == "beyond",
         )  # fmt: skip
@@ -786,13 +799,27 @@ def _attack(rng: np.random.Generator) -> Case:
 
 
 def run(record: Record, work: Path, *, seed: int, quick: bool) -> None:
-    """Draws and judges all cases, chunk by chunk.
+    """Draws and judges all cases, and finishes the part.
 
     Args:
         record: of the part.
         work: not used.
         seed: of the cases.
         quick: few cases.
+    """
+    judge_all(record, seed=seed, quick=quick)
+    record.finish()
+
+
+def judge_all(record: Record, *, seed: int, quick: bool, judged: Callable[[], None] = lambda: None) -> None:
+    """Draws and judges the cases that the record does not have yet, chunk by chunk; the part is not finished by it.
+
+    Args:
+        record: of the part.
+        seed: of the cases.
+        quick: few cases.
+        judged: called after each chunk, before it is saved: what it adds to the record is kept with the chunk, and if
+            it raises, the chunk is not.
     """
     cases = QUICK_CASES if quick else CASES
     record.fact("cases", cases)
@@ -812,5 +839,5 @@ def run(record: Record, work: Path, *, seed: int, quick: bool) -> None:
             record.add(subject, counts.elements())
         seconds = record.content["facts"].get("seconds", 0.0) + time.perf_counter() - begin
         record.fact("seconds", round(seconds, 2))
+        judged()
         record.save(name)
-    record.finish()

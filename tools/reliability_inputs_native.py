@@ -17,6 +17,8 @@ from ikl_plugins import native
 
 __all__ = ["run", "switched_on"]
 
+CALLS = "calls of the operator"
+
 
 @contextmanager
 def switched_on() -> Iterator[list[int]]:
@@ -38,7 +40,7 @@ def switched_on() -> Iterator[list[int]]:
 
 
 def run(record: Record, work: Path, *, seed: int, quick: bool) -> None:
-    """Draws and judges all cases, see :func:`reliability_inputs.run`.
+    """Draws and judges all cases, see :func:`reliability_inputs.judge_all`, and finishes the part.
 
     Args:
         record: of the part.
@@ -47,14 +49,21 @@ def run(record: Record, work: Path, *, seed: int, quick: bool) -> None:
         quick: few cases.
 
     Raises:
-        ValueError: the operator cannot be built or loaded, or has not been called.
+        ValueError: the operator cannot be built or loaded, or a chunk of cases has not called it.
     """
     try:
         with switched_on() as calls:
-            reliability_inputs.run(record, work, seed=seed, quick=quick)
+
+            def judged() -> None:
+                # Of each chunk, as a later process may be without what an earlier one had.
+                if not calls[0]:
+                    raise ValueError(
+                        "reliability: the part inputs_native must call the operator, but has not. Adapt this tool."
+                    )
+                record.fact(CALLS, record.content["facts"].get(CALLS, 0) + calls[0])
+                calls[0] = 0
+
+            reliability_inputs.judge_all(record, seed=seed, quick=quick, judged=judged)
     except RuntimeError as error:
         raise ValueError(f"reliability: the part inputs_native must have the operator, but {error}") from error
-    if not calls[0]:
-        raise ValueError("reliability: the part inputs_native must call the operator, but has not. Adapt this tool.")
-    record.fact("calls of the operator", calls[0])
-    record.save()
+    record.finish()

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,18 +174,49 @@ def where_it_fell(host: Host, folder: Path, life: Life, safe_before: bool) -> st
 
 
 def half_written(path: Path) -> bool:
-    """Whether a file that a process has begun to write is not whole."""
+    """Whether a file that a process has begun to write is not whole.
+
+    Archives have checksums, JSON a last bracket, a PNG a last chunk, and texts of our writers a last newline. Of other
+    files only an empty one is known to be half-written.
+    """
     if not path.is_file():
         return False  # renamed since, or removed
     if path.name.startswith(".") or path.suffix == ".partial":
         return True  # written aside, and not renamed
-    if path.suffix in (".pth", ".pt"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return archive.testzip() is not None
-        except (OSError, zipfile.BadZipFile):
-            return True
-    return path.stat().st_size == 0
+    try:
+        return not _WHOLE.get(path.suffix, _has_content)(path)
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error):
+        return True
+
+
+def _has_content(path: Path) -> bool:
+    return path.stat().st_size > 0
+
+
+def _is_archive(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
+
+
+def _is_json(path: Path) -> bool:
+    json.loads(path.read_bytes())
+    return True
+
+
+def _is_png(path: Path) -> bool:
+    return path.read_bytes().endswith(b"\0\0\0\0IEND\xaeB`\x82")
+
+
+def _is_text(path: Path) -> bool:
+    return path.read_bytes().endswith(b"\n")
+
+
+_WHOLE: dict[str, Callable[[Path], bool]] = {
+    **dict.fromkeys((".pth", ".pt", ".npz", ".zip"), _is_archive),
+    **dict.fromkeys((".md", ".csv", ".py", ".yaml"), _is_text),
+    ".json": _is_json,
+    ".png": _is_png,
+}
 
 
 # --- what must be equal ----------------------------------------------------------------------------------------------

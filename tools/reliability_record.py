@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from bench import processor
+from demo_report import sha256
 
-from ikl_plugins import __version__
+import ikl_plugins
+from ikl_plugins import __version__, native
 from ikl_plugins._files import written_aside
 
-__all__ = ["FORMAT", "Record", "child_environment", "merge", "table"]
+__all__ = ["FORMAT", "Record", "anonymous", "child_environment", "merge", "table"]
 
 _ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(ikl_plugins.__file__).resolve().parent
 
 FORMAT = "ikl_plugins.reliability/1"
 TOOLS = Path(__file__).resolve().parent
@@ -30,12 +33,13 @@ class Record:
     """The JSON file of one part: what it depends on, how many cases had which outcome, every failure in full.
 
     Args:
-        path: of the file; what lies there is gone on from if it was made with the same settings and versions.
+        path: of the file; what lies there is gone on from if it was made with the same settings, versions and sources
+            of the package.
         part: name of the part.
         settings: whatever decides the cases, the seed first.
 
     Raises:
-        ValueError: the file is damaged, or of other settings or versions.
+        ValueError: the file is damaged, or of other settings, versions or sources.
     """
 
     def __init__(self, path: Path, part: str, settings: Mapping[str, Any]) -> None:
@@ -49,15 +53,16 @@ class Record:
             return
         try:
             found = json.loads(path.read_text())
-            differing = [key for key in ("format", "part", "settings", "origin") if found[key] != fresh[key]]
-        except (ValueError, KeyError, TypeError) as error:
+            differing = [key for key in ("format", "part", "settings") if found[key] != fresh[key]]
+            differing += [key for key, value in fresh["origin"].items() if found["origin"].get(key) != value]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"reliability: {path} must be a result of this tool, but is damaged ({error}). Remove it."
             ) from error
         if differing:
             raise ValueError(
-                f"reliability: {path} must be of the same settings and versions to be gone on from, but its "
-                f"{' and '.join(differing)} differ. Name another --output, or remove it."
+                f"reliability: {path} must be of the same settings, versions and sources of ikl_plugins to be gone on "
+                f"from, but its {' and '.join(differing)} differ. Name another --output, or remove it."
             )
         self.content = found
 
@@ -107,12 +112,27 @@ def _origin() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
-    return {"versions": versions, "processor": processor(), "threads": torch.get_num_threads()}
+    return {"versions": versions, "processor": processor(), "threads": torch.get_num_threads(), "sources": _sources()}
+
+
+def _sources() -> str:
+    """The checksum of the package that is tried: between two releases the version says nothing about its code."""
+    files = [*_PACKAGE.rglob("*.py"), *(_PACKAGE / "csrc").glob("*.cpp")]
+    return sha256({path.relative_to(_PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in files})
 
 
 def child_environment(**more: str) -> dict[str, str]:
     """The environment of a process that this tool starts: one thread, no GPU, no warnings beside the output."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", **more}
+    return {
+        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+        native.VARIABLE: "0",  # the C++ operator rounds otherwise, and has a part of its own
+        **more,
+    }  # fmt: skip
+
+
+def anonymous(text: str) -> str:
+    """The text without the place of this checkout, which is nobody's business; files of it are named from its root."""
+    return text.replace(f"{_ROOT}/", "")
 
 
 def merge(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
@@ -125,8 +145,7 @@ def merge(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
     for part in parts:
         path = folder / f"{part}.json"
         if path.exists():
-            # Messages name files of this checkout; where it lies is nobody's business.
-            content = json.loads(path.read_text().replace(f"{_ROOT}/", ""))
+            content = json.loads(anonymous(path.read_text()))
             if not content["finished"]:
                 raise ValueError(f"reliability: {path} must be finished to be shown. Run the part {part} again.")
             content.pop("done")

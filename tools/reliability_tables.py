@@ -46,7 +46,13 @@ def tables(merged: Mapping[str, Any]) -> dict[str, str]:
 
 def _origin(content: Mapping[str, Any]) -> str:
     origin = content["origin"]
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if version != "absent")
+    # Records were once made without a checksum of the sources.
+    sources = f" (sources {origin['sources'][:8]})" if "sources" in origin else ""
+    versions = ", ".join(
+        f"{name} {version}{sources if name == 'ikl_plugins' else ''}"
+        for name, version in origin["versions"].items()
+        if version != "absent"
+    )
     threads = "1 thread" if origin["threads"] == 1 else f"{origin['threads']} threads"
     return f"{origin['processor']}, {threads}, {versions}"
 

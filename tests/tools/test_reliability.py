@@ -1,5 +1,7 @@
 """The machinery of tools/reliability.py: a broken package, host or disk is found, and the record says what it was."""
 
+import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -16,15 +19,20 @@ import numpy as np
 import pytest
 import reliability
 import reliability_inputs
+import reliability_inputs_native
+import reliability_kills
 import reliability_oracle
+import reliability_record
+import reliability_tables
 import torch
 from oracles import decoupled_loops
+from PIL import Image
 from reliability_isolated import Answer, each, one
-from reliability_record import Record, merge, table
+from reliability_record import Record, child_environment, merge, table
 from reliability_tables import render, tables
 
 import ikl_plugins
-from ikl_plugins import ClassPrior
+from ikl_plugins import ClassPrior, native
 from ikl_plugins.adversarial import PGD
 
 TOOL = Path(reliability.__file__)
@@ -61,10 +69,55 @@ def test_a_record_goes_on_where_it_stopped(tmp_path):
 def test_a_record_of_other_settings_or_damaged_is_refused(tmp_path):
     path = tmp_path / "some.json"
     record(path).save()
-    with pytest.raises(ValueError, match=r"some\.json must be of the same settings and versions .* settings differ"):
+    with pytest.raises(ValueError, match=r"some\.json must be of the same settings, versions and .* settings differ"):
         record(path, quick=True)
     path.write_text('{"format": ')
     with pytest.raises(ValueError, match=r"some\.json must be a result of this tool, but is damaged"):
+        record(path)
+
+
+def write_package(folder, files):
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+PACKAGE = {"a.py": "1", "sub/b.py": "2", "csrc/c.cpp": "3", "py.typed": ""}
+
+
+@pytest.mark.parametrize(
+    ("files", "refused"),
+    [
+        ({**PACKAGE, "py.typed": "other", "csrc/notes.md": "new"}, False),
+        ({**PACKAGE, "sub/b.py": "4"}, True),
+        ({**PACKAGE, "csrc/c.cpp": "4"}, True),
+        ({**PACKAGE, "sub/d.py": ""}, True),
+        ({name.replace("b.py", "d.py"): text for name, text in PACKAGE.items()}, True),
+    ],
+)
+def test_a_record_of_other_sources_is_refused_finished_or_not(files, refused, tmp_path, monkeypatch):
+    package, path = tmp_path / "package", tmp_path / "some.json"
+    monkeypatch.setattr(reliability_record, "_PACKAGE", package, raising=False)
+    write_package(package, PACKAGE)
+    record(path).finish()
+    assert record(path).finished
+    write_package(package, files)
+    if refused:
+        with pytest.raises(ValueError, match=r"its sources differ\. Name another --output, or remove it\."):
+            record(path)
+    else:
+        assert record(path).finished
+
+
+def test_a_record_from_before_its_sources_were_kept_is_refused(tmp_path):
+    path = tmp_path / "some.json"
+    record(path).finish()
+    content = json.loads(path.read_text())
+    del content["origin"]["sources"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="its sources differ"):
         record(path)
 
 
@@ -74,6 +127,95 @@ def test_only_finished_parts_are_shown(tmp_path):
         merge(tmp_path, ["some", "absent"])
     record(tmp_path / "some.json").finish()
     assert list(merge(tmp_path, ["some", "absent"])["parts"]) == ["some"]
+
+
+# --- the C++ operator ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """An environment that asks for an operator, which is there; and a process in which no loss has been called yet."""
+
+    def found(*_):
+        raise AssertionError("only asked for")
+
+    monkeypatch.setenv(native.VARIABLE, "1")
+    monkeypatch.setattr(native, "_loaded", lambda: found)
+    monkeypatch.setattr(native, "_operator", None)
+    monkeypatch.setattr(native, "_ask_environment", True)
+    return found
+
+
+@pytest.mark.parametrize("part", [*reliability.PARTS, *reliability.WITH_COMPILER])
+def test_a_part_measures_the_losses_own_way_whatever_the_environment_says(part, asked_for, tmp_path, monkeypatch):
+    used = []
+
+    def run(found, work, **_):
+        used.append(native.operator())
+        found.finish()
+
+    monkeypatch.setattr(importlib.import_module(f"reliability_{part}"), "run", run)
+    monkeypatch.setattr(reliability_tables, "render", lambda merged: "")
+    with pytest.raises(SystemExit) as ended:
+        reliability.main([part, "--quick", "--output", str(tmp_path)])
+    assert ended.value.code == 0
+    assert used == [asked_for if part == "inputs_native" else None]
+
+
+def test_processes_measure_the_losses_own_way_whatever_the_environment_says(monkeypatch):
+    monkeypatch.setenv(native.VARIABLE, "1")
+    assert child_environment()[native.VARIABLE] == "0"
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    """Three chunks of two cases that call a pretended operator, as often as the function that it returns says."""
+    calls = [0]
+
+    @contextlib.contextmanager
+    def switched_on():
+        calls[0] = 0
+        yield calls
+
+    def called(times):
+        def judge(case):
+            calls[0] += next(times)
+            return "right number", None
+
+        monkeypatch.setattr(reliability_inputs, "judge", judge)
+
+    monkeypatch.setattr(reliability_inputs_native, "switched_on", switched_on)
+    monkeypatch.setattr(reliability_inputs, "QUICK_CASES", 6)
+    monkeypatch.setattr(reliability_inputs, "CHUNK", 2)
+    return called
+
+
+def run_native(tmp_path):
+    found = reliability.run_part("inputs_native", tmp_path, seed=0, quick=True)
+    return found["facts"]["calls of the operator"]
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 2])
+def test_an_operator_that_is_not_called_is_found_by_each_command(chunks, few_cases, tmp_path):
+    few_cases(iter([1] * 2 * chunks + [0] * 6))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the part inputs_native must call the operator, but has not"):
+            run_native(tmp_path)
+        assert not Record(tmp_path / "inputs_native.json", "inputs_native", {"seed": 0, "quick": True}).finished
+        few_cases(iter([0] * 6))
+
+
+def test_calls_of_the_operator_are_those_of_all_processes(few_cases, tmp_path):
+    def interrupted():
+        yield from (1, 2, 4)  # the second chunk is judged again
+        raise KeyboardInterrupt
+
+    few_cases(interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        run_native(tmp_path)
+    few_cases(iter([8, 16, 32, 64]))
+    assert run_native(tmp_path) == 1 + 2 + 8 + 16 + 32 + 64
+    assert run_native(tmp_path) == 1 + 2 + 8 + 16 + 32 + 64
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -111,13 +253,16 @@ def outcomes(numbers=range(120)):
     return Counter(reliability_inputs.judge(reliability_inputs.draw(seed=1, number=number))[0] for number in numbers)
 
 
-RIGHT = {"right number", "ValueError that names the argument", "TypeError that names the argument"}
+RIGHT = {
+    "right number", "not finite, as the formula", "beyond float32", "no sample", "ValueError that names the argument",
+    "TypeError that names the argument",
+}  # fmt: skip
 
 
 def test_the_package_as_it_is_passes():
     found = outcomes()
     assert found.keys() == RIGHT
-    assert min(found.values()) >= 5
+    assert found["right number"] >= 50
 
 
 def test_a_case_is_the_same_whenever_it_is_drawn():
@@ -467,6 +612,55 @@ def test_what_is_half_written(tmp_path):
     assert not half_written(tmp_path / "gone.pt")
 
 
+def write_whole(path, number=1):
+    """A file as our writers leave it."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps({"values": [number] * 20}, indent=1) + "\n")
+    elif path.suffix == ".npz":
+        np.savez(path, image=np.full((4, 8), number), index=np.arange(4))
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", str(number) * 50)
+    elif path.suffix == ".pt":
+        torch.save({"a": torch.full((9,), number)}, path)
+    elif path.name == "figure.png":
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        figure.gca().plot([0, number])
+        figure.savefig(path)
+    elif path.suffix == ".png":
+        Image.fromarray(np.full((8, 8, 3), number, "uint8")).save(path)
+    else:
+        path.write_text(f"a: {number}, and what else there is\n")
+
+
+WHOLE = ("a.json", "a.npz", "a.zip", "a.pt", "figure.png", "a.png", "a.md", "a.csv", "a.py", "a.yaml")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_file_is_half_written_until_its_last_byte(name, tmp_path):
+    path = tmp_path / name
+    write_whole(path)
+    assert not reliability_kills.half_written(path)
+    content = path.read_bytes()
+    last = content.rstrip(b"\n") if name == "a.json" else content  # its last bracket closes it
+    for size in {0, 1, len(content) // 2, len(last) - 2, len(last) - 1}:
+        path.write_bytes(content[:size])
+        assert reliability_kills.half_written(path), size
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.zip", "a.pt"])
+def test_an_archive_that_has_kept_its_length_is_half_written(name, tmp_path):
+    path = tmp_path / name
+    write_whole(path)
+    content = path.read_bytes()
+    middle = len(content) // 3
+    for damaged in (content[:middle] + bytes(len(content) - middle), bytes(middle) + content[middle:]):
+        path.write_bytes(damaged)
+        assert reliability_kills.half_written(path)
+
+
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
@@ -525,6 +719,50 @@ def test_a_tool_that_loses_files_is_found(mode, found, step, tmp_path):
     assert wrong == ([line.replace("is left", "is new") for line in found] if step == "read-only" else found)
 
 
+ANEW = """
+    import os, sys
+    from pathlib import Path
+    file, other, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    content = other.read_bytes()
+    file.write_bytes(content[:-2] if mode == "in place" else content)
+    sys.exit(f"error: no space: {file}")
+"""
+
+
+@pytest.mark.parametrize(("mode", "found"), [("anew", False), ("in place", True)])
+@pytest.mark.parametrize("name", ["a.json", "a.npz", "a.png", "figure.png", "a.md", "a.pt"])
+def test_a_run_that_cuts_a_file_in_place_is_found(mode, found, name, tmp_path):
+    from reliability_disk import FINE, Writer, _Case
+
+    script = tmp_path / "anew.py"
+    script.write_text(textwrap.dedent(ANEW))
+    for folder in ("disk/run", "cwd", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_whole(tmp_path / "disk" / "run" / name)
+    write_whole(tmp_path / "other" / name, 2)
+
+    def command(folder, again):
+        return [str(script), str(folder / name), str(tmp_path / "other" / name), mode]
+
+    # What is safe does not become less: the file that is cut may be one that nothing goes on from.
+    writer = Writer(command, lambda folder: None, re.compile("."), {}, finished=lambda folder: 1.0)
+    case = _Case(writer, tmp_path, None, {})
+    case.fails_well("full", again=True)
+    assert case.outcomes == [f"full: {'files' if found else FINE}"]
+    assert [line for failure in case.failures for line in failure["files"]] == [f"{name} has changed"] * found
+
+
+def test_a_writer_whose_whole_files_count_as_half_written_is_refused(tmp_path):
+    from reliability_disk import Writer, blind_to
+
+    for name in ("a.json", "b.md", "c.md", ".lock"):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "b.md").write_text("no newline")
+    (tmp_path / ".digits.lock").touch()
+    writer = Writer(lambda folder, again: [], lambda folder: None, re.compile(r"\.(json|md|lock)$"), {})
+    assert blind_to(tmp_path, writer) == ["b.md"]
+
+
 # --- tables and the record in the repository -------------------------------------------------------------------------
 
 
@@ -542,6 +780,10 @@ def test_tables_have_every_outcome():
         "| all | 6 | 3 | 3 |\n"
     )
     assert table(["a"], [[1]]) == "| a |\n| --- |\n| 1 |"
+    content["origin"]["versions"]["ikl_plugins"] = "1.0"
+    content["origin"]["sources"] = "0123456789abcdef" * 4
+    text = render({"parts": {"inputs": content}})
+    assert "failures: 1. some, 1 thread, torch 2, ikl_plugins 1.0 (sources 01234567).\n" in text
 
 
 def test_the_docs_show_the_record():
