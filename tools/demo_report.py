@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from ikl_plugins._files import written_aside
 
 __all__ = ["binomial_margin", "pyplot", "save_figure", "sha256", "text_table", "write_text"]
 
@@ -41,9 +42,8 @@ def sha256(content: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(text)
 
 
 def pyplot() -> Any:
@@ -59,6 +59,5 @@ def pyplot() -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure as a PNG file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png", bbox_inches="tight")
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", bbox_inches="tight")

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reproduce_jobs import CALLER, exclusive, write_json
+from reproduce_jobs import CALLER, ended_by_signals, exclusive, write_json
 
 __all__ = ["main"]
 
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = args.output or Path("runs", "reproduce", name)
     results = args.results or (folder / "results" if args.quick else ROOT / "docs" / "results")
     try:
-        with exclusive(folder):
+        with ended_by_signals(), exclusive(folder):
             written = EXPERIMENTS[args.experiment](args, folder, results)
     except ImportError as error:
         sys.exit(f"error: {CALLER}: {error}. Run: python -m pip install 'ikl_plugins[demo,test]'")

@@ -13,7 +13,6 @@ from typing import Any
 import reproduce_adversarial_plan as plan
 import reproduce_jobs
 from demo_report import write_text
-from reproduce_adversarial_jobs import data_folder
 from reproduce_adversarial_report import FIGURES, draw, render
 
 __all__ = ["reproduce"]
@@ -45,16 +44,16 @@ def reproduce(
         ValueError: the data is missing, or the folder holds jobs of other settings.
         RuntimeError: a job failed; the others were finished first.
     """
-    data = data_folder()
-    if not (data / "manifest.json").is_file():
-        raise ValueError(
-            f"reproduce: CIFAR-10 must be in {data}, but there is no manifest.json. Run: python tools/prepare_data.py "
-            f"cifar10-folder --from ZIP..., or set IKL_PLUGINS_DATA to the folder above it."
-        )
+    data = reproduce_jobs.data_checksum()
     budget = plan.QUICK if quick else plan.FULL
 
+    def sources(job: reproduce_jobs.Job) -> dict[str, str]:
+        return {"config": plan.config_checksum(job.settings["config"]), "data": data}
+
     def run(jobs: Sequence[reproduce_jobs.Job]) -> dict[str, dict[str, Any]]:
-        return reproduce_jobs.run_jobs(jobs, folder, processes=processes, threads=threads, report=report)
+        return reproduce_jobs.run_jobs(
+            jobs, folder, processes=processes, threads=threads, sources=sources, report=report
+        )
 
     found = run(plan.search_jobs(budget))
     scales = plan.choose_scales(budget, found)
@@ -76,7 +75,7 @@ def reproduce(
         "budget": budget._asdict(),
         "scales": scales,
         "threads": threads,
-        "data": reproduce_jobs.read_json(data / "manifest.json"),
+        "data": reproduce_jobs.read_json(reproduce_jobs.data_folder() / "manifest.json"),
         "jobs": found,
     }
     results.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,10 @@ __all__ = [
     "autoattack",
     "check",
     "class_prior",
-    "data_folder",
     "follow",
     "from_hex",
     "read_scalars",
+    "spread",
     "to_hex",
     "train",
 ]
@@ -45,11 +44,6 @@ SCORES = ("accuracy/top1", "robust/top1")
 LOGGED = (
     "loss", "loss_ce", "loss_robust", "weighted_mse", "soft_cross_entropy", "adversarial_accuracy", "eps", "lr", "time",
 )  # fmt: skip
-
-
-def data_folder() -> Path:
-    """CIFAR-10 in class folders, where the configs look for it."""
-    return Path(os.environ.get("IKL_PLUGINS_DATA", "data")) / "cifar10"
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -77,8 +71,13 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     work = folder / WORK
     command = [str(CONFIGS / f"{settings['config']}.py"), "--work-dir", str(work), "--resume", "--cfg-options"]
-    train_mmpretrain.main([*command, *(f"{key}={_option(value)}" for key, value in options.items())])
+    command += [f"{key}={_option(value)}" for key, value in options.items()]
+    train_mmpretrain.main(command)
     log, validation, seconds = read_scalars(work)
+    if not any(row["epoch"] == epochs for row in validation):
+        _forget_epoch(work, epochs)
+        train_mmpretrain.main(command)
+        log, validation, seconds = read_scalars(work)
     checkpoint = work / f"epoch_{epochs}.pth"
     return {
         "log": log,
@@ -87,6 +86,20 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         "checkpoint": str(checkpoint.relative_to(folder)),
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
     }
+
+
+def _forget_epoch(work: Path, epoch: int) -> None:
+    """Takes a training back by an epoch, which it then repeats to the bit.
+
+    MMEngine saves the last checkpoint before it validates, and does not validate where it has nothing left to train: a
+    process that ended in between leaves a training that is finished and was never measured.
+    """
+    (work / f"epoch_{epoch}.pth").unlink()
+    last = work / "last_checkpoint"
+    if epoch == 1:
+        last.unlink()
+    else:
+        last.write_text(str(work / f"epoch_{epoch - 1}.pth"))
 
 
 def _option(value: Any) -> str:
@@ -138,7 +151,7 @@ def attack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     from ikl_plugins.robustbench import load_images
 
-    images = load_images(data_folder() / settings["split"], n_examples=settings["images"])
+    images = load_images(reproduce_jobs.data_folder() / settings["split"], n_examples=settings["images"])
     model = _network(settings["config"], folder.parent / settings["training"] / WORK, settings["epoch"])
     natural, robust = _right(model, images.images, images.labels, settings["radii"])
     return {
@@ -202,8 +215,8 @@ def autoattack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     checkpoint = folder.parent / settings["training"] / WORK / f"epoch_{settings['epoch']}.pth"
     command = ["--mmpretrain", str(CONFIGS / f"{settings['config']}.py"), "--checkpoint", str(checkpoint)]
-    command += ["--data", str(data_folder() / "test"), "--n-examples", str(settings["images"]), "--eps", EPS]
-    command += ["--batch-size", str(settings["batch_size"]), "--output", str(folder / "evaluation")]
+    command += ["--data", str(reproduce_jobs.data_folder() / "test"), "--n-examples", str(settings["images"])]
+    command += ["--eps", EPS, "--batch-size", str(settings["batch_size"]), "--output", str(folder / "evaluation")]
     if settings["attacks"] is not None:
         command += ["--attacks", ",".join(settings["attacks"])]
     robustbench_eval.main(command)
@@ -227,9 +240,9 @@ def check(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """DKL against TRADES, of equal gradients, and the training's attack in bfloat16 against that in float32.
 
     Args:
-        settings: 'config' for the network; 'trainings': names of jobs by their config; 'other_seed': that of TRADES
-            with another seed; 'epochs' of each; 'weight' of the robust loss of the first two; 'images', validation
-            images to look at.
+        settings: 'config' and 'options' for network and images; 'trainings': names of jobs by their config;
+            'other_seed': that of TRADES with another seed; 'epochs' of each; 'weight' of the robust loss of the first
+            two; 'images', validation images to look at.
         folder: of the job, beside those of the trainings.
 
     Returns:
@@ -250,7 +263,7 @@ def check(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         reference = weights(trades, epoch)
         others = {"dkl": weights(dkl, epoch), "other_seed": weights(settings["other_seed"], epoch)}
         apart.append({"epoch": epoch, **{name: _apart(other, reference) for name, other in others.items()}})
-    images, labels = _config_images({**settings, "options": {}}, "val_dataloader", settings["images"])
+    images, labels = _config_images(settings, "val_dataloader", settings["images"])
     pgd = PGD(eps=EPS, budget="low", random_start="normal", objective="soft_cross_entropy")  # that of the configs
     network = _network(settings["config"], folder.parent / trades / WORK, settings["epochs"])
     torch.manual_seed(0)
@@ -320,7 +333,7 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor, radii: list[str]) -
 
 
 def _config_images(settings: dict[str, Any], loader: str, count: int) -> tuple[Tensor, Tensor]:
-    """Images of a loader of the config in its order, as they are in the files, every n-th of them."""
+    """Images of a loader of the config in its order, which is that of their classes, spread over all of them."""
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
     from mmpretrain.registry import DATASETS
@@ -329,10 +342,14 @@ def _config_images(settings: dict[str, Any], loader: str, count: int) -> tuple[T
     config.merge_from_dict(settings["options"])
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         dataset = DATASETS.build({**config[loader].dataset, "pipeline": config.test_dataloader.dataset.pipeline})
-    chosen = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    samples = [dataset[index] for index in chosen]
+    samples = [dataset[index] for index in spread(len(dataset), count)]
     pixels = torch.stack([sample["inputs"] for sample in samples]).flip(1) / 255  # the pipeline reads BGR
     return pixels, torch.cat([sample["data_samples"].gt_label for sample in samples])
+
+
+def spread(total: int, count: int) -> list[int]:
+    """So many places among all, as far apart as they can be; all of them where there are not as many."""
+    return [place * total // count for place in range(count)] if count < total else list(range(total))
 
 
 def _percent(right: Tensor) -> float:

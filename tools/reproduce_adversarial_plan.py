@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from demo_report import sha256
 from reproduce_jobs import Job
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "cells",
     "check_job",
     "choose_scales",
+    "config_checksum",
     "followed_jobs",
     "further_jobs",
     "main_jobs",
@@ -152,6 +156,15 @@ def published_weight(method: str) -> float:
 
     config = Config.fromfile(CONFIGS / f"{method}.py", import_custom_modules=False)
     return float(config.model.robust_loss.get("loss_weight", 1.0))
+
+
+@functools.cache
+def config_checksum(name: str) -> str:
+    """Of a config with all that it inherits."""
+    from mmengine.config import Config
+
+    config = Config.fromfile(CONFIGS / f"{name}.py", import_custom_modules=False)
+    return sha256(json.loads(json.dumps(config.to_dict(), default=str)))
 
 
 def search_jobs(budget: Budget) -> list[Job]:
@@ -319,5 +332,6 @@ def check_job(budget: Budget, scales: dict[str, float]) -> Job:
         "epochs": budget.epochs,
         "weight": scales[TRADES] * published_weight(TRADES),
         "images": budget.curve_images,
+        "options": budget.options,
     }
     return Job("checks", "reproduce_adversarial_jobs:check", settings)

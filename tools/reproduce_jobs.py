@@ -2,7 +2,8 @@
 
 A job is a name, a function of one of the tools and its settings. Its folder holds `job.json` (what is asked), `log.txt`
 (what the process says), whatever the function keeps there to go on from after an interruption, and at last
-`result.json`. A job with a result is not run again; one that was interrupted is called again in the same folder.
+`result.json`. A job with a result is not run again, and refused if what it was made of has changed; one that was
+interrupted is called again in the same folder.
 
     python tools/reproduce_jobs.py FOLDER    # what run_jobs starts for each job
 """
@@ -17,19 +18,29 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
+
+from demo_report import sha256
 
 from ikl_plugins._files import written_aside
 
-__all__ = ["Job", "all_versions", "exclusive", "read_json", "run_jobs", "versions", "write_json"]
+__all__ = [
+    "Job", "all_versions", "data_checksum", "data_folder", "ended_by_signals", "exclusive", "read_json", "run_jobs",
+    "versions", "write_json",
+]  # fmt: skip
 
 CALLER = "reproduce"
-PACKAGES = ("torch", "torchvision", "numpy", "torchdistill", "mmengine", "mmpretrain", "robustbench", "pyautoattack")
+PACKAGES = (
+    "ikl_plugins", "torch", "torchvision", "numpy", "torchdistill", "mmengine", "mmpretrain", "robustbench",
+    "pyautoattack",
+)  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -37,7 +48,15 @@ class Job(NamedTuple):
 
     name: str  # of its folder too
     function: str  # 'module:function' of the tools, called with the settings and the folder; returns the result
-    settings: dict[str, Any]  # all that the result depends on, as JSON can hold it
+    settings: dict[str, Any]  # all that the result depends on but for files, as JSON can hold it
+
+
+Sources = Callable[[Job], dict[str, str]]
+
+
+def no_sources(job: Job) -> dict[str, str]:
+    """Of a job that depends on its settings alone."""
+    return {}
 
 
 def run_jobs(
@@ -46,6 +65,7 @@ def run_jobs(
     *,
     processes: int = 1,
     threads: int = 1,
+    sources: Sources = no_sources,
     report: Callable[[str], None] = print,
 ) -> dict[str, dict[str, Any]]:
     """Runs the jobs that have no result yet.
@@ -55,6 +75,7 @@ def run_jobs(
         folder: holds a folder for each.
         processes: how many run at once, at least 1.
         threads: of each process, at least 1. A result's last digits can depend on it, so it is part of what is asked.
+        sources: gives the checksums of the files that a job depends on, configs and data, by what they are.
         report: told in a line what begins, ends and fails.
 
     Returns:
@@ -62,10 +83,10 @@ def run_jobs(
         'versions'.
 
     Raises:
-        ValueError: the folder of a job was made with other settings.
+        ValueError: the folder of a job was made with other settings or files.
         RuntimeError: a job failed. The others were finished first.
     """
-    waiting = [job for job in jobs if not _finished(job, folder, threads)]
+    waiting = [job for job in jobs if not _finished(job, folder, threads, sources(job))]
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
     done = len(jobs) - len(waiting)
@@ -98,29 +119,57 @@ def run_jobs(
     return {job.name: read_json(folder / job.name / "result.json") for job in jobs}
 
 
-def _finished(job: Job, folder: Path, threads: int) -> bool:
+def _finished(job: Job, folder: Path, threads: int, sources: dict[str, str]) -> bool:
     """Whether the result is there; else makes the job's folder."""
-    asked = json.loads(json.dumps({"function": job.function, "settings": job.settings, "threads": threads}))
+    content = {"function": job.function, "settings": job.settings, "threads": threads, "sources": sources}
+    asked = json.loads(json.dumps(content))
     file = folder / job.name / "job.json"
     if file.is_file() and (known := read_json(file)) != asked:
-        differing = [key for key in asked if known.get(key) != asked[key]]
+        differing = [key for key in ("function", "settings", "threads") if known.get(key) != asked[key]]
+        differing += [key for key in sources if known.get("sources", {}).get(key) != sources[key]]
         raise ValueError(
-            f"{CALLER}: `output` must hold jobs of the same settings, but {file} has other {', '.join(differing)}. "
-            f"Choose another --output, or delete {file.parent}."
+            f"{CALLER}: `output` must hold jobs of the same settings and files, but {file} has other "
+            f"{', '.join(differing)}. Choose another --output, or delete {file.parent}."
         )
     write_json(file, asked)
     return (folder / job.name / "result.json").is_file()
 
 
 def _start(folder: Path, threads: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "IKL_PLUGINS_NATIVE": "0",  # the C++ operator rounds otherwise, and results go on from one another
+    }
     with (folder / "log.txt").open("ab") as log:
         command = [sys.executable, __file__, str(folder)]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
+def data_folder() -> Path:
+    """CIFAR-10 in class folders, where the configs look for it."""
+    return Path(os.environ.get("IKL_PLUGINS_DATA", "data")) / "cifar10"
+
+
+def data_checksum() -> str:
+    """Of the images, by what tools/prepare_data.py wrote about them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    manifest = data_folder() / "manifest.json"
+    if not manifest.is_file():
+        raise ValueError(
+            f"{CALLER}: CIFAR-10 must be in {manifest.parent}, but there is no manifest.json. Run: python "
+            f"tools/prepare_data.py cifar10-folder --from ZIP..., or set IKL_PLUGINS_DATA to the folder above it."
+        )
+    content = read_json(manifest)
+    return sha256(content.get("splits", content))
+
+
 def _work(folder: Path) -> None:
-    """The job of a folder, in this process."""
+    """The job of a folder, in this process. It must hold the folder: an earlier one may have outlived its starter."""
     import torch
 
     asked = read_json(folder / "job.json")
@@ -186,7 +235,23 @@ def write_json(path: Path, content: Any) -> None:
         aside.write_text(json.dumps(content, indent=1) + "\n")
 
 
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Lets SIGTERM end the block as an exception does, so that the jobs it has started end with it."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a job, with its job.json")
-    _work(parser.parse_args().folder)
+    place = parser.parse_args().folder
+    with exclusive(place):
+        _work(place)

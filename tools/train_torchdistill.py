@@ -16,7 +16,6 @@ It reads the keys that upstream's examples/torchvision/image_classification.py r
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import logging
 import math
@@ -45,7 +44,7 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from ikl_plugins import LossTerms
-from ikl_plugins._files import naming
+from ikl_plugins._files import written_aside
 from ikl_plugins.checkpoints import load_content
 from ikl_plugins.torchdistill import find_losses
 
@@ -175,18 +174,8 @@ def last_path(path: Path | str) -> Path:
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     """Writes aside and renames: an interruption or a full disk leaves the old file as it was."""
-    aside = path.with_name(path.name + ".partial")
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with aside.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        torch.save(content, file)
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path | str, key: str) -> None:

@@ -27,7 +27,7 @@ from reproduce_adversarial_jobs import from_hex, read_scalars, to_hex
 from reproduce_adversarial_report import FIGURES, difference, draw, render
 
 RESULTS = Path(plan.__file__).parent.parent / "docs" / "results"
-VERSIONS = {"python": "3.11.7", "torch": "2.14.1"}
+VERSIONS = {"python": "3.11.7", "torch": "2.14.1", "processor": "a processor"}
 
 
 # --- results without a training --------------------------------------------------------------------------------------
@@ -236,6 +236,63 @@ def test_options_are_written_as_mmengine_reads_them():
         assert DictAction._parse_iterable(reproduce_adversarial_jobs._option(value)) == value
 
 
+def test_images_are_spread_over_the_classes():
+    labels = [label for label in range(10) for _ in range(90)]  # in the order of the files
+    for count in (10, 30, 500, 899):
+        chosen = reproduce_adversarial_jobs.spread(len(labels), count)
+        assert len(set(chosen)) == count
+        each = [sum(labels[place] == label for place in chosen) for label in range(10)]
+        assert max(each) - min(each) <= 1
+    assert reproduce_adversarial_jobs.spread(5, 5) == reproduce_adversarial_jobs.spread(5, 9) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_training_that_ended_before_its_validation_repeats_its_last_epoch(tmp_path, monkeypatch, epochs):
+    work = tmp_path / "work"
+    calls = []
+
+    def main(command):
+        """Trains what is missing; the first process ends between the last checkpoint and the validation."""
+        last = work / "last_checkpoint"
+        done = int(re.search(r"epoch_(\d+)\.pth$", last.read_text())[1]) if last.is_file() else 0
+        calls.append(done)
+        lines = []
+        for epoch in range(done + 1, epochs + 1):
+            (work / f"epoch_{epoch}.pth").write_bytes(b"weights")
+            last.write_text(str(work / f"epoch_{epoch}.pth"))
+            lines.append({"epoch": epoch, "step": epoch, "loss": 1.0, "time": 0.1})
+        if lines and len(calls) > 1:
+            lines.append({"step": epochs, "accuracy/top1": 40.0, "robust/top1": 20.0})
+        folder = work / f"2026010{len(calls)}_000000" / "vis_data"
+        folder.mkdir(parents=True)
+        (folder / "scalars.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    work.mkdir()
+    monkeypatch.setattr(reproduce_adversarial_jobs.train_mmpretrain, "main", main)
+    settings = {"config": "adversarial_ikl", "seed": 0, "epochs": epochs, "options": {}}
+    found = reproduce_adversarial_jobs.train(settings, tmp_path)
+    assert calls == [0, epochs - 1]
+    assert found["validation"] == [{"epoch": epochs, "accuracy/top1": 40.0, "robust/top1": 20.0}]
+    assert [row["epoch"] for row in found["log"]] == list(range(1, epochs + 1))
+
+
+def test_a_config_is_known_with_all_that_it_inherits(monkeypatch, tmp_path):
+    (tmp_path / "base.py").write_text("epochs = 6\n")
+    (tmp_path / "one.py").write_text('_base_ = "base.py"\nmodel = dict(alpha=1.0)\n')
+    monkeypatch.setattr(plan, "CONFIGS", tmp_path)
+
+    def checksum():
+        plan.config_checksum.cache_clear()
+        return plan.config_checksum("one")
+
+    first = checksum()
+    (tmp_path / "one.py").write_text('_base_ = "base.py"\n# a comment\nmodel = dict(alpha=1.0)\n')
+    assert checksum() == first
+    (tmp_path / "base.py").write_text("epochs = 7\n")
+    assert checksum() != first
+    plan.config_checksum.cache_clear()
+
+
 def test_pgd_lowers_accuracy_and_a_larger_radius_lowers_it_further():
     torch.manual_seed(0)
     images = torch.rand(300, 3, 4, 4)
@@ -344,9 +401,9 @@ def test_the_tables_of_the_further_trainings_hold_what_was_measured():
     section = text[text.index("## The published weights") :]
     rows = {row[0]: row[1:] for row in rows_of(section, "loss")[1:]}
     assert list(rows) == ["TRADES (KL)", "IKL without prior", "IKL", "GKL"]
-    assert rows["TRADES (KL)"] == ["50.00", "30.00", "-", "-"]
+    assert rows["TRADES (KL)"] == ["50.00", "30.00", "-", "-", "a processor"]
     # 200 of 2000 images differ, all one way: 1.96 sqrt(.1 * .9 / 2000) = 1.3
-    assert rows["GKL"] == ["50.00", "20.00", "+0.00 ± 0.00", "-10.00 ± 1.32"]
+    assert rows["GKL"] == ["50.00", "20.00", "+0.00 ± 0.00", "-10.00 ± 1.32", "a processor"]
     longer = rows_of(section, "training")
     assert longer[1][0] == "main table: 9,000 images, 6 epochs"
     prior = "all entries lie between 0.062 and 0.400, the mean of those of the own class is 0.400; 0.100 says nothing"
@@ -365,8 +422,10 @@ def test_the_other_tables_hold_what_was_measured(content):
     assert rows_of(text, "beta (paper: 4 x alpha/4)")[1][0::2] == ["12", "67.52 / 31.29"]
     assert rows_of(text, "alpha (paper: beta)")[1][0::2] == ["2", "66.13 / 30.95"]
     assert rows_of(text, "eps")[4] == ["6/255", "30.00 (37.28)", "30.00 (38.98)"]
-    assert "14.0 points below its best epoch" in text
-    assert "at the end 38.0 points between training and validation images" in text
+    fall, gap = (196 * math.sqrt((p * (1 - p) + q * (1 - q)) / 500) for p, q in ((0.3, 0.16), (0.54, 0.16)))
+    assert f"14.0 ± {fall:.1f} points below the best of its 15 measured epochs" in text
+    assert f"at the end 38.0 ± {gap:.1f} points between training and validation images" in text
+    assert "500 of them (±3.5 points for one number of about 20)" in text  # 196 sqrt(.2 * .8 / 500)
     assert rows_of(text, "epoch")[1] == ["1", "1.0e-01", "9.0e-01"]
     assert "31.00 % and 31.20 % of 500 validation images stand" in text
     chosen = [row for row in text.splitlines() if row.rstrip(" |").endswith("chosen")]
@@ -427,15 +486,17 @@ def training(name):
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_goes_on_and_ends_as_one_that_was_not(small_data):
+@pytest.mark.parametrize("epoch", [1, 3])  # the last one: between its checkpoint and the end of the validation
+def test_an_interrupted_training_goes_on_and_ends_as_one_that_was_not(small_data, epoch):
     reproduce_jobs.run_jobs([training("whole")], small_data)
 
     job = training("killed")
-    reproduce_jobs._finished(job, small_data, 1)
+    reproduce_jobs._finished(job, small_data, 1, {})
     folder = small_data / job.name
     process = reproduce_jobs._start(folder, 1)
     deadline = time.monotonic() + 300
-    while not (folder / "work" / "epoch_1.pth").is_file():
+    last = folder / "work" / "last_checkpoint"
+    while not (last.is_file() and f"epoch_{epoch}.pth" in last.read_text()):
         assert process.poll() is None, (folder / "log.txt").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -1,5 +1,6 @@
 """tools/reproduce_jobs.py and the command line of tools/reproduce.py."""
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,9 @@ WORK = """
         with (folder / "calls").open("a") as calls:
             calls.write("x")
         return {"doubled": 2 * settings["number"], "threads": os.environ["OMP_NUM_THREADS"]}
+
+    def environment(settings, folder):
+        return os.environ["IKL_PLUGINS_NATIVE"]
 
     def fail(settings, folder):
         raise ValueError("no such luck")
@@ -67,12 +71,38 @@ def test_a_job_of_other_settings_is_refused(work):
     run_jobs(doubles(1), work, report=lambda line: None)
     with pytest.raises(
         ValueError,
-        match=r"^reproduce: `output` must hold jobs of the same settings, but .*job\.json has other settings\. "
-        r"Choose another --output, or delete .*double-1\.$",
+        match=r"^reproduce: `output` must hold jobs of the same settings and files, but .*job\.json has other "
+        r"settings\. Choose another --output, or delete .*double-1\.$",
     ):
         run_jobs([Job("double-1", "work_for_jobs:double", {"number": 4})], work)
     with pytest.raises(ValueError, match=r"has other threads\."):
         run_jobs(doubles(1), work, threads=2)
+
+
+def test_a_job_of_other_files_is_refused(work):
+    files = {"config": "1", "data": "2"}
+    run_jobs(doubles(1), work, sources=lambda job: files, report=lambda line: None)
+    again = run_jobs(doubles(1), work, sources=lambda job: dict(files), report=lambda line: None)
+    assert again["double-1"]["sources"] == files
+    with pytest.raises(ValueError, match=r"job\.json has other config\. Choose another --output, or delete "):
+        run_jobs(doubles(1), work, sources=lambda job: {**files, "config": "3"})
+    with pytest.raises(ValueError, match=r"job\.json has other data\."):
+        run_jobs(doubles(1), work, sources=lambda job: {**files, "data": "3"})
+
+
+def test_the_data_is_known_by_its_manifest(tmp_path, monkeypatch):
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^reproduce: CIFAR-10 must be in .*, but there is no manifest\.json\."):
+        reproduce_jobs.data_checksum()
+    (tmp_path / "cifar10").mkdir()
+
+    def checksum(content):
+        (tmp_path / "cifar10" / "manifest.json").write_text(json.dumps(content))
+        return reproduce_jobs.data_checksum()
+
+    splits = {"train": {"sha256": "1"}}
+    assert checksum({"splits": splits, "versions": {"python": "3.11"}}) == checksum({"splits": splits})
+    assert checksum({"splits": {"train": {"sha256": "2"}}}) != checksum({"splits": splits})
 
 
 def test_a_failure_is_named_and_the_others_finish(work):
@@ -102,6 +132,49 @@ def test_a_killed_job_goes_on_in_its_folder(work):
         process.wait()
     found = run_jobs([Job("slow", "work_for_jobs:slow", {})], work, report=lambda line: None)
     assert found["slow"]["result"] == {"resumed": True}
+
+
+STARTS = """
+    import sys
+    from pathlib import Path
+
+    import reproduce
+    from reproduce_jobs import Job, run_jobs
+
+    jobs = [Job("slow", "work_for_jobs:slow", {})]
+    reproduce.EXPERIMENTS["distill"] = lambda args, folder, results: [*run_jobs(jobs, folder)]
+    reproduce.main(["distill", "--output", sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_two_processes_do_the_same_job(work, signal_number):
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(reproduce_jobs.__file__).parent)])
+    command = [sys.executable, "-c", textwrap.dedent(STARTS), str(work)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+    try:
+        end = time.monotonic() + 60
+        while not (work / "slow" / "progress").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(process.pid, signal_number)
+        process.wait()
+        job = [Job("slow", "work_for_jobs:slow", {})]
+        if signal_number == signal.SIGTERM:  # it has taken the job's process with it
+            assert run_jobs(job, work, report=lambda line: None)["slow"]["result"] == {"resumed": True}
+        else:  # the job's process lives on, and holds its folder
+            with pytest.raises(RuntimeError, match=r"slow failed; .*log\.txt says why"):
+                run_jobs(job, work, report=lambda line: None)
+            assert "another process works in" in (work / "slow" / "log.txt").read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_jobs_go_without_the_operator(work, monkeypatch):
+    monkeypatch.setenv("IKL_PLUGINS_NATIVE", "1")
+    found = run_jobs([Job("asks", "work_for_jobs:environment", {})], work, report=lambda line: None)
+    assert found["asks"]["result"] == "0"
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
