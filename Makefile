@@ -1,4 +1,5 @@
 # Each target works from a fresh clone: it makes .venv, installs what it needs and does its job. A second call reuses it.
+# `reproduce` alone takes data and weights as well, see docs/results.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
