@@ -48,13 +48,17 @@ from ikl_plugins._files import written_aside
 from ikl_plugins.checkpoints import load_content
 from ikl_plugins.torchdistill import find_losses
 
-__all__ = ["last_path", "load_checkpoint", "load_config", "run"]
+__all__ = ["DivergenceError", "last_path", "load_checkpoint", "load_config", "run"]
 
 CALLER = "train_torchdistill"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "torchdistill"
 Progress = Callable[[int, int, str], None]
 
 logger = logging.getLogger(__name__)
+
+
+class DivergenceError(ValueError):
+    """A loss that is not finite any more."""
 
 
 # --- the config ------------------------------------------------------------------------------------------------------
@@ -318,7 +322,7 @@ class Trainer:
             box.post_forward_process(loss=loss)
             seconds += time.perf_counter() - begin
             if not math.isfinite(value):
-                raise ValueError(
+                raise DivergenceError(
                     f"{CALLER}: the loss must stay finite, got {value} in epoch {epoch}, step {step}. Lower the "
                     f"learning rate or the loss's weights, or set check_finite: True on it to see where this begins."
                 )

@@ -146,7 +146,15 @@ def test_the_first_of_each_class_are_taken():
     assert first_of_each_class(Images, 2) == [0, 1, 2, 4]
 
 
-def test_the_probes_change_one_thing_each():
+def test_every_decoupled_loss_has_the_same_trials_and_one_of_them_is_kd_s_with_the_mse_added():
+    trials = {method.key: method.trials for method in METHODS}
+    assert trials["ikl_no_prior"] == trials["ikl"] == trials["gkl"]
+    added = trials["ikl"][-1]
+    kd = {"alpha": added["ce_weight"], "beta": pytest.approx(added["alpha"] / 4.0**2)}  # KDLoss multiplies by 4 ** 2
+    assert kd in trials["kd"]
+
+
+def test_each_question_has_its_probes():
     chosen = {
         "kd": {"alpha": 0.1, "beta": 0.9},
         "ikl_no_prior": {"alpha": 1.0, "beta": 1.0},
@@ -156,19 +164,12 @@ def test_the_probes_change_one_thing_each():
     asked = {}
     for probe in found:
         asked.setdefault(probe.question, []).append((probe.method, probe.keywords))
-    assert asked["what was chosen for the other one"] == [
-        ("ikl_no_prior", {"alpha": 4.0, "beta": 1.0}), ("ikl", {"alpha": 1.0, "beta": 1.0}),
-    ]  # fmt: skip
-    added = asked["KD's weights of labels and teacher, the MSE added"]
-    kd = {"ce_weight": 0.1, "alpha": pytest.approx(14.4)}  # 0.9 of KD's teacher, times 4 ** 2
-    assert added == [
-        ("ikl_no_prior", {**kd, "beta": 1.0}),
-        ("ikl", {**kd, "beta": 1.0}),
-        ("ikl_no_prior", {**kd, "beta": pytest.approx(14.4)}),
-    ]
-    assert asked["as in the first table"] == list(chosen.items())
+    heavy = {"ce_weight": 0.1, "alpha": pytest.approx(14.4), "beta": pytest.approx(14.4)}  # 0.9 of KD's, times 4 ** 2
+    assert asked["an MSE as heavy as the cross entropy"] == [("ikl_no_prior", heavy), ("ikl", heavy)]
+    alone = {"alpha": 0.0, "beta": 1.0}
+    assert asked["labels and the MSE alone"] == [("ikl_no_prior", alone), ("ikl", alone)]
     quick = reproduce_distill.probes(reproduce_distill.QUICK, chosen)
-    assert {probe.question for probe in quick} == set(asked)
+    assert [probe.question for probe in quick] == list(asked)
 
 
 def test_the_weight_between_classes_is_that_of_the_pairs(tmp_path, monkeypatch):
@@ -277,14 +278,24 @@ def test_three_seeds_decide_no_more_than_student_s_interval_allows():
 def test_the_probes_are_shown_with_what_was_asked():
     lines = render(made_up()).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "| IKL" in line]
-    assert ["as in the first table", "IKL", "alpha 1, beta 4", "52.00"] in rows
-    assert [
-        "labels and the MSE alone",
-        "IKL without global information",
-        "alpha 0, beta 1",
-        "58.00",
-    ] in rows  # the ninth
+    assert ["labels and the MSE alone", "IKL", "alpha 0, beta 1", "53.00", "63.00"] in rows  # the fourth
     assert any(re.match(r"\| of the image \| 4 +\| 0.250 ± 0.125 +\| 0.0125 ", line) for line in lines)
+
+
+def test_a_probe_that_diverges_is_an_answer_and_another_error_is_not(monkeypatch, tmp_path):
+    errors = [reproduce_distill.DivergenceError("the loss must stay finite"), ValueError("another")]
+
+    def student(settings, folder):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(reproduce_distill, "student", student)
+    found = reproduce_distill.probe({}, tmp_path)
+    assert found == {"val_accuracy": None, "history": [], "stopped": "the loss must stay finite"}
+    with pytest.raises(ValueError, match="another"):
+        reproduce_distill.probe({}, tmp_path)
+    content = made_up()
+    content["probes"][1].update(found)
+    assert re.search(r"\| IKL +\| [^|]+\| diverges +\| 63\.00", render(content))
 
 
 def test_the_plots_are_drawn_from_the_results(tmp_path):
@@ -349,5 +360,5 @@ def test_quick_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     # DKL is KL: the same gradients up to rounding, so the same students.
     assert max(content["equality"]["float64"]) < 1e-10
     assert max(content["equality"]["float32"]) < 1e-2
-    assert len(content["probes"]) == 4
-    assert all(probe["val_accuracy"] > 0 for probe in content["probes"])
+    assert len(content["probes"]) == 2
+    assert all(probe["val_accuracy"] is None or probe["val_accuracy"] > 0 for probe in content["probes"])
