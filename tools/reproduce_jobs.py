@@ -126,7 +126,8 @@ def _finished(job: Job, folder: Path, threads: int, sources: dict[str, str]) -> 
     file = folder / job.name / "job.json"
     if file.is_file() and (known := read_json(file)) != asked:
         differing = [key for key in ("function", "settings", "threads") if known.get(key) != asked[key]]
-        differing += [key for key in sources if known.get("sources", {}).get(key) != sources[key]]
+        before = known.get("sources", {})
+        differing += [key for key in {**before, **sources} if before.get(key) != sources.get(key)]
         raise ValueError(
             f"{CALLER}: `output` must hold jobs of the same settings and files, but {file} has other "
             f"{', '.join(differing)}. Choose another --output, or delete {file.parent}."

@@ -88,6 +88,8 @@ def test_a_job_of_other_files_is_refused(work):
         run_jobs(doubles(1), work, sources=lambda job: {**files, "config": "3"})
     with pytest.raises(ValueError, match=r"job\.json has other data\."):
         run_jobs(doubles(1), work, sources=lambda job: {**files, "data": "3"})
+    with pytest.raises(ValueError, match=r"job\.json has other config, data\."):
+        run_jobs(doubles(1), work)
 
 
 def test_the_data_is_known_by_its_manifest(tmp_path, monkeypatch):
