@@ -17,6 +17,7 @@ __all__ = ["EpochClassifier", "term_scalars"]
 
 HOOK_LINE = "custom_hooks = [dict(type='IKLHook')]"
 _CE_KEY = "loss_ce"
+_PLAIN_KEYS = ("backbone", "neck", "head", "pretrained", "data_preprocessor", "init_cfg")
 
 
 class EpochClassifier(ImageClassifier):  # type: ignore[misc]  # the base class has no types
@@ -51,6 +52,11 @@ class EpochClassifier(ImageClassifier):  # type: ignore[misc]  # the base class 
                 f"{self._name}: `head` must be given, got None. Logits come from the head: "
                 f"head=dict(type='LinearClsHead', num_classes=..., in_channels=...)."
             )
+
+    @staticmethod
+    def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Of such a classifier's config that of the ``ImageClassifier`` into which its checkpoints load."""
+        return {"type": "ImageClassifier", **{key: config[key] for key in _PLAIN_KEYS if key in config}}
 
     # --- epochs ------------------------------------------------------------------------------------------------------
 

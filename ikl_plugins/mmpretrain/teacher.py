@@ -20,7 +20,6 @@ from .pixels import PixelSpace
 
 __all__ = ["TeacherHolder", "build_teacher"]
 
-_PLAIN_KEYS = ("backbone", "neck", "head", "pretrained", "data_preprocessor", "init_cfg")
 _EXTRAS = ("distill_loss.", "robust_loss.", "data_preprocessor.")
 _INLINE = "teacher=dict(type='ImageClassifier', backbone=..., head=...)"
 
@@ -160,7 +159,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("type")
     cls = MODELS.get(kind) if isinstance(kind, str) else kind
     if isinstance(cls, type) and issubclass(cls, EpochClassifier):
-        return {"type": "ImageClassifier", **{key: config[key] for key in _PLAIN_KEYS if key in config}}
+        return cls.plain_config(config)
     return config
 
 

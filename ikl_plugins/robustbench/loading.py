@@ -14,7 +14,6 @@ import copy
 import functools
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,13 @@ from ..models.robustbench_zoo import (
     nearest_architecture,
     parse_architecture,
 )
+from ..models.weights import Misfit, load_strictly, strip_prefixes
 
 __all__ = ["DATASET_CLASSES", "HostClassifier", "Normalised", "from_mmpretrain", "from_torchdistill", "load_checkpoint"]
 
 DATASET_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 # What the networks of the distillation literature were trained with on CIFAR-100.
 _DISTILLATION_STATISTICS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-_PREFIXES = ("module.", "model.", "backbone.", "0.")  # wrappers, MMPretrain's classifiers, a Sequential of one network
 _PRIOR = re.compile(r"(?:distill_loss|robust_loss)\.class_prior\.(?:matrix|sums|counts)")
 # Of the official WideResNet, whose forward never uses it; RobustBench and the official evaluation leave it out.
 _UNUSED = "sub_block1."
@@ -195,9 +194,12 @@ def load_checkpoint(
     content = load_content(path)
     if mean is None:
         _check_stored_config(caller, content, path, architecture, outer)
-    weights = _bare({name: one for name, one in weights_in(content, path, averaged=averaged).items() if _kept(name)})
+    weights = strip_prefixes(_kept(weights_in(content, path, averaged=averaged)))
+    if architecture.startswith("WideResNet-"):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
     network = build()
-    _load(caller, network, weights, path, architecture, num_classes)
+    way_out = functools.partial(_way_out, weights, architecture, num_classes)
+    load_strictly(caller, network, weights, path, architecture, way_out)
     return (network if outer is None else Normalised(network, *outer)).to(device).eval()
 
 
@@ -265,14 +267,14 @@ def from_mmpretrain(
     model.setdefault("data_preprocessor", copy.deepcopy(config.get("data_preprocessor")))
     with DefaultScope.overwrite_default_scope(config.get("default_scope") or "mmpretrain"):
         kind = model.get("type")
-        classifiers = sys.modules.get("ikl_plugins.mmpretrain.classifier")
-        resolved = MODELS.get(kind) if isinstance(kind, str) else kind
-        if classifiers is not None and isinstance(resolved, type) and issubclass(resolved, classifiers.EpochClassifier):
-            model = {"type": "ImageClassifier", **{key: model[key] for key in _PLAIN_KEYS if key in model}}
+        # A classifier that trains another one says of which class its checkpoints are.
+        plain_config = getattr(MODELS.get(kind) if isinstance(kind, str) else kind, "plain_config", None)
+        if plain_config is not None:
+            model = plain_config(model)
         classifier = MODELS.build(model)
     content = load_content(checkpoint)
-    weights = {name: one for name, one in weights_in(content, checkpoint, averaged=averaged).items() if _kept(name)}
-    _load(caller, classifier, weights, checkpoint, f"`model` of {where}")
+    weights = _kept(weights_in(content, checkpoint, averaged=averaged))
+    load_strictly(caller, classifier, weights, checkpoint, f"`model` of {where}")
     return HostClassifier(classifier, pixel_range, flip).to(device).eval()
 
 
@@ -328,7 +330,7 @@ def from_torchdistill(config: Path | str, checkpoint: Path | str, *, device: tor
     if network is None:
         network = get_model(named["key"], named.get("repo_or_dir"), **(named.get("kwargs") or {}))
     weights = weights_in(load_content(checkpoint), checkpoint)
-    _load(caller, network, weights, checkpoint, f"the model '{named['key']}' of {config}")
+    load_strictly(caller, network, weights, checkpoint, f"the model '{named['key']}' of {config}")
     return (network if statistics is None else Normalised(network, *statistics)).to(device).eval()
 
 
@@ -363,71 +365,27 @@ def _named(
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _kept(name: str) -> bool:
-    return _PRIOR.fullmatch(name) is None
+def _kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the class statistics of a training."""
+    return {name: tensor for name, tensor in weights.items() if _PRIOR.fullmatch(name) is None}
 
 
-def _bare(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without the prefixes that all of them have."""
-    while weights:
-        common = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in weights)), None)
-        if common is None:
-            break
-        weights = {name[len(common) :]: tensor for name, tensor in weights.items()}
-    return weights
-
-
-def _load(
-    caller: str,
-    network: nn.Module,
-    weights: dict[str, Tensor],
-    path: Path | str,
-    target: str,
-    num_classes: int | None = None,
-) -> None:
-    """Loads weights whose names and shapes are exactly those of the network.
-
-    With ``num_classes`` the network is one that ``target`` names.
-    """
-    own = network.state_dict()
-    if target.startswith("WideResNet-"):
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
-    shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    if shapes:
-        missing = [name for name in own if name not in weights]
-        unexpected = [name for name in weights if name not in own]
-    else:
-        missing, unexpected = network.load_state_dict(weights, strict=False)
-    if not (shapes or missing or unexpected):
-        return
+def _way_out(weights: dict[str, Tensor], architecture: str, num_classes: int, misfit: Misfit) -> str:
+    """What may help where weights do not fit a network that was named."""
     theirs = class_count(weights)
-    if num_classes is not None and theirs not in (None, num_classes) and not missing and not unexpected:
-        only = {name for name in own if name.rpartition(".")[0] in LAST_LAYERS}
-        if set(shapes) <= only:
-            raise ValueError(
-                f"{caller}: the checkpoint {path} must have {num_classes} classes, got {theirs}. Give the `dataset` "
-                f"that it was trained on, or num_classes={theirs}."
-            )
-    found = [f"missing: {check.first_names(missing)}"] if missing else []
-    found += [f"unexpected: {check.first_names(unexpected)}"] if unexpected else []
-    differ = [f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in shapes]
-    found += [f"other shapes: {check.first_names(differ)}"] if differ else []
-    way_out = "Name the config that it was trained with, or another checkpoint."
-    if num_classes is not None:
-        nearest = nearest_architecture(weights)
-        way_out = "It looks like no network known by name; use from_mmpretrain or from_torchdistill with its config."
-        if nearest == target:
-            way_out = "The file is not whole, or its network was changed."
-        elif nearest is not None:
-            way_out = f"It looks like architecture='{nearest}'."
-    raise ValueError(
-        f"{caller}: the checkpoint {path} must fit {target}, but it does not; {'; '.join(found)}. {way_out}"
-    )
+    last = all(name.rpartition(".")[0] in LAST_LAYERS for name in misfit.shapes)
+    if theirs not in (None, num_classes) and last and not misfit.missing and not misfit.unexpected:
+        return f"It has {theirs} classes and not {num_classes}: give its `dataset`, or num_classes={theirs}."
+    nearest = nearest_architecture(weights)
+    if nearest is None:
+        return "It looks like no network known by name; use from_mmpretrain or from_torchdistill with its config."
+    if nearest == architecture:
+        return "The file is not whole, or its network was changed."
+    return f"It looks like architecture='{nearest}'."
 
 
 # --- MMPretrain ------------------------------------------------------------------------------------------------------
 
-_PLAIN_KEYS = ("backbone", "neck", "head", "pretrained", "data_preprocessor", "init_cfg")
 _LOADERS = ("test_dataloader", "val_dataloader", "train_dataloader")
 _READS_BGR = ("LoadImageFromFile",)
 _HOLDS_RGB = ("CIFAR10", "CIFAR100")
