@@ -2,7 +2,7 @@
 
 import random
 
-import demo_adversarial
+from demo import adversarial as demo_adversarial
 
 
 def made_up_adversarial_results(images=300):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-import train_mmpretrain
+from ikl_plugins.mmpretrain import training as train_mmpretrain
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.runner import Runner

@@ -4,10 +4,10 @@ import os
 import re
 from pathlib import Path
 
-import prepare_data
+from ikl_plugins.commands import data as prepare_data
 import pytest
 import torch
-import train_mmpretrain
+from ikl_plugins.mmpretrain import training as train_mmpretrain
 from mmpretrain_runs import CONFIGS, TOOL, execute, few_images, tool
 
 from ikl_plugins.mmpretrain import checkpoints

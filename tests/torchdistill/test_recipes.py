@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
-import make_configs
+from evidence import make_configs
 import numpy
 import oracles
 import torchvision
@@ -34,7 +34,7 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 from torchdistill.optim.registry import get_scheduler
 from torchvision.datasets import CIFAR10, CIFAR100
-from train_torchdistill import Trainer, load_checkpoint, load_config, main
+from ikl_plugins.torchdistill.training import Trainer, load_checkpoint, load_config, main
 
 import ikl_plugins.torchdistill  # noqa: F401 - what `dependencies:` does
 

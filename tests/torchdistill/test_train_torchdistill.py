@@ -15,8 +15,8 @@ import torch
 
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
-import train_torchdistill
-from train_torchdistill import last_path, load_checkpoint, load_config, main, run
+from ikl_plugins.torchdistill import training as train_torchdistill
+from ikl_plugins.torchdistill.training import last_path, load_checkpoint, load_config, main, run
 
 from ikl_plugins.models import resnet56
 

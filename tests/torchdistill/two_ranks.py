@@ -7,8 +7,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-import train_torchdistill
-from train_torchdistill import Trainer, load_config, run
+from ikl_plugins.torchdistill import training as train_torchdistill
+from ikl_plugins.torchdistill.training import Trainer, load_config, run
 
 
 class Recorded(Trainer):

@@ -1,0 +1,202 @@
+"""Puts DKL, IKL or GKL into a config of yours, and shows what changes.
+
+    python tools/adopt.py my_kd.yaml --loss IKL                                   # shows the difference, writes nothing
+    python tools/adopt.py my_kd.yaml --loss IKL --output my_ikl.yaml --check
+    python tools/adopt.py my_student.py --teacher t.py --teacher-ckpt t.pth --loss IKL --output my_ikl.py
+    python tools/adopt.py my_classifier.py --adversarial --output my_robust.py
+
+A torchdistill YAML has its KDLoss, LogitStdKDLoss or KLDivLoss replaced, its text edited in place: comments, anchors,
+`!join` and `!import_call` stay. Of an MMPretrain config a new one is written that inherits from it. The difference goes
+to the standard output, what it means to the standard error. What cannot be mapped is refused by line and key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ikl_plugins._files import written_aside
+
+__all__ = ["main"]
+
+CALLER = "adopt"
+YAML_ENDINGS = (".yaml", ".yml")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", type=Path, help="torchdistill YAML, or MMPretrain config (.py)")
+    parser.add_argument(
+        "--loss", choices=("DKL", "IKL", "GKL", "KL"), default="IKL", help="default: IKL; KL for .py alone"
+    )
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+                        help="a keyword of the loss, instead of the value that follows from the config; "
+                        "repeatable")  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="build what was made, and run it forward and backward")
+    where = parser.add_argument_group("output (without any, nothing is written)")
+    where.add_argument("--output", type=Path, metavar="FILE")
+    where.add_argument("--in-place", action="store_true", help="write over the YAML itself")
+    where.add_argument("--force", action="store_true", help="write over an --output that is there")
+    kl = parser.add_argument_group("torchdistill, for a KLDivLoss in a SimpleLossWrapper")
+    kl.add_argument("--student-logits", metavar="MODULE[:input]", help="module whose output (or input) are the logits")
+    kl.add_argument("--teacher-logits", metavar="MODULE[:input]")
+    mm = parser.add_argument_group("MMPretrain")
+    mm.add_argument("--teacher", type=Path, metavar="CONFIG", help="config of the teacher")
+    mm.add_argument("--teacher-ckpt", metavar="FILE", help="its checkpoint, a file or an http(s) address")
+    mm.add_argument("--adversarial", action="store_true", help="adversarial training in place of distillation")
+    mm.add_argument("--eps", metavar="EPS", help="with --adversarial: radius in pixel units (default: 8/255)")
+    return parser
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """The values of --set, read as YAML does."""
+    settings = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key or not value:
+            raise ValueError(f"{CALLER}: --set must be KEY=VALUE, got {pair!r}. Write --set beta=4.0.")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"{CALLER}: --set {key} must have a plain value, got {value!r}. Write {key}=4.0."
+            ) from error
+        if isinstance(settings[key], str):
+            with contextlib.suppress(ValueError):
+                settings[key] = float(value)  # 1e-3, which YAML takes for a string
+    return settings
+
+
+def _target(args: argparse.Namespace) -> Path | None:
+    """Where to write, None for nowhere."""
+    if args.in_place and args.output is not None:
+        raise ValueError(f"{CALLER}: --in-place must stand without --output, got both. Leave one out.")
+    if args.in_place:
+        return Path(args.config)
+    if args.output is None:
+        return None
+    output = Path(args.output).expanduser()
+    if output.exists() and output.samefile(args.config):
+        raise ValueError(f"{CALLER}: --output must be another file than the config, got {output}. Use --in-place.")
+    if output.is_dir():
+        raise ValueError(f"{CALLER}: --output must be a file, got the folder {output}. Name a file in it.")
+    if output.exists() and not args.force:
+        raise ValueError(f"{CALLER}: --output must not be there yet, got {output}. Use another name, or --force.")
+    return output
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], kind: str) -> None:
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{CALLER}: {option} goes with {kind}, got {args.config}. Leave it out.")
+
+
+def _difference(old: str, new: str, old_name: str, new_name: str) -> str:
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), old_name, new_name, lineterm="")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _adopt_yaml(args: argparse.Namespace) -> None:
+    from ikl_plugins.commands.adopt.torchdistill import adopt_yaml
+
+    _refuse(args, ("teacher", "teacher_ckpt", "adversarial", "eps"), "an MMPretrain config (.py)")
+    if args.loss == "KL":
+        raise ValueError(f"{CALLER}: --loss must be DKL, IKL or GKL for torchdistill, got KL. KDLoss is KL itself.")
+    target = _target(args)
+    with args.config.open(encoding="utf-8", newline="") as file:
+        text = file.read()
+    adoption = adopt_yaml(
+        text, args.loss, name=str(args.config), settings=_settings(args.settings),
+        student_logits=args.student_logits, teacher_logits=args.teacher_logits,
+    )  # fmt: skip
+    print(_difference(text, adoption.text, str(args.config), str(target or args.config)), end="")
+    for note in adoption.notes:
+        _say(note)
+    if args.check:
+        from ikl_plugins.commands.adopt.torchdistill_check import check_yaml
+
+        for line in check_yaml(adoption, text, str(args.config)):
+            _say(f"checked: {line}")
+    if not adoption.changed:
+        _say(f"{args.config} is adopted already: nothing to change, nothing written")
+        return
+    _write(target, adoption.text)
+
+
+def _adopt_python(args: argparse.Namespace) -> None:
+    from ikl_plugins.commands.adopt.mmpretrain import adopt_config, check_config
+
+    warnings.filterwarnings("ignore", "Fail to import ..MultiScaleDeformableAttention", UserWarning)  # of mmcv-lite
+    _refuse(args, ("student_logits", "teacher_logits"), "a torchdistill YAML")
+    _refuse(args, ("in_place",), "a torchdistill YAML, as the new config inherits from the old one; use --output")
+    target = _target(args)
+    adoption = adopt_config(
+        args.config, target or args.config.with_name(f"{args.config.stem}_{args.loss.lower()}.py"), args.loss,
+        teacher=args.teacher, teacher_ckpt=args.teacher_ckpt, adversarial=args.adversarial, eps=args.eps,
+        settings=_settings(args.settings),
+    )  # fmt: skip
+    if adoption.text:
+        print(_difference("", adoption.text, os.devnull, str(target or "the new config")), end="")
+    for note in adoption.notes:
+        _say(note)
+    if not adoption.text:
+        _say(f"{args.config} is adopted already: nothing to change, nothing written")
+        return
+    if args.check:
+        for line in check_config(adoption):
+            _say(f"checked: {line}")
+    _write(target, adoption.text)
+
+
+def _write(target: Path | None, text: str) -> None:
+    if target is None:
+        _say("nothing written; give --output FILE")
+        return
+    with written_aside(target) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    _say(f"written: {target}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; errors that a user can mend end it with one line."""
+    args = _parser().parse_args(arguments)
+    sys.path.insert(0, os.getcwd())  # the config's own modules are looked for where they are when it trains
+    try:
+        if not args.config.is_file():
+            raise ValueError(
+                f"{CALLER}: the config must be a file, but there is none at {args.config}. Check the path."
+            )
+        if args.config.suffix in YAML_ENDINGS:
+            _adopt_yaml(args)
+        elif args.config.suffix == ".py":
+            _adopt_python(args)
+        else:
+            raise ValueError(
+                f"{CALLER}: the config must end in .yaml, .yml (torchdistill) or .py (MMPretrain), got {args.config}. "
+                f"Rename it."
+            )
+    except UnicodeDecodeError:
+        sys.exit(f"error: {CALLER}: {args.config} must be text in UTF-8. Save it as such.")
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")
+
+
+if __name__ == "__main__":
+    main()

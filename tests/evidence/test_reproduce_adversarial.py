@@ -1,0 +1,560 @@
+"""tools/reproduce_adversarial.py and what belongs to it: the plan, the jobs' small parts, tables and plots."""
+
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmpretrain", reason="the adversarial training runs through mmpretrain (extra `mmpretrain`)")
+pytest.importorskip("matplotlib", reason="the plots need matplotlib (extra `demo`)")
+pytest.importorskip("ikl_plugins.robustbench", reason="networks and attacks are RobustBench's (extra `robustbench`)")
+
+from evidence import reproduce_adversarial_jobs
+from evidence import reproduce_adversarial_plan as plan
+from evidence import reproduce_jobs
+from evidence.reproduce import main as reproduce_main
+from evidence.reproduce_adversarial import reproduce
+from evidence.reproduce_adversarial_jobs import from_hex, read_scalars, to_hex
+from evidence.reproduce_adversarial_report import FIGURES, difference, draw, render
+
+RESULTS = Path(plan.__file__).parent.parent / "docs" / "results"
+VERSIONS = {"python": "3.11.7", "torch": "2.14.1", "processor": "a processor"}
+
+
+# --- results without a training --------------------------------------------------------------------------------------
+
+
+def made_up(budget, *, robust=lambda cell: 0.3, scales=None):
+    """What reproduce() writes, with numbers that no training gave; ``scales`` in place of what they choose."""
+    draw_number = random.Random(0)
+
+    def bits(share, images):
+        return to_hex(torch.tensor([place < round(share * images) for place in range(images)]))
+
+    def result(job):
+        settings, kind = job.settings, job.function.split(":")[1]
+        if kind == "train":
+            epochs = range(1, settings["epochs"] + 1)
+            scores = {"accuracy/top1": draw_number.uniform(30, 40), "robust/top1": draw_number.uniform(15, 25)}
+            return {
+                "log": [{"epoch": epoch, "loss": 2.0, "eps": 8 / 255 * epoch / len(epochs)} for epoch in epochs],
+                "validation": [{"epoch": len(epochs), **scores}],
+                "step_seconds": 0.1,
+                "checkpoint": "work/epoch.pth",
+                "sha256": "0",
+            }
+        if kind == "attack":
+            images = settings["images"]
+            share = robust(job.name)
+            return {
+                "images": images,
+                "natural": bits(0.5, images),
+                "robust": {radius: bits(share, images) for radius in settings["radii"]},
+                "natural_accuracy": 50.0,
+                "robust_accuracy": dict.fromkeys(settings["radii"], 100 * share),
+            }
+        if kind == "autoattack":
+            images = settings["images"]
+            return {"images": images, "natural_accuracy": 50.0, "robust": bits(robust(job.name) - 0.05, images)}
+        if kind == "class_prior":
+            return {"matrix": [[0.4 if row == column else 0.0625 for column in range(10)] for row in range(10)]}
+        if kind == "follow":
+            rows = [{"epoch": epoch, "train": [50 + place, 40 + place], "val": [40, 30 - place]}
+                    for place, epoch in enumerate(settings["epochs"])]  # fmt: skip
+            return {"images": {"train": settings["images"], "val": settings["images"]}, "rows": rows}
+        return {
+            "images": settings["images"],
+            "apart": [{"epoch": epoch, "dkl": 0.1 * epoch, "other_seed": 0.9} for epoch in range(1, budget.epochs + 1)],
+            "gradients": {"float64": 1e-15, "float32": 1e-7, "bfloat16": 1e-3},
+            "attacked": {"float32": 31.0, "bfloat16": 31.2},
+        }
+
+    def ran(jobs):
+        return {
+            job.name: {"settings": job.settings, "result": result(job), "seconds": 1.0, "versions": VERSIONS}
+            for job in jobs
+        }
+
+    found = ran(plan.search_jobs(budget))
+    scales = scales or plan.choose_scales(budget, found)
+    for jobs in (
+        *plan.main_jobs(budget, scales).values(),
+        *plan.further_jobs(budget, scales).values(),
+        plan.ablation_jobs(budget),
+        [plan.check_job(budget, scales)],
+    ):
+        found |= ran(jobs)
+    for jobs in plan.followed_jobs(budget).values():
+        found |= ran(jobs)
+    content = {"quick": budget is plan.QUICK, "budget": budget._asdict(), "scales": scales, "threads": 1, "jobs": found}
+    return json.loads(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def content():
+    return made_up(plan.FULL)
+
+
+def rows_of(text, first_cell):
+    """The rows of a Markdown table whose header begins with a cell, as lists of cells."""
+    lines = text.splitlines()
+    start = next(place for place, line in enumerate(lines) if re.match(rf"\| {re.escape(first_cell)} *\|", line))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [rows[0], *rows[2:]]
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [plan.FULL, plan.QUICK])
+def test_no_two_jobs_share_a_name_or_differ_in_what_they_measure(budget):
+    scales = dict.fromkeys(budget.methods, 2.0)
+    main, further = plan.main_jobs(budget, scales), plan.further_jobs(budget, scales)
+    followed = plan.followed_jobs(budget)
+    jobs = [*plan.search_jobs(budget), *itertools.chain(*main.values(), *further.values()), *plan.ablation_jobs(budget)]
+    jobs += [*itertools.chain(*followed.values()), plan.check_job(budget, scales)]
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name for name in names)  # each is a folder
+    known = {job.name: job for job in jobs}
+    for job in jobs:
+        module, function = job.function.split(":")
+        assert module == "reproduce_adversarial_jobs"
+        assert callable(getattr(reproduce_adversarial_jobs, function))
+        json.dumps(job.settings)
+        if "training" in job.settings:
+            training = known[job.settings["training"]]
+            assert training.settings["config"] == job.settings["config"]
+            assert job.settings.get("epoch", training.settings["epochs"]) == training.settings["epochs"]
+    for name in known["checks"].settings["trainings"].values():
+        assert name in known
+
+
+def test_the_full_plan_has_what_the_table_promises():
+    cells = plan.cells(plan.FULL)
+    assert {(cell.method, cell.awp) for cell in cells} == {(m, awp) for m in plan.METHODS for awp in (True, False)}
+    for method in plan.SEVERAL:
+        assert [cell.seed for cell in cells if cell.method == method and cell.awp] == [0, 1, 2]
+    assert plan.FULL.autoattack_images >= 500
+    assert plan.FULL.attacks is None
+    counts = {
+        method: sum(job.settings["config"] == method for job in plan.search_jobs(plan.FULL)) for method in plan.METHODS
+    }
+    assert counts.pop(plan.DKL) == 0
+    assert set(counts.values()) == {3}
+    ablated = {tuple(job.settings["options"][f"model.robust_loss.{key}"] for key in plan.CENTRE)
+               for job in plan.ablation_jobs(plan.FULL)}  # fmt: skip
+    assert ablated == {
+        *((5.0, 20.0, tau) for tau in (1, 2, 3, 4)),
+        *((5.0, beta, 4.0) for beta in (12, 16, 20, 24)),
+        *((alpha, 20.0, 4.0) for alpha in (2, 3, 4, 5)),
+    }
+
+
+def test_the_weights_are_multiples_of_the_published_ones():
+    jobs = {job.name: job for job in plan.search_jobs(plan.FULL)}
+    weight = "model.robust_loss.loss_weight"
+    assert jobs["search-adversarial_trades-0.5"].settings["options"][weight] == 3.0
+    assert jobs["search-adversarial_ikl-2"].settings["options"][weight] == 2.0
+    scales = dict.fromkeys(plan.METHODS, 0.5)
+    trainings = {job.name: job.settings["options"] for job in plan.main_jobs(plan.FULL, scales)["trainings"]}
+    for method in (plan.TRADES, plan.DKL):
+        assert trainings[f"train-{method}-awp-0"] == {weight: 3.0}
+        assert trainings[f"train-{method}-plain-0"] == {weight: 3.0, "model.awp": None}
+    assert trainings["train-adversarial_gkl-awp-0"] == {weight: 0.5}
+
+
+def test_the_best_robust_accuracy_decides_then_natural_accuracy_then_the_published_weight():
+    def results(scores):
+        return {
+            plan.search_name(method, scale): {
+                "result": {"validation": [{"accuracy/top1": natural, "robust/top1": robust}]}
+            }
+            for method in plan.METHODS
+            for scale, (natural, robust) in zip(plan.FULL.scales, scores, strict=True)
+        }
+
+    def chosen(*scores):
+        return set(plan.choose_scales(plan.FULL, results(scores)).values())
+
+    assert chosen((10, 3), (90, 1), (80, 2)) == {0.5}
+    assert chosen((10, 3), (11, 3), (80, 2)) == {1.0}
+    assert chosen((10, 3), (10, 3), (10, 3)) == {1.0}
+    one = results([(1, 1), (1, 2), (1, 3)])
+    one[plan.search_name(plan.TRADES, 0.5)]["result"]["validation"][-1]["robust/top1"] = 9
+    scales = plan.choose_scales(plan.FULL, one)
+    assert scales[plan.TRADES] == scales[plan.DKL] == 0.5
+    assert scales[plan.IKL] == 2.0
+
+
+# --- small parts of the jobs -----------------------------------------------------------------------------------------
+
+
+def test_truth_values_survive_their_text_form():
+    assert to_hex(torch.tensor([True, False, False, True, True])) == "98"
+    assert from_hex("98", 5) == [True, False, False, True, True]
+    for images in (1, 4, 7, 500):
+        right = torch.rand(images, generator=torch.Generator().manual_seed(images)) > 0.5
+        assert from_hex(to_hex(right), images) == right.tolist()
+
+
+def test_what_a_later_process_did_again_replaces_what_was_interrupted(tmp_path):
+    def write(folder, *lines):
+        path = tmp_path / folder / "vis_data" / "scalars.json"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+
+    def step(epoch, loss, seconds):
+        return {"epoch": epoch, "iter": 1, "loss": loss, "time": seconds, "memory": 1}
+
+    write("20260101_000001", step(1, 1.0, 0.1), step(1, 0.9, 0.2), step(2, 7.0, 0.3), '{"epoch": 2, "lo')
+    score = {"accuracy/top1": 40.0, "robust/top1": 20.0, "step": 2}
+    write("20260101_000002", step(2, 0.8, 0.4), {**score, "data_time": 1.0})
+    log, validation, seconds = read_scalars(tmp_path)
+    assert log == [{"epoch": 1, "loss": 0.9, "time": 0.2}, {"epoch": 2, "loss": 0.8, "time": 0.4}]
+    assert validation == [{"epoch": 2, "accuracy/top1": 40.0, "robust/top1": 20.0}]
+    assert seconds == pytest.approx(0.25)
+
+
+def test_options_are_written_as_mmengine_reads_them():
+    from mmengine.config import DictAction
+
+    for value in (None, 0.5, 3, [0, 450, 900]):
+        assert DictAction._parse_iterable(reproduce_adversarial_jobs._option(value)) == value
+
+
+def test_images_are_spread_over_the_classes():
+    labels = [label for label in range(10) for _ in range(90)]  # in the order of the files
+    for count in (10, 30, 500, 899):
+        chosen = reproduce_adversarial_jobs.spread(len(labels), count)
+        assert len(set(chosen)) == count
+        each = [sum(labels[place] == label for place in chosen) for label in range(10)]
+        assert max(each) - min(each) <= 1
+    assert reproduce_adversarial_jobs.spread(5, 5) == reproduce_adversarial_jobs.spread(5, 9) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_training_that_ended_before_its_validation_repeats_its_last_epoch(tmp_path, monkeypatch, epochs):
+    work = tmp_path / "work"
+    calls = []
+
+    def main(command):
+        """Trains what is missing; the first process ends between the last checkpoint and the validation."""
+        last = work / "last_checkpoint"
+        done = int(re.search(r"epoch_(\d+)\.pth$", last.read_text())[1]) if last.is_file() else 0
+        calls.append(done)
+        lines = []
+        for epoch in range(done + 1, epochs + 1):
+            (work / f"epoch_{epoch}.pth").write_bytes(b"weights")
+            last.write_text(str(work / f"epoch_{epoch}.pth"))
+            lines.append({"epoch": epoch, "step": epoch, "loss": 1.0, "time": 0.1})
+        if lines and len(calls) > 1:
+            lines.append({"step": epochs, "accuracy/top1": 40.0, "robust/top1": 20.0})
+        folder = work / f"2026010{len(calls)}_000000" / "vis_data"
+        folder.mkdir(parents=True)
+        (folder / "scalars.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    work.mkdir()
+    monkeypatch.setattr(reproduce_adversarial_jobs.train_mmpretrain, "main", main)
+    settings = {"config": "adversarial_ikl", "seed": 0, "epochs": epochs, "options": {}}
+    found = reproduce_adversarial_jobs.train(settings, tmp_path)
+    assert calls == [0, epochs - 1]
+    assert found["validation"] == [{"epoch": epochs, "accuracy/top1": 40.0, "robust/top1": 20.0}]
+    assert [row["epoch"] for row in found["log"]] == list(range(1, epochs + 1))
+
+
+def test_a_config_is_known_with_all_that_it_inherits(monkeypatch, tmp_path):
+    (tmp_path / "base.py").write_text("epochs = 6\n")
+    (tmp_path / "one.py").write_text('_base_ = "base.py"\nmodel = dict(alpha=1.0)\n')
+    monkeypatch.setattr(plan, "CONFIGS", tmp_path)
+
+    def checksum():
+        plan.config_checksum.cache_clear()
+        return plan.config_checksum("one")
+
+    first = checksum()
+    (tmp_path / "one.py").write_text('_base_ = "base.py"\n# a comment\nmodel = dict(alpha=1.0)\n')
+    assert checksum() == first
+    (tmp_path / "base.py").write_text("epochs = 7\n")
+    assert checksum() != first
+    plan.config_checksum.cache_clear()
+
+
+def test_pgd_lowers_accuracy_and_a_larger_radius_lowers_it_further():
+    torch.manual_seed(0)
+    images = torch.rand(300, 3, 4, 4)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)).eval()
+    labels = model(images).argmax(1)
+    natural, robust = reproduce_adversarial_jobs._right(model, images, labels, ["1/255", "8/255"])
+    assert natural.all()
+    assert len(robust["1/255"]) == 300
+    # Of a linear model the attack is exact: the margin to each other class falls by eps times the 1-norm.
+    weight = model[1].weight
+    logits = model(images)
+    for eps, right in (("1/255", robust["1/255"]), ("8/255", robust["8/255"])):
+        radius = int(eps[0]) / 255
+        margins = logits.gather(1, labels[:, None]) - logits - radius * (weight[labels, None] - weight).abs().sum(2)
+        margins.scatter_(1, labels[:, None], math.inf)
+        sure = margins.amin(1) > 0  # what no attack can reach; clipping to [0, 1] may save others
+        assert right[sure].all()
+    assert robust["8/255"].sum() < robust["1/255"].sum() < 300
+
+
+def test_the_data_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"CIFAR-10 must be in .*cifar10, but there is no manifest\.json\. Run: python"
+    ):
+        reproduce(tmp_path / "runs", tmp_path / "results", quick=True, processes=1, threads=1)
+
+
+# --- tables and plots ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_each_cell_and_the_paper_s_numbers(content):
+    rows = rows_of(render(content), "loss")
+    assert rows[0] == ["loss", "x weight", "AWP", "seeds", "natural", "PGD-20", "AutoAttack", "paper"]
+    assert [row[0] for row in rows[1:]] == 2 * list(plan.METHODS.values())
+    assert rows[1][3:] == ["3", "50.00 ± 0.00", "30.00 ± 0.00", "25.00 ± 0.00", "62.87 / 30.29"]
+    assert rows[4][-1] == "65.76 / 31.91"
+    assert rows[6][3:] == ["1", "50.00", "30.00", "25.00", "-"]
+
+
+def test_margins_are_those_of_the_images(content):
+    # 1.96 sqrt(.5 * .5 / 2000), 1.96 sqrt(.3 * .7 / 2000) and 1.96 sqrt(.25 * .75 / 500)
+    assert "95 % intervals of ±2.2, ±2.0 and ±3.8 points" in render(content)
+
+
+@pytest.mark.parametrize(
+    ("share", "found"),
+    [(0.40, "the paper's sign (+10.00"), (0.30, "not decided (+0.00"), (0.20, "not the paper's sign (-10.00")],
+)
+def test_the_order_is_what_the_images_show(share, found):
+    text = render(made_up(plan.FULL, robust=lambda name: share if "adversarial_ikl-" in name else 0.3))
+    (line,) = [line for line in text.splitlines() if line.startswith("- IKL against TRADES")]
+    assert f"AutoAttack {found}" in line
+    assert "natural not decided (+0.00 ± 0.00; paper +2.89)" in line
+    assert "paper +1.62" in line
+
+
+def test_differences_are_taken_image_by_image(content):
+    changed = copy.deepcopy(content)
+    ours = [[1, 0, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
+    theirs = [[0, 0, 1, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    for seed in range(3):
+        for method, rights in (("adversarial_ikl", ours), ("adversarial_trades", theirs)):
+            result = changed["jobs"][f"autoattack-{method}-awp-{seed}"]["result"]
+            result.update(images=4, robust=to_hex(torch.tensor(rights[seed])))
+    labels = [[f"{method}-awp-{seed}" for seed in range(3)] for method in ("adversarial_ikl", "adversarial_trades")]
+    mean, half = difference(changed, "autoattack", *labels)
+    # Per image: 1, 1/3, -1/3, -2/3.
+    assert mean == pytest.approx(100 / 12)
+    spread = math.sqrt(sum((value - 1 / 12) ** 2 for value in (1, 1 / 3, -1 / 3, -2 / 3)) / 3)
+    assert half == pytest.approx(100 * 1.96 * spread / 2)
+
+
+def test_losses_are_held_against_each_other_over_the_seeds_that_both_have(content):
+    rows = rows_of(render(content), "difference")
+    seeds = {(row[0], row[1]): row[2] for row in rows[1:]}
+    assert seeds["IKL - TRADES (KL)", "yes"] == "3"
+    assert seeds["GKL - IKL", "yes"] == seeds["IKL - TRADES (KL)", "no"] == seeds["IKL", "yes - no"] == "1"
+
+
+def test_the_published_weights_are_trained_where_others_were_chosen():
+    scales = dict.fromkeys(plan.METHODS, 1.0) | {"adversarial_trades": 2.0, "adversarial_ikl": 0.5}
+    scales["adversarial_dkl"] = scales["adversarial_trades"]
+    found = plan.further_jobs(plan.FULL, scales)
+    published, longer = found["trainings"][:2], found["trainings"][2:]
+    assert [job.name for job in published] == [
+        "train-adversarial_trades-published-0", "train-adversarial_ikl-published-0",
+    ]  # fmt: skip
+    for job in published:  # the configs are the published ones already, AWP included
+        assert job.settings["options"] == {}
+        assert job.settings["epochs"] == plan.FULL.epochs
+    assert [job.settings["config"] for job in longer] == ["adversarial_trades", "adversarial_ikl"]
+    for job in longer:
+        assert job.settings["options"] == {"train_dataloader.dataset.indices": None}  # all images
+        assert job.settings["epochs"] * 45_000 > 3 * plan.FULL.epochs * 9_000
+    assert plan.published_label(plan.FULL, scales, "adversarial_gkl") == "adversarial_gkl-awp-0"
+
+
+def test_the_tables_of_the_further_trainings_hold_what_was_measured():
+    shares = {"adversarial_ikl-longer": 0.45, "adversarial_trades-longer": 0.4, "adversarial_gkl-published": 0.2}
+
+    def robust(name):
+        return next((share for part, share in shares.items() if part in name), 0.3)
+
+    text = render(made_up(plan.FULL, robust=robust, scales=dict.fromkeys(plan.METHODS, 2.0)))
+    section = text[text.index("## The published weights") :]
+    rows = {row[0]: row[1:] for row in rows_of(section, "loss")[1:]}
+    assert list(rows) == ["TRADES (KL)", "IKL without prior", "IKL", "GKL"]
+    assert rows["TRADES (KL)"] == ["50.00", "30.00", "-", "-", "a processor"]
+    # 200 of 2000 images differ, all one way: 1.96 sqrt(.1 * .9 / 2000) = 1.3
+    assert rows["GKL"] == ["50.00", "20.00", "+0.00 ± 0.00", "-10.00 ± 1.32", "a processor"]
+    longer = rows_of(section, "training")
+    assert longer[1][0] == "main table: 9,000 images, 6 epochs"
+    prior = "all entries lie between 0.062 and 0.400, the mean of those of the own class is 0.400; 0.100 says nothing"
+    assert prior in section
+    assert longer[2] == [
+        "longer: 45,000 images, 5 epochs", "50.00", "50.00", "+0.00 ± 0.00", "40.00", "45.00", "+5.00 ± 0.96",
+    ]  # fmt: skip
+
+
+def test_the_other_tables_hold_what_was_measured(content):
+    text = render(content)
+    assert [row[0] for row in rows_of(text, "tau")[1:]] == ["1", "2", "3", "4"]
+    scores = content["jobs"]["ablation-alpha5-beta20-tau2"]["result"]["validation"][-1]
+    here = f"{scores['accuracy/top1']:.2f} / {scores['robust/top1']:.2f}"
+    assert rows_of(text, "tau")[2] == ["2", here, "63.77 / 31.88"]
+    assert rows_of(text, "beta (paper: 4 x alpha/4)")[1][0::2] == ["12", "67.52 / 31.29"]
+    assert rows_of(text, "alpha (paper: beta)")[1][0::2] == ["2", "66.13 / 30.95"]
+    assert rows_of(text, "eps")[4] == ["6/255", "30.00 (37.28)", "30.00 (38.98)"]
+    fall, gap = (196 * math.sqrt((p * (1 - p) + q * (1 - q)) / 500) for p, q in ((0.3, 0.16), (0.54, 0.16)))
+    assert f"14.0 ± {fall:.1f} points below the best of its 15 measured epochs" in text
+    assert f"at the end 38.0 ± {gap:.1f} points between training and validation images" in text
+    assert "500 of them (±3.5 points for one number of about 20)" in text  # 196 sqrt(.2 * .8 / 500)
+    assert rows_of(text, "epoch")[1] == ["1", "1.0e-01", "9.0e-01"]
+    assert "31.00 % and 31.20 % of 500 validation images stand" in text
+    chosen = [row for row in text.splitlines() if row.rstrip(" |").endswith("chosen")]
+    assert len(chosen) == 4
+
+
+def test_the_plots_are_images_and_a_quick_run_has_tables_too(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    quick = made_up(plan.QUICK)
+    assert "adversarial --quick`" in render(quick)
+    assert "apgd-ce (in place of AutoAttack)" in render(quick)
+    draw(quick, tmp_path)
+    for name in FIGURES:
+        with image.open(tmp_path / name) as drawn:
+            assert drawn.format == "PNG"
+            assert len(drawn.convert("RGB").getcolors(2**24)) > 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FIGURES)
+
+
+def test_the_committed_tables_are_those_of_the_committed_results():
+    file = RESULTS / "adversarial.json"
+    if not file.is_file():
+        pytest.skip("the results have not been computed")
+    assert (RESULTS / "adversarial.md").read_text() == render(json.loads(file.read_text()))
+
+
+# --- the real thing, small -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_data(tmp_path, monkeypatch):
+    """Images of noise around a colour for each class, as prepare_data leaves them."""
+    numpy = pytest.importorskip("numpy")
+    image = pytest.importorskip("PIL.Image")
+    noise = numpy.random.default_rng(0)
+    colours = noise.integers(40, 215, (10, 1, 1, 3))
+    for split, images in (("train", 40), ("val", 4), ("test", 4)):
+        for label in range(10):
+            folder = tmp_path / "data" / "cifar10" / split / str(label)
+            folder.mkdir(parents=True)
+            for number in range(images):
+                pixels = (colours[label] + noise.integers(-40, 40, (32, 32, 3))).astype("uint8")
+                image.fromarray(pixels).save(folder / f"{number:04}.png")
+    (tmp_path / "data" / "cifar10" / "manifest.json").write_text('{"made": "up"}')
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def training(name):
+    options = {
+        "train_dataloader.dataset.indices": list(range(0, 400, 2)),
+        "train_dataloader.batch_size": 20,
+        "val_dataloader.dataset.indices": list(range(40)),
+        "model.val_attack.steps": 2,
+    }
+    return plan._training(name, "adversarial_ikl", 0, 3, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [1, 3])  # the last one: between its checkpoint and the end of the validation
+def test_an_interrupted_training_goes_on_and_ends_as_one_that_was_not(small_data, epoch):
+    reproduce_jobs.run_jobs([training("whole")], small_data)
+
+    job = training("killed")
+    reproduce_jobs._finished(job, small_data, 1, {})
+    folder = small_data / job.name
+    process = reproduce_jobs._start(folder, 1)
+    deadline = time.monotonic() + 300
+    last = folder / "work" / "last_checkpoint"
+    while not (last.is_file() and f"epoch_{epoch}.pth" in last.read_text()):
+        assert process.poll() is None, (folder / "log.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists()
+
+    found = reproduce_jobs.run_jobs([job], small_data)["killed"]["result"]
+    whole = reproduce_jobs.read_json(small_data / "whole" / "result.json")["result"]
+    assert len(list((folder / "work").glob("*/vis_data/scalars.json"))) == 2
+    weights = [
+        torch.load(small_data / name / "work" / "epoch_3.pth", weights_only=False)["state_dict"]
+        for name in ("whole", "killed")
+    ]
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    assert found["validation"] == whole["validation"]
+    timeless = [[{key: row[key] for key in row if key != "time"} for row in result["log"]] for result in (found, whole)]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_quick_budget_is_the_full_one_with_smaller_numbers():
+    assert set(plan.QUICK.methods) < set(plan.FULL.methods)
+    assert plan.QUICK.epochs < plan.FULL.epochs
+    assert set(plan.QUICK.ablations) <= set(plan.FULL.ablations)
+
+
+@pytest.mark.slow
+def test_quick_runs_and_goes_on(small_data, monkeypatch, capsys):
+    indices = {"train_dataloader.dataset.indices": list(range(0, 400, 4)), "val_dataloader.dataset.indices": [0, 20]}
+    small = {name: {**getattr(plan.QUICK, name), **indices} for name in ("options", "few", "longer")}
+    monkeypatch.setattr(plan, "QUICK", plan.QUICK._replace(**small))
+    monkeypatch.chdir(small_data)
+    arguments = ["adversarial", "--quick", "--output", "out", "--results", "results"]
+    real = reproduce_jobs.run_jobs
+    calls = []
+
+    def interrupted(jobs, *args, **kwargs):
+        calls.append(len(jobs))
+        if len(calls) == 2:  # the trainings of the main table: one is done, the others are not
+            real(jobs[:1], *args, **kwargs)
+            raise KeyboardInterrupt
+        return real(jobs, *args, **kwargs)
+
+    monkeypatch.setattr(reproduce_jobs, "run_jobs", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        reproduce_main(arguments)
+    monkeypatch.setattr(reproduce_jobs, "run_jobs", real)
+    assert not (small_data / "results").exists()
+    capsys.readouterr()
+    reproduce_main(arguments)
+    said = capsys.readouterr().out
+    assert "train-adversarial_trades-awp-0: begins" not in said
+    assert "search-" not in said
+    assert "Written: results/adversarial.json, results/adversarial.md, results/adversarial_test.png" in said
+    content = json.loads((small_data / "results" / "adversarial.json").read_text())
+    assert (small_data / "results" / "adversarial.md").read_text() == render(content)
+    assert all((small_data / "results" / name).is_file() for name in FIGURES)
+    checks = content["jobs"]["checks"]["result"]
+    assert checks["gradients"]["float64"] < 1e-12
+    assert checks["gradients"]["float32"] < 1e-4
+    assert checks["apart"][0]["dkl"] < checks["apart"][0]["other_seed"]

@@ -1,0 +1,364 @@
+"""tools/reproduce_distill.py and its tables."""
+
+import copy
+import json
+import os
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("torchdistill.losses.registry", reason="the distillation runs through torchdistill")
+pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+
+from evidence import reproduce
+from evidence import reproduce_distill
+from evidence.reproduce_distill import METHODS, RememberedTeacher, dkl_of, first_of_each_class, public_resnet56
+from evidence.reproduce_distill_report import FIGURES, draw, render
+
+from ikl_plugins.models import resnet56
+
+RESULTS = Path(reproduce.__file__).parent.parent / "docs" / "results"
+
+
+@pytest.fixture
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- the public weights ----------------------------------------------------------------------------------------------
+
+
+def public_weights():
+    """Weights as the public file has them: no convolution in the shortcuts, `linear` for the last layer."""
+    torch.manual_seed(0)
+    state = resnet56(num_classes=10).state_dict()
+    found = {}
+    for name, value in state.items():
+        if "downsample" in name or "num_batches" in name:
+            continue
+        if name.endswith(("running_mean", "bias")):
+            value = 0.1 * torch.randn_like(value)
+        elif name.endswith("running_var") or value.dim() == 1:
+            value = 0.5 + torch.rand_like(value)
+        found["module." + name.replace("fc.", "linear.")] = value
+    return found
+
+
+def public_forward(weights, images, *, training):
+    """The public network: the shortcut between stages takes every second pixel and pads the channels with zeros.
+
+    In training the running statistics become those of the images.
+    """
+
+    def convolve(x, name, stride=1):
+        return F.conv2d(x, weights[f"module.{name}.weight"], stride=stride, padding=1)
+
+    def normalise(x, name):
+        mean, variance, scale, shift = (
+            weights[f"module.{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, variance, scale, shift, training=training, momentum=1.0)
+
+    x = F.relu(normalise(convolve(images, "conv1"), "bn1"))
+    for stage in (1, 2, 3):
+        for block in range(9):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = F.relu(normalise(convolve(x, f"{name}.conv1", stride), f"{name}.bn1"))
+            y = normalise(convolve(y, f"{name}.conv2"), f"{name}.bn2")
+            if stride == 2:
+                x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
+            x = F.relu(x + y)
+    return F.linear(x.mean((2, 3)), weights["module.linear.weight"], weights["module.linear.bias"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_public_weights_make_the_same_function_of_our_network(training):
+    weights = {name: value.double() for name, value in public_weights().items()}
+    images = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        if training:  # a trained network's running statistics are about those of any batch
+            trained = public_forward(weights, images, training=True)
+        expected = public_forward(weights, images, training=False)
+        model = public_resnet56({name: value.float() for name, value in weights.items()}, images.float()).double()
+        torch.testing.assert_close(model(images), expected, rtol=2e-4, atol=2e-4)  # statistics were taken in float32
+        if training:
+            found = model.train()(images)
+            assert (found - trained).norm() < 0.05 * (trained - trained.mean(0)).norm()
+
+
+# --- what the students are told --------------------------------------------------------------------------------------
+
+
+def test_each_loss_with_something_to_choose_has_as_many_trials():
+    counts = {method.key: len(method.trials) for method in METHODS}
+    assert counts == {"ce": 0, "kd": 4, "dkl": 0, "ikl_no_prior": 4, "ikl": 4, "gkl": 4}
+    for method in METHODS:
+        assert (reproduce_distill.CONFIGS / f"{method.key}.yaml").is_file()
+
+
+_OUTPUT = (("path", "."), ("io", "output"))
+
+
+@pytest.mark.parametrize("kd", METHODS[1].trials)
+def test_dkl_with_the_keywords_of_kd_has_its_gradients(kd):
+    from torchdistill.losses.mid_level import KDLoss
+
+    from ikl_plugins.torchdistill import DKLLoss
+
+    paths = {f"{role}_module_{what}": value for role in ("student", "teacher") for what, value in _OUTPUT}
+    torch.manual_seed(0)
+    teacher = 3 * torch.randn(6, 10, dtype=torch.float64)
+    start, labels = 3 * torch.randn(6, 10, dtype=torch.float64), torch.arange(6)
+    gradients = []
+    for loss in (
+        KDLoss(temperature=4.0, reduction="batchmean", **kd, **paths),
+        DKLLoss(temperature=4.0, **dkl_of(kd), **paths),
+    ):
+        student = start.clone().requires_grad_()
+        loss({".": {"output": student}}, {".": {"output": teacher}}, labels).backward()
+        gradients.append(student.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_a_remembered_teacher_knows_what_it_was_shown(tmp_path):
+    images, logits = torch.randn(5, 3, 4, 4), torch.randn(5, 10)
+    keys = [reproduce_distill._key(image) for image in images]
+    torch.save({"keys": keys, "logits": logits}, tmp_path / "predictions.pt")
+    teacher = RememberedTeacher(str(tmp_path / "predictions.pt"))
+    order = [3, 0, 3]
+    assert torch.equal(teacher(images[order]), logits[order])
+    with pytest.raises(KeyError):
+        teacher(images[:1] + 1e-6)
+
+
+def test_the_first_of_each_class_are_taken():
+    class Images:
+        classes = ("a", "b")
+        targets = (1, 0, 1, 1, 0, 0)
+
+    assert first_of_each_class(Images, 2) == [0, 1, 2, 4]
+
+
+def test_every_decoupled_loss_has_the_same_trials_and_one_of_them_is_kd_s_with_the_mse_added():
+    trials = {method.key: method.trials for method in METHODS}
+    assert trials["ikl_no_prior"] == trials["ikl"] == trials["gkl"]
+    added = trials["ikl"][-1]
+    kd = {"alpha": added["ce_weight"], "beta": pytest.approx(added["alpha"] / 4.0**2)}  # KDLoss multiplies by 4 ** 2
+    assert kd in trials["kd"]
+
+
+def test_each_question_has_its_probes():
+    chosen = {
+        "kd": {"alpha": 0.1, "beta": 0.9},
+        "ikl_no_prior": {"alpha": 1.0, "beta": 1.0},
+        "ikl": {"alpha": 4.0, "beta": 1.0},
+    }
+    found = reproduce_distill.probes(reproduce_distill.FULL, chosen)
+    asked = {}
+    for probe in found:
+        asked.setdefault(probe.question, []).append((probe.method, probe.keywords))
+    heavy = {"ce_weight": 0.1, "alpha": pytest.approx(14.4), "beta": pytest.approx(14.4)}  # 0.9 of KD's, times 4 ** 2
+    assert asked["an MSE as heavy as the cross entropy"] == [("ikl_no_prior", heavy), ("ikl", heavy)]
+    alone = {"alpha": 0.0, "beta": 1.0}
+    assert asked["labels and the MSE alone"] == [("ikl_no_prior", alone), ("ikl", alone)]
+    quick = reproduce_distill.probes(reproduce_distill.QUICK, chosen)
+    assert [probe.question for probe in quick] == list(asked)
+
+
+def test_the_weight_between_classes_is_that_of_the_pairs(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    logits, targets = 5 * torch.randn(30, 10), torch.arange(30) % 10
+
+    class Images:
+        pass
+
+    Images.targets = targets.tolist()
+    monkeypatch.setattr(reproduce_distill, "_config", lambda *_: {"datasets": {"cifar10/train": Images}})
+    (tmp_path / "predictions").mkdir()
+    torch.save({"keys": [], "logits": torch.cat([logits, logits + 1])}, tmp_path / "predictions" / "predictions.pt")
+    rows = reproduce_distill.pair_weights({}, tmp_path / "weights")["rows"]
+    assert len(rows) == 6
+    for row in rows:
+        between, without = [], []
+        single = torch.softmax(logits.double() / row["temperature"], 1)
+        for image in range(30):
+            w = single[image] if row["weights"] == "image" else single[targets == targets[image]].mean(0)
+            top = int(w.argmax())
+            pairs = [(j, k) for j in range(10) for k in range(10) if j != k]
+            between.append(sum(float(w[j] * w[k]) for j, k in pairs))
+            without.append(sum(float(w[j] * w[k]) for j, k in pairs if top not in (j, k)))
+        assert row["between_classes"] == pytest.approx(statistics.fmean(between), rel=1e-9)
+        assert row["without_the_largest"] == pytest.approx(statistics.fmean(without), rel=1e-9)
+        assert row["deviation"] == pytest.approx(statistics.stdev(between), rel=1e-9)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def made_up(ahead=1.0):
+    """Results as a run leaves them; IKL is ahead of KD by ``ahead`` points."""
+    level = {"ce": 60.0, "kd": 62.0, "dkl": 62.0, "ikl_no_prior": 62.5, "ikl": 62.0 + ahead, "gkl": 61.0}
+
+    def runs(key):
+        history = [{"epoch": epoch, "val_accuracy": level[key] - 5 + epoch} for epoch in range(2)]
+        return [
+            {"seed": s, "val_accuracy": level[key] + s / 10, "test_accuracy": level[key] + s / 8, "history": history}
+            for s in range(3)
+        ]
+
+    trial = {"keywords": {"alpha": 1.0, "beta": 4.0}, "val_accuracy": 55.0}
+    chosen = {method.key: trial["keywords"] if method.trials else {} for method in METHODS}
+    chosen["kd"] = {"alpha": 0.5, "beta": 0.5}
+    chosen["dkl"] = dkl_of(chosen["kd"])
+    return {
+        "quick": False,
+        "budget": reproduce_distill.FULL._asdict(),
+        "threads": 1,
+        "teacher": {"public_val_accuracy": 90.0, "val_accuracy": 91.0, "test_accuracy": 89.5},
+        "search": {method.key: [trial] if method.trials else [] for method in METHODS},
+        "chosen": chosen,
+        "runs": {method.key: runs(method.key) for method in METHODS},
+        "probes": [
+            {**probe._asdict(), "val_accuracy": 50.0 + place}
+            for place, probe in enumerate(reproduce_distill.probes(reproduce_distill.FULL, chosen))
+        ],
+        "weights": {
+            "rows": [
+                {
+                    "weights": "image",
+                    "temperature": 4.0,
+                    "between_classes": 0.25,
+                    "without_the_largest": 0.0125,
+                    "deviation": 0.125,
+                },
+            ]
+        },
+        "equality": {"float64": [1e-16] * 200, "float32": [1e-7] * 200},
+        "timing": {method.key: {"seconds": 0.2, "relative_to_kd": 1.0} for method in METHODS},
+        "versions": {"torch": "2.14.1"},
+    }
+
+
+def test_the_table_gives_mean_and_deviation():
+    text = render(made_up())
+    values = [63.0, 63.125, 63.25]
+    (row,) = [line for line in text.splitlines() if re.match(r"\| IKL +\| alpha 1, beta 4 +\| \S+ ±", line)]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3] == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    assert cells[4] == "63.00 / 63.12 / 63.25"
+    assert cells[6:] == ["71.44", "71.91"]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "said"), [(1.0, "shows; +1.00"), (-1.0, "is reversed; -1.00"), (0.0, "not decided; +0.00")]
+)
+def test_the_order_is_judged_by_the_numbers(ahead, said):
+    assert f"- IKL above KD (the paper's order): {said} ± 0.00 points" in render(made_up(ahead))
+
+
+def test_three_seeds_decide_no_more_than_student_s_interval_allows():
+    content = made_up()
+    for run, value in zip(content["runs"]["ikl"], (62.5, 63.5, 64.75), strict=True):
+        run["test_accuracy"] = value
+    differences = [62.5 - 62.0, 63.5 - 62.125, 64.75 - 62.25]
+    error = statistics.stdev(differences) / 3**0.5
+    half = 4.302653 * error  # Student's t, two degrees of freedom, 97.5 %: any book of tables
+    assert 2 * error < statistics.mean(differences) < half
+    expected = f"not decided; {statistics.mean(differences):+.2f} ± {half:.2f} points"
+    assert f"- IKL above KD (the paper's order): {expected}" in render(content)
+
+
+def test_the_probes_are_shown_with_what_was_asked():
+    lines = render(made_up()).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "| IKL" in line]
+    assert ["labels and the MSE alone", "IKL", "alpha 0, beta 1", "53.00", "63.00"] in rows  # the fourth
+    assert any(re.match(r"\| of the image \| 4 +\| 0.250 ± 0.125 +\| 0.0125 ", line) for line in lines)
+
+
+def test_a_probe_that_diverges_is_an_answer_and_another_error_is_not(monkeypatch, tmp_path):
+    errors = [reproduce_distill.DivergenceError("the loss must stay finite"), ValueError("another")]
+
+    def student(settings, folder):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(reproduce_distill, "student", student)
+    found = reproduce_distill.probe({}, tmp_path)
+    assert found == {"val_accuracy": None, "history": [], "stopped": "the loss must stay finite"}
+    with pytest.raises(ValueError, match="another"):
+        reproduce_distill.probe({}, tmp_path)
+    content = made_up()
+    content["probes"][1].update(found)
+    assert re.search(r"\| IKL +\| [^|]+\| diverges +\| 63\.00", render(content))
+
+
+def test_the_plots_are_drawn_from_the_results(tmp_path):
+    draw(made_up(), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(FIGURES)
+    first = (tmp_path / FIGURES[1]).read_bytes()
+    other = copy.deepcopy(made_up())
+    other["runs"]["ikl"][0]["test_accuracy"] = 70.0
+    draw(other, tmp_path)
+    assert (tmp_path / FIGURES[1]).read_bytes() != first
+
+
+def test_the_shipped_table_is_that_of_the_shipped_results():
+    content = json.loads((RESULTS / "distill.json").read_text())
+    assert not content["quick"]
+    assert (RESULTS / "distill.md").read_text() == render(content)
+    for name in FIGURES:
+        assert (RESULTS / name).is_file()
+
+
+# --- the whole of it, small ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_quick_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+    downloads = os.environ.get("IKL_PLUGINS_DOWNLOADS")
+    if not downloads:
+        pytest.skip("set IKL_PLUGINS_DOWNLOADS to the folder of the CIFAR-10 JPEG archives and of weights/")
+    from ikl_plugins.commands import data as prepare_data
+
+    archives = sorted(Path(downloads).glob("cifar10-jpeg-*.zip"))
+    prepare_data.prepare_cifar10_folder(archives, tmp_path / "data")
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["distill", "--quick", "--output", "out", "--results", "results"]
+    real = reproduce_distill.run_jobs
+    calls = []
+
+    def interrupted(jobs, *args, **kwargs):
+        calls.append(len(jobs))
+        if len(calls) == 4:  # the students of the table: one is done, one is not
+            real(jobs[:1], *args, **kwargs)
+            raise KeyboardInterrupt
+        return real(jobs, *args, **kwargs)
+
+    monkeypatch.setattr(reproduce_distill, "run_jobs", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        reproduce.main(arguments)
+    monkeypatch.setattr(reproduce_distill, "run_jobs", real)
+    capsys.readouterr()
+    reproduce.main(arguments)
+    said = capsys.readouterr().out
+    assert "ce-0: begins" not in said
+    assert "search-" not in said
+    assert "kd-0: begins" in said
+    content = json.loads(Path("results/distill.json").read_text())
+    assert Path("results/distill.md").read_text() == render(content)
+    assert content["quick"]
+    assert all(len(runs) == 3 for runs in content["runs"].values())
+    # The public weights, on 200 images that their training has seen, as JPEG; chance is 10 %.
+    assert content["teacher"]["public_val_accuracy"] > 75
+    # DKL is KL: the same gradients up to rounding, so the same students.
+    assert max(content["equality"]["float64"]) < 1e-10
+    assert max(content["equality"]["float32"]) < 1e-2
+    assert len(content["probes"]) == 2
+    assert all(probe["val_accuracy"] is None or probe["val_accuracy"] > 0 for probe in content["probes"])

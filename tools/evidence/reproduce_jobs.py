@@ -1,0 +1,258 @@
+"""Jobs of tools/reproduce.py: each a process of its own, whose result is a file, so that nothing is computed twice.
+
+A job is a name, a function of one of the tools and its settings. Its folder holds `job.json` (what is asked), `log.txt`
+(what the process says), whatever the function keeps there to go on from after an interruption, and at last
+`result.json`. A job with a result is not run again, and refused if what it was made of has changed; one that was
+interrupted is called again in the same folder.
+
+    python tools/reproduce_jobs.py FOLDER    # what run_jobs starts for each job
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from demo.report import sha256
+
+from ikl_plugins._files import written_aside
+
+__all__ = [
+    "Job", "all_versions", "data_checksum", "data_folder", "ended_by_signals", "exclusive", "read_json", "run_jobs",
+    "versions", "write_json",
+]  # fmt: skip
+
+CALLER = "reproduce"
+PACKAGES = (
+    "ikl_plugins", "torch", "torchvision", "numpy", "torchdistill", "mmengine", "mmpretrain", "robustbench",
+    "pyautoattack",
+)  # fmt: skip
+
+
+class Job(NamedTuple):
+    """Something to compute once."""
+
+    name: str  # of its folder too
+    function: str  # 'module:function' of the tools, called with the settings and the folder; returns the result
+    settings: dict[str, Any]  # all that the result depends on but for files, as JSON can hold it
+
+
+Sources = Callable[[Job], dict[str, str]]
+
+
+def no_sources(job: Job) -> dict[str, str]:
+    """Of a job that depends on its settings alone."""
+    return {}
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    processes: int = 1,
+    threads: int = 1,
+    sources: Sources = no_sources,
+    report: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+    """Runs the jobs that have no result yet.
+
+    Args:
+        jobs: the jobs, their names all different.
+        folder: holds a folder for each.
+        processes: how many run at once, at least 1.
+        threads: of each process, at least 1. A result's last digits can depend on it, so it is part of what is asked.
+        sources: gives the checksums of the files that a job depends on, configs and data, by what they are.
+        report: told in a line what begins, ends and fails.
+
+    Returns:
+        The results by the names of the jobs, in their order: 'settings', 'result', 'seconds' (of the last process),
+        'versions'.
+
+    Raises:
+        ValueError: the folder of a job was made with other settings or files.
+        RuntimeError: a job failed. The others were finished first.
+    """
+    waiting = [job for job in jobs if not _finished(job, folder, threads, sources(job))]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
+    done = len(jobs) - len(waiting)
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                job = waiting.pop(0)
+                running[job.name] = _start(folder / job.name, threads)
+                report(f"{job.name}: begins")
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                done += process.returncode == 0
+                if process.returncode:
+                    failed.append(name)
+                end = f"failed, see {folder / name / 'log.txt'}" if process.returncode else "done"
+                report(f"{name}: {end} ({done} of {len(jobs)})")
+            time.sleep(0.1)
+    finally:
+        for process in running.values():  # only where this process is being interrupted
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    if failed:
+        raise RuntimeError(
+            f"{CALLER}: {', '.join(failed)} failed; {folder / failed[0] / 'log.txt'} says why. The same command goes "
+            f"on from there."
+        )
+    return {job.name: read_json(folder / job.name / "result.json") for job in jobs}
+
+
+def _finished(job: Job, folder: Path, threads: int, sources: dict[str, str]) -> bool:
+    """Whether the result is there; else makes the job's folder."""
+    content = {"function": job.function, "settings": job.settings, "threads": threads, "sources": sources}
+    asked = json.loads(json.dumps(content))
+    file = folder / job.name / "job.json"
+    if file.is_file() and (known := read_json(file)) != asked:
+        differing = [key for key in ("function", "settings", "threads") if known.get(key) != asked[key]]
+        before = known.get("sources", {})
+        differing += [key for key in {**before, **sources} if before.get(key) != sources.get(key)]
+        raise ValueError(
+            f"{CALLER}: `output` must hold jobs of the same settings and files, but {file} has other "
+            f"{', '.join(differing)}. Choose another --output, or delete {file.parent}."
+        )
+    write_json(file, asked)
+    return (folder / job.name / "result.json").is_file()
+
+
+def _start(folder: Path, threads: int) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "IKL_PLUGINS_NATIVE": "0",  # the C++ operator rounds otherwise, and results go on from one another
+    }
+    with (folder / "log.txt").open("ab") as log:
+        command = [sys.executable, __file__, str(folder)]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def data_folder() -> Path:
+    """CIFAR-10 in class folders, where the configs look for it."""
+    return Path(os.environ.get("IKL_PLUGINS_DATA", "data")) / "cifar10"
+
+
+def data_checksum() -> str:
+    """Of the images, by what tools/prepare_data.py wrote about them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    manifest = data_folder() / "manifest.json"
+    if not manifest.is_file():
+        raise ValueError(
+            f"{CALLER}: CIFAR-10 must be in {manifest.parent}, but there is no manifest.json. Run: python "
+            f"tools/prepare_data.py cifar10-folder --from ZIP..., or set IKL_PLUGINS_DATA to the folder above it."
+        )
+    content = read_json(manifest)
+    return sha256(content.get("splits", content))
+
+
+def _work(folder: Path) -> None:
+    """The job of a folder, in this process. It must hold the folder: an earlier one may have outlived its starter."""
+    import torch
+
+    asked = read_json(folder / "job.json")
+    torch.set_num_threads(asked["threads"])
+    module, function = asked["function"].split(":")
+    begin = time.perf_counter()
+    result = getattr(importlib.import_module(module), function)(asked["settings"], folder)
+    seconds = time.perf_counter() - begin
+    content = {**asked, "result": result, "seconds": round(seconds, 1), "versions": versions()}
+    write_json(folder / "result.json", content)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the processor and the installed packages that results depend on."""
+    from evidence import bench
+
+    found = {"python": platform.python_version(), "processor": bench.processor(), "system": platform.system()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def all_versions(results: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Those of all jobs; what differs among them, as when a run goes on on another machine, is listed.
+
+    Args:
+        results: as :func:`run_jobs` returns them.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        for key, value in result["versions"].items():
+            found.setdefault(key, {})[value] = None
+    return {key: " and ".join(values) for key, values in found.items()}
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process alone.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{CALLER}: `output` must be free, but another process works in {folder}. Wait for it, or choose "
+                f"another --output."
+            ) from error
+        yield
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file that appears whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Lets SIGTERM end the block as an exception does, so that the jobs it has started end with it."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of a job, with its job.json")
+    place = parser.parse_args().folder
+    with exclusive(place):
+        _work(place)
