@@ -1,7 +1,7 @@
 """Writes real images as class folders, the layout torchvision's ImageFolder and every other tool can read.
 
-    python tools/prepare_data.py digits
-    python tools/prepare_data.py cifar10-folder --from cifar10-train.zip cifar10-test.zip
+    ikl data digits
+    ikl data cifar10-folder --from cifar10-train.zip cifar10-test.zip
 
 The result is <data>/<data set>/{train,val,test}/<class>/<image> and a manifest.json that records the seed of the split,
 the versions and a checksum of each split. <data> is --data, else the environment variable IKL_PLUGINS_DATA, else
@@ -36,7 +36,9 @@ try:
 except ImportError:  # not POSIX: no lock, so do not prepare one data set from two processes at once there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["data_folder", "prepare_cifar10_folder", "prepare_digits"]
+__all__ = ["configure", "data_folder", "prepare_cifar10_folder", "prepare_digits", "run"]
+
+INTERRUPTED = "nothing was left behind, run it again"
 
 SPLITS = ("train", "val", "test")
 DIGITS_SIZES = {"train": 1200, "val": 297, "test": 300}
@@ -481,39 +483,24 @@ def _lock(path: Path) -> Iterator[None]:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--data", type=Path, help="folder of all data sets (default: IKL_PLUGINS_DATA, else `data`)")
     common.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
     common.add_argument("--force", action="store_true", help="make the data set anew if it is there")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="data_set", required=True)
     commands.add_parser("digits", parents=[common], help="scikit-learn's 1,797 handwritten digits")
     cifar10 = commands.add_parser("cifar10-folder", parents=[common], help="CIFAR-10 from zip archives of images")
     cifar10.add_argument("--from", dest="archives", nargs="+", type=Path, required=True, metavar="ZIP")
     cifar10.add_argument("--val-images", type=int, default=5000, help="held out of the training images (default: 5000)")
-    return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; errors that a user can mend end it with one line."""
-    args = _parser().parse_args(arguments)
-    try:
-        if args.command == "digits":
-            prepare_digits(args.data, seed=args.seed, force=args.force)
-        else:
-            prepare_cifar10_folder(
-                args.archives, args.data, seed=args.seed, val_images=args.val_images, force=args.force
-            )
-    except OSError as error:
-        sys.exit(f"error: {error.strerror}")
-    except (ImportError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was left behind, run it again")
-
-
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> None:
+    """Prepares the data set that the command line names."""
+    if arguments.data_set == "digits":
+        prepare_digits(arguments.data, seed=arguments.seed, force=arguments.force)
+    else:
+        prepare_cifar10_folder(
+            arguments.archives, arguments.data, seed=arguments.seed, val_images=arguments.val_images, force=arguments.force
+        )

@@ -1,8 +1,8 @@
 """Says which hosts work here, which known trap applies, and the command that cures it.
 
-    python tools/doctor.py
-    python tools/doctor.py --for torchdistill,mmpretrain
-    python tools/doctor.py --for robustbench --json
+    ikl doctor
+    ikl doctor --for torchdistill,mmpretrain
+    ikl doctor --for robustbench --json
 
 Each host is imported, and something small is built and run with it, in a process of its own. The exit code is 1 if the
 losses themselves or a host of --for do not work. Only the standard library is needed to run this.
@@ -446,7 +446,7 @@ def _no_gpu(facts: Facts) -> Trap | None:
         )
     if facts.has("torchdistill"):
         said.append("torchdistill's own script needs CUDA for several processes")
-        cure.append("torchrun --nproc_per_node 2 tools/train_torchdistill.py CONFIG --device cpu")
+        cure.append("torchrun --nproc_per_node 2 ikl train CONFIG --device cpu")
     return Trap("no GPU", ("core",), False, f"There is no GPU: {'; '.join(said)}.", "; ".join(cure) or "--device cpu")
 
 
@@ -500,13 +500,10 @@ def diagnose(facts: Facts) -> list[Trap]:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     parser.add_argument("--for", dest="wanted", default="", metavar="HOST[,HOST]", help=f"of {', '.join(HOSTS)}")
     parser.add_argument("--json", action="store_true", help="one JSON object on the standard output")
-    return parser
 
 
 def _wanted(text: str) -> list[str]:
@@ -539,19 +536,15 @@ def _report(facts: Facts, hosts: Sequence[Host], traps: Sequence[Trap], wanted: 
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; exits with 1 if what was asked for does not work."""
-    args = _parser().parse_args(arguments)
-    try:
-        wanted = _wanted(args.wanted)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def run(arguments: argparse.Namespace) -> None:
+    """Prints what works; raises if what was asked for does not."""
+    wanted = _wanted(arguments.wanted)
     facts = gather()
     hosts = [probe(name, facts) for name in ("core", *HOSTS)]
     concerned = {"core", *wanted, *(host.name for host in hosts if host.installed)}
     traps = [trap for trap in diagnose(facts) if concerned & set(trap.hosts)]
     failed = [host for host in hosts if not host.works and (host.name == "core" or host.name in wanted)]
-    if args.json:
+    if arguments.json:
         content: dict[str, Any] = {
             "works": not failed,
             "facts": dataclasses.asdict(facts),
@@ -563,8 +556,5 @@ def main(arguments: list[str] | None = None) -> None:
         print(_report(facts, hosts, traps, wanted))
     if failed:
         names = ", ".join("ikl_plugins itself" if host.name == "core" else host.name for host in failed)
-        sys.exit(f"error: {CALLER}: does not work here: {names}. Run: {failed[0].cure}")
+        raise RuntimeError(f"{CALLER}: does not work here: {names}. Run: {failed[0].cure}")
 
-
-if __name__ == "__main__":
-    main()

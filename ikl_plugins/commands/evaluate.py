@@ -1,9 +1,9 @@
 """Evaluates a checkpoint with AutoAttack or under common corruptions, as RobustBench does, and writes a report.
 
-    python tools/robustbench_eval.py --checkpoint wrn.pth --architecture WideResNet-34-10 --eps 8/255 --output runs/wrn
-    python tools/robustbench_eval.py --mmpretrain configs/....py --checkpoint epoch_5.pth --data data/digits/test \\
+    ikl evaluate --checkpoint wrn.pth --architecture WideResNet-34-10 --eps 8/255 --output runs/wrn
+    ikl evaluate --mmpretrain configs/....py --checkpoint epoch_5.pth --data data/digits/test \\
         --eps 8/255 --curve 2/255,4/255,16/255 --output runs/digits
-    python tools/robustbench_eval.py --zoo Cui2023Decoupled_WRN-28-10 --threat-model corruptions --output runs/zoo
+    ikl evaluate --zoo Cui2023Decoupled_WRN-28-10 --threat-model corruptions --output runs/zoo
 
 The output folder gets evaluation.json, the adversarial images, report.md and its pictures. An interrupted evaluation
 goes on when the same command runs again, and ends as if it had never stopped.
@@ -26,7 +26,9 @@ from ikl_plugins.robustbench.evaluation import ATTACKS, VERSIONS, Progress, chec
 from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.report import require_matplotlib, write_report
 
-__all__ = ["main", "run"]
+__all__ = ["configure", "run"]
+
+INTERRUPTED = "run the same command again to go on"
 
 CALLER = "robustbench_eval"
 LOG = "evaluation.json"
@@ -183,10 +185,8 @@ def _check_together(args: argparse.Namespace, corrupted: bool) -> None:
             check_radii(f"{CALLER}, --curve", args.curve, args.threat_model)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     add_model_arguments(parser)
     add_data_arguments(parser)
     group = parser.add_argument_group("evaluation")
@@ -199,34 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--seed", type=int, default=0, help="of all attacks (default: 0)")
     group.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
-    return parser
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; errors that a user can mend end it with one line."""
-    args = _parser().parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            # One line each, like the errors.
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            run(args)
-    except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"error: {CALLER}: {args.device} has too little memory ({_first_line(error)}). Lower --batch-size.")
-    except RuntimeError as error:
-        sys.exit(f"error: {CALLER}: {_first_line(error)}")
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Where a result stands among the entries of RobustBench's leaderboard, without a network connection.
 
-    python tools/robustbench_rank.py runs/wrn/evaluation.json --plot rank.png
-    python tools/robustbench_rank.py --dataset cifar100 --threat-model Linf --eps 8/255 \\
+    ikl rank runs/wrn/evaluation.json --plot rank.png
+    ikl rank --dataset cifar100 --threat-model Linf --eps 8/255 \\
         --robust 31.91 --natural 65.76 --additional-data no
 
 The table of entries is part of this package; the output says of which day it is.
@@ -20,7 +20,7 @@ from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.leaderboard import Ranking, draw, rank
 from ikl_plugins.robustbench.report import binomial_interval
 
-__all__ = ["main", "run"]
+__all__ = ["configure", "run"]
 
 CALLER = "robustbench_rank"
 DATASETS = ("cifar10", "cifar100", "imagenet")
@@ -44,12 +44,18 @@ def run(args: argparse.Namespace) -> Ranking:
         TypeError: see :func:`ikl_plugins.robustbench.leaderboard.rank`.
         ValueError: see there; or numbers are missing, or are given beside an evaluation that has its own.
     """
+    for option, value, known in (
+        ("data set", args.dataset, DATASETS),
+        ("threat model", args.threat_model, THREAT_MODELS),
+    ):
+        if value is not None and value not in known:
+            raise ValueError(check.unknown_name_message(CALLER, option, value, known))
     log: dict[str, Any] | None = None
     if args.evaluation is not None:
         log = _log(args)
     elif args.robust is None or args.dataset is None:
         raise ValueError(
-            f"{CALLER}: a result must be named. Pass the evaluation.json of tools/robustbench_eval.py, or --robust "
+            f"{CALLER}: a result must be named. Pass the evaluation.json of ikl evaluate, or --robust "
             f"PERCENT with --dataset NAME."
         )
     declared = {None: None, "yes": True, "no": False}[args.additional_data]
@@ -90,7 +96,7 @@ def _log(args: argparse.Namespace) -> dict[str, Any]:
     if not log["finished"]:
         raise ValueError(
             f"{CALLER}: {args.evaluation} must be a finished evaluation, but was interrupted. "
-            f"Run tools/robustbench_eval.py with the same arguments to go on."
+            f"Run ikl evaluate with the same arguments to go on."
         )
     return log
 
@@ -131,11 +137,9 @@ def _notes(log: dict[str, Any], dataset: str, ranking: Ranking, options: dict[st
     return notes
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("evaluation", nargs="?", type=Path, help="evaluation.json of tools/robustbench_eval.py")
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("evaluation", nargs="?", type=Path, help="evaluation.json of ikl evaluate")
     parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)} (default: that of the evaluation)")
     parser.add_argument("--threat-model", metavar="NAME", help=f"{', '.join(THREAT_MODELS)} (default: Linf)")
     parser.add_argument("--eps", metavar="EPS", help="radius of the result, refused if it is not the leaderboard's")
@@ -149,25 +153,4 @@ def _parser() -> argparse.ArgumentParser:
         "--without-unreliable", action="store_true", help="leave out entries that RobustBench marks as unreliable"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="natural against robust accuracy, as .png")
-    return parser
 
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; errors that a user can mend end it with one line."""
-    args = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-        try:
-            for option, value, known in (
-                ("data set", args.dataset, DATASETS),
-                ("threat model", args.threat_model, THREAT_MODELS),
-            ):
-                if value is not None and value not in known:
-                    raise ValueError(check.unknown_name_message(CALLER, option, value, known))
-            run(args)
-        except (ImportError, OSError, TypeError, ValueError) as error:
-            sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

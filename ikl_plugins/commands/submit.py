@@ -1,12 +1,12 @@
 """Writes what RobustBench asks for when a model is submitted: entry, form, checkpoint, log, checks, checksums.
 
-    python tools/robustbench_submit.py --checkpoint wrn.pth --architecture WideResNet-34-10 --dataset cifar100 \\
+    ikl submit --checkpoint wrn.pth --architecture WideResNet-34-10 --dataset cifar100 \\
         --evaluation runs/wrn/evaluation.json --name Cui2023Decoupled_WRN-34-10 \\
         --title "Decoupled Kullback-Leibler Divergence Loss" --link https://arxiv.org/abs/2305.13948 \\
         --authors "Jiequan Cui, Zhuotao Tian, Zhisheng Zhong, Xiaojuan Qi, Bei Yu, Hanwang Zhang" \\
         --venue "NeurIPS 2024" --additional-data no --generated-data no --licence MIT --output submission
 
-The checkpoint must be the one that tools/robustbench_eval.py has evaluated. Preflight checks it on images of --data,
+The checkpoint must be the one that ikl evaluate has evaluated. Preflight checks it on images of --data,
 128 of them unless --n-examples says otherwise; one that fails writes nothing.
 """
 
@@ -25,7 +25,7 @@ from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.preflight import Preflight, preflight
 from ikl_plugins.robustbench.submission import write_submission
 
-__all__ = ["main", "run"]
+__all__ = ["configure", "run"]
 
 CALLER = "robustbench_submit"
 PREFLIGHT_IMAGES = 128
@@ -120,16 +120,14 @@ def _checked(args: argparse.Namespace, model: torch.nn.Module, evaluation: Evalu
     return report
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     add_model_arguments(parser)
     add_data_arguments(parser)
     parser.set_defaults(n_examples=PREFLIGHT_IMAGES)
     group = parser.add_argument_group("submission")
     group.add_argument(
-        "--evaluation", type=Path, required=True, metavar="FILE", help="log of tools/robustbench_eval.py"
+        "--evaluation", type=Path, required=True, metavar="FILE", help="log of ikl evaluate"
     )
     group.add_argument("--name", required=True, help="of the entry, such as Cui2023Decoupled_WRN-28-10")
     group.add_argument("--title", required=True, help="of the paper")
@@ -161,22 +159,4 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--force", action="store_true", help="replace a submission that is there")
     group.add_argument("--batch-size", type=int, default=32, help="of the checks (default: 32)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the checks")
-    return parser
 
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; errors that a user can mend end it with one line."""
-    args = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
-        # One line each, like the errors.
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-        try:
-            run(args)
-        except RuntimeError as error:
-            sys.exit(f"error: {CALLER}: {str(error).strip().splitlines()[0]}")
-        except (ImportError, OSError, TypeError, ValueError) as error:
-            sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

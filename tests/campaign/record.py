@@ -21,11 +21,11 @@ from ikl_plugins._files import written_aside
 
 __all__ = ["FORMAT", "Record", "anonymous", "child_environment", "merge", "table"]
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = Path(ikl_plugins.__file__).resolve().parent
 
 FORMAT = "ikl_plugins.reliability/1"
-TOOLS = Path(__file__).resolve().parent
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 PACKAGES = ("numpy", "torchvision", "torchdistill", "mmengine", "mmpretrain", "robustbench", "pyautoattack")
 
 

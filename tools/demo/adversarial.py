@@ -25,7 +25,7 @@ from demo.report import binomial_margin, pyplot, save_figure, sha256, text_table
 
 __all__ = ["METHODS", "AdversarialRuns", "draw_images", "draw_robust_accuracy", "markdown"]
 
-TOOLS = Path(__file__).resolve().parent
+TOOLS = Path(__file__).resolve().parents[1]
 CONFIGS = TOOLS.parent / "configs" / "mmpretrain" / "digits"
 # The configs in the order of the table, and what the table calls them.
 NATURAL = "natural"

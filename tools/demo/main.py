@@ -39,7 +39,7 @@ from demo.report import binomial_margin, pyplot, save_figure, sha256, text_table
 
 __all__ = ["METHODS", "Row", "markdown", "summarise"]
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "torchdistill" / "digits"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill" / "digits"
 # The configs in the order of the table, and what the table calls them.
 METHODS = {"ce": "CE", "kd": "KL", "dkl": "DKL", "ikl": "IKL", "gkl": "GKL"}
 BASELINE = "kd"  # its step time is the unit

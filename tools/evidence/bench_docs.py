@@ -14,7 +14,7 @@ from pathlib import Path
 from ikl_plugins._files import written_aside
 
 CALLER = "bench_docs"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- /bench -->\n)", re.DOTALL)
 
 

@@ -38,7 +38,7 @@ from torchdistill.models.registry import get_model
 import ikl_plugins.torchdistill  # noqa: F401 - registers losses, networks and processes
 from ikl_plugins import native
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "torchdistill"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill"
 EPOCH = 16  # batches; the class prior is rolled behind the last of them
 MEMORY_STEPS = 2
 LEAST_ROUNDS = 5

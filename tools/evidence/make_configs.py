@@ -22,7 +22,7 @@ from ikl_plugins._files import written_aside
 
 __all__ = ["differences", "render", "write"]
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "torchdistill"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill"
 FOLDERS = ("cifar100", "imagenet", "imagenet_lt", "cifar10")
 
 

@@ -18,7 +18,7 @@ from evidence.reproduce_jobs import CALLER, ended_by_signals, exclusive, write_j
 
 __all__ = ["main"]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _distill(args: argparse.Namespace, folder: Path, results: Path) -> list[Path]:

@@ -35,7 +35,7 @@ __all__ = [
     "search_name",
 ]
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "mmpretrain" / "cifar10_miniature"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "mmpretrain" / "cifar10_miniature"
 EPS = "8/255"
 
 # The configs in the order of the table, and what the table calls them.

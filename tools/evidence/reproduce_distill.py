@@ -35,7 +35,7 @@ from ikl_plugins.models import resnet8, resnet56
 
 __all__ = ["METHODS", "Method", "run_plan"]
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "torchdistill" / "cifar10_miniature"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill" / "cifar10_miniature"
 WEIGHTS_NAME = "resnet56-4bfd9763.th"
 WEIGHTS_FROM = "https://github.com/akamaster/pytorch_resnet_cifar10"
 CLASSES = 10

@@ -1,9 +1,9 @@
 """Puts DKL, IKL or GKL into a config of yours, and shows what changes.
 
-    python tools/adopt.py my_kd.yaml --loss IKL                                   # shows the difference, writes nothing
-    python tools/adopt.py my_kd.yaml --loss IKL --output my_ikl.yaml --check
-    python tools/adopt.py my_student.py --teacher t.py --teacher-ckpt t.pth --loss IKL --output my_ikl.py
-    python tools/adopt.py my_classifier.py --adversarial --output my_robust.py
+    ikl adopt my_kd.yaml --loss IKL                                   # shows the difference, writes nothing
+    ikl adopt my_kd.yaml --loss IKL --output my_ikl.yaml --check
+    ikl adopt my_student.py --teacher t.py --teacher-ckpt t.pth --loss IKL --output my_ikl.py
+    ikl adopt my_classifier.py --adversarial --output my_robust.py
 
 A torchdistill YAML has its KDLoss, LogitStdKDLoss or KLDivLoss replaced, its text edited in place: comments, anchors,
 `!join` and `!import_call` stay. Of an MMPretrain config a new one is written that inherits from it. The difference goes
@@ -25,16 +25,16 @@ import yaml
 
 from ikl_plugins._files import written_aside
 
-__all__ = ["main"]
+__all__ = ["INTERRUPTED", "configure", "run"]
+
+INTERRUPTED = "nothing was written"
 
 CALLER = "adopt"
 YAML_ENDINGS = (".yaml", ".yml")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
     parser.add_argument("config", type=Path, help="torchdistill YAML, or MMPretrain config (.py)")
     parser.add_argument(
         "--loss", choices=("DKL", "IKL", "GKL", "KL"), default="IKL", help="default: IKL; KL for .py alone"
@@ -55,7 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     mm.add_argument("--teacher-ckpt", metavar="FILE", help="its checkpoint, a file or an http(s) address")
     mm.add_argument("--adversarial", action="store_true", help="adversarial training in place of distillation")
     mm.add_argument("--eps", metavar="EPS", help="with --adversarial: radius in pixel units (default: 8/255)")
-    return parser
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
@@ -172,31 +171,21 @@ def _write(target: Path | None, text: str) -> None:
     _say(f"written: {target}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; errors that a user can mend end it with one line."""
-    args = _parser().parse_args(arguments)
+def run(arguments: argparse.Namespace) -> None:
+    """Adopts one config; nothing is written unless an output is named."""
     sys.path.insert(0, os.getcwd())  # the config's own modules are looked for where they are when it trains
+    config = arguments.config
+    if not config.is_file():
+        raise ValueError(f"{CALLER}: the config must be a file, but there is none at {config}. Check the path.")
     try:
-        if not args.config.is_file():
-            raise ValueError(
-                f"{CALLER}: the config must be a file, but there is none at {args.config}. Check the path."
-            )
-        if args.config.suffix in YAML_ENDINGS:
-            _adopt_yaml(args)
-        elif args.config.suffix == ".py":
-            _adopt_python(args)
+        if config.suffix in YAML_ENDINGS:
+            _adopt_yaml(arguments)
+        elif config.suffix == ".py":
+            _adopt_python(arguments)
         else:
             raise ValueError(
-                f"{CALLER}: the config must end in .yaml, .yml (torchdistill) or .py (MMPretrain), got {args.config}. "
+                f"{CALLER}: the config must end in .yaml, .yml (torchdistill) or .py (MMPretrain), got {config}. "
                 f"Rename it."
             )
-    except UnicodeDecodeError:
-        sys.exit(f"error: {CALLER}: {args.config} must be text in UTF-8. Save it as such.")
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
-
-
-if __name__ == "__main__":
-    main()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{CALLER}: {config} must be text in UTF-8. Save it as such.") from error

@@ -1,0 +1,41 @@
+"""Trains a torchdistill YAML or an MMPretrain config.
+
+    ikl train torchdistill/digits/ikl.yaml --seed 1                    # options of the torchdistill driver
+    ikl train mmpretrain/digits/distill_ikl.py --work-dir runs/mine    # options of mmpretrain's own tools/train.py
+    torchrun --nproc_per_node 2 -m ikl_plugins train CONFIG ...        # several processes
+
+CONFIG is a file, or the name of a shipped config (`ikl config list`). `ikl train CONFIG --help` shows the host's options.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .config import find
+
+__all__ = ["configure", "run"]
+
+CALLER = "ikl train"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("config", help="a file, or the name of a shipped config: .yaml of torchdistill, .py of MMPretrain")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="handed to the host")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Hands the config to its host's training, in this process."""
+    config = Path(arguments.config)
+    if config.suffix not in (".yaml", ".yml", ".py"):
+        raise ValueError(
+            f"{CALLER}: the config comes first and ends in .yaml, .yml (torchdistill) or .py (MMPretrain), got {config}."
+        )
+    if not config.exists():
+        config = find(arguments.config)
+    if config.suffix == ".py":
+        from ikl_plugins.mmpretrain.training import main
+    else:
+        from ikl_plugins.torchdistill.training import main
+    main([str(config), *arguments.options])

@@ -1,0 +1,6 @@
+"""See `evidence.bench`."""
+
+from evidence.bench import main
+
+if __name__ == "__main__":
+    main()

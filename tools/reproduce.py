@@ -1,0 +1,6 @@
+"""See `evidence.reproduce`."""
+
+from evidence.reproduce import main
+
+if __name__ == "__main__":
+    main()
