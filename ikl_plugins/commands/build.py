@@ -1,7 +1,7 @@
 """Builds the C++ operator of the losses for CPUs, and checks its gradients.
 
-    ikl build
-    IKL_PLUGINS_NATIVE=1 ikl train CONFIG      # uses it
+ikl build
+IKL_PLUGINS_NATIVE=1 ikl train CONFIG      # uses it
 """
 
 from __future__ import annotations

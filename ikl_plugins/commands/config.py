@@ -20,7 +20,7 @@ from pathlib import Path
 from ikl_plugins import _validation as check
 from ikl_plugins._files import written_aside
 
-__all__ = ["configs_folder", "configure", "copy", "names", "run"]
+__all__ = ["config_path", "configs_folder", "configure", "copy", "find", "names", "run"]
 
 CALLER = "ikl config"
 ENDINGS = (".py", ".yaml")
@@ -60,6 +60,11 @@ def find(name: str) -> Path:
     return configs_folder() / fitting[0]
 
 
+def config_path(given: Path) -> Path:
+    """A config that a command line names: a file, or else the shipped one of that name."""
+    return given if given.exists() else find(given.as_posix())
+
+
 def copy(name: str, folder: Path = Path(), *, force: bool = False) -> list[Path]:
     """Copies a shipped config and what it inherits from, each at its place to the others, so that the copy runs.
 
@@ -79,7 +84,9 @@ def copy(name: str, folder: Path = Path(), *, force: bool = False) -> list[Path]
     targets = [folder / source.relative_to(shared) for source in sources]
     for source, target in zip(sources, targets, strict=True):
         if target.exists() and not force and target.read_bytes() != source.read_bytes():
-            raise ValueError(f"{CALLER}: {target} must not be there yet, and it differs. Use another folder, or --force.")
+            raise ValueError(
+                f"{CALLER}: {target} must not be there yet, and it differs. Use another folder, or --force."
+            )
     for source, target in zip(sources, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(target) as aside:

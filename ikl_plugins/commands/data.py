@@ -502,5 +502,9 @@ def run(arguments: argparse.Namespace) -> None:
         prepare_digits(arguments.data, seed=arguments.seed, force=arguments.force)
     else:
         prepare_cifar10_folder(
-            arguments.archives, arguments.data, seed=arguments.seed, val_images=arguments.val_images, force=arguments.force
+            arguments.archives,
+            arguments.data,
+            seed=arguments.seed,
+            val_images=arguments.val_images,
+            force=arguments.force,
         )

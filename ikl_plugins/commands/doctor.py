@@ -557,4 +557,3 @@ def run(arguments: argparse.Namespace) -> None:
     if failed:
         names = ", ".join("ikl_plugins itself" if host.name == "core" else host.name for host in failed)
         raise RuntimeError(f"{CALLER}: does not work here: {names}. Run: {failed[0].cure}")
-

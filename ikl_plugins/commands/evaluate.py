@@ -17,7 +17,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from ikl_plugins.commands.model_options import LoadedModel, add_data_arguments, add_model_arguments, images_from, model_from
+from ikl_plugins.commands.model_options import (
+    LoadedModel,
+    add_data_arguments,
+    add_model_arguments,
+    images_from,
+    model_from,
+)
 
 from ikl_plugins.robustbench.corruptions import evaluate_corruptions
 from ikl_plugins.robustbench.data import Images, load_images
@@ -203,4 +209,3 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-

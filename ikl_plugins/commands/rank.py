@@ -153,4 +153,3 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--without-unreliable", action="store_true", help="leave out entries that RobustBench marks as unreliable"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="natural against robust accuracy, as .png")
-

@@ -126,9 +126,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     parser.set_defaults(n_examples=PREFLIGHT_IMAGES)
     group = parser.add_argument_group("submission")
-    group.add_argument(
-        "--evaluation", type=Path, required=True, metavar="FILE", help="log of ikl evaluate"
-    )
+    group.add_argument("--evaluation", type=Path, required=True, metavar="FILE", help="log of ikl evaluate")
     group.add_argument("--name", required=True, help="of the entry, such as Cui2023Decoupled_WRN-28-10")
     group.add_argument("--title", required=True, help="of the paper")
     group.add_argument("--link", required=True, metavar="URL", help="to the paper")
@@ -159,4 +157,3 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="replace a submission that is there")
     group.add_argument("--batch-size", type=int, default=32, help="of the checks (default: 32)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the checks")
-

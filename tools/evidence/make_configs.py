@@ -339,9 +339,9 @@ def _decoupled(
 def _header(title: str, path: str, processes: int, notes: str = "") -> str:
     """The comment that a file begins with: what it is, how it is run, what is to be known about it as a whole."""
     lines = [f"# {line}" for line in textwrap.wrap(title, 118)]
-    lines += ["#", f"# python tools/train_torchdistill.py configs/torchdistill/{path}"]
+    lines += ["#", f"# ikl train torchdistill/{path}"]
     if processes > 1:
-        lines.append(f"# torchrun --nproc_per_node {processes} tools/train_torchdistill.py configs/torchdistill/{path}")
+        lines.append(f"# torchrun --nproc_per_node {processes} -m ikl_plugins train torchdistill/{path}")
     more = f"{notes} Written by tools/make_configs.py; results and sources are in the README here."
     return "\n".join([*lines, "#", *(f"# {line}" for line in textwrap.wrap(more, 118))])
 

@@ -1,4 +1,4 @@
-# CIFAR-10 of tools/prepare_data.py: 45,000 training, 5,000 validation and 10,000 or fewer test images in class folders.
+# CIFAR-10 of ikl data: 45,000 training, 5,000 validation and 10,000 or fewer test images in class folders.
 data_root = "{{$IKL_PLUGINS_DATA:data}}/cifar10"
 
 train_pipeline = [

@@ -1,4 +1,4 @@
-# The digits of tools/prepare_data.py: 1,200 training, 297 validation and 300 test images in class folders.
+# The digits of ikl data: 1,200 training, 297 validation and 300 test images in class folders.
 data_root = "{{$IKL_PLUGINS_DATA:data}}/digits"
 
 pipeline = [

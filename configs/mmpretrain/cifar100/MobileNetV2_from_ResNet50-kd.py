@@ -1,6 +1,6 @@
 # CIFAR-100, ResNet50 -> MobileNetV2: KD, the baseline, as mdistiller has it.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/MobileNetV2_from_ResNet50-kd.py
+# ikl train mmpretrain/cifar100/MobileNetV2_from_ResNet50-kd.py
 _base_ = "../_base_/cifar100_kd.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # CIFAR-100, vgg13 -> MobileNetV2: GKL, values of the authors' code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/MobileNetV2_from_vgg13-gkl.py
+# ikl train mmpretrain/cifar100/MobileNetV2_from_vgg13-gkl.py
 _base_ = "../_base_/cifar100_gkl.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # CIFAR-100, vgg13 -> MobileNetV2: IKL, values of the authors' code (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/MobileNetV2_from_vgg13-ikl.py
+# ikl train mmpretrain/cifar100/MobileNetV2_from_vgg13-ikl.py
 _base_ = "../_base_/cifar100_ikl.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # CIFAR-100, wrn_40_2 -> ShuffleV1: IKL, values of the authors' code (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/ShuffleV1_from_wrn_40_2-ikl.py
+# ikl train mmpretrain/cifar100/ShuffleV1_from_wrn_40_2-ikl.py
 _base_ = "../_base_/cifar100_ikl.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # CIFAR-100, wrn_40_2 -> ShuffleV1: KD, the baseline, as mdistiller has it.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/ShuffleV1_from_wrn_40_2-kd.py
+# ikl train mmpretrain/cifar100/ShuffleV1_from_wrn_40_2-kd.py
 _base_ = "../_base_/cifar100_kd.py"
 
 model = dict(

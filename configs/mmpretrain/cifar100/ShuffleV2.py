@@ -1,6 +1,6 @@
 # CIFAR-100, ShuffleV2 alone, trained on the labels; also tests what the distillations into it have trained.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/ShuffleV2.py
+# ikl train mmpretrain/cifar100/ShuffleV2.py
 _base_ = "../_base_/cifar100_student.py"
 
 model = dict(backbone=dict(name="ShuffleV2"))

@@ -1,6 +1,6 @@
 # CIFAR-100, resnet32x4 -> ShuffleV2: GKL, values of the authors' code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/ShuffleV2_from_resnet32x4-gkl.py
+# ikl train mmpretrain/cifar100/ShuffleV2_from_resnet32x4-gkl.py
 _base_ = "../_base_/cifar100_gkl.py"
 
 model = dict(

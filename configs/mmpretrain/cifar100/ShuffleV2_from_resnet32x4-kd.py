@@ -1,6 +1,6 @@
 # CIFAR-100, resnet32x4 -> ShuffleV2: KD, the baseline, as mdistiller has it.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/ShuffleV2_from_resnet32x4-kd.py
+# ikl train mmpretrain/cifar100/ShuffleV2_from_resnet32x4-kd.py
 _base_ = "../_base_/cifar100_kd.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # CIFAR-100, resnet56 -> resnet20: KD, the baseline, as mdistiller has it.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/resnet20_from_resnet56-kd.py
+# ikl train mmpretrain/cifar100/resnet20_from_resnet56-kd.py
 _base_ = "../_base_/cifar100_kd.py"
 
 model = dict(

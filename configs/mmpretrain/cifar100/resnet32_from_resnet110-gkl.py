@@ -1,6 +1,6 @@
 # CIFAR-100, resnet110 -> resnet32: GKL, values of the authors' code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/resnet32_from_resnet110-gkl.py
+# ikl train mmpretrain/cifar100/resnet32_from_resnet110-gkl.py
 _base_ = "../_base_/cifar100_gkl.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # CIFAR-100, resnet110 -> resnet32: IKL, values of the authors' code (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/resnet32_from_resnet110-ikl.py
+# ikl train mmpretrain/cifar100/resnet32_from_resnet110-ikl.py
 _base_ = "../_base_/cifar100_ikl.py"
 
 model = dict(

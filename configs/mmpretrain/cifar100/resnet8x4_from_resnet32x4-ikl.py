@@ -1,6 +1,6 @@
 # CIFAR-100, resnet32x4 -> resnet8x4: IKL, values of the authors' code (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/resnet8x4_from_resnet32x4-ikl.py
+# ikl train mmpretrain/cifar100/resnet8x4_from_resnet32x4-ikl.py
 _base_ = "../_base_/cifar100_ikl.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # CIFAR-100, vgg8 alone, trained on the labels; also tests what the distillations into it have trained.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/vgg8.py
+# ikl train mmpretrain/cifar100/vgg8.py
 _base_ = "../_base_/cifar100_student.py"
 
 model = dict(backbone=dict(name="vgg8"))

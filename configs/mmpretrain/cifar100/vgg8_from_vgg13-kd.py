@@ -1,6 +1,6 @@
 # CIFAR-100, vgg13 -> vgg8: KD, the baseline, as mdistiller has it.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/vgg8_from_vgg13-kd.py
+# ikl train mmpretrain/cifar100/vgg8_from_vgg13-kd.py
 _base_ = "../_base_/cifar100_kd.py"
 
 model = dict(

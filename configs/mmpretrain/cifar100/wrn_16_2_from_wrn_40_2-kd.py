@@ -1,6 +1,6 @@
 # CIFAR-100, wrn_40_2 -> wrn_16_2: KD, the baseline, as mdistiller has it.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/wrn_16_2_from_wrn_40_2-kd.py
+# ikl train mmpretrain/cifar100/wrn_16_2_from_wrn_40_2-kd.py
 _base_ = "../_base_/cifar100_kd.py"
 
 model = dict(

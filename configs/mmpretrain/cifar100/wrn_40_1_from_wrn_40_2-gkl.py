@@ -1,6 +1,6 @@
 # CIFAR-100, wrn_40_2 -> wrn_40_1: GKL, values of the authors' code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100/wrn_40_1_from_wrn_40_2-gkl.py
+# ikl train mmpretrain/cifar100/wrn_40_1_from_wrn_40_2-gkl.py
 _base_ = "../_base_/cifar100_gkl.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # CIFAR-100, WideResNet-34-10: GKL, basic, first script of the authors' GKL code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_adversarial/wrn_34_10-gkl_gamma1.py
+# ikl train mmpretrain/cifar100_adversarial/wrn_34_10-gkl_gamma1.py
 _base_ = "../_base_/cifar100_wrn_34_10.py"
 
 # With gamma 1 GKL is IKL: wrn_34_10-ikl_alpha4.py trains the same.

@@ -1,6 +1,6 @@
 # CIFAR-100, WideResNet-34-10: IKL, basic, second script of the authors' IKL code (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_adversarial/wrn_34_10-ikl.py
+# ikl train mmpretrain/cifar100_adversarial/wrn_34_10-ikl.py
 _base_ = "../_base_/cifar100_wrn_34_10.py"
 
 # The values of the paper's tables, where alpha / 4 is the 5 of beta = 20, and beta is alpha.

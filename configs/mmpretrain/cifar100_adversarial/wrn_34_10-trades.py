@@ -1,6 +1,6 @@
 # CIFAR-100, WideResNet-34-10: the baseline, cross entropy + 9 KL, values of the authors' command.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_adversarial/wrn_34_10-trades.py
+# ikl train mmpretrain/cifar100_adversarial/wrn_34_10-trades.py
 _base_ = "../_base_/cifar100_wrn_34_10.py"
 
 model = dict(

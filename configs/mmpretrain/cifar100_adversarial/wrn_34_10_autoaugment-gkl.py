@@ -1,6 +1,6 @@
 # CIFAR-100, WideResNet-34-10: GKL, AutoAugment, script of the authors' GKL code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_adversarial/wrn_34_10_autoaugment-gkl.py
+# ikl train mmpretrain/cifar100_adversarial/wrn_34_10_autoaugment-gkl.py
 _base_ = ["../_base_/cifar100_wrn_34_10.py", "../_base_/autoaugment_view.py"]
 
 # With gamma 1 GKL is IKL: this is wrn_34_10_autoaugment-ikl.py with another weight of the augmented view.

@@ -1,6 +1,6 @@
 # CIFAR-100, WideResNet-34-10: IKL, AutoAugment, script of the authors' IKL code (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_adversarial/wrn_34_10_autoaugment-ikl.py
+# ikl train mmpretrain/cifar100_adversarial/wrn_34_10_autoaugment-ikl.py
 _base_ = ["../_base_/cifar100_wrn_34_10.py", "../_base_/autoaugment_view.py"]
 
 model = dict(

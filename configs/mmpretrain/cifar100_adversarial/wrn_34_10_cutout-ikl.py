@@ -1,6 +1,6 @@
 # CIFAR-100, WideResNet-34-10: IKL, Cutout.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_adversarial/wrn_34_10_cutout-ikl.py
+# ikl train mmpretrain/cifar100_adversarial/wrn_34_10_cutout-ikl.py
 _base_ = ["../_base_/cifar100_wrn_34_10.py", "../_base_/cutout_view.py"]
 
 # NOT VERIFIED: the authors' code offers Cutout, but no script of theirs uses it. Other values: the AutoAugment script.

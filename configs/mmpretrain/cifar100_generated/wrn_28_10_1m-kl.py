@@ -1,7 +1,7 @@
 # CIFAR-100, WideResNet-28-10 with SiLU, a million generated images: the baseline of DM-Improves-AT (Wang et al., ICML
 # 2023).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_generated/wrn_28_10_1m-kl.py
+# ikl train mmpretrain/cifar100_generated/wrn_28_10_1m-kl.py
 _base_ = "../_base_/cifar100_wrn_28_10.py"
 
 # NOT VERIFIED: that labels are smoothed for CIFAR-100 as they are for CIFAR-10.

@@ -1,7 +1,7 @@
 # CIFAR-100, WideResNet-28-10 with SiLU, 50 million generated images: IKL in place of the KL
 # divergence (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_generated/wrn_28_10_50m-ikl.py
+# ikl train mmpretrain/cifar100_generated/wrn_28_10_50m-ikl.py
 _base_ = "./wrn_28_10_50m-kl.py"
 
 # Coefficients from the name of the authors' AutoAttack log; they publish no code for this training.

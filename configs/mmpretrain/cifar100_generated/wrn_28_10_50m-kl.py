@@ -1,7 +1,7 @@
 # CIFAR-100, WideResNet-28-10 with SiLU, 50 million generated images: the baseline of DM-Improves-AT (Wang et al., ICML
 # 2023).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar100_generated/wrn_28_10_50m-kl.py
+# ikl train mmpretrain/cifar100_generated/wrn_28_10_50m-kl.py
 _base_ = "./wrn_28_10_1m-kl.py"
 
 # NOT VERIFIED: batch, epochs and fraction of the larger sets are known at second hand alone, and whether the learning

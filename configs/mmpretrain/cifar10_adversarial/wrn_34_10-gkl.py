@@ -1,6 +1,6 @@
 # CIFAR-10, WideResNet-34-10: GKL, basic, second script of the authors' GKL code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_adversarial/wrn_34_10-gkl.py
+# ikl train mmpretrain/cifar10_adversarial/wrn_34_10-gkl.py
 _base_ = "../_base_/cifar10_wrn_34_10.py"
 
 # weight_temperature: the script asks for 1, but a missing line continuation drops it, and the default is 4.

@@ -1,6 +1,6 @@
 # CIFAR-10, WideResNet-34-10: GKL, basic, first script of the authors' GKL code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_adversarial/wrn_34_10-gkl_gamma1.py
+# ikl train mmpretrain/cifar10_adversarial/wrn_34_10-gkl_gamma1.py
 _base_ = "../_base_/cifar10_wrn_34_10.py"
 
 # With gamma 1 GKL is IKL: wrn_34_10-ikl.py trains the same.

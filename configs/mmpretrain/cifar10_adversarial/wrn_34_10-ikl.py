@@ -1,6 +1,6 @@
 # CIFAR-10, WideResNet-34-10: IKL, basic, script of the authors' IKL code (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_adversarial/wrn_34_10-ikl.py
+# ikl train mmpretrain/cifar10_adversarial/wrn_34_10-ikl.py
 _base_ = "../_base_/cifar10_wrn_34_10.py"
 
 # alpha as in the script. The log of the published checkpoint names 3.

@@ -1,6 +1,6 @@
 # CIFAR-10, WideResNet-34-10: the baseline, cross entropy + 6 KL.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_adversarial/wrn_34_10-trades.py
+# ikl train mmpretrain/cifar10_adversarial/wrn_34_10-trades.py
 _base_ = "../_base_/cifar10_wrn_34_10.py"
 
 # NOT VERIFIED: TRADES' own weight. The authors' command is for CIFAR-100 alone.

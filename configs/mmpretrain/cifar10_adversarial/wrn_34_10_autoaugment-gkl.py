@@ -1,6 +1,6 @@
 # CIFAR-10, WideResNet-34-10: GKL, AutoAugment, script of the authors' GKL code (Cui et al., TPAMI 2026).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_adversarial/wrn_34_10_autoaugment-gkl.py
+# ikl train mmpretrain/cifar10_adversarial/wrn_34_10_autoaugment-gkl.py
 _base_ = ["../_base_/cifar10_wrn_34_10.py", "../_base_/autoaugment_view.py"]
 
 # With gamma 1 GKL is IKL, so this stands for the paper's IKL with AutoAugment too: the IKL code has no such script.

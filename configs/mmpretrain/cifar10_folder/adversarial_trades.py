@@ -1,7 +1,7 @@
 # TRADES: cross entropy on natural images, and 6 times the KL divergence between natural and adversarial predictions.
 #
-# python tools/prepare_data.py cifar10-folder --from ZIP...
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_folder/adversarial_trades.py
+# ikl data cifar10-folder --from ZIP...
+# ikl train mmpretrain/cifar10_folder/adversarial_trades.py
 _base_ = "../_base_/cifar10_adversarial.py"
 
 model = dict(robust_loss=dict(type="KLLoss", loss_weight=6.0))  # TRADES' own weight for CIFAR-10

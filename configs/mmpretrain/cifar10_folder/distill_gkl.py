@@ -1,9 +1,9 @@
 # GKL with the class prior; alpha, beta and gamma are those published for resnet56 -> resnet20 on CIFAR-100. Nothing is
 # published for this pair of networks.
 #
-# python tools/prepare_data.py cifar10-folder --from ZIP...
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_folder/teacher.py
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_folder/distill_gkl.py
+# ikl data cifar10-folder --from ZIP...
+# ikl train mmpretrain/cifar10_folder/teacher.py
+# ikl train mmpretrain/cifar10_folder/distill_gkl.py
 _base_ = "./plain.py"
 
 model = dict(

@@ -1,9 +1,9 @@
 # IKL as in the published CIFAR-100 recipe: no class prior, but weights at temperature 100 and so nearly uniform. alpha
 # and beta are those of resnet56 -> resnet20. Nothing is published for this pair of networks.
 #
-# python tools/prepare_data.py cifar10-folder --from ZIP...
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_folder/teacher.py
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_folder/distill_ikl.py
+# ikl data cifar10-folder --from ZIP...
+# ikl train mmpretrain/cifar10_folder/teacher.py
+# ikl train mmpretrain/cifar10_folder/distill_ikl.py
 _base_ = "./plain.py"
 
 model = dict(

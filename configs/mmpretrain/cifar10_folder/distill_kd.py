@@ -1,8 +1,8 @@
 # The baseline: the classic distillation loss, 0.1 cross entropy + 0.9 * 4**2 KL at temperature 4.
 #
-# python tools/prepare_data.py cifar10-folder --from ZIP...
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_folder/teacher.py
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_folder/distill_kd.py
+# ikl data cifar10-folder --from ZIP...
+# ikl train mmpretrain/cifar10_folder/teacher.py
+# ikl train mmpretrain/cifar10_folder/distill_kd.py
 _base_ = "./plain.py"
 
 model = dict(

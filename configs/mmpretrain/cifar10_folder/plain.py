@@ -1,7 +1,7 @@
 # The student of the distillation configs, ResNet-18, trained on the labels; also tests what the others have trained.
 #
-# python tools/prepare_data.py cifar10-folder --from ZIP...
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_folder/plain.py
+# ikl data cifar10-folder --from ZIP...
+# ikl train mmpretrain/cifar10_folder/plain.py
 _base_ = [
     "../_base_/cifar10_network.py",
     "../_base_/cifar10_data.py",

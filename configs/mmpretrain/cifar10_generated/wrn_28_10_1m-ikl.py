@@ -1,6 +1,6 @@
 # CIFAR-10, WideResNet-28-10 with SiLU, a million generated images: IKL in place of the KL divergence.
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_generated/wrn_28_10_1m-ikl.py
+# ikl train mmpretrain/cifar10_generated/wrn_28_10_1m-ikl.py
 _base_ = "./wrn_28_10_1m-kl.py"
 
 # NOT VERIFIED: no coefficients are published for a million images. These are those of the 20 million.

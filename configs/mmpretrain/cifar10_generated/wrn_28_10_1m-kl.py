@@ -1,7 +1,7 @@
 # CIFAR-10, WideResNet-28-10 with SiLU, a million generated images: the baseline of DM-Improves-AT (Wang et al., ICML
 # 2023).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_generated/wrn_28_10_1m-kl.py
+# ikl train mmpretrain/cifar10_generated/wrn_28_10_1m-kl.py
 _base_ = "../_base_/cifar10_wrn_28_10.py"
 
 model = dict(robust_loss=dict(type="KLLoss", loss_weight=5.0))

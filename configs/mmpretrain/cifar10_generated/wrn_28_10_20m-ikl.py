@@ -1,7 +1,7 @@
 # CIFAR-10, WideResNet-28-10 with SiLU, 20 million generated images: IKL in place of the KL
 # divergence (Cui et al., NeurIPS 2024).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_generated/wrn_28_10_20m-ikl.py
+# ikl train mmpretrain/cifar10_generated/wrn_28_10_20m-ikl.py
 _base_ = "./wrn_28_10_20m-kl.py"
 
 # Coefficients from the name of the authors' AutoAttack log; they publish no code for this training.

@@ -1,7 +1,7 @@
 # CIFAR-10, WideResNet-28-10 with SiLU, 20 million generated images: the baseline of DM-Improves-AT (Wang et al., ICML
 # 2023).
 #
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_generated/wrn_28_10_20m-kl.py
+# ikl train mmpretrain/cifar10_generated/wrn_28_10_20m-kl.py
 _base_ = "./wrn_28_10_1m-kl.py"
 
 # NOT VERIFIED: batch, epochs and fraction of the larger sets are known at second hand alone, and whether the learning

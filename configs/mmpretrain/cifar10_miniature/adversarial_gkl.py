@@ -1,8 +1,8 @@
 # GKL in place of the KL divergence of adversarial_trades.py; alpha, beta, gamma and T are those of the authors' second
 # CIFAR-10 script (see ../cifar10_adversarial/wrn_34_10-gkl.py).
 #
-# python tools/prepare_data.py cifar10-folder --from ZIP...
-# python tools/train_mmpretrain.py configs/mmpretrain/cifar10_miniature/adversarial_gkl.py
+# ikl data cifar10-folder --from ZIP...
+# ikl train mmpretrain/cifar10_miniature/adversarial_gkl.py
 _base_ = "../_base_/cifar10_miniature.py"
 
 model = dict(

@@ -1,8 +1,8 @@
 # GKL: as distill_ikl.py, with the class prior raised to the power gamma.
 #
-# python tools/prepare_data.py digits
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/teacher.py
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/distill_gkl.py
+# ikl data digits
+# ikl train mmpretrain/digits/teacher.py
+# ikl train mmpretrain/digits/distill_gkl.py
 _base_ = "./plain.py"
 
 model = dict(

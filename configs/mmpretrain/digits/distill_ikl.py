@@ -1,8 +1,8 @@
 # IKL with the weights of the class prior, which IKLHook rolls at the end of each epoch.
 #
-# python tools/prepare_data.py digits
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/teacher.py
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/distill_ikl.py
+# ikl data digits
+# ikl train mmpretrain/digits/teacher.py
+# ikl train mmpretrain/digits/distill_ikl.py
 _base_ = "./plain.py"
 
 model = dict(

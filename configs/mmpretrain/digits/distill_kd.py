@@ -1,8 +1,8 @@
 # The baseline: the classic distillation loss, 0.1 cross entropy + 0.9 * 4**2 KL at temperature 4.
 #
-# python tools/prepare_data.py digits
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/teacher.py
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/distill_kd.py
+# ikl data digits
+# ikl train mmpretrain/digits/teacher.py
+# ikl train mmpretrain/digits/distill_kd.py
 _base_ = "./plain.py"
 
 model = dict(

@@ -1,7 +1,7 @@
 # The network of the adversarial configs, trained on natural images: what an attack does without a robust loss.
 #
-# python tools/prepare_data.py digits
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/natural.py
+# ikl data digits
+# ikl train mmpretrain/digits/natural.py
 _base_ = [
     "../_base_/runtime.py",
     "../_base_/digits_data.py",

@@ -1,7 +1,7 @@
 # The student of the digits configs, trained on the labels; the config that tests what the others have trained.
 #
-# python tools/prepare_data.py digits
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/plain.py
+# ikl data digits
+# ikl train mmpretrain/digits/plain.py
 _base_ = [
     "../_base_/digits_network.py",
     "../_base_/digits_data.py",

@@ -1,7 +1,7 @@
 # The teacher of the distillation configs: the student's network with twice its channels, trained on the labels.
 #
-# python tools/prepare_data.py digits
-# python tools/train_mmpretrain.py configs/mmpretrain/digits/teacher.py
+# ikl data digits
+# ikl train mmpretrain/digits/teacher.py
 _base_ = "./plain.py"
 
 model = dict(backbone=dict(stem_channels=16, base_channels=16), head=dict(in_channels=64))

@@ -1,6 +1,6 @@
 # ImageNet, MobileNetV1 alone, trained on the labels; also tests what the distillations into it have trained.
 #
-# torchrun --nproc_per_node 8 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 8 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet/MobileNetV1.py --launcher pytorch
 _base_ = "../_base_/imagenet_recipe.py"
 

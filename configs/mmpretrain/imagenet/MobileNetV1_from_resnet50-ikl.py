@@ -1,6 +1,6 @@
 # ImageNet, resnet50 -> MobileNetV1: IKL, values of the authors' code (Cui et al., NeurIPS 2024). It has no ramp.
 #
-# torchrun --nproc_per_node 8 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 8 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet/MobileNetV1_from_resnet50-ikl.py --launcher pytorch
 _base_ = "./MobileNetV1.py"
 

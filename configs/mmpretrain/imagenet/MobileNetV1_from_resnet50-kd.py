@@ -1,6 +1,6 @@
 # ImageNet, resnet50 -> MobileNetV1: KD, the baseline, as mdistiller has it.
 #
-# torchrun --nproc_per_node 8 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 8 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet/MobileNetV1_from_resnet50-kd.py --launcher pytorch
 _base_ = "./MobileNetV1.py"
 

@@ -1,6 +1,6 @@
 # ImageNet, resnet34 -> resnet18: GKL, values of the authors' code (Cui et al., TPAMI 2026).
 #
-# torchrun --nproc_per_node 8 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 8 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet/resnet18_from_resnet34-gkl.py --launcher pytorch
 _base_ = "./resnet18.py"
 

@@ -1,6 +1,6 @@
 # ImageNet, resnet34 -> resnet18: IKL, values of the authors' code (Cui et al., NeurIPS 2024). It has no ramp.
 #
-# torchrun --nproc_per_node 8 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 8 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet/resnet18_from_resnet34-ikl.py --launcher pytorch
 _base_ = "./resnet18.py"
 

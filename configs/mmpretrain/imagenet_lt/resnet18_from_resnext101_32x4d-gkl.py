@@ -1,6 +1,6 @@
 # ImageNet-LT, resnext101_32x4d -> resnet18: GKL, values of the authors' code (Cui et al., TPAMI 2026).
 #
-# torchrun --nproc_per_node 4 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 4 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet_lt/resnet18_from_resnext101_32x4d-gkl.py --launcher pytorch
 _base_ = "./resnet18.py"
 

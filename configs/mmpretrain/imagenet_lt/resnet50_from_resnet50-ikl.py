@@ -1,7 +1,7 @@
 # ImageNet-LT, resnet50 -> resnet50: IKL, values of the authors' code (Cui et al., NeurIPS 2024), which has no class
 # prior here, and weights at temperature 100, nearly uniform.
 #
-# torchrun --nproc_per_node 4 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 4 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet_lt/resnet50_from_resnet50-ikl.py --launcher pytorch
 _base_ = "./resnet50.py"
 

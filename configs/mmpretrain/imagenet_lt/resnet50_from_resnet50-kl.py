@@ -1,6 +1,6 @@
 # ImageNet-LT, resnet50 -> resnet50: KL, the baseline of the authors' code.
 #
-# torchrun --nproc_per_node 4 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 4 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet_lt/resnet50_from_resnet50-kl.py --launcher pytorch
 _base_ = "./resnet50.py"
 

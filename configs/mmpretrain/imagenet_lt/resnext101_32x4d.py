@@ -1,6 +1,6 @@
 # ImageNet-LT, ResNeXt-101-32x4d, the large teacher, trained on the labels.
 #
-# torchrun --nproc_per_node 4 tools/train_mmpretrain.py \
+# torchrun --nproc_per_node 4 -m ikl_plugins train \
 #     configs/mmpretrain/imagenet_lt/resnext101_32x4d.py --launcher pytorch
 _base_ = "../_base_/imagenet_lt_recipe.py"
 
