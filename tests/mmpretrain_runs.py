@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from ikl_plugins.mmpretrain import training as train_mmpretrain
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -15,8 +14,11 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch.utils.data import DataLoader
 
-TOOL = Path(train_mmpretrain.__file__)
-CONFIGS = TOOL.parent.parent / "configs" / "mmpretrain"
+from ikl_plugins.mmpretrain import training
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = REPOSITORY / "configs" / "mmpretrain"
+TRAIN = ("-m", "ikl_plugins", "train")
 CLASSES = 3
 
 
@@ -122,19 +124,24 @@ def few_images(whole, target, train=8, val=3, test=3):
 
 def tool(name):
     """mmpretrain's installed tools/train.py or test.py."""
-    return train_mmpretrain.train_script().with_name(f"{name}.py")
+    return training.train_script().with_name(f"{name}.py")
 
 
 def execute(*command, cwd, code=0, timeout=300, **environment):
     """Runs a Python command as a process of one thread, and returns what it has printed.
 
-    The process must end with ``code``; None for any but 0.
+    The process must end with ``code``; None for any but 0. It imports the package of this repository.
     """
+    path = os.pathsep.join([str(REPOSITORY), environment.pop("PYTHONPATH", "")]).rstrip(os.pathsep)
     done = subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-    )  # fmt: skip
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, **environment},
+    )
     output = done.stdout + done.stderr
     assert (done.returncode != 0) if code is None else done.returncode == code, output[-5000:]
     return output

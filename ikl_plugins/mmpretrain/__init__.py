@@ -1,18 +1,9 @@
 """The MMPretrain adapter: ``custom_imports = dict(imports=['ikl_plugins.mmpretrain'])`` in a config makes it known.
 
-Importing this package registers, once:
-
-- in MMEngine's root registry, where mmpretrain, mmdet, mmseg and mmrazor find them: the losses ``DKLLoss``,
-  ``IKLLoss``, ``GKLLoss``, ``KLLoss``, the hooks ``IKLHook`` and ``BatchNormMomentumHook``, the averaged model
-  ``WarmupEMA``, the schedulers ``ResumableOneCycleLR`` and ``OneCycleMomentum``, the optimizer wrapper
-  ``AutocastOptimWrapper``;
-- in MMPretrain's: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbones
-  ``DistillationNetwork`` and ``RobustBenchNetwork`` with their head ``LogitsClsHead``, the data preprocessor
-  ``TwoViewDataPreprocessor``, the metrics ``RobustAccuracy`` and ``ManyMediumFew``, the data set ``GeneratedImages``,
-  the batch sampler ``GeneratedBatchSampler``.
-
-It also adds the few names that a checkpoint of MMEngine holds to those that torch loads with ``weights_only=True``
-(:func:`ikl_plugins.mmpretrain.checkpoints.allow_mmengine_checkpoints`), so that resuming and testing work.
+It stands on :mod:`ikl_plugins.mmengine`, which it imports and whose names it has too. In MMPretrain's registries it
+adds, once: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbones ``DistillationNetwork`` and
+``RobustBenchNetwork`` with their head ``LogitsClsHead``, the data preprocessor ``TwoViewDataPreprocessor``, the metrics
+``RobustAccuracy`` and ``ManyMediumFew``, the data set ``GeneratedImages``, the batch sampler ``GeneratedBatchSampler``.
 """
 
 try:
@@ -24,25 +15,34 @@ except ImportError as error:
         f"Run: pip install 'ikl_plugins[mmpretrain]'"
     ) from error
 
+from ..mmengine import (
+    AutocastOptimWrapper,
+    BatchNormMomentumHook,
+    DKLLoss,
+    GKLLoss,
+    IKLHook,
+    IKLLoss,
+    KLLoss,
+    OneCycleMomentum,
+    ResumableOneCycleLR,
+    WarmupEMA,
+    allow_mmengine_checkpoints,
+    load_weights,
+    verify,
+)
 from .adversarial import AdversarialClassifier
-from .averaging import WarmupEMA
-from .checkpoints import allow_mmengine_checkpoints, load_weights, verify
 from .classifier import EpochClassifier
 from .distillation import DistillationClassifier
 from .generated import GeneratedImages
-from .hooks import IKLHook
 from .long_tail import ManyMediumFew
-from .losses import DKLLoss, GKLLoss, IKLLoss, KLLoss
-from .mapped import unpack_npz
 from .metrics import RobustAccuracy
 from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
-from .optim import AutocastOptimWrapper
+from .npz_memmap import unpack_npz
 from .pixels import PixelSpace
 from .preprocessing import TwoViewDataPreprocessor
 from .registration import register
 from .sampling import GeneratedBatchSampler
-from .schedules import BatchNormMomentumHook, OneCycleMomentum, ResumableOneCycleLR
-from .teacher import TeacherHolder, build_teacher
+from .teacher import FrozenTeacher, build_teacher
 
 __all__ = [
     "AdversarialClassifier",
@@ -51,6 +51,7 @@ __all__ = [
     "DKLLoss",
     "DistillationClassifier",
     "EpochClassifier",
+    "FrozenTeacher",
     "GKLLoss",
     "GeneratedBatchSampler",
     "GeneratedImages",
@@ -63,7 +64,6 @@ __all__ = [
     "PixelSpace",
     "ResumableOneCycleLR",
     "RobustAccuracy",
-    "TeacherHolder",
     "TwoViewDataPreprocessor",
     "WarmupEMA",
     "allow_mmengine_checkpoints",
@@ -76,5 +76,4 @@ __all__ = [
     "verify",
 ]
 
-allow_mmengine_checkpoints()
 register()

@@ -11,16 +11,15 @@ from mmpretrain.models.heads import ClsHead
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from ..class_prior import ClassPrior
+from ..mmengine.epochs import EpochModel
 
 __all__ = ["EpochClassifier", "term_scalars"]
 
-HOOK_LINE = "custom_hooks = [dict(type='IKLHook')]"
 _CE_KEY = "loss_ce"
 _PLAIN_KEYS = ("backbone", "neck", "head", "pretrained", "data_preprocessor", "init_cfg")
 
 
-class EpochClassifier(ImageClassifier):  # type: ignore[misc]  # the base class has no types
+class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the base class has no types
     """An ``ImageClassifier`` that knows the epoch and rolls its class priors; base of the classifiers here.
 
     It is an ``ImageClassifier`` in every other respect: the same backbone, neck and head under the same names in the
@@ -32,21 +31,10 @@ class EpochClassifier(ImageClassifier):  # type: ignore[misc]  # the base class 
 
     Raises:
         ValueError: there is no head.
-
-    Attributes:
-        epoch: number of the running epoch, 1 for the first; None until ``IKLHook`` has said so.
-        epochs: number of epochs of the training; None likewise.
-        attached: whether ``IKLHook`` has introduced itself.
     """
-
-    epoch: int | None
-    epochs: int | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.epoch = None
-        self.epochs = None
-        self.attached = False
         if not self.with_head:
             raise ValueError(
                 f"{self._name}: `head` must be given, got None. Logits come from the head: "
@@ -57,66 +45,6 @@ class EpochClassifier(ImageClassifier):  # type: ignore[misc]  # the base class 
     def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
         """Of such a classifier's config that of the ``ImageClassifier`` into which its checkpoints load."""
         return {"type": "ImageClassifier", **{key: config[key] for key in _PLAIN_KEYS if key in config}}
-
-    # --- epochs ------------------------------------------------------------------------------------------------------
-
-    def attach(self, runner: Any) -> None:
-        """Called by ``IKLHook`` before the training.
-
-        Args:
-            runner: the runner that trains this model.
-        """
-        self.attached = True
-
-    def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Starts an epoch.
-
-        Args:
-            epoch: its number, 1 for the first.
-            epochs: number of epochs of the training.
-
-        Raises:
-            ValueError: ``epoch`` is below 1.
-        """
-        if epoch < 1:
-            raise ValueError(
-                f"{self._name}.begin_epoch: `epoch` must be at least 1, got {epoch}. Epochs are counted from 1."
-            )
-        self.epoch = epoch
-        self.epochs = epochs
-
-    def end_iteration(self) -> None:
-        """Called after every training iteration."""
-
-    def end_epoch(self) -> None:
-        """Rolls the class priors. All ranks must call this."""
-        for prior in self.class_priors().values():
-            prior.end_epoch()
-
-    def class_priors(self) -> dict[str, ClassPrior]:
-        """The class priors inside this model, by module path."""
-        return {path: module for path, module in self.named_modules() if isinstance(module, ClassPrior)}
-
-    def epoch_reasons(self) -> list[str]:
-        """The settings that must know where epochs begin, empty if none does; subclasses add theirs."""
-        return [f"global_info=True of `{path.rpartition('.')[0]}`" for path in self.class_priors()]
-
-    def check_epochs(self) -> None:
-        """Refuses a training batch if something must know the epoch and nobody has said so.
-
-        Raises:
-            ValueError: the message has the config line that is missing.
-        """
-        if self.epoch is not None or not self.training:
-            return
-        reasons = self.epoch_reasons()
-        if reasons:
-            raise ValueError(
-                f"{self._name}: {' and '.join(reasons)} must know where epochs begin, but nobody has said so. "
-                f"Add this line to the config, or its dict to the `custom_hooks` there:\n  {HOOK_LINE}"
-            )
-
-    # --- logits, labels and losses -----------------------------------------------------------------------------------
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Class scores of what the data preprocessor hands on.

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mmengine.dist
-import numpy
 import torch
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from .. import _validation as check
 from ..losses import warmup_factor
+from ..mmengine.dry_run import batches, kept_random_states
 from .classifier import EpochClassifier, term_scalars
 from .teacher import build_teacher
 
@@ -191,26 +189,3 @@ class DistillationClassifier(EpochClassifier):
         mmengine.dist.all_reduce(counts)
         right, total = counts.tolist()
         return right, total, classes
-
-
-def batches(loader: Any) -> Iterator[Any]:
-    """The loader's batches, made here: its workers and its own iterator stay as they are."""
-    if getattr(loader, "batch_sampler", None) is None:
-        yield from loader
-        return
-    for indices in loader.batch_sampler:
-        yield loader.collate_fn([loader.dataset[index] for index in indices])
-
-
-@contextmanager
-def kept_random_states() -> Iterator[None]:
-    """Gives Python's, NumPy's and torch's generators back as they were."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = [torch.cuda.current_device()] if started else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)

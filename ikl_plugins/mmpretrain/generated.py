@@ -14,7 +14,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmpretrain.datasets import BaseDataset
 
 from .. import _validation as check
-from .mapped import MappedArray, map_images
+from .npz_memmap import MappedArray, map_images
 
 __all__ = ["CHANNEL_ORDERS", "GeneratedImages"]
 

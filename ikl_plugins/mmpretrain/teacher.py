@@ -14,17 +14,17 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from .. import _validation as check
-from .checkpoints import load_weights
+from ..mmengine.checkpoints import load_weights
 from .classifier import EpochClassifier
 from .pixels import PixelSpace
 
-__all__ = ["TeacherHolder", "build_teacher"]
+__all__ = ["FrozenTeacher", "build_teacher"]
 
 _EXTRAS = ("distill_loss.", "robust_loss.", "data_preprocessor.")
 _INLINE = "teacher=dict(type='ImageClassifier', backbone=..., head=...)"
 
 
-class TeacherHolder:
+class FrozenTeacher:
     """Holds a frozen network outside the module tree.
 
     No checkpoint, optimizer, weight average or data-parallel wrapper sees it. A copy of the model shares the teacher:
@@ -74,7 +74,7 @@ class TeacherHolder:
         """Applies what ``nn.Module._apply`` does to the owner's tensors."""
         self.module._apply(function)  # type: ignore[no-untyped-call]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TeacherHolder:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self
 
 
@@ -83,7 +83,7 @@ def build_teacher(
     teacher_ckpt: str | Path | None = None,
     *,
     student: EpochClassifier,
-) -> TeacherHolder:
+) -> FrozenTeacher:
     """A teacher from a config, with its weights, checked against the student.
 
     Args:
@@ -128,7 +128,7 @@ def build_teacher(
     conversion = None
     if isinstance(teacher, nn.Module) or own_inputs:
         conversion = _conversion(student, module)
-    holder = TeacherHolder(module, conversion)
+    holder = FrozenTeacher(module, conversion)
     classes = getattr(student.head, "num_classes", None)
     if None not in (classes, holder.num_classes) and classes != holder.num_classes:
         raise ValueError(

@@ -11,8 +11,8 @@ import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from ikl_plugins import checkpoints as neutral
-from ikl_plugins.mmpretrain import checkpoints
-from ikl_plugins.mmpretrain.checkpoints import allow_mmengine_checkpoints, load_content, load_weights, verify
+from ikl_plugins.mmengine import checkpoints
+from ikl_plugins.mmengine.checkpoints import allow_mmengine_checkpoints, load_content, load_weights, verify
 
 FORK = hasattr(checkpoints.mmengine.runner.checkpoint, "get_torch_safe_globals")
 

@@ -19,7 +19,7 @@ from PIL import Image
 from sparse_archive import write_sparse_archive
 from torch.utils.data import DataLoader
 
-from ikl_plugins.mmpretrain import GeneratedImages, mapped, unpack_npz
+from ikl_plugins.mmpretrain import GeneratedImages, npz_memmap, unpack_npz
 
 PIPELINE = [
     {"type": "RandomCrop", "crop_size": 32, "padding": 4},
@@ -250,7 +250,7 @@ def test_fifty_million_images_in_less_than_a_gibibyte(tmp_path):
 
 def test_pages_are_given_back_and_read_again(saved, monkeypatch):
     folder, data = saved
-    monkeypatch.setattr(mapped, "_READS_KEPT", 2)
+    monkeypatch.setattr(npz_memmap, "_READS_KEPT", 2)
     dataset = GeneratedImages(folder / "generated.npz", channel_order="rgb")
     for index in [*range(7), *range(7)]:
         assert numpy.array_equal(dataset[index]["img"], data["image"][index])

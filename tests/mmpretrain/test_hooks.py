@@ -16,7 +16,8 @@ from mmpretrain_runs import Record, distilled_network, loader, network, runner, 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ikl_plugins.mmpretrain import DistillationClassifier, IKLHook, hooks
+from ikl_plugins.mmengine import hooks
+from ikl_plugins.mmpretrain import DistillationClassifier, IKLHook
 
 PRIOR = "distill_loss.class_prior"
 
@@ -333,11 +334,11 @@ LATE = {
     ),
     "unreadable images": (
         validated(val_dataloader=DataLoader(Unreadable(), collate_fn=pseudo_collate)),
-        r"the validation after an epoch must work, but on its first batch `val_dataloader` gives OSError: no image",
+        r"`val_dataloader` must work .* gives OSError: no image",
     ),
     "metric of another task": (
         validated(val_evaluator={"type": "RobustAccuracy"}),
-        r"the validation after an epoch must work, but on its first batch `val_evaluator` gives \S+: ",
+        r"`val_evaluator` must work .* gives ValueError: Robust",
     ),
 }
 

@@ -10,7 +10,7 @@ from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS
 from torch import nn
 
-from ikl_plugins.mmpretrain import EpochClassifier, TeacherHolder, build_teacher
+from ikl_plugins.mmpretrain import EpochClassifier, FrozenTeacher, build_teacher
 
 OTHER_MEAN = (100.0, 90.0, 80.0)
 
@@ -229,9 +229,9 @@ def test_another_class_count_is_refused(student, trained):
 def test_logits_that_are_none_are_refused(student):
     features = MODELS.build({"type": "ResNet_CIFAR", "depth": 18, "base_channels": 2, "stem_channels": 2})
     with pytest.raises(ValueError, match=r"`ResNet_CIFAR` must give logits of shape \(N, C\), got a tuple\."):
-        TeacherHolder(features)(torch.zeros(1, 3, 16, 16))
+        FrozenTeacher(features)(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"`Conv2d` must give logits of shape \(N, C\), got shape \(1, 2, 16, 16\)\."):
-        TeacherHolder(nn.Conv2d(3, 2, 1))(torch.zeros(1, 3, 16, 16))
+        FrozenTeacher(nn.Conv2d(3, 2, 1))(torch.zeros(1, 3, 16, 16))
 
 
 # --- the holder ------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_logits_that_are_none_are_refused(student):
 
 def test_the_teacher_is_frozen_in_eval_mode_and_without_gradient():
     module = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
-    holder = TeacherHolder(module)
+    holder = FrozenTeacher(module)
     assert not any(parameter.requires_grad for parameter in module.parameters())
     statistics = module[2].running_mean.clone()
     module.train()  # by somebody else who holds it
@@ -252,7 +252,7 @@ def test_the_teacher_is_frozen_in_eval_mode_and_without_gradient():
 
 
 def test_copies_share_the_teacher_and_a_pickle_has_its_own():
-    holder = TeacherHolder(nn.Linear(2, 3))
+    holder = FrozenTeacher(nn.Linear(2, 3))
     assert copy.deepcopy(holder) is holder
     assert copy.deepcopy({"a": [holder]})["a"][0] is holder
     own = pickle.loads(pickle.dumps(holder))  # noqa: S301

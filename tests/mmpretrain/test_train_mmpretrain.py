@@ -1,21 +1,19 @@
-"""mmpretrain's own train.py and test.py as processes, from an empty directory: train, resume, test, two ranks."""
+"""`ikl train` and mmpretrain's test.py as processes, from an empty directory: train, resume, test, two ranks."""
 
 import os
 import re
 from pathlib import Path
 
-from ikl_plugins.commands import data as prepare_data
 import pytest
 import torch
-from ikl_plugins.mmpretrain import training as train_mmpretrain
-from mmpretrain_runs import CONFIGS, TOOL, execute, few_images, tool
+from mmpretrain_runs import CONFIGS, TRAIN, execute, few_images, tool
 
-from ikl_plugins.mmpretrain import checkpoints
+from ikl_plugins.commands import data as prepare_data
+from ikl_plugins.mmpretrain import training
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 DIGITS = CONFIGS / "digits"
-FORK = hasattr(checkpoints.mmengine.runner.checkpoint, "get_torch_safe_globals")
 TEACHER = Path("runs/mmpretrain/digits/teacher/epoch_10.pth")
 PRIOR = "distill_loss.class_prior.matrix"
 WATCHED = """
@@ -51,7 +49,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(world):
     """The shipped teacher, trained by the shipped command for as long as it takes to make its checkpoint."""
-    world(TOOL, DIGITS / "teacher.py", "--cfg-options", "train_dataloader.batch_size=40")
+    world(*TRAIN, DIGITS / "teacher.py", "--cfg-options", "train_dataloader.batch_size=40")
     return world.folder / TEACHER
 
 
@@ -67,7 +65,7 @@ def watched(world, name, *options, base="distill_ikl", batch_size=20, launcher=(
     config.write_text(WATCHED.format(base=str(DIGITS / f"{base}.py"), batch_size=batch_size))
     folder = world.folder / name
     folder.mkdir(exist_ok=True)
-    world(*launcher, tool("train"), config, "--work-dir", name, *options, WATCH_FOLDER=str(folder), **keywords)
+    world(*launcher, *TRAIN, config, "--work-dir", name, *options, WATCH_FOLDER=str(folder), **keywords)
     return folder
 
 
@@ -144,14 +142,15 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("way", ["resume", pytest.param("test", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["resume", "test"])
 def test_the_processes_refuse_a_checkpoint_that_runs_code(way, distilled, world, tmp_path):
     path = tmp_path / "bomb.pth"
     content = torch.load(distilled / "epoch_2.pth", weights_only=False)
     content["meta"]["note"] = Bomb(tmp_path / "exploded")
     torch.save(content, path)
     command = (
-        (tool("train"), DIGITS / "distill_ikl.py", "--work-dir", tmp_path / "w", "--resume", path)
+        (*TRAIN, DIGITS / "distill_ikl.py", "--work-dir", tmp_path / "w", "--resume", path)
         if way == "resume"
         else (tool("test"), DIGITS / "distill_ikl.py", path)
     )
@@ -167,20 +166,24 @@ def test_a_damaged_checkpoint_is_not_resumed(distilled, world, tmp_path):
     content[len(content) // 2] ^= 1
     for cut, name in ((len(content), "flipped"), (len(content) // 2, "truncated")):
         path.write_bytes(content[:cut])
-        output = world(
-            tool("train"), DIGITS / "distill_ikl.py", "--work-dir", tmp_path / name, "--resume", path, code=1
-        )
+        output = world(*TRAIN, DIGITS / "distill_ikl.py", "--work-dir", tmp_path / name, "--resume", path, code=1)
         assert re.search(r"ValueError: load_content: .*damaged\.pth .*truncated or damaged", output)
 
 
 # --- several processes, other precision ------------------------------------------------------------------------------
 
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d")
+TWO = (
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--master_port=0",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+)
 
 
 def test_two_ranks_stay_equal_and_have_the_prior_of_one(distilled, world):
-    launcher = (*TWO, "--rdzv-endpoint=localhost:0")
-    folder = watched(world, "two", "--launcher", "pytorch", batch_size=10, launcher=launcher)
+    folder = watched(world, "two", "--launcher", "pytorch", batch_size=10, launcher=TWO)
     first, second = ends(folder, 0), ends(folder, 1)
     assert_same(first, second)
     torch.testing.assert_close(first[PRIOR], ends(distilled)[PRIOR], atol=1e-6, rtol=0)
@@ -192,9 +195,8 @@ def test_two_ranks_stay_equal_and_have_the_prior_of_one(distilled, world):
 
 @pytest.mark.slow
 def test_two_adversarial_ranks_stay_equal(world):
-    launcher = (*TWO, "--rdzv-endpoint=localhost:0")
     options = ("--launcher", "pytorch", "--cfg-options", "model.awp.warmup_epochs=2")
-    folder = watched(world, "two_adversarial", *options, base="adversarial_ikl", batch_size=10, launcher=launcher)
+    folder = watched(world, "two_adversarial", *options, base="adversarial_ikl", batch_size=10, launcher=TWO)
     assert_same(ends(folder, 0), ends(folder, 1))
 
 
@@ -209,7 +211,7 @@ def test_an_adversarial_run_is_resumed_to_the_bit(world):
 
 @pytest.mark.slow
 def test_two_ranks_are_resumed_to_the_bit(distilled, world):
-    keywords = {"batch_size": 10, "launcher": (*TWO, "--rdzv-endpoint=localhost:0")}
+    keywords = {"batch_size": 10, "launcher": TWO}
     whole = watched(world, "two_whole", "--launcher", "pytorch", **keywords)
     watched(world, "two_killed", "--launcher", "pytorch", code=None, WATCH_KILL="6", **keywords)
     killed = watched(world, "two_killed", "--launcher", "pytorch", "--resume", **keywords)
@@ -219,8 +221,7 @@ def test_two_ranks_are_resumed_to_the_bit(distilled, world):
 
 @pytest.mark.slow
 def test_ranks_without_a_launcher_are_refused(world, teacher):
-    launcher = (*TWO, "--rdzv-endpoint=localhost:0")
-    output = world(*launcher, tool("train"), DIGITS / "plain.py", "--work-dir", "alone", code=None)
+    output = world(*TWO, *TRAIN, DIGITS / "plain.py", "--work-dir", "alone", code=None)
     assert re.search(r"IKLHook: the model of 2 ranks must be wrapped.*--launcher pytorch", output)
 
 
@@ -237,7 +238,7 @@ def test_a_run_in_bfloat16_trains(distilled, world):
 @pytest.mark.parametrize("name", sorted(path.stem for path in DIGITS.glob("*.py") if path.stem != "teacher"))
 def test_each_config_of_the_digits_trains_and_tests(name, world, teacher):
     options = ("--cfg-options", "train_cfg.max_epochs=1", "param_scheduler.T_max=1", "train_dataloader.batch_size=20")
-    world(tool("train"), DIGITS / f"{name}.py", *options)
+    world(*TRAIN, DIGITS / f"{name}.py", *options)
     folder = world.folder / "runs/mmpretrain/digits" / name
     (best,) = folder.glob("best_*.pth")
     output = world(tool("test"), DIGITS / f"{name}.py", best)
@@ -246,72 +247,64 @@ def test_each_config_of_the_digits_trains_and_tests(name, world, teacher):
         assert 0 <= top1(output, "robust") <= top1(output)
 
 
-# --- the tool --------------------------------------------------------------------------------------------------------
+# --- in this process -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_tool_gives_the_help_of_the_script(world):
-    assert "usage: train.py" in world(TOOL, "--help")
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Puts another program in the place of mmpretrain's script."""
+
+    def replace(text):
+        path = tmp_path / "train.py"
+        path.write_text(text)
+        monkeypatch.setattr(training, "train_script", lambda: path)
+
+    monkeypatch.setattr("sys.argv", [])
+    return replace
 
 
-def test_the_tool_passes_options_and_exit_codes_on(world):
-    output = world(TOOL, DIGITS / "plain.py", "--no-such-option", code=2)
-    assert "unrecognized arguments: --no-such-option" in output
-    assert "usage: train.py" in output
+def test_options_and_exit_codes_are_those_of_the_script(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [])
+    with pytest.raises(SystemExit) as end:
+        training.main([str(DIGITS / "plain.py"), "--no-such-option"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: --no-such-option" in error
+    assert "usage: train.py" in error
 
 
-def test_the_tool_says_where_the_script_is(capsys):
-    train_mmpretrain.main(["--where"])
+def test_the_path_of_the_script_is_printed(capsys):
+    training.main([str(DIGITS / "plain.py"), "--where"])
     path = Path(capsys.readouterr().out.strip())
-    assert path == train_mmpretrain.train_script()
+    assert path == training.train_script()
     assert path.parts[-4:] == ("mmpretrain", ".mim", "tools", "train.py")
 
 
-@pytest.mark.parametrize("origin", [None, "namespace"])
-def test_without_mmpretrain_the_tool_has_the_pip_line(origin, monkeypatch):
-    spec = None if origin is None else type("Spec", (), {"origin": None})()
-    monkeypatch.setattr(train_mmpretrain.importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(SystemExit, match=r"mmpretrain is missing\. Run: .*pip install 'ikl_plugins\[mmpretrain\]'"):
-        train_mmpretrain.main(["config.py"])
-
-
 def test_without_its_tools_mmpretrain_is_to_be_installed_again(monkeypatch, tmp_path):
-    spec = type("Spec", (), {"origin": str(tmp_path / "mmpretrain" / "__init__.py")})()
-    monkeypatch.setattr(train_mmpretrain.importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(SystemExit, match=r"there is no .*train\.py\. Run: .*--force-reinstall --no-deps mmpretrain"):
-        train_mmpretrain.main(["config.py"])
+    monkeypatch.setattr(training.mmpretrain, "__file__", str(tmp_path / "mmpretrain" / "__init__.py"))
+    with pytest.raises(ValueError, match=r"--force-reinstall --no-deps mmpretrain"):
+        training.main(["config.py"])
 
 
 @pytest.mark.parametrize(
     ("error", "options", "message"),
     [
-        (
-            'OSError(28, "No space left on device")', ["--work-dir", "runs/mine"],
-            "runs/mine must be there to write to, but: No space left on device. What was whole before is as it was. "
-            "Free some space, and go on with --resume.",
-        ),
-        ('OSError(28, "No space left on device")', [], "runs/of_config must be there to write to, but: No space"),
-        (
-            'OSError(30, "Read-only file system", "runs/mine/a.pth")', [],
-            "runs/mine/a.pth must be there to write to, but: Read-only file system. What was whole before is as it "
-            "was. Make it writable, or name another --work-dir, and go on with --resume.",
-        ),
+        ("OSError(28, 'No space left')", ["--work-dir", "runs/mine"], r"runs/mine cannot .*: No space left\. .*Free "),
+        ("OSError(28, 'No space left')", [], "runs/of_config cannot be written"),
+        ("OSError(30, 'Read-only', 'a.pth')", [], r"a\.pth cannot be written: Read-only\. .*Make it writable"),
     ],
-)  # fmt: skip
-def test_a_disk_that_cannot_be_written_ends_the_tool_with_one_line(error, options, message, tmp_path, monkeypatch):
-    script, config = tmp_path / "train.py", tmp_path / "config.py"
-    script.write_text(f"raise {error}\n")
+)
+def test_a_disk_that_cannot_be_written_is_told_in_one_line(error, options, message, tmp_path, script):
+    config = tmp_path / "config.py"
     config.write_text("work_dir = 'runs/of_config'\n")
-    monkeypatch.setattr(train_mmpretrain, "train_script", lambda: script)
-    monkeypatch.setattr("sys.argv", [])
-    with pytest.raises(SystemExit, match=f"^error: train_mmpretrain: {re.escape(message)}"):
-        train_mmpretrain.main([str(config), *options])
+    script(f"raise {error}\n")
+    with pytest.raises(OSError, match=f"^ikl train: {message}"):
+        training.main([str(config), *options])
 
 
-def test_an_error_that_is_not_of_the_disk_is_the_scripts_own(tmp_path, monkeypatch):
-    script = tmp_path / "train.py"
-    script.write_text("open('no such file')\n")
-    monkeypatch.setattr(train_mmpretrain, "train_script", lambda: script)
-    monkeypatch.setattr("sys.argv", [])
-    with pytest.raises(FileNotFoundError):
-        train_mmpretrain.main(["config.py"])
+def test_other_errors_keep_their_traceback(script, capsys):
+    script("open('no such file')\n")
+    with pytest.raises(SystemExit) as end:
+        training.main(["config.py"])
+    assert end.value.code == 1
+    assert "No such file or directory: 'no such file'" in capsys.readouterr().err

@@ -167,7 +167,7 @@ class AdversarialRuns:
             shutil.rmtree(work, ignore_errors=True)
         checkpoint = folder / best[0].name
         with _quiet():
-            from ikl_plugins.mmpretrain.checkpoints import load_content
+            from ikl_plugins.mmengine.checkpoints import load_content
         content = load_content(checkpoint)
         return {
             "checkpoint": str(checkpoint.relative_to(self.folder)),

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook
+from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import _validation as check
-from .classifier import EpochClassifier
-from .distillation import batches, kept_random_states
 
-__all__ = ["rehearse"]
+__all__ = ["batches", "dry_run", "kept_random_states"]
 
 _CALLER = "IKLHook"
 
 
-def rehearse(runner: Any, model: EpochClassifier) -> None:
+def dry_run(runner: Any, model: nn.Module) -> None:
     """Validates a batch, and looks whether the hooks that save checkpoints will get what they ask for.
 
     Args:
         runner: MMEngine's runner, in ``before_train``. Neither its state nor a random number generator is changed.
-        model: the classifier, unwrapped.
+        model: its model, unwrapped.
 
     Raises:
         ValueError: a CheckpointHook with an unknown option, or whose ``save_best`` is no metric of the validation;
@@ -35,9 +36,7 @@ def rehearse(runner: Any, model: EpochClassifier) -> None:
     savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     for hook in savers:
         _check_options(hook, runner)
-    if runner.val_loop is None:
-        return
-    metrics = _validated(runner, model)
+    metrics = None if runner.val_loop is None else _validated(runner, model)
     if metrics is None:
         return
     for hook in savers:
@@ -47,6 +46,29 @@ def rehearse(runner: Any, model: EpochClassifier) -> None:
                     f"{_CALLER}: `save_best` of CheckpointHook must be a metric of `val_evaluator`, "
                     f"{', '.join(map(repr, metrics))}, got {name!r}. Correct it in `default_hooks`."
                 )
+
+
+def batches(loader: Any) -> Iterator[Any]:
+    """The loader's batches, made here: its workers and its own iterator stay as they are."""
+    if getattr(loader, "batch_sampler", None) is None:
+        yield from loader
+        return
+    for indices in loader.batch_sampler:
+        yield loader.collate_fn([loader.dataset[index] for index in indices])
+
+
+@contextmanager
+def kept_random_states() -> Iterator[None]:
+    """Gives Python's, NumPy's and torch's generators back as they were."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if started else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
 
 
 def _check_options(hook: Any, runner: Any) -> None:
@@ -59,7 +81,7 @@ def _check_options(hook: Any, runner: Any) -> None:
 
 
 @torch.no_grad()
-def _validated(runner: Any, model: EpochClassifier) -> dict[str, Any] | None:
+def _validated(runner: Any, model: nn.Module) -> dict[str, Any] | None:
     """The metrics of the first batch of the validation data; None if it has none."""
     modes = [(module, module.training) for module in model.modules()]
     evaluator = runner.val_loop.evaluator
@@ -70,7 +92,7 @@ def _validated(runner: Any, model: EpochClassifier) -> dict[str, Any] | None:
             if batch is None:
                 return None
             model.eval()
-            outputs = runner.model.val_step(batch)  # a network that cannot take it cannot be trained: its own words
+            outputs = runner.model.val_step(batch)  # an error of the network is shown as it is
             with _telling("val_evaluator"):
                 evaluator.process(data_samples=outputs, data_batch=batch)
                 metrics: dict[str, Any] = evaluator.evaluate(len(outputs) * get_world_size())
@@ -87,14 +109,12 @@ def _telling(block: str) -> Iterator[None]:
         yield
     except Exception as error:  # of data sets, transforms and metrics of any kind
         raise ValueError(
-            f"{_CALLER}: the validation after an epoch must work, but on its first batch `{block}` gives "
-            f"{type(error).__name__}: {error}. Correct it, or turn this check off: "
-            f"custom_hooks = [dict(type='IKLHook', rehearse=False)]."
+            f"{_CALLER}: `{block}` must work after an epoch, but its first batch gives {type(error).__name__}: {error}. "
+            f"Correct it, or turn this check off: dict(type='IKLHook', rehearse=False)."
         ) from error
 
 
 def _first_batch(loader: DataLoader[Any]) -> Any:
-    """The first batch, read here: the loader's own workers and iterator stay as they are."""
     workers = loader.num_workers
     if not isinstance(workers, int) or isinstance(workers, bool):
         raise TypeError(f"`num_workers` must be a whole number, got {workers!r}")

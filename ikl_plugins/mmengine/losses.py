@@ -83,7 +83,7 @@ class IKLLoss(_WithLossWeight, core.IKLLoss):
     Example:
         >>> import torch
         >>> from mmengine.registry import MODELS
-        >>> import ikl_plugins.mmpretrain
+        >>> import ikl_plugins.mmengine
         >>> loss = MODELS.build(dict(type="IKLLoss", loss_weight=2.0))
         >>> round(loss(torch.zeros(2, 3), torch.zeros(2, 3)).item(), 4)  # twice log 3
         2.1972
@@ -126,7 +126,7 @@ class KLLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> from ikl_plugins.mmpretrain import KLLoss
+        >>> from ikl_plugins.mmengine import KLLoss
         >>> KLLoss()(torch.ones(2, 3), torch.zeros(2, 3)).item()
         0.0
     """

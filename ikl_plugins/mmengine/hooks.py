@@ -21,10 +21,9 @@ from mmengine.runner.checkpoint import find_latest_checkpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..class_prior import ClassPrior
 from .checkpoints import verify
-from .classifier import EpochClassifier
-from .rehearsal import rehearse
+from .dry_run import dry_run
+from .epochs import EpochModel, class_priors, end_epoch
 
 __all__ = ["IKLHook"]
 
@@ -34,7 +33,7 @@ _ZIP = b"PK\x03\x04"  # how torch.save begins a file
 class IKLHook(Hook):  # type: ignore[misc]
     """What the classifiers of this package need from the training loop: ``custom_hooks = [dict(type='IKLHook')]``.
 
-    - Before a checkpoint is loaded or resumed it is read with :func:`ikl_plugins.mmpretrain.checkpoints.verify`. The
+    - Before a checkpoint is loaded or resumed it is read with :func:`ikl_plugins.mmengine.checkpoints.verify`. The
       text of the config in it, which MMEngine runs as Python on resume, is taken out of what MMEngine has loaded. A run
       that was stopped while MMEngine wrote its last checkpoint, or wrote down which one that is, goes on from the
       newest that is whole.
@@ -48,8 +47,8 @@ class IKLHook(Hook):  # type: ignore[misc]
       'state_dict' and 'ema_state_dict'.
 
     With an ``IterBasedTrainLoop`` an epoch is as many iterations as it takes to see the training data once, and random
-    numbers are seeded for each iteration, but for those that the data draws: MMEngine replays them on resume. With any
-    other model the hook verifies and seeds, no more.
+    numbers are seeded for each iteration, but for those that the data draws: MMEngine replays them on resume. The class
+    priors of any model are rolled; to hear more of the run, and to be validated before it, takes an ``EpochModel``.
 
     Args:
         seed_epochs: seed the random numbers of Python, NumPy and torch. They are those of this process; MMEngine seeds
@@ -103,10 +102,10 @@ class IKLHook(Hook):  # type: ignore[misc]
         model = _unwrap(runner.model)
         if get_rank() > 0:
             _forget_running_sums(model)  # a checkpoint holds those of rank 0, once is enough
-        if isinstance(model, EpochClassifier):
+        if isinstance(model, EpochModel):
             model.attach(runner)
             if self.rehearse:
-                rehearse(runner, model)
+                dry_run(runner, model)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Seeds and begins an epoch of an epoch-based loop."""
@@ -115,7 +114,7 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._seed(runner, runner.epoch)
         model = _unwrap(runner.model)
         _forget_running_sums(model)  # saved in the middle of this epoch, which begins anew and sees all images again
-        if isinstance(model, EpochClassifier):
+        if isinstance(model, EpochModel):
             model.begin_epoch(runner.epoch + 1, runner.max_epochs)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -128,7 +127,7 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._seed(runner, runner.iter)
         model = _unwrap(runner.model)
         epoch = runner.iter // length + 1
-        if epoch != self._epoch and isinstance(model, EpochClassifier):
+        if epoch != self._epoch and isinstance(model, EpochModel):
             model.begin_epoch(epoch, math.ceil(runner.max_iters / length))
         self._epoch = epoch
 
@@ -136,10 +135,10 @@ class IKLHook(Hook):  # type: ignore[misc]
         """Ends an iteration, and an epoch of an iteration-based loop."""
         model = _unwrap(runner.model)
         length = self._iterations_per_epoch
-        if isinstance(model, EpochClassifier):
+        if isinstance(model, EpochModel):
             model.end_iteration()
-            if length is not None and (runner.iter + 1) % length == 0:
-                model.end_epoch()
+        if length is not None and (runner.iter + 1) % length == 0:
+            end_epoch(model)
         if self._data_stream is not None:  # the next batch is drawn as if no step had been in between
             python, arrays, tensors = self._data_stream
             random.setstate(python)
@@ -149,9 +148,8 @@ class IKLHook(Hook):  # type: ignore[misc]
 
     def after_train_epoch(self, runner: Any) -> None:
         """Ends an epoch of an epoch-based loop."""
-        model = _unwrap(runner.model)
-        if self._iterations_per_epoch is None and isinstance(model, EpochClassifier):
-            model.end_epoch()
+        if self._iterations_per_epoch is None:
+            end_epoch(_unwrap(runner.model))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Brings EMAHook's copy up to date; that hook then exchanges it with the model's entries of the checkpoint.
@@ -160,7 +158,8 @@ class IKLHook(Hook):  # type: ignore[misc]
         changed: the class priors, and the statistics that a SyncBuffersHook has averaged over ranks.
         """
         model = _unwrap(runner.model)
-        of_priors = {f"{path}.{name}" for path, prior in _priors(model).items() for name, _ in prior.named_buffers()}
+        priors = class_priors(model).items()
+        of_priors = {f"{path}.{name}" for path, prior in priors for name, _ in prior.named_buffers()}
         for hook in runner.hooks:
             if not isinstance(hook, EMAHook) or not hasattr(hook, "ema_model"):
                 continue
@@ -220,13 +219,9 @@ def _unwrap(model: Any) -> nn.Module:
 
 
 def _forget_running_sums(model: nn.Module) -> None:
-    for prior in _priors(model).values():
+    for prior in class_priors(model).values():
         prior.sums.zero_()
         prior.counts.zero_()
-
-
-def _priors(model: nn.Module) -> dict[str, ClassPrior]:
-    return model.class_priors() if isinstance(model, EpochClassifier) else {}
 
 
 def _iterations_per_epoch(loader: DataLoader[Any]) -> int:
@@ -248,7 +243,7 @@ def _check_ranks(runner: Any, by_iteration: bool) -> None:
             f"IKLHook: the model of {get_world_size()} ranks must be wrapped, or each trains for itself on its share "
             f"of the data, but it is not. Start mmpretrain's tools/train.py with --launcher pytorch."
         )
-    if not _priors(_unwrap(runner.model)):
+    if not class_priors(_unwrap(runner.model)):
         return
     if getattr(runner.model, "broadcast_buffers", False):
         raise ValueError(
