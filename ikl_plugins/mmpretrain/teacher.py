@@ -192,7 +192,7 @@ def _load(caller: str, module: nn.Module, path: str, origin: str) -> None:
         raise ValueError(
             f"{caller}: `teacher_ckpt` must be a checkpoint file, but there is none at {path} (seen from "
             f"{Path.cwd()}). Correct the path, or train the teacher first: "
-            f"python tools/train_mmpretrain.py {train}"
+            f"ikl train {train}"
         )
     own = module.state_dict()
     weights = {key: value for key, value in load_weights(path).items() if key in own or not key.startswith(_EXTRAS)}

@@ -189,10 +189,10 @@ def test_a_teacher_of_another_type_is_refused(student, teacher):
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_the_command_that_makes_it(student, trained):
     _, config, _ = trained()
-    message = r"there is none at gone\.pth .*train the teacher first: python tools/train_mmpretrain\.py .*teacher\.py$"
+    message = r"there is none at gone\.pth .*train the teacher first: ikl train .*teacher\.py$"
     with pytest.raises(ValueError, match=message):
         build_teacher(config, "gone.pth", student=student)
-    with pytest.raises(ValueError, match=r"python tools/train_mmpretrain\.py TEACHER_CONFIG$"):
+    with pytest.raises(ValueError, match=r"ikl train TEACHER_CONFIG$"):
         build_teacher(nn.Linear(2, 3), "gone.pth", student=student)
 
 
