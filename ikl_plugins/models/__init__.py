@@ -4,9 +4,20 @@ Each name in ``__all__`` builds one network: ``resnet20(num_classes=100)``. All 
 is for ImageNet. ``forward`` gives logits, ``forward_features`` the intermediate features.
 """
 
-from .four_stage_resnet import ResNet18, ResNet50
 from .mobilenet import MobileNetV1, MobileNetV2
-from .resnet import resnet8, resnet8x4, resnet14, resnet20, resnet32, resnet32x4, resnet44, resnet56, resnet110
+from .resnet import (
+    ResNet18,
+    ResNet50,
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet44,
+    resnet56,
+    resnet110,
+)
 from .shufflenet import ShuffleV1, ShuffleV2
 from .vgg import vgg8, vgg11, vgg13, vgg16, vgg19
 from .wide_resnet import wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2

@@ -9,6 +9,8 @@ from typing import TypedDict, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _validation as check
+
 
 class PlainFeatures(TypedDict):
     """Features of a network whose stages have no pre-activation form, by the names that feature distillers use."""
@@ -27,22 +29,28 @@ class Network(nn.Module, ABC):
     """Images to maps, to the means of the maps, to logits.
 
     A subclass builds the layers and says in :meth:`last_maps` how images become the maps that are averaged.
-    """
 
-    name: str
-    """What error messages call the network."""
+    Args:
+        num_classes: number of logits.
+        name: what error messages call the network; None for its class.
+
+    Raises:
+        TypeError: ``num_classes`` is not an integer.
+        ValueError: ``num_classes`` is below 1.
+    """
 
     head_name = "fc"
     """The published name of the last layer."""
 
-    smallest = 1
-    """Height and width in pixels that an image needs at least."""
+    def __init__(self, num_classes: int, name: str | None = None) -> None:
+        super().__init__()
+        self.name = name or type(self).__name__
+        check.check_num_classes(self.name, num_classes)
 
     @property
     def head(self) -> nn.Module:
         """The last layer: ``head(forward_features(images)["pooled_feat"])`` are the logits."""
-        head: nn.Module = getattr(self, self.head_name)
-        return head
+        return self.get_submodule(self.head_name)
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits of a batch.
@@ -67,11 +75,82 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def forward_features(self, images: Tensor) -> PlainFeatures:
-        """The intermediate features of a batch."""
+        """The intermediate features of the batches that :meth:`forward` takes.
+
+        Returns:
+            'feats': the outputs of the stem and of each stage, where a subclass names no others; 'preact_feats': the
+            same before the last ReLU of a stage (the stem's is after it, as in the zoo); 'pooled_feat': (N, channels),
+            what :attr:`head` sees.
+        """
+
+    def smallest(self, images: Tensor) -> int:
+        """Height and width in pixels that such images need at least."""
+        return 1
 
     def check(self, images: Tensor) -> None:
         """Refuses what is not a batch of RGB images of sufficient size."""
-        check_images(self.name, images, self.smallest)
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"{self.name}: `images` must have shape (N, 3, H, W), got {tuple(images.shape)}. "
+                f"Pass RGB images, a single one with `.unsqueeze(0)`."
+            )
+        height, width = images.shape[2:]
+        smallest = self.smallest(images)
+        if min(height, width) < smallest:
+            raise ValueError(
+                f"{self.name}: `images` must be at least {smallest} pixels high and wide, got {height} x {width}. "
+                f"Resize them first."
+            )
+
+
+class StagedNetwork(Network):
+    """A stem of ``conv1`` and ``bn1``, stages ``layer1``, ``layer2``, ..., and what a subclass puts before the mean.
+
+    Args:
+        num_classes: see :class:`Network`.
+        stem: the first convolution.
+        stages: of blocks, the last one of each a :class:`Block`.
+        name: see :class:`Network`.
+    """
+
+    def __init__(
+        self, num_classes: int, stem: nn.Conv2d, stages: Iterable[nn.Sequential], name: str | None = None
+    ) -> None:
+        super().__init__(num_classes, name)
+        self.conv1 = stem
+        self.bn1 = nn.BatchNorm2d(stem.out_channels)
+        self.stage_names = []
+        for number, stage in enumerate(stages, start=1):
+            self.stage_names.append(f"layer{number}")
+            self.add_module(f"layer{number}", stage)
+
+    def stem(self, images: Tensor) -> Tensor:
+        """The input of the first stage."""
+        return F.relu(self.bn1(self.conv1(images)))
+
+    def after_stages(self, x: Tensor) -> Tensor:
+        """The maps that are averaged, of the last stage's output."""
+        return x
+
+    def last_maps(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for name in self.stage_names:
+            x = self.get_submodule(name)(x)
+        return self.after_stages(x)
+
+    def forward_features(self, images: Tensor) -> Features:
+        self.check(images)
+        x = self.stem(images)
+        feats, preact_feats = [x], [x]
+        for name in self.stage_names:
+            *blocks, last = cast(Iterable[Block], self.get_submodule(name))
+            for block in blocks:
+                x = block(x)
+            preactivation = last.preactivation(x)
+            preact_feats.append(preactivation)
+            x = last.activate(preactivation)
+            feats.append(x)
+        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=global_average(self.after_stages(x)))
 
 
 class Block(nn.Module, ABC):
@@ -87,42 +166,6 @@ class Block(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activate(self.preactivation(x))
-
-
-def stage_features(stem: Tensor, stages: Iterable[nn.Sequential]) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs of the stem and of each stage, and the same before the last activation of a stage.
-
-    Args:
-        stem: the first stage's input. It is the first entry of both lists.
-        stages: sequences whose last module is a :class:`Block`.
-    """
-    x = stem
-    feats, preact_feats = [x], [x]
-    for stage in stages:
-        *blocks, last = stage
-        for block in blocks:
-            x = block(x)
-        final = cast(Block, last)
-        preactivation = final.preactivation(x)
-        preact_feats.append(preactivation)
-        x = final.activate(preactivation)
-        feats.append(x)
-    return feats, preact_feats
-
-
-def check_images(name: str, images: Tensor, smallest: int = 1) -> None:
-    """Refuses what is not a batch of RGB images of ``smallest`` pixels a side or more, in the name of the network."""
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"{name}: `images` must have shape (N, 3, H, W), got {tuple(images.shape)}. "
-            f"Pass a batch of RGB images; a single one gets its batch dimension with `.unsqueeze(0)`."
-        )
-    if min(images.shape[2:]) < smallest:
-        height, width = images.shape[2:]
-        raise ValueError(
-            f"{name}: `images` must be at least {smallest} pixels high and wide, got {height} x {width}. "
-            f"Resize them first."
-        )
 
 
 def global_average(x: Tensor) -> Tensor:

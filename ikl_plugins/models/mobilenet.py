@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _validation as check
 from ._network import Features, Network, PlainFeatures, global_average, initialise_he
 
 __all__ = ["MobileNetV1", "MobileNetV2"]
@@ -70,11 +69,7 @@ class MobileNetV2(Network):
     network ``mobile_half``.
 
     Args:
-        num_classes: number of logits.
-
-    Raises:
-        TypeError: ``num_classes`` is not an integer.
-        ValueError: ``num_classes`` is below 1.
+        num_classes: number of logits, an integer of at least 1.
 
     Note:
         Convolutions start from He's normal initialisation (fan out), batch normalisation from the identity, the linear
@@ -82,7 +77,7 @@ class MobileNetV2(Network):
 
     References:
         Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018, table 2; Tian et al.,
-        Contrastive Representation Distillation, ICLR 2020, for the network as the distillation literature uses it.
+        Contrastive Representation Distillation, ICLR 2020.
 
     Example:
         >>> import torch
@@ -94,12 +89,10 @@ class MobileNetV2(Network):
         [(16, 16, 16), (12, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2)]
     """
 
-    name = "MobileNetV2"
     head_name = "classifier"
 
     def __init__(self, num_classes: int = 100) -> None:
-        super().__init__()
-        check.check_num_classes(self.name, num_classes)
+        super().__init__(num_classes)
         self.conv1 = nn.Sequential(*_convolution(3, 16, 3, stride=2))
         self.blocks = nn.Sequential()
         before = 16
@@ -121,17 +114,9 @@ class MobileNetV2(Network):
         return x
 
     def forward_features(self, images: Tensor) -> PlainFeatures:
-        """The intermediate features of a batch; ``classifier(features["pooled_feat"])`` are :meth:`forward`'s logits.
+        """The outputs of the stem and of stages 1, 2, 4 and 6, counted from 0; see :meth:`Network.forward_features`.
 
-        Args:
-            images: as in :meth:`forward`.
-
-        Returns:
-            'feats': the outputs of the stem and of stages 1, 2, 4 and 6, counted from 0; no activation ends a stage.
-            'pooled_feat': (N, 1280), what ``classifier`` sees. As in the zoo there is no 'preact_feats'.
-
-        Raises:
-            ValueError: as :meth:`forward`.
+        No activation ends a stage: as in the zoo there is no 'preact_feats'.
         """
         self.check(images)
         x = self.conv1(images)
@@ -150,11 +135,7 @@ class MobileNetV1(Network):
     for 224x224 images alone; both are free here.
 
     Args:
-        num_classes: number of logits.
-
-    Raises:
-        TypeError: ``num_classes`` is not an integer.
-        ValueError: ``num_classes`` is below 1.
+        num_classes: number of logits, an integer of at least 1.
 
     Note:
         All layers start from torch's defaults, as in the zoo.
@@ -173,11 +154,8 @@ class MobileNetV1(Network):
         [(128, 16, 16), (256, 8, 8), (512, 4, 4), (1024, 2, 2)]
     """
 
-    name = "MobileNetV1"
-
     def __init__(self, num_classes: int = 1000) -> None:
-        super().__init__()
-        check.check_num_classes(self.name, num_classes)
+        super().__init__(num_classes)
         self.model = nn.Sequential(nn.Sequential(*_convolution(3, 32, 3, stride=2)))
         before = 32
         for channels, stride in _V1_LAYERS:
@@ -191,18 +169,9 @@ class MobileNetV1(Network):
         return x
 
     def forward_features(self, images: Tensor) -> Features:
-        """The intermediate features of a batch; ``fc(features["pooled_feat"])`` are the logits of :meth:`forward`.
+        """The outputs of layers 3, 5, 11 and 13, the last at 1/4, 1/8, 1/16 and 1/32 of the image's size.
 
-        Args:
-            images: as in :meth:`forward`.
-
-        Returns:
-            'feats': the outputs of layers 3, 5, 11 and 13, the last at 1/4, 1/8, 1/16 and 1/32 of the image's size;
-            'preact_feats': the same before the last ReLU; 'pooled_feat': (N, 1024), what ``fc`` sees. The stem has no
-            entry.
-
-        Raises:
-            ValueError: as :meth:`forward`.
+        See :meth:`Network.forward_features`; the stem has no entry.
         """
         self.check(images)
         x = images

@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,8 @@ _BLOCKS = {
     "PreActResNet": {18: ("PreActBlock", [2, 2, 2, 2]), 34: ("PreActBlock", [3, 4, 6, 3])},
 }
 _DEPTHS = {"DMPreActResNet": (18, 34), **{family: tuple(blocks) for family, blocks in _BLOCKS.items()}}
-_ACTIVATIONS = ("SiLU", "ReLU", "Swish")  # the first one is taken where weights cannot tell
+_ACTIVATIONS = ("SiLU", "ReLU", "Swish")
+_UNTOLD = "-SiLU"  # weights do not tell the activation
 _CONSTANTS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}  # data sets whose mean and std RobustBench holds
 _EXAMPLES = (
     "DMPreActResNet-18-SiLU",
@@ -105,62 +107,24 @@ class Architecture:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> str:
-        """The network as RobustBench's zoo would write it.
-
-        Args:
-            dataset: 'cifar10' or 'cifar100', whose mean and std a network that normalises has.
-            num_classes: number of logits.
-            mean: of the three channels in [0, 1], in place of that of the data set.
-            std: likewise.
+        """The network as RobustBench's zoo would write it; arguments are those of :func:`robustbench_network`.
 
         Returns:
             A Python expression. It evaluates after :meth:`imports`.
-
-        Raises:
-            ValueError: a network that normalises, without mean and std and for another data set; mean or std for one
-                that does not.
         """
-        mean, std = _statistics(self, dataset, mean, std)
-        classes = [] if num_classes == 10 and not self.normalises else [f"num_classes={num_classes}"]
-        if self.family == "WideResNet":
-            arguments = [*classes, f"depth={self.depth}", f"widen_factor={self.width}", "sub_block1=False"]
-        elif self.family in _BLOCKS:
-            block, counts = _BLOCKS[self.family][self.depth]
-            arguments = [block, str(counts), *classes]
-        else:
-            constant = _CONSTANTS.get(dataset) if mean is None else None
-            activation = "Swish" if self.activation == "Swish" else f"nn.{self.activation}"
-            arguments = [
-                *classes,
-                f"depth={self.depth}",
-                f"width={self.width or 0}",
-                f"activation_fn={activation}",
-                f"mean={f'{constant}_MEAN' if constant else mean}",
-                f"std={f'{constant}_STD' if constant else std}",
-            ]
+        positional, keywords = self._arguments(num_classes, dataset, *_statistics(self, dataset, mean, std))
+        if num_classes == 10 and not self.normalises:
+            del keywords["num_classes"]  # RobustBench's default
+        arguments = [*map(_source, positional), *(f"{name}={_source(value)}" for name, value in keywords.items())]
         return f"{self.family}({', '.join(arguments)})"
 
     def imports(self, dataset: str = "cifar10", *, mean: Sequence[float] | None = None) -> tuple[str, ...]:
-        """The import statements that :meth:`expression` needs, with the same data set and mean.
-
-        Args:
-            dataset: as there.
-            mean: as there.
-
-        Returns:
-            One line each.
-        """
-        names = [self.family]
-        if self.family in _BLOCKS:
-            names.append(_BLOCKS[self.family][self.depth][0])
-        if self.activation == "Swish":
-            names.append("Swish")
-        if self.normalises and mean is None and dataset in _CONSTANTS:
-            names += [f"{_CONSTANTS[dataset]}_MEAN", f"{_CONSTANTS[dataset]}_STD"]
-        lines = [f"from {_ROOM}.{_MODULES[self.family]} import {', '.join(sorted(names))}"]
-        if self.activation in ("SiLU", "ReLU"):
-            lines.append("from torch import nn")
-        return tuple(lines)
+        """The import statements that :meth:`expression` needs with the same data set and mean, one line each."""
+        positional, keywords = self._arguments(10, dataset, mean, mean)  # the std adds no name of its own
+        names = {value for value in (*positional, *keywords.values()) if isinstance(value, _Name)}
+        ours = sorted({self.family, *(name for name in names if not name.startswith("nn."))})
+        lines = [f"from {_ROOM}.{_MODULES[self.family]} import {', '.join(ours)}"]
+        return (*lines, "from torch import nn") if any(name.startswith("nn.") for name in names) else tuple(lines)
 
     def build(
         self,
@@ -172,24 +136,42 @@ class Architecture:
     ) -> nn.Module:
         """The network; see :func:`robustbench_network`."""
         check.check_num_classes(_CALLER, num_classes)
-        mean, std = _statistics(self, dataset, mean, std)
+        positional, keywords = self._arguments(num_classes, dataset, *_statistics(self, dataset, mean, std))
         import_robustbench()
         module = importlib.import_module(f"{_ROOM}.{_MODULES[self.family]}")
+
+        def resolved(value: Any) -> Any:
+            if not isinstance(value, _Name):
+                return value
+            return getattr(nn, value.removeprefix("nn.")) if value.startswith("nn.") else getattr(module, value)
+
         kind: Callable[..., nn.Module] = getattr(module, self.family)
-        if self.family == "WideResNet":
-            return kind(depth=self.depth, num_classes=num_classes, widen_factor=self.width, sub_block1=False)
+        return kind(*map(resolved, positional), **{name: resolved(value) for name, value in keywords.items()})
+
+    def _arguments(
+        self, num_classes: int, dataset: str, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """What RobustBench's class is called with, names of its module and of ``torch.nn`` as such."""
+        keywords: dict[str, Any] = {"num_classes": num_classes}
         if self.family in _BLOCKS:
             block, counts = _BLOCKS[self.family][self.depth]
-            return kind(getattr(module, block), counts, num_classes=num_classes)
-        constant = _CONSTANTS.get(dataset)
-        return kind(
-            num_classes=num_classes,
-            depth=self.depth,
-            width=self.width or 0,
-            activation_fn=module.Swish if self.activation == "Swish" else getattr(nn, str(self.activation)),
-            mean=getattr(module, f"{constant}_MEAN") if mean is None else mean,
-            std=getattr(module, f"{constant}_STD") if std is None else std,
-        )
+            return [_Name(block), counts], keywords
+        keywords["depth"] = self.depth
+        if self.family == "WideResNet":
+            return [], {**keywords, "widen_factor": self.width, "sub_block1": False}
+        keywords["width"] = self.width or 0
+        keywords["activation_fn"] = _Name("Swish" if self.activation == "Swish" else f"nn.{self.activation}")
+        for name, values in (("mean", mean), ("std", std)):
+            keywords[name] = values or _Name(f"{_CONSTANTS.get(dataset)}_{name.upper()}")
+        return [], keywords
+
+
+class _Name(str):
+    """A name in an expression, and no text."""
+
+
+def _source(value: Any) -> str:
+    return str(value) if isinstance(value, _Name) else repr(value)
 
 
 def parse_architecture(name: str, *, caller: str = "parse_architecture") -> Architecture:
@@ -215,28 +197,22 @@ def parse_architecture(name: str, *, caller: str = "parse_architecture") -> Arch
         raise TypeError(
             f"{caller}: `architecture` must be a name, got {type(name).__name__}. Write 'WideResNet-34-10'."
         )
-    found = re.fullmatch(
-        r"(?P<family>WideResNet|ResNet|PreActResNet)-(?P<depth>\d+)"
-        r"|(?P<wide>WideResNet)-(?P<wide_depth>\d+)-(?P<wide_width>\d+)"
-        rf"|(?P<dm>DMWideResNet-\d+-\d+|DMPreActResNet-\d+)-(?P<activation>{'|'.join(_ACTIVATIONS)})",
-        name,
+    activations = "|".join(_ACTIVATIONS)
+    found = re.fullmatch(rf"(\w+)-(\d+)(?:-(\d+))?(?:-({activations}))?", name)
+    family, depth, width, activation = found.groups() if found else (None,) * 4
+    complete = (width is not None, activation is not None) == (
+        str(family).endswith("WideResNet"),
+        str(family).startswith("DM"),
     )
-    if found is None or found["family"] == "WideResNet":
+    if family not in _MODULES or depth is None or not complete:
         if re.match(r"DMWideResNet-\d+-\d+|DMPreActResNet-\d+", name):
-            endings = ", ".join(f"-{activation}" for activation in _ACTIVATIONS)
             raise ValueError(
-                f"{caller}: `architecture` must end with the activation of a DM network, one of {endings}, got {name}. "
-                f"The official networks of the DKL and GKL losses have {_EXAMPLES[1]}."
+                f"{caller}: `architecture` must end with the activation of a DM network, one of "
+                f"{', '.join(f'-{one}' for one in _ACTIVATIONS)}, got {name}. The official networks are {_EXAMPLES[1]}."
             )
         known = check.unknown_name_message(caller, "architecture", name, _EXAMPLES)
         raise ValueError(f"{known} Other depths and widths are named alike.")
-    if found["wide"]:
-        architecture = Architecture("WideResNet", int(found["wide_depth"]), int(found["wide_width"]))
-    elif found["dm"]:
-        family, depth, *width = found["dm"].split("-")
-        architecture = Architecture(family, int(depth), int(width[0]) if width else None, found["activation"])
-    else:
-        architecture = Architecture(found["family"], int(found["depth"]))
+    architecture = Architecture(family, int(depth), None if width is None else int(width), activation)
     if architecture.family in _DEPTHS:
         depths = _DEPTHS[architecture.family]
         if architecture.depth not in depths:
@@ -325,42 +301,43 @@ def nearest_architecture(weights: Mapping[str, Tensor]) -> str | None:
     if not ours:
         return None
     scores: dict[str, float] = {}
-    for name, build in _candidates(weights).items():
-        with torch.device("meta"):
-            theirs = _entries(build().state_dict())
+    for name in _candidates(weights):
+        theirs = _entries_of(name)
         scores[name] = len(ours & theirs) / len(ours | theirs)
     best = max(scores, key=lambda name: scores[name])
     return best if scores[best] >= _SIMILAR else None
 
 
-def _candidates(weights: Mapping[str, Tensor]) -> dict[str, Callable[[], nn.Module]]:
+def _candidates(weights: Mapping[str, Tensor]) -> list[str]:
     """Networks to compare with, the likeliest first: names alone give depth and width of the wide ones."""
     names: list[str] = []
-    for pattern, first, activation in (
-        (r"block1\.layer\.\d+\.conv1\.weight", "block1.layer.0.conv1.weight", ""),
-        (r"layer\.0\.block\.\d+\.conv_0\.weight", "layer.0.block.0.conv_0.weight", f"-{_ACTIVATIONS[0]}"),
+    for family, pattern, first, activation in (
+        ("WideResNet", r"block1\.layer\.\d+\.conv1\.weight", "block1.layer.0.conv1.weight", ""),
+        ("DMWideResNet", r"layer\.0\.block\.\d+\.conv_0\.weight", "layer.0.block.0.conv_0.weight", _UNTOLD),
     ):
         blocks = sum(re.fullmatch(pattern, name) is not None for name in weights)
         if first in weights and weights[first].dim() == 4 and weights[first].shape[0] >= 16:
-            family = "DMWideResNet" if activation else "WideResNet"
             names.append(f"{family}-{6 * blocks + 4}-{weights[first].shape[0] // 16}{activation}")
     if not names:
         for family, depths in _DEPTHS.items():
-            names += [f"{family}-{depth}{f'-{_ACTIVATIONS[0]}' if family.startswith('DM') else ''}" for depth in depths]
-    candidates: dict[str, Callable[[], nn.Module]] = {
-        name: functools.partial(robustbench_network, name) for name in names
-    }
-    for name in models.__all__:
-        candidates.setdefault(name, getattr(models, name))
-    return candidates
+            names += [f"{family}-{depth}{_UNTOLD if family.startswith('DM') else ''}" for depth in depths]
+    return [*names, *models.__all__]
 
 
-def _entries(weights: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+@functools.lru_cache(maxsize=64)
+def _entries_of(name: str) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """:func:`_entries` of a network by its name."""
+    with torch.device("meta"):
+        network = getattr(models, name)() if name in models.__all__ else robustbench_network(name)
+    return _entries(network.state_dict())
+
+
+def _entries(weights: Mapping[str, Tensor]) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Names and shapes, without the class count."""
-    return {
+    return frozenset(
         (name, tuple(tensor.shape[1:] if name.rpartition(".")[0] in LAST_LAYERS else tensor.shape))
         for name, tensor in weights.items()
-    }
+    )
 
 
 def _statistics(

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _validation as check
-from ._network import Block, Features, Network, global_average, shuffle_channels, stage_features
+from ._network import Block, StagedNetwork, shuffle_channels
 
 __all__ = ["ShuffleV1", "ShuffleV2"]
 
@@ -44,7 +43,6 @@ class GroupedUnit(Block):
         self.bn3 = nn.BatchNorm2d(branch)
 
     def preactivation(self, x: Tensor) -> Tensor:
-        """Both paths, added or side by side, before the last ReLU."""
         inner = shuffle_channels(F.relu(self.bn1(self.conv1(x))), self.groups)
         inner = F.relu(self.bn2(self.conv2(inner)))
         branch: Tensor = self.bn3(self.conv3(inner))
@@ -53,72 +51,37 @@ class GroupedUnit(Block):
         return torch.cat([branch, F.avg_pool2d(x, 3, 2, padding=1)], 1)
 
 
-class ShuffleV1(Network):
+class ShuffleV1(StagedNetwork):
     """ShuffleNet with three groups and stages of 240, 480 and 960 channels; 949,258 parameters for 100 classes.
 
     Names: ``conv1``, ``bn1``, ``layer{1,2,3}.i.{conv1,bn1,conv2,bn2,conv3,bn3}``, ``linear``.
 
     Args:
-        num_classes: number of logits.
-
-    Raises:
-        TypeError: ``num_classes`` is not an integer.
-        ValueError: ``num_classes`` is below 1.
+        num_classes: number of logits, an integer of at least 1.
 
     Note:
         All layers start from torch's defaults, as in the zoo.
 
     References:
         Zhang et al., ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices, CVPR 2018,
-        table 1; Tian et al., Contrastive Representation Distillation, ICLR 2020, for the network as the distillation
-        literature uses it.
+        table 1; Tian et al., Contrastive Representation Distillation, ICLR 2020.
 
     Example:
         >>> import torch
         >>> from ikl_plugins.models import ShuffleV1
         >>> model = ShuffleV1(num_classes=10)
-        >>> model(torch.zeros(2, 3, 32, 32)).shape
-        torch.Size([2, 10])
         >>> [tuple(map.shape[1:]) for map in model.forward_features(torch.zeros(2, 3, 32, 32))["feats"]]
         [(24, 32, 32), (240, 16, 16), (480, 8, 8), (960, 4, 4)]
     """
 
-    name = "ShuffleV1"
     head_name = "linear"
 
     def __init__(self, num_classes: int = 100) -> None:
-        super().__init__()
-        check.check_num_classes(self.name, num_classes)
-        self.conv1 = nn.Conv2d(3, _STEM, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_STEM)
-        self.layer1 = _grouped_stage(_STEM, 240, blocks=4)
-        self.layer2 = _grouped_stage(240, 480, blocks=8)
-        self.layer3 = _grouped_stage(480, 960, blocks=4)
+        stem = nn.Conv2d(3, _STEM, 1, bias=False)
+        super().__init__(
+            num_classes, stem, [_grouped_stage(_STEM, 240, 4), _grouped_stage(240, 480, 8), _grouped_stage(480, 960, 4)]
+        )
         self.linear = nn.Linear(960, num_classes)
-
-    def last_maps(self, images: Tensor) -> Tensor:
-        x: Tensor = self.layer3(self.layer2(self.layer1(self._stem(images))))
-        return x
-
-    def forward_features(self, images: Tensor) -> Features:
-        """The intermediate features of a batch; ``linear(features["pooled_feat"])`` are the logits of :meth:`forward`.
-
-        Args:
-            images: as in :meth:`forward`.
-
-        Returns:
-            'feats': the outputs of the stem and of each stage; 'preact_feats': the same before the last ReLU of a stage
-            (the stem's is after it, as in the zoo); 'pooled_feat': (N, 960), what ``linear`` sees.
-
-        Raises:
-            ValueError: as :meth:`forward`.
-        """
-        self.check(images)
-        feats, preact_feats = stage_features(self._stem(images), (self.layer1, self.layer2, self.layer3))
-        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=global_average(feats[-1]))
-
-    def _stem(self, images: Tensor) -> Tensor:
-        return F.relu(self.bn1(self.conv1(images)))
 
 
 class SplitUnit(Block):
@@ -169,78 +132,43 @@ class DownUnit(nn.Module):
         return shuffle_channels(torch.cat([short, long], 1), 2)
 
 
-class ShuffleV2(Network):
+class ShuffleV2(StagedNetwork):
     """ShuffleNetV2 with stages of 116, 232 and 464 channels; 1,355,528 parameters for 100 classes.
 
     Names: ``conv1``, ``bn1``, ``layer{1,2,3}.0.{conv,bn}{1,2,3,4,5}``, ``layer{1,2,3}.i.{conv,bn}{1,2,3}``, ``conv2``,
     ``bn2``, ``linear``.
 
     Args:
-        num_classes: number of logits.
-
-    Raises:
-        TypeError: ``num_classes`` is not an integer.
-        ValueError: ``num_classes`` is below 1.
+        num_classes: number of logits, an integer of at least 1.
 
     Note:
-        All layers start from torch's defaults, as in the zoo.
+        All layers start from torch's defaults, as in the zoo. 'preact_feats' are taken before the shuffle that ends a
+        stage, so that their channels stand in another order than in 'feats'.
 
     References:
         Ma et al., ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design, ECCV 2018, table 5; Tian
-        et al., Contrastive Representation Distillation, ICLR 2020, for the network as the distillation literature uses
-        it.
+        et al., Contrastive Representation Distillation, ICLR 2020.
 
     Example:
         >>> import torch
         >>> from ikl_plugins.models import ShuffleV2
         >>> model = ShuffleV2(num_classes=10)
-        >>> model(torch.zeros(2, 3, 32, 32)).shape
-        torch.Size([2, 10])
         >>> [tuple(map.shape[1:]) for map in model.forward_features(torch.zeros(2, 3, 32, 32))["feats"]]
         [(24, 32, 32), (116, 16, 16), (232, 8, 8), (464, 4, 4)]
     """
 
-    name = "ShuffleV2"
     head_name = "linear"
 
     def __init__(self, num_classes: int = 100) -> None:
-        super().__init__()
-        check.check_num_classes(self.name, num_classes)
-        self.conv1 = nn.Conv2d(3, _STEM, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_STEM)
-        self.layer1 = _split_stage(_STEM, 116, blocks=3)
-        self.layer2 = _split_stage(116, 232, blocks=7)
-        self.layer3 = _split_stage(232, 464, blocks=3)
+        stem = nn.Conv2d(3, _STEM, 1, bias=False)
+        super().__init__(
+            num_classes, stem, [_split_stage(_STEM, 116, 3), _split_stage(116, 232, 7), _split_stage(232, 464, 3)]
+        )
         self.conv2 = nn.Conv2d(464, 1024, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
-    def last_maps(self, images: Tensor) -> Tensor:
-        return self._last_convolution(self.layer3(self.layer2(self.layer1(self._stem(images)))))
-
-    def forward_features(self, images: Tensor) -> Features:
-        """The intermediate features of a batch; ``linear(features["pooled_feat"])`` are the logits of :meth:`forward`.
-
-        Args:
-            images: as in :meth:`forward`.
-
-        Returns:
-            'feats': the outputs of the stem and of each stage; 'preact_feats': the same before the last ReLU of a stage
-            (the stem's is after it) and before the shuffle behind it, so that the channels stand in another order than
-            in 'feats'. Both are as in the zoo. 'pooled_feat': (N, 1024), what ``linear`` sees.
-
-        Raises:
-            ValueError: as :meth:`forward`.
-        """
-        self.check(images)
-        feats, preact_feats = stage_features(self._stem(images), (self.layer1, self.layer2, self.layer3))
-        pooled = global_average(self._last_convolution(feats[-1]))
-        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=pooled)
-
-    def _stem(self, images: Tensor) -> Tensor:
-        return F.relu(self.bn1(self.conv1(images)))
-
-    def _last_convolution(self, x: Tensor) -> Tensor:
+    def after_stages(self, x: Tensor) -> Tensor:
         return F.relu(self.bn2(self.conv2(x)))
 
 

@@ -14,11 +14,12 @@ its normalisation, ``classifier``): the weights under the key 'model' of its che
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _validation as check
-from ._network import Features, Network, check_images, global_average, initialise_he
+from ._network import Features, Network, global_average, initialise_he
 
 __all__ = ["vgg8", "vgg11", "vgg13", "vgg16", "vgg19"]
 
@@ -30,12 +31,8 @@ class VGG(Network):
 
     Args:
         convolutions: their number in each of the five blocks.
-        num_classes: number of logits.
+        num_classes: number of logits, an integer of at least 1.
         name: what error messages call the network.
-
-    Raises:
-        TypeError: ``num_classes`` is not an integer.
-        ValueError: ``num_classes`` is below 1.
 
     Note:
         Convolutions start from He's normal initialisation (fan out), batch normalisation from the identity, the linear
@@ -46,8 +43,7 @@ class VGG(Network):
 
     References:
         Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015, table 1;
-        Tian et al., Contrastive Representation Distillation, ICLR 2020, for the family as the distillation literature
-        uses it.
+        Tian et al., Contrastive Representation Distillation, ICLR 2020.
 
     Example:
         >>> import torch
@@ -62,63 +58,42 @@ class VGG(Network):
     head_name = "classifier"
 
     def __init__(self, convolutions: tuple[int, int, int, int, int], num_classes: int, *, name: str = "VGG") -> None:
-        super().__init__()
-        check.check_num_classes(name, num_classes)
-        self.name = name
-        before = (3, *_CHANNELS)
-        self.block0 = _block(before[0], _CHANNELS[0], convolutions[0])
-        self.block1 = _block(before[1], _CHANNELS[1], convolutions[1])
-        self.block2 = _block(before[2], _CHANNELS[2], convolutions[2])
-        self.block3 = _block(before[3], _CHANNELS[3], convolutions[3])
-        self.block4 = _block(before[4], _CHANNELS[4], convolutions[4])
-        self.classifier = nn.Linear(_CHANNELS[4], num_classes)
+        super().__init__(num_classes, name)
+        before = 3
+        for index, (channels, number) in enumerate(zip(_CHANNELS, convolutions, strict=True)):
+            self.add_module(f"block{index}", _block(before, channels, number))
+            before = channels
+        self.classifier = nn.Linear(before, num_classes)
         initialise_he(self)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
     def last_maps(self, images: Tensor) -> Tensor:
         x = images
-        for block, halved in self._blocks(images):
-            x = F.relu(block(F.max_pool2d(x, 2) if halved else x))
+        for _, output in self._outputs(images):
+            x = output
         return x
 
     def forward_features(self, images: Tensor) -> Features:
-        """The intermediate features of a batch; ``classifier(features["pooled_feat"])`` are :meth:`forward`'s logits.
+        """The outputs of the five blocks after their ReLU; see :meth:`Network.forward_features`.
 
-        Args:
-            images: as in :meth:`forward`.
-
-        Returns:
-            'feats': the outputs of the five blocks after their ReLU; 'preact_feats': the same before it (the first
-            block's is after it, as in the zoo); 'pooled_feat': (N, 512), what ``classifier`` sees.
-
-        Raises:
-            ValueError: as :meth:`forward`.
+        'preact_feats' are the same before it, but for the first block's, as in the zoo.
         """
         self.check(images)
+        preact_feats, feats = map(list, zip(*self._outputs(images), strict=True))
+        preact_feats[0] = feats[0]
+        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=global_average(feats[-1]))
+
+    def smallest(self, images: Tensor) -> int:
+        return 16 if images.shape[2] == 64 else 8
+
+    def _outputs(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The output of each block before and after its ReLU."""
         x = images
-        feats: list[Tensor] = []
-        preact_feats: list[Tensor] = []
-        for block, halved in self._blocks(images):
-            preactivation = block(F.max_pool2d(x, 2) if halved else x)
+        for index, halved in enumerate((False, True, True, True, images.shape[2] == 64)):
+            preactivation = self.get_submodule(f"block{index}")(F.max_pool2d(x, 2) if halved else x)
             x = F.relu(preactivation)
-            preact_feats.append(preactivation if feats else x)
-            feats.append(x)
-        return Features(feats=feats, preact_feats=preact_feats, pooled_feat=global_average(x))
-
-    def check(self, images: Tensor) -> None:
-        super().check(images)
-        check_images(self.name, images, smallest=2 ** sum(halved for _, halved in self._blocks(images)))
-
-    def _blocks(self, images: Tensor) -> list[tuple[nn.Sequential, bool]]:
-        """Each block, and whether max-pooling halves its input."""
-        return [
-            (self.block0, False),
-            (self.block1, True),
-            (self.block2, True),
-            (self.block3, True),
-            (self.block4, images.shape[2] == 64),
-        ]
+            yield preactivation, x
 
 
 def _block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:

@@ -20,7 +20,6 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _validation as check
 from ._network import Features, Network, global_average, initialise_he
 
 __all__ = ["wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"]
@@ -83,7 +82,7 @@ class WideResNet(Network):
 
     References:
         Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016; Tian et al., Contrastive Representation
-        Distillation, ICLR 2020, for the family as the distillation literature uses it.
+        Distillation, ICLR 2020.
 
     Example:
         >>> import torch
@@ -96,13 +95,11 @@ class WideResNet(Network):
     """
 
     def __init__(self, depth: int, width: int, num_classes: int, *, name: str = "WideResNet") -> None:
-        super().__init__()
+        super().__init__(num_classes, name)
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"{name}: `depth` must be 6n + 4 with n >= 1, got {depth}. Use 10, 16, 22, 28, 34, ...")
         if width < 1:
             raise ValueError(f"{name}: `width` must be at least 1, got {width}. It multiplies 16, 32 and 64 channels.")
-        check.check_num_classes(name, num_classes)
-        self.name = name
         blocks = (depth - 4) // 6
         stem, first, second, third = 16, 16 * width, 32 * width, 64 * width
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
@@ -119,18 +116,10 @@ class WideResNet(Network):
         return F.relu(self.bn1(x))
 
     def forward_features(self, images: Tensor) -> Features:
-        """The intermediate features of a batch; ``fc(features["pooled_feat"])`` are the logits of :meth:`forward`.
+        """The outputs of the stem and of each stage; see :meth:`Network.forward_features`.
 
-        Args:
-            images: as in :meth:`forward`.
-
-        Returns:
-            'feats': the outputs of the stem and of each stage; 'preact_feats': the stem's again, then the stages' after
-            the batch normalisation that follows (the next stage's first, or the last one), before its ReLU;
-            'pooled_feat': (N, channels), what ``fc`` sees.
-
-        Raises:
-            ValueError: as :meth:`forward`.
+        'preact_feats' are the stem's again, then the stages' after the batch normalisation that follows (the next
+        stage's first, or the last one), before its ReLU.
         """
         self.check(images)
         x = self.conv1(images)

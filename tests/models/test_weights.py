@@ -25,9 +25,11 @@ def test_what_fits_is_loaded():
 
 def test_a_hook_of_the_network_may_rename_what_it_gets():
     loaded = network()
-    loaded.register_load_state_dict_pre_hook(lambda _, weights, *others: weights.update(
-        {name.removeprefix("old."): weights.pop(name) for name in list(weights)}
-    ))  # fmt: skip
+
+    def rename(_, weights, *others):
+        weights.update({name.removeprefix("old."): weights.pop(name) for name in list(weights)})
+
+    loaded.register_load_state_dict_pre_hook(rename)
     weights = network().state_dict()
     load_strictly("caller", loaded, {f"old.{name}": tensor for name, tensor in weights.items()}, "a.pt", "it")
     assert torch.equal(loaded[0].weight, weights["0.weight"])
