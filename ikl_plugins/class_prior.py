@@ -55,8 +55,7 @@ class ClassPrior(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        check.check_num_classes("ClassPrior", num_classes)
-        self.num_classes = num_classes
+        self.num_classes = check.check_num_classes("ClassPrior", num_classes)
         shape = (num_classes, num_classes)
         self.register_buffer("matrix", torch.full(shape, 1.0 / num_classes, dtype=torch.float32))
         # An epoch of a dense task adds up so many predictions that float32 sums would stop growing as they should.
@@ -76,10 +75,12 @@ class ClassPrior(nn.Module):
             TypeError: ``targets`` is not an integer tensor.
             ValueError: a label is outside [0, C).
         """
-        check.check_targets("ClassPrior.prior", targets, self.num_classes)
+        return self.rows(check.check_targets("ClassPrior.prior", targets, self.num_classes))
+
+    def rows(self, targets: Tensor) -> Tensor:
+        """:meth:`prior` of targets that have been checked."""
         return self.matrix[targets.long()].movedim(-1, 1)
 
-    @torch.no_grad()
     def observe(self, probabilities: Tensor, targets: Tensor) -> None:
         """Adds predictions to the running sums of their labels.
 
@@ -93,17 +94,18 @@ class ClassPrior(nn.Module):
         """
         caller = "ClassPrior.observe"
         check.check_targets(caller, targets, self.num_classes)
-        if not isinstance(probabilities, Tensor) or probabilities.dtype not in check.FLOATING:
-            kind = probabilities.dtype if isinstance(probabilities, Tensor) else type(probabilities).__name__
-            raise TypeError(f"{caller}: `probabilities` must be a floating tensor, got {kind}. Pass a softmax output.")
-        check.check_dense(caller, "probabilities", probabilities)
+        check.check_floating(caller, "probabilities", probabilities, "Pass a softmax output.")
         expected = (*targets.shape[:1], self.num_classes, *targets.shape[1:])
         if tuple(probabilities.shape) != expected:
             raise ValueError(
-                f"{caller}: `probabilities` must have shape {expected} for targets of shape {tuple(targets.shape)} and "
-                f"num_classes={self.num_classes}, got {tuple(probabilities.shape)}. Set `num_classes` to the number of "
-                f"classes of the logits and pass one label per prediction."
+                f"{caller}: `probabilities` must have shape {expected} for targets of shape {tuple(targets.shape)}, "
+                f"got {tuple(probabilities.shape)}. Set `num_classes` to that of the logits."
             )
+        self.add(probabilities, targets)
+
+    @torch.no_grad()
+    def add(self, probabilities: Tensor, targets: Tensor) -> None:
+        """:meth:`observe` of predictions and targets that have been checked."""
         labels = targets.reshape(-1).long()
         rows = probabilities.detach().movedim(1, -1).reshape(-1, self.num_classes)
         self.sums.index_add_(0, labels, rows.to(self.sums.dtype))

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from . import _validation as check
+from ._composed import Settings
 from .class_prior import ClassPrior
-from .functional import LossTerms, Settings, check_settings, dkl_settings, evaluate, gkl_settings, ikl_settings
+from .functional import LossTerms, check_settings, dkl_settings, evaluate, gkl_settings, ikl_settings
 
-__all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "warmup_factor"]
+__all__ = ["LOSSES", "DKLLoss", "DecoupledLoss", "GKLLoss", "IKLLoss", "warmup_factor"]
 
 
 def warmup_factor(epoch: int, warmup_epochs: int) -> float:
@@ -39,8 +40,26 @@ def warmup_factor(epoch: int, warmup_epochs: int) -> float:
     return min(epoch / warmup_epochs, 1.0) if warmup_epochs else 1.0
 
 
-class _DecoupledLoss(nn.Module):
-    """What the three losses share: checked settings, the class prior and its epochs, the last terms."""
+class DecoupledLoss(nn.Module):
+    """What the losses of :data:`LOSSES` share: the class prior and its epochs, checks, the last terms.
+
+    A subclass keeps its numbers as attributes, which may change between calls, and gives them in :meth:`settings`.
+
+    Args:
+        global_info: weights from the class-wise mean teacher prediction of the previous epoch, uniform in the first.
+            Needs ``num_classes``, ``targets`` in every call and :meth:`end_epoch` after every epoch.
+        num_classes: number of classes; if given, the logits must have it.
+        check_finite: raise on NaN or infinite logits.
+        **settings: become attributes.
+
+    Raises:
+        TypeError: a weight or temperature is not a number.
+        ValueError: a setting is out of range, or ``global_info`` comes without ``num_classes``.
+
+    Attributes:
+        class_prior: the :class:`ClassPrior`, None without ``global_info``; part of ``state_dict``.
+        last_terms: :class:`LossTerms` of the last call, detached; None before it.
+    """
 
     alpha: float
     beta: float
@@ -55,27 +74,40 @@ class _DecoupledLoss(nn.Module):
         name = type(self).__name__
         for key, value in settings.items():
             setattr(self, key, value)
-        check_settings(name, self._settings())
+        check_settings(name, self.settings())
         self.check_finite = check_finite
         self.global_info = global_info
         self.num_classes = num_classes
         self.last_terms = None
         if num_classes is not None:
             check.check_num_classes(name, num_classes)
-        if global_info and num_classes is None:
+        elif global_info:
             raise ValueError(
                 f"{name}: `num_classes` must be given with global_info=True, got None. "
-                f"Pass the number of classes of the logits, the size of the class prior."
+                f"Pass the number of classes of the logits."
             )
         self.class_prior = ClassPrior(num_classes) if global_info and num_classes is not None else None
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The loss of one batch; with ``global_info`` in training mode the batch then enters the prior's sums.
+    def settings(self) -> Settings:
+        """What the loss computes with, as the attributes say now."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor | None = None,
+        *,
+        observe: bool | None = None,
+    ) -> Tensor:
+        """The loss of one batch; with ``global_info`` the batch may then enter the prior's sums.
 
         Args:
             student_logits: shape (N, C) or (N, C, d1, ...).
             teacher_logits: same shape.
             targets: class indices (N,) or (N, d1, ...); needed with ``global_info``, else not used.
+            observe: whether the class prior collects the teacher's predictions of this batch, after it has been used;
+                None for yes in training mode and no in eval mode.
 
         Returns:
             A 0-dim tensor, or (N, d1, ...) for ``reduction='none'``.
@@ -84,16 +116,24 @@ class _DecoupledLoss(nn.Module):
             TypeError: dtypes that do not fit.
             ValueError: shapes, a class count or labels that do not fit; missing ``targets``.
         """
-        settings = check_settings(type(self).__name__, self._settings())  # as floats
-        rows = self._rows(student_logits, teacher_logits, targets)
-        loss, self.last_terms = evaluate(
-            type(self).__name__, student_logits, teacher_logits, rows, settings,
-            check_finite=self.check_finite, with_terms=True,
-        )  # fmt: skip
-        if self.class_prior is not None and targets is not None and self.training:
+        name = type(self).__name__
+        settings = check_settings(name, self.settings())
+        check.check_logits(name, student_logits, teacher_logits, finite=self.check_finite)
+        if self.num_classes is not None and student_logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"{name}: `num_classes` must be the number of classes of the logits, got {self.num_classes} for "
+                f"logits of shape {tuple(student_logits.shape)}. Correct `num_classes`."
+            )
+        prior, rows = self.class_prior, None
+        if prior is not None:
+            targets = check.check_targets(name, targets, prior.num_classes, student_logits)
+            rows = prior.rows(targets)
+            check.check_class_prior(name, rows, student_logits)
+        loss, self.last_terms = evaluate(student_logits, teacher_logits, rows, settings, with_terms=True)
+        if prior is not None and targets is not None and (self.training if observe is None else observe):
             teacher = teacher_logits.detach()
             teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
-            self.class_prior.observe(torch.softmax(teacher / settings.weight_temperature, 1), targets)
+            prior.add(torch.softmax(teacher / settings.weight_temperature, 1), targets)
         return loss
 
     def end_epoch(self) -> None:
@@ -109,37 +149,9 @@ class _DecoupledLoss(nn.Module):
         }
         return ", ".join(f"{name}={value!r}" for name, value in parts.items())
 
-    def _settings(self) -> Settings:
-        raise NotImplementedError
 
-    def _rows(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None) -> Tensor | None:
-        """The prior's rows for the batch, after everything that a prior needs has been checked."""
-        name = type(self).__name__
-        check.check_logits(name, student_logits, teacher_logits)
-        if self.num_classes is not None and student_logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"{name}: `num_classes` must be the number of classes of the logits, got num_classes="
-                f"{self.num_classes} for logits of shape {tuple(student_logits.shape)}. Correct `num_classes`."
-            )
-        if self.class_prior is None:
-            return None
-        if targets is None:
-            raise ValueError(
-                f"{name}: `targets` must be given with global_info=True, got None. "
-                f"Pass the class indices of the batch, or set global_info=False."
-            )
-        check.check_targets(name, targets, self.class_prior.num_classes)
-        expected = (student_logits.shape[0], *student_logits.shape[2:])
-        if tuple(targets.shape) != expected:
-            raise ValueError(
-                f"{name}: `targets` must have shape {expected} for logits of shape {tuple(student_logits.shape)}, got "
-                f"{tuple(targets.shape)}. Pass one class index per prediction."
-            )
-        return self.class_prior.prior(targets)
-
-
-class DKLLoss(_DecoupledLoss):
-    """Module form of :func:`ikl_plugins.dkl_loss`; see there for the formula, shapes and gradient flow.
+class DKLLoss(DecoupledLoss):
+    """Module form of :func:`ikl_plugins.dkl_loss`; see there for the formula, the settings and the gradient flow.
 
     Args:
         alpha: weight of the soft-label cross entropy.
@@ -147,18 +159,12 @@ class DKLLoss(_DecoupledLoss):
         temperature: divides both logits in both terms.
         reduction: ``'batchmean'``, ``'sum'`` or ``'none'``.
         global_info: DKL takes no class prior; only False is accepted. Here so that a config may exchange the losses.
-        num_classes: if given, the class count that the logits must have.
-        check_finite: raise on NaN or infinite logits.
+        num_classes: see :class:`DecoupledLoss`.
+        check_finite: see :class:`DecoupledLoss`.
 
     Raises:
         TypeError: a weight or temperature is not a number.
         ValueError: a setting is out of range, or ``global_info`` is True.
-
-    Attributes:
-        last_terms: :class:`LossTerms` of the last call, detached; None before it.
-
-    References:
-        Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, equation 5.
 
     Example:
         >>> import torch
@@ -182,19 +188,23 @@ class DKLLoss(_DecoupledLoss):
     ) -> None:
         if global_info:
             raise ValueError(
-                "DKLLoss: `global_info` must be False, got True. DKL has the instance weights that make it equal KL in "
-                "gradient; use IKLLoss or GKLLoss for a class prior."
+                "DKLLoss: `global_info` must be False, got True. Use IKLLoss or GKLLoss for weights of a class prior."
             )
         super().__init__(
-            alpha=alpha, beta=beta, temperature=temperature, reduction=reduction, check_finite=check_finite,
-            global_info=False, num_classes=num_classes,
-        )  # fmt: skip
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            reduction=reduction,
+            global_info=False,
+            num_classes=num_classes,
+            check_finite=check_finite,
+        )
 
-    def _settings(self) -> Settings:
+    def settings(self) -> Settings:
         return dkl_settings(alpha=self.alpha, beta=self.beta, temperature=self.temperature, reduction=self.reduction)
 
 
-class IKLLoss(_DecoupledLoss):
+class IKLLoss(DecoupledLoss):
     """Module form of :func:`ikl_plugins.ikl_loss`; with ``global_info`` it keeps the class prior itself.
 
     Args:
@@ -204,21 +214,9 @@ class IKLLoss(_DecoupledLoss):
         weight_temperature: of the softmax that makes the instance weights, and of the predictions that the class prior
             collects (the recipes' T2 in distillation, tau in adversarial training).
         reduction: ``'batchmean'``, ``'sum'`` or ``'none'``.
-        global_info: weights from the class-wise mean teacher prediction of the previous epoch, uniform in the first.
-            Needs ``num_classes``, ``targets`` in every call and :meth:`end_epoch` after every epoch.
-        num_classes: number of classes; if given, the logits must have it.
-        check_finite: raise on NaN or infinite logits.
-
-    Raises:
-        TypeError: a weight or temperature is not a number.
-        ValueError: a setting is out of range, or ``global_info`` comes without ``num_classes``.
-
-    Attributes:
-        class_prior: the :class:`ClassPrior`, None without ``global_info``; part of ``state_dict``.
-        last_terms: :class:`LossTerms` of the last call, detached; None before it.
-
-    Note:
-        In training mode forward observes the batch after it has used the prior; in eval mode it only reads it.
+        global_info: see :class:`DecoupledLoss`, as for errors and attributes.
+        num_classes: see :class:`DecoupledLoss`.
+        check_finite: see :class:`DecoupledLoss`.
 
     References:
         Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, equations 7 and 10.
@@ -248,34 +246,39 @@ class IKLLoss(_DecoupledLoss):
         check_finite: bool = False,
     ) -> None:
         super().__init__(
-            alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature,
-            reduction=reduction, global_info=global_info, num_classes=num_classes, check_finite=check_finite,
-        )  # fmt: skip
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            weight_temperature=weight_temperature,
+            reduction=reduction,
+            global_info=global_info,
+            num_classes=num_classes,
+            check_finite=check_finite,
+        )
 
-    def _settings(self) -> Settings:
+    def settings(self) -> Settings:
         return ikl_settings(
-            alpha=self.alpha, beta=self.beta, temperature=self.temperature,
-            weight_temperature=self.weight_temperature, reduction=self.reduction,
-        )  # fmt: skip
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+            weight_temperature=self.weight_temperature,
+            reduction=self.reduction,
+        )
 
 
-class GKLLoss(_DecoupledLoss):
+class GKLLoss(DecoupledLoss):
     """Module form of :func:`ikl_plugins.gkl_loss`; everything else as :class:`IKLLoss`.
 
     Args:
-        gamma: power of the weights, at least 0; 1 gives IKL.
         alpha: weight of the soft-label cross entropy.
         beta: weight of the weighted MSE.
         temperature: of the cross entropy alone.
         weight_temperature: of the softmax that makes the weights and of the predictions that the class prior collects.
+        gamma: power of the weights, at least 0; 1 gives IKL.
         reduction: ``'batchmean'``, ``'sum'`` or ``'none'``.
-        global_info: weights from the class prior (see :class:`IKLLoss`).
-        num_classes: number of classes; if given, the logits must have it.
-        check_finite: raise on NaN or infinite logits.
-
-    Raises:
-        TypeError: a weight or temperature is not a number.
-        ValueError: a setting is out of range, or ``global_info`` comes without ``num_classes``.
+        global_info: see :class:`DecoupledLoss`.
+        num_classes: see :class:`DecoupledLoss`.
+        check_finite: see :class:`DecoupledLoss`.
 
     References:
         Cui et al., Generalized Kullback-Leibler Divergence Loss, TPAMI 2026; the authors' code (see ``gkl_loss``).
@@ -304,12 +307,27 @@ class GKLLoss(_DecoupledLoss):
         check_finite: bool = False,
     ) -> None:
         super().__init__(
-            alpha=alpha, beta=beta, temperature=temperature, weight_temperature=weight_temperature, gamma=gamma,
-            reduction=reduction, global_info=global_info, num_classes=num_classes, check_finite=check_finite,
-        )  # fmt: skip
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            weight_temperature=weight_temperature,
+            gamma=gamma,
+            reduction=reduction,
+            global_info=global_info,
+            num_classes=num_classes,
+            check_finite=check_finite,
+        )
 
-    def _settings(self) -> Settings:
+    def settings(self) -> Settings:
         return gkl_settings(
-            alpha=self.alpha, beta=self.beta, temperature=self.temperature,
-            weight_temperature=self.weight_temperature, gamma=self.gamma, reduction=self.reduction,
-        )  # fmt: skip
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+            weight_temperature=self.weight_temperature,
+            gamma=self.gamma,
+            reduction=self.reduction,
+        )
+
+
+# The adapters loop over this table and name no loss themselves.
+LOSSES: dict[str, type[DecoupledLoss]] = {"DKLLoss": DKLLoss, "IKLLoss": IKLLoss, "GKLLoss": GKLLoss}

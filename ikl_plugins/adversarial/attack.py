@@ -239,10 +239,7 @@ class PGD:
         return adversarial
 
     def _check_images(self, images: Tensor, eps: float) -> None:
-        if not isinstance(images, Tensor) or images.dtype not in check.FLOATING:
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"PGD: `images` must be a floating tensor of pixels in [0, 1], got {kind}. Divide by 255.")
-        check.check_dense("PGD", "images", images)
+        check.check_floating("PGD", "images", images, "Divide by 255.")
         if images.dim() < 2 or images.numel() == 0:
             raise ValueError(
                 f"PGD: `images` must be a batch (N, C, H, W) of at least one image, got shape {tuple(images.shape)}. "

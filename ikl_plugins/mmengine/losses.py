@@ -21,7 +21,7 @@ __all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "KLLoss"]
 _CORE_REDUCTION = {"mean": "batchmean", "batchmean": "batchmean", "sum": "sum", "none": "none"}
 
 
-class _WithLossWeight(core._DecoupledLoss):
+class _WithLossWeight(core.DecoupledLoss):
     """What the three losses share: OpenMMLab's names of the reductions, and ``loss_weight``."""
 
     def __init__(self, *, loss_weight: float = 1.0, reduction: str = "mean", **core_keywords: Any) -> None:
@@ -34,9 +34,16 @@ class _WithLossWeight(core._DecoupledLoss):
         super().__init__(reduction=_core_reduction(name, reduction), **core_keywords)
         self.loss_weight = loss_weight
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor | None = None,
+        *,
+        observe: bool | None = None,
+    ) -> Tensor:
         """The core's forward, times ``loss_weight``; ``last_terms`` carries it as well."""
-        loss = super().forward(student_logits, teacher_logits, targets)
+        loss = super().forward(student_logits, teacher_logits, targets, observe=observe)
         if self.loss_weight == 1.0:
             return loss
         if self.last_terms is not None:

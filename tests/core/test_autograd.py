@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils.checkpoint import checkpoint
 
-import ikl_plugins.functional
+import ikl_plugins._fused
 from ikl_plugins import dkl_loss, gkl_loss, ikl_loss
 
 LOSSES = {"dkl": dkl_loss, "ikl": ikl_loss, "gkl": gkl_loss}
@@ -138,7 +138,7 @@ def test_a_teacher_from_inference_mode_is_as_good_as_a_detached_one(
 def test_a_retained_graph_gives_the_same_gradients_again(
     monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, Any], with_prior: bool, shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 15)
+    monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", 15)
     student, teacher = _pair(*shape)
     loss = _bound(kind, settings, with_prior)(student, teacher)
     first, second, third = (

@@ -162,96 +162,6 @@ def test_an_empty_batch_adds_nothing() -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_classes", [True, 2.0, "10", None])
-def test_a_number_of_classes_that_is_not_an_integer_is_refused(num_classes: object) -> None:
-    with pytest.raises(TypeError, match="ClassPrior: `num_classes` must be an integer of at least 1, got ") as caught:
-        ClassPrior(num_classes)  # type: ignore[arg-type]
-    assert f"{num_classes!r} of type {type(num_classes).__name__}. Pass the number of classes" in str(caught.value)
-
-
-@pytest.mark.parametrize("num_classes", [0, -3])
-def test_a_number_of_classes_below_one_is_refused(num_classes: int) -> None:
-    with pytest.raises(ValueError, match=f"ClassPrior: `num_classes` must be .* got {num_classes}. Pass the number"):
-        ClassPrior(num_classes)
-
-
-@pytest.mark.parametrize("call", ["prior", "observe"])
-@pytest.mark.parametrize("labels", [[0, 4], [-1, 2], [-100, 0]], ids=str)
-def test_labels_out_of_range_are_refused(call: str, labels: list[int]) -> None:
-    prior = _filled(4)
-    before = copy.deepcopy(prior)
-    targets = torch.tensor(labels)
-    with pytest.raises(ValueError, match=f"ClassPrior.{call}: `targets` must lie in \\[0, 3\\], got values from ") as e:
-        prior.prior(targets) if call == "prior" else prior.observe(torch.full((2, 4), 0.25), targets)
-    assert f"from {min(labels)} to {max(labels)}. Set `num_classes` to the number of classes" in str(e.value)
-    assert _same(prior, before)
-
-
-@pytest.mark.parametrize("call", ["prior", "observe"])
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
-def test_unsigned_labels_out_of_range_are_refused(call: str, dtype: torch.dtype) -> None:
-    """Also those that are too large for torch's usual integers."""
-    prior = ClassPrior(4)
-    targets = torch.tensor([0, torch.iinfo(dtype).max], dtype=dtype)
-    with pytest.raises(ValueError, match=f"ClassPrior.{call}: `targets` must lie in \\[0, 3\\], got values from "):
-        prior.prior(targets) if call == "prior" else prior.observe(torch.full((2, 4), 0.25), targets)
-    assert _same(prior, ClassPrior(4))
-
-
-@pytest.mark.parametrize("call", ["prior", "observe"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64], ids=str)
-def test_labels_of_another_dtype_are_refused(call: str, dtype: torch.dtype) -> None:
-    prior = ClassPrior(4)
-    targets = torch.tensor([0, 1]).to(dtype)
-    with pytest.raises(TypeError, match=f"ClassPrior.{call}: `targets` must hold integer class indices, got {dtype}. "):
-        prior.prior(targets) if call == "prior" else prior.observe(torch.full((2, 4), 0.25), targets)
-
-
-def test_labels_that_are_not_a_tensor_are_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"ClassPrior.prior: `targets` must be a torch.Tensor of class indices, got list"
-    ):
-        ClassPrior(4).prior([0, 1])  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "came"),
-    [
-        (torch.zeros(2, 4, dtype=torch.int64), "torch.int64"),
-        (torch.zeros(2, 4, dtype=torch.float8_e4m3fn), "torch.float8_e4m3fn"),
-        ([[0.5] * 4] * 2, "list"),
-    ],
-)
-def test_predictions_that_are_not_floating_are_refused(probabilities: object, came: str) -> None:
-    message = f"ClassPrior.observe: `probabilities` must be a floating tensor, got {came}. Pass a softmax output."
-    with pytest.raises(TypeError) as caught:
-        ClassPrior(4).observe(probabilities, torch.tensor([0, 1]))  # type: ignore[arg-type]
-    assert str(caught.value) == message
-
-
-def test_sparse_predictions_are_refused() -> None:
-    with pytest.raises(TypeError) as caught:
-        ClassPrior(4).observe(torch.full((2, 4), 0.25).to_sparse(), torch.tensor([0, 1]))
-    assert str(caught.value) == (
-        "ClassPrior.observe: `probabilities` must be a dense tensor, got the layout torch.sparse_coo. Convert it to a "
-        "plain tensor first."
-    )
-
-
-@pytest.mark.parametrize(
-    ("shape", "labels", "expected"), [((2, 5), (2,), (2, 4)), ((3, 4), (2,), (2, 4)), ((2, 4), (2, 3), (2, 4, 3))]
-)
-def test_predictions_of_another_shape_are_refused(
-    shape: tuple[int, ...], labels: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
-    prior = ClassPrior(4)
-    with pytest.raises(ValueError, match=r"ClassPrior.observe: `probabilities` must have shape ") as caught:
-        prior.observe(torch.rand(shape), torch.zeros(labels, dtype=torch.int64))
-    for part in (f"{expected} for targets of shape {labels} and num_classes=4, got {shape}.", "Set `num_classes`"):
-        assert part in str(caught.value)
-    assert _same(prior, ClassPrior(4))
-
-
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
@@ -284,11 +194,6 @@ def test_the_state_dict_goes_on_seeing_the_current_values() -> None:
     prior.end_epoch()
     prior.observe(*_batch(9, 4))
     assert all(torch.equal(state[name], tensor) for name, tensor in prior.state_dict().items())
-
-
-def test_a_state_of_another_class_count_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="size mismatch for matrix"):
-        ClassPrior(4).load_state_dict(ClassPrior(5).state_dict())
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda prior: pickle.loads(pickle.dumps(prior))])  # noqa: S301

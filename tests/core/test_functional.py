@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import ikl_plugins.functional
+import ikl_plugins._fused
 from ikl_plugins import dkl_loss, gkl_loss, ikl_loss
 
 LOSSES = {"dkl": dkl_loss, "ikl": ikl_loss, "gkl": gkl_loss}
@@ -359,7 +359,7 @@ def test_blocks_of_rows_do_not_show(
     monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, float], with_prior: bool, rows_per_block: int
 ) -> None:
     """Seven rows of five classes: several blocks, the last one partial."""
-    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 5 * rows_per_block + 1)
+    monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", 5 * rows_per_block + 1)
     used: dict[str, Any] = {**settings, **({"class_prior": _prior(7, 5)} if with_prior else {})}
     for reduction in REDUCTIONS:
         oracles.assert_matches(LOSSES[kind], kind, _logits(7, 5), _logits(7, 5), reduction=reduction, **used)
@@ -371,7 +371,7 @@ def test_blocks_of_places_do_not_show(
     monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, float], with_prior: bool, rows_per_block: int
 ) -> None:
     """Three samples of six places: blocks inside a sample, of one sample and of two, each with a partial one."""
-    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 5 * rows_per_block)
+    monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", 5 * rows_per_block)
     student, teacher = _logits(3, 5, 2, 3), _logits(3, 5, 2, 3)
     used: dict[str, Any] = {**settings, **({"class_prior": _prior(3, 5)} if with_prior else {})}
     for reduction in REDUCTIONS:
@@ -379,7 +379,7 @@ def test_blocks_of_places_do_not_show(
 
 
 def test_a_row_larger_than_a_block_is_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 1)
+    monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", 1)
     oracles.assert_matches(gkl_loss, "gkl", _logits(4, 50), _logits(4, 50), gamma=0.3)
     oracles.assert_matches(gkl_loss, "gkl", _logits(2, 5, 3), _logits(2, 5, 3), gamma=0.3)
 
@@ -389,13 +389,13 @@ def test_the_shipped_block_size_with_two_threads(
     monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, float], with_prior: bool
 ) -> None:
     """Large enough for several blocks as they are, and for torch to share a block's work among threads."""
-    limit = ikl_plugins.functional._BLOCK_ELEMENTS_CPU
+    limit = ikl_plugins._fused._BLOCK_ELEMENTS_CPU
     shape = (2 * limit // 1000 + 7, 1000)
     student, teacher = (_logits(*shape).requires_grad_() for _ in range(2))
     used: dict[str, Any] = {**settings, **({"class_prior": _prior(*shape)} if with_prior else {})}
     results = []
     for threads, elements in ((2, limit), (1, 2**40)):
-        monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", elements)
+        monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", elements)
         torch.set_num_threads(threads)
         try:
             loss = LOSSES[kind](student, teacher, **used)
@@ -441,7 +441,7 @@ def test_nothing_larger_than_the_logits_is_made(
 def test_without_gradients_nothing_larger_than_the_scratch_is_made(
     monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict[str, float], with_prior: bool
 ) -> None:
-    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 4 * 5)
+    monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", 4 * 5)
     used: dict[str, Any] = {**settings, **({"class_prior": _prior(30, 5)} if with_prior else {})}
     student, teacher = _logits(30, 5).requires_grad_(), _logits(30, 5).requires_grad_()
     with torch.no_grad(), _LargestResult() as largest:
@@ -454,7 +454,7 @@ def test_without_gradients_nothing_larger_than_the_scratch_is_made(
 
 def test_blocks_bound_the_size_of_temporaries(monkeypatch: pytest.MonkeyPatch) -> None:
     """The walk really is one: no call of softmax sees more rows than a block holds."""
-    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 4 * 5)
+    monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", 4 * 5)
     seen = []
 
     class Spy(torch.overrides.TorchFunctionMode):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ikl_plugins.functional
+import ikl_plugins._fused
 from ikl_plugins import ClassPrior, DKLLoss, GKLLoss, IKLLoss, LossTerms, dkl_loss, gkl_loss, ikl_loss
 from ikl_plugins.losses import warmup_factor
 
@@ -299,79 +299,13 @@ def test_blocks_do_not_show_in_the_terms(monkeypatch: pytest.MonkeyPatch) -> Non
     student, teacher, targets = _batch(7, 5)
     module = GKLLoss(gamma=0.3, global_info=True, num_classes=5, reduction="none")
     whole = module(student, teacher, targets), *module.last_terms
-    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 10)
+    monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", 10)
     blocks = module(student, teacher, targets), *module.last_terms
     for one, other in zip(whole, blocks, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss_class", [IKLLoss, GKLLoss])
-def test_global_info_without_the_number_of_classes_is_refused(loss_class: Any) -> None:
-    name = loss_class.__name__
-    with pytest.raises(ValueError, match=f"{name}: `num_classes` must be given with global_info=True, got None. Pass"):
-        loss_class(global_info=True)
-
-
-def test_global_info_is_refused_by_dkl() -> None:
-    with pytest.raises(ValueError, match=r"DKLLoss: `global_info` must be False, got True.*IKLLoss or GKLLoss"):
-        DKLLoss(global_info=True, num_classes=5)
-
-
-@pytest.mark.parametrize("loss_class", [DKLLoss, IKLLoss, GKLLoss])
-def test_a_number_of_classes_that_is_none_is_refused(loss_class: Any) -> None:
-    name = loss_class.__name__
-    with pytest.raises(TypeError, match=f"{name}: `num_classes` must be an integer of at least 1, got 2.5 of type"):
-        loss_class(num_classes=2.5)
-    with pytest.raises(ValueError, match=f"{name}: `num_classes` must be an integer of at least 1, got 0. Pass the"):
-        loss_class(num_classes=0)
-
-
-@pytest.mark.parametrize("loss_class", [DKLLoss, IKLLoss, GKLLoss])
-def test_another_number_of_classes_is_refused(loss_class: Any) -> None:
-    student, teacher, _ = _batch(6, 5)
-    with pytest.raises(ValueError, match=f"{loss_class.__name__}: `num_classes` must be the number of ") as caught:
-        loss_class(num_classes=10)(student, teacher)
-    assert "got num_classes=10 for logits of shape (6, 5). Correct `num_classes`." in str(caught.value)
-    loss_class(num_classes=5)(student, teacher)
-
-
-@with_a_prior
-def test_missing_targets_are_refused(kind: str) -> None:
-    module = MODULES[kind](global_info=True, num_classes=5)
-    student, teacher, _ = _batch()
-    for mode in (True, False):
-        module.train(mode)
-        with pytest.raises(ValueError, match=r"`targets` must be given with global_info=True, got None. Pass"):
-            module(student, teacher)
-
-
-@with_a_prior
-def test_targets_of_another_shape_are_refused(kind: str) -> None:
-    module = MODULES[kind](global_info=True, num_classes=5)
-    student, teacher, targets = _batch()
-    with pytest.raises(ValueError, match="`targets` must have shape ") as caught:
-        module(student, teacher, targets[:4])
-    assert "shape (6,) for logits of shape (6, 5), got (4,). Pass one class index" in str(caught.value)
-    student, teacher, targets = _batch(2, 5, 3)
-    with pytest.raises(ValueError, match="`targets` must have shape ") as caught:
-        module(student, teacher, targets[:, 0])
-    assert "shape (2, 3) for logits of shape (2, 5, 3), got (2,). Pass one class index" in str(caught.value)
-
-
-@with_a_prior
-def test_targets_that_are_no_labels_are_refused(kind: str) -> None:
-    module = MODULES[kind](global_info=True, num_classes=5)
-    name = type(module).__name__
-    student, teacher, targets = _batch()
-    with pytest.raises(TypeError, match=f"{name}: `targets` must hold integer class indices, got torch.float32. Pass"):
-        module(student, teacher, targets.float())
-    with pytest.raises(TypeError, match=f"{name}: `targets` must be a torch.Tensor of class indices, got list. Pass"):
-        module(student, teacher, targets.tolist())
-    with pytest.raises(ValueError, match=f"{name}: `targets` must lie in .*0, 4.*, got values from .* to 9. Set "):
-        module(student, teacher, torch.tensor([0, 1, 2, 3, 4, 9]))
 
 
 def test_repr_shows_the_settings() -> None:

@@ -51,9 +51,9 @@ def operator(state: pytest.MonkeyPatch, built_operator: Path) -> Calls:
     found, calls = native.operator(), Calls()
     assert found is not None
 
-    def noted(*arguments: Any) -> Any:
+    def noted(*arguments: Any, **settings: Any) -> Any:
         calls.append(arguments)
-        return found(*arguments)
+        return found(*arguments, **settings)
 
     state.setattr(native, "_operator", noted)
     return calls
@@ -763,8 +763,8 @@ def test_the_command_deletes_a_wrong_operator(
     right = native._loaded()
     assert right is not None
 
-    def operator_that_is_off(*arguments: Any) -> Any:
-        *values, student, teacher = right(*arguments)
+    def operator_that_is_off(*arguments: Any, **settings: Any) -> Any:
+        *values, student, teacher = right(*arguments, **settings)
         return *values, student * wrong, teacher
 
     state.setattr(native, "_loaded", lambda: operator_that_is_off)

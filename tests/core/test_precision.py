@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import ikl_plugins.functional
+import ikl_plugins._fused
 from ikl_plugins import GKLLoss, IKLLoss, dkl_loss, gkl_loss, ikl_loss
 
 LOSSES = {"dkl": dkl_loss, "ikl": ikl_loss, "gkl": gkl_loss}
@@ -94,7 +94,7 @@ def test_half_precision_is_the_float32_computation(
 def test_autocast_changes_nothing(
     kind: str, settings: dict[str, Any], with_prior: bool, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ikl_plugins.functional, "_BLOCK_ELEMENTS_CPU", 100)
+    monkeypatch.setattr(ikl_plugins._fused, "_BLOCK_ELEMENTS_CPU", 100)
     prior = {"class_prior": _prior(6, 50, dtype=torch.float32)} if with_prior else {}
     for dtype in (torch.float32, half):
         student, teacher = (_logits(6, 50, dtype=dtype).requires_grad_() for _ in range(2))

@@ -10,7 +10,7 @@ from evidence import bench
 import pytest
 import torch
 
-from ikl_plugins import functional, native
+from ikl_plugins import _fused, native
 
 
 def test_the_compared_forms_are_one_loss() -> None:
@@ -37,14 +37,14 @@ def test_the_steps_are_one_loss() -> None:
 
 
 def test_a_step_leaves_the_block_size_as_it_was() -> None:
-    before = functional._BLOCK_ELEMENTS_CPU
+    before = _fused._BLOCK_ELEMENTS_CPU
 
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        assert before < functional._BLOCK_ELEMENTS_CPU
+        assert before < _fused._BLOCK_ELEMENTS_CPU
         return student.sum()
 
     bench.in_one_block(loss)(torch.zeros(1, 2), torch.zeros(1, 2))
-    assert before == functional._BLOCK_ELEMENTS_CPU
+    assert before == _fused._BLOCK_ELEMENTS_CPU
 
 
 def test_both_ways_to_the_weights_agree() -> None:

@@ -161,5 +161,5 @@ def test_kls_settings_out_of_range_are_refused():
         make("KLLoss", loss_weight=float("nan"))
     with pytest.raises(ValueError, match=r"KLLoss: `reduction` must be one of 'mean', 'sum', 'none', got 'max'\."):
         make("KLLoss", reduction="max")
-    with pytest.raises(ValueError, match=r"must have one shape.*do not have the same number of classes"):
+    with pytest.raises(ValueError, match=r"must have one shape"):
         make("KLLoss")(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -382,7 +382,7 @@ def test_the_prior_needs_targets():
     loss = make("IKL", global_info=True, num_classes=5)
     loss.begin_epoch(1, 1)
     student, teacher, _ = batch()
-    with pytest.raises(ValueError, match="`targets` must be given with global_info=True"):
+    with pytest.raises(ValueError, match="`targets` must be given"):
         call(loss, student, teacher, None)
     with pytest.raises(TypeError, match="`targets` must be a tensor of class indices, got list"):
         call(loss, student, teacher, [0])

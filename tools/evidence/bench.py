@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ikl_plugins.functional
+import ikl_plugins._fused
 from ikl_plugins import dkl_loss, gkl_loss, ikl_loss, native
 from ikl_plugins.functional import ikl_settings
 
@@ -60,12 +60,12 @@ def pairwise(student: Tensor, teacher: Tensor) -> Tensor:
 
 def composed(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """IKL in the linear form as ordinary tensor code, the path that torch.compile gets."""
-    from ikl_plugins.functional import _composed
+    from ikl_plugins._composed import composed_loss
 
     settings = ikl_settings(
         alpha=1.0, beta=1.0, temperature=temperature, weight_temperature=temperature, reduction="batchmean"
     )
-    return _composed(student, teacher, None, settings)[0]
+    return composed_loss(student, teacher, None, settings)[0]
 
 
 def by_operator(loss: Loss) -> Loss:
@@ -107,12 +107,12 @@ def in_one_block(loss: Loss) -> Loss:
     """The walk over all rows at once, whatever their number."""
 
     def loss_in_one_block(student: Tensor, teacher: Tensor) -> Tensor:
-        shipped = ikl_plugins.functional._BLOCK_ELEMENTS_CPU
-        ikl_plugins.functional._BLOCK_ELEMENTS_CPU = 2**62
+        shipped = ikl_plugins._fused._BLOCK_ELEMENTS_CPU
+        ikl_plugins._fused._BLOCK_ELEMENTS_CPU = 2**62
         try:
             return loss(student, teacher)
         finally:
-            ikl_plugins.functional._BLOCK_ELEMENTS_CPU = shipped
+            ikl_plugins._fused._BLOCK_ELEMENTS_CPU = shipped
 
     return loss_in_one_block
 
@@ -141,14 +141,15 @@ WEIGHTS_GAMMA = 0.5
 
 def shipped_weights(teacher: Tensor) -> tuple[Tensor, Tensor]:
     """GKL's weights and their mass as the walk makes them, from one log-softmax."""
-    from ikl_plugins.functional import _Rows, _weigh, gkl_settings
+    from ikl_plugins._fused import Operands, class_weights
+    from ikl_plugins.functional import gkl_settings
 
     settings = gkl_settings(
         alpha=1.0, beta=1.0, temperature=1.0, weight_temperature=STEP_TEMPERATURE, gamma=WEIGHTS_GAMMA,
         reduction="batchmean",
     )  # fmt: skip
     weights, work = torch.empty_like(teacher), torch.empty_like(teacher)
-    mass = _weigh(_Rows(teacher, teacher, None, weights, work, work), settings, out=weights)
+    mass = class_weights(Operands(teacher, teacher, None, weights, work, work), settings, out=weights)
     if mass is None:
         raise RuntimeError("GKL's weights have lost their mass")
     return weights, mass

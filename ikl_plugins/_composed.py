@@ -1,0 +1,84 @@
+"""The losses as ordinary differentiable tensor code, and the settings that tell them apart.
+
+This is the text to read first. It also serves ``torch.compile`` and second derivatives; training goes by the analytic
+gradient of :mod:`ikl_plugins._fused`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Settings", "composed_loss", "compute_dtype", "reduce_rows", "without_autocast"]
+
+
+class Settings(NamedTuple):
+    """What distinguishes one loss from another, beside its tensors. Build it by keyword."""
+
+    alpha: float
+    beta: float
+    temperature: float  # of the soft cross entropy
+    weight_temperature: float  # of the softmax that makes the weights, without a class prior
+    reduction: str
+    gamma: float = 1.0  # power of the weights
+    mse_temperature: float = 1.0  # divides the logits inside the weighted MSE
+    student_in_mse: bool = True  # False: the student side of the weighted MSE is detached (DKL)
+    divide_by_pairs: bool = False  # True: divide by the pair weights of the batch instead of its size (GKL)
+
+
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The wider dtype of the two, at least float32."""
+    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block without autocast on the device."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def reduce_rows(rows: Tensor, settings: Settings, shape: torch.Size) -> Tensor:
+    """Per-sample values (N * d1 * ...,) to the declared reduction for logits of ``shape``."""
+    if settings.reduction == "none":
+        return rows.reshape(shape[0], *shape[2:])
+    return rows.sum() if settings.reduction == "sum" or rows.numel() == 0 else rows.mean()
+
+
+def composed_loss(
+    student: Tensor, teacher: Tensor, class_prior: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, weighted-MSE part and cross-entropy part, each with a graph."""
+    dtype = compute_dtype(student, teacher)
+    shape = student.shape
+    with without_autocast(student.device):
+        s = student.movedim(1, -1).reshape(-1, shape[1]).to(dtype)
+        t = teacher.movedim(1, -1).reshape(-1, shape[1]).to(dtype)
+        if class_prior is None:
+            weights = torch.exp(settings.gamma * torch.log_softmax(t.detach() / settings.weight_temperature, 1))
+        else:
+            if class_prior.dim() < student.dim():
+                class_prior = class_prior.reshape(*class_prior.shape, *[1] * (student.dim() - 2)).expand(shape)
+            weights = class_prior.movedim(1, -1).reshape(-1, shape[1]).to(dtype) ** settings.gamma
+        mass = weights.sum(1)
+
+        difference = (t - (s if settings.student_in_mse else s.detach())) / settings.mse_temperature
+        mean = (weights * difference).sum(1) / torch.where(mass > 0, mass, 1.0)
+        mse = 0.5 * mass * (weights * (difference - mean.unsqueeze(1)) ** 2).sum(1)
+        if settings.divide_by_pairs:
+            pairs = (mass**2).sum()
+            mse = mse * (mass.numel() / torch.where(pairs == 0, 1.0, pairs))
+
+        soft_labels = torch.softmax(t.detach() / settings.temperature, 1)
+        cross_entropy = -(soft_labels * torch.log_softmax(s / settings.temperature, 1)).sum(1)
+
+        mse = settings.beta * mse
+        cross_entropy = settings.alpha * cross_entropy
+        return (
+            reduce_rows(mse + cross_entropy, settings, shape),
+            reduce_rows(mse, settings, shape),
+            reduce_rows(cross_entropy, settings, shape),
+        )
