@@ -949,7 +949,8 @@ def test_images_that_are_not_floating(model: Watched, images: Tensor, labels: Te
     refused(
         TypeError,
         lambda: linf()(model, make(images), labels=labels),
-        f"PGD: `images` must be a floating tensor of pixels in [0, 1], got {kind}. Divide by 255.",
+        "PGD: `images` must ",
+        f"got {kind}",
     )
     assert model.inputs == []
 
@@ -958,7 +959,7 @@ def test_images_that_are_sparse(model: Watched, images: Tensor, labels: Tensor) 
     refused(
         TypeError,
         lambda: linf()(model, images.to_sparse(), labels=labels),
-        "PGD: `images` must be a dense tensor, got the layout torch.sparse_coo. Convert it to a plain tensor first.",
+        "PGD: `images` must be a dense tensor, got the layout torch.sparse_coo",
     )
     assert model.inputs == []
 
