@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and where the shipped configs are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["naming", "written_aside"]
+__all__ = ["configs_folder", "naming", "written_aside"]
 
 
 @contextlib.contextmanager
@@ -75,3 +75,10 @@ def naming(path: Path | str) -> Iterator[None]:
             first = str(error).strip().splitlines()[0]
             raise OSError(errno.EIO, f"a write failed, the disk may be full ({first})", str(path)) from error
         raise OSError(cause.errno, cause.strerror or str(cause), cause.filename or str(path)) from error
+
+
+def configs_folder() -> Path:
+    """The folder of the shipped configs: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"

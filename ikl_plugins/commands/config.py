@@ -18,19 +18,12 @@ import re
 from pathlib import Path
 
 from ikl_plugins import _validation as check
-from ikl_plugins._files import written_aside
+from ikl_plugins._files import configs_folder, written_aside
 
 __all__ = ["config_path", "configs_folder", "configure", "copy", "find", "names", "run"]
 
 CALLER = "ikl config"
 ENDINGS = (".py", ".yaml")
-
-
-def configs_folder() -> Path:
-    """The folder of the shipped configs: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def names(word: str = "") -> list[str]:

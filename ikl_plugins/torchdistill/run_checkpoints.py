@@ -1,0 +1,192 @@
+"""The checkpoints of a run: the best one as upstream's script saves it, and the last one, from which a run goes on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdistill.common.module_util import check_if_wrapped, get_updatable_param_names
+
+from .._files import written_aside
+from ..checkpoints import load_content
+from ..models.weights import load_strictly
+
+__all__ = ["CALLER", "RunCheckpoints", "last_path", "load_checkpoint", "load_model"]
+
+CALLER = "ikl train"
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Reads a checkpoint of this driver or of upstream's script, without running what it holds.
+
+    Args:
+        path: the file.
+
+    Returns:
+        'model', 'optimizer', 'lr_scheduler', 'best_value' and 'args'; of other files whatever their mapping holds.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds more than tensors, plain values and an argparse.Namespace.
+    """
+    content = load_content(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{CALLER}: the checkpoint {path} must hold a mapping, got {type(content).__name__}.")
+    return content
+
+
+def last_path(path: Path | str) -> Path:
+    """Where the last checkpoint lies beside the best one: `ikl.pt` -> `ikl_last.pt`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_last{path.suffix}")
+
+
+def load_model(model: nn.Module, weights: Any, path: Path | str, key: str) -> None:
+    """Loads the weights of a checkpoint, or refuses those that are not the network's."""
+    way_out = "Correct the model's `key:` or `kwargs:`, or name another checkpoint."
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{CALLER}: the checkpoint {path} must hold weights for the model '{key}'. {way_out}")
+    load_strictly(CALLER, model, weights, path, f"the model '{key}'", way_out)
+
+
+class RunCheckpoints:
+    """What a run saves, and what a resumed run must find again.
+
+    Args:
+        box: torchdistill's box of the run.
+        model: the network that is trained, not wrapped.
+        config: its block of the config: where the best checkpoint goes, and what the network is called.
+        args: the options that a resumed run must share.
+
+    Attributes:
+        best_value: the highest validation accuracy, below 0 before the first.
+        history: a row per finished epoch.
+    """
+
+    def __init__(self, box: Any, model: nn.Module, config: Mapping[str, Any], args: argparse.Namespace) -> None:
+        self.box, self.model, self.key, self.args = box, model, config["key"], args
+        self.best = Path(config["dst_ckpt"])
+        self.last = last_path(self.best)
+        self.best_value = -1.0
+        self.history: list[dict[str, Any]] = []
+
+    def content(self) -> dict[str, Any]:
+        """What upstream's script saves, under its names."""
+        scheduler = self.box.lr_scheduler
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.box.optimizer.state_dict(),
+            "best_value": self.best_value,
+            "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
+            "args": self.args,
+        }
+
+    def save_best(self) -> None:
+        _save(self.best, self.content())
+
+    def save_last(self, epochs: int) -> None:
+        """Saves what the rest of the training depends on, after ``epochs`` finished epochs."""
+        others = {
+            "epoch": epochs,
+            "history": self.history,
+            "modules": {name: module.state_dict() for name, module in self._other_modules().items()},
+            # Gradients wait for their step where `grad_accum_step` does not divide the batches of an epoch.
+            "grad_count": self.box.stage_grad_count,
+            "gradients": [parameter.grad for parameter in self._parameters()],
+        }
+        _save(self.last, {**self.content(), **others})
+
+    def load_best(self) -> None:
+        best = load_checkpoint(self.best)
+        load_model(self.model, best.get("model", best), self.best, self.key)
+
+    def resume(self, epoch: int) -> None:
+        """Goes back to where ``epoch`` epochs were finished.
+
+        Raises:
+            ValueError: there is no last checkpoint, or it is of another epoch, seed, number of ranks or model.
+        """
+        content = self._last_content(epoch)
+        box = self.box
+        self._advance_stages(epoch)
+        load_model(self.model, content["model"], self.last, self.key)
+        for name, module in self._other_modules().items():
+            load_model(module, content["modules"].get(name), self.last, name)
+        try:
+            box.optimizer.load_state_dict(content["optimizer"])
+            if box.lr_scheduler is not None:
+                box.lr_scheduler.load_state_dict(content["lr_scheduler"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{CALLER}: {self.last} must fit the optimizer and scheduler of the config: {error}. "
+                f"Resume with the config that wrote it."
+            ) from error
+        for parameter, gradient in zip(self._parameters(), content["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        box.stage_grad_count = content["grad_count"]
+        self.best_value = content["best_value"]
+        self.history = content["history"]
+
+    def _last_content(self, epoch: int) -> dict[str, Any]:
+        path = self.last
+        if not path.is_file():
+            raise ValueError(
+                f"{CALLER}: --start_epoch {epoch} needs the last checkpoint of the run, but there is none at {path}. "
+                f"Start with --start_epoch 0."
+            )
+        content = load_checkpoint(path)
+        own = (*self.content(), "epoch", "history", "modules", "grad_count", "gradients")
+        missing = [key for key in own if key not in content]
+        if missing:
+            raise ValueError(
+                f"{CALLER}: {path} must be a last checkpoint of this driver, but lacks {', '.join(missing)}. "
+                f"Start with --start_epoch 0."
+            )
+        if content["epoch"] != epoch:
+            raise ValueError(
+                f"{CALLER}: --start_epoch must be the number of finished epochs of {path}, got {epoch}. "
+                f"Use --start_epoch {content['epoch']}."
+            )
+        for name, ours in vars(self.args).items():
+            theirs = getattr(content["args"], name, None)
+            if name != "device" and theirs != ours:
+                raise ValueError(f"{CALLER}: a resumed run must have the {name} of {path}, {theirs}, got {ours}.")
+        return content
+
+    def _advance_stages(self, epoch: int) -> None:
+        """Brings a box of several stages to the stage of ``epoch``; it would begin with the first."""
+        box = self.box
+        if not hasattr(box, "stage_number"):
+            return
+        for role in ("student", "teacher", "model"):
+            if "dst_ckpt" in box.train_config.get(role, {}):
+                raise ValueError(
+                    f"{CALLER}: a run with `train: {role}: dst_ckpt:` cannot be resumed, as going to its stage would "
+                    f"overwrite the checkpoints of the stages. Start with --start_epoch 0."
+                )
+        while box.stage_end_epoch <= epoch < box.num_epochs:
+            box.advance_to_next_stage()
+        box.current_epoch = epoch
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.box.optimizer.param_groups for parameter in group["params"]]
+
+    def _other_modules(self) -> dict[str, nn.Module]:
+        """What is trained beside the model: adaptation modules of a redesigned student, or a teacher."""
+        found = {}
+        for name in ("student_model", "teacher_model", "model"):
+            module = getattr(self.box, name, None)
+            if module is not None and check_if_wrapped(module):
+                module = module.module
+            if module is not None and module is not self.model and get_updatable_param_names(module):
+                found[name] = module
+        return found
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    """Writes aside and renames: an interruption or a full disk leaves the old file as it was."""
+    with written_aside(path) as aside, aside.open("wb") as file:
+        torch.save(content, file)
