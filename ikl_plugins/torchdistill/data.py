@@ -14,8 +14,8 @@ from torchvision.datasets.folder import default_loader
 __all__ = ["ImageList", "image_folder", "share_of_batch"]
 
 _PREPARE = {
-    "digits": "python tools/prepare_data.py digits",
-    "cifar10": "python tools/prepare_data.py cifar10-folder --from ZIP...",
+    "digits": "ikl data digits",
+    "cifar10": "ikl data cifar10-folder --from ZIP...",
 }
 
 

@@ -34,7 +34,7 @@ def dry_run(box: Any, config: dict[str, Any]) -> None:
 def _check_loader(where: str, config: Any, datasets: dict[str, Any]) -> None:
     if not isinstance(config, dict) or "dataset_id" not in config or not isinstance(config.get("kwargs"), dict):
         raise ValueError(
-            f"{CALLER}: `{where}:` must name a data set as `dataset_id:` and have `kwargs:`, got {config}."
+            f"{CALLER}: `{where}:` must name a `dataset_id:` and have `kwargs:`, got {config}."
         )
     name = config["dataset_id"]
     if name not in datasets:
@@ -50,8 +50,8 @@ def _check_loader(where: str, config: Any, datasets: dict[str, Any]) -> None:
         transform = getattr(datasets[name], "transform", None)
         raise ValueError(
             f"{CALLER}: `{where}:` with {config['kwargs']} must give batches of images and labels as tensors, but the "
-            f"first one of {name!r} gives {type(error).__name__}: {error}. Correct it, or the data set's `transforms:`, "
-            f"which are {transform!r}."
+            f"first one of {name!r} gives {type(error).__name__}: {error}. Correct it, or the data set's `transform:`, "
+            f"{transform!r}."
         ) from error
 
 
@@ -67,7 +67,7 @@ def _check_scheduler(box: Any, train: dict[str, Any]) -> None:
             scheduler.step()
     except Exception as error:  # of schedulers of any kind
         raise ValueError(
-            f"{CALLER}: `train: scheduler:` must be a schedule of the learning rate, but {train.get('scheduler')} gives "
+            f"{CALLER}: `train: scheduler:` must be a learning rate schedule, but {train.get('scheduler')} gives "
             f"{type(error).__name__} in its first step: {error}. Correct its `kwargs:`."
         ) from error
     scheduler.load_state_dict(before)

@@ -1,6 +1,7 @@
-"""Small class folders of generated images, laid out as tools/prepare_data.py does."""
+"""Small class folders of generated images, laid out as `ikl data` does, and a process group of one rank."""
 
 import pytest
+import torch
 
 SIZES = {"train": 24, "val": 11, "test": 13}  # odd ones do not divide among two processes
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -22,3 +23,11 @@ def data_folder(tmp_path_factory):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 image.fromarray(pixels.astype("uint8")).save(path)
     return folder
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

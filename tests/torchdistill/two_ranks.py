@@ -1,33 +1,39 @@
 """One rank of the tests of two processes; torchrun starts it: NAME...
 
-Runs NAME.yaml, one after another, and writes to NAME<rank>.pt what the rank ends each with.
+Runs `ikl train NAME.yaml`, one after another, and writes to NAME<rank>.pt what the rank ends each with.
 """
 
+import os
 import sys
 
 import torch
 import torch.distributed as dist
-from ikl_plugins.torchdistill import training as train_torchdistill
-from ikl_plugins.torchdistill.training import Trainer, load_config, run
+
+from ikl_plugins.commands.main import main as ikl
+from ikl_plugins.torchdistill import training
 
 
-class Recorded(Trainer):
+class Recorded(training.Trainer):
     """Keeps the parameters that the training ends with, before the best checkpoint is loaded for the test."""
 
-    def save_last(self, epochs):
+    def finish_epoch(self, row):
+        super().finish_epoch(row)
         Recorded.end = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        super().save_last(epochs)
 
 
-def main(names):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    train_torchdistill.Trainer = Recorded
-    for name in names:
-        result = run(load_config(f"{name}.yaml"), seed=3)
-        torch.save({"end": Recorded.end, "result": result}, f"{name}{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+def run(config, **options):
+    Recorded.result = original(config, **options)
+    return Recorded.result
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    torch.set_num_threads(1)
+    original = training.run
+    training.Trainer, training.run = Recorded, run
+    # One group for all of them: torchrun's store gives no second one.
+    destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    for name in sys.argv[1:]:
+        ikl(["train", f"{name}.yaml", "--device", "cpu", "--seed", "3"])
+        training._join_group = lambda device: device
+        torch.save({"end": Recorded.end, "result": Recorded.result}, f"{name}{os.environ['RANK']}.pt")
+    destroy()

@@ -1,0 +1,568 @@
+"""The torchdistill driver and the configs that it trains in seconds, on generated images."""
+
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
+
+from ikl_plugins._files import configs_folder
+from ikl_plugins.commands.main import main as ikl
+from ikl_plugins.models import resnet56
+from ikl_plugins.torchdistill import training
+from ikl_plugins.torchdistill.training import last_path, load_checkpoint, load_config, run
+
+CONFIGS = configs_folder() / "torchdistill"
+FOLDERS = ("digits", "cifar10_folder", "cifar10_miniature")
+SHIPPED = sorted(str(path.relative_to(CONFIGS)) for folder in FOLDERS for path in (CONFIGS / folder).glob("*.yaml"))
+IKL = CONFIGS / "digits" / "ikl.yaml"
+IKL_PATH = Path("runs/torchdistill/digits/ikl/ikl.pt")
+ADVERSARIAL = CONFIGS / "digits" / "adversarial_ikl.yaml"
+ADVERSARIAL_PATH = Path("runs/torchdistill/digits/adversarial_ikl/adversarial_ikl.pt")
+
+
+@pytest.fixture(autouse=True)
+def _data(data_folder, monkeypatch):
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(data_folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of child processes: what is compared to the bit needs it
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture(scope="session")
+def teachers(data_folder, tmp_path_factory):
+    """A `runs` folder that holds the teachers of the shipped configs, trained for an epoch."""
+    folder = tmp_path_factory.mktemp("teachers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IKL_PLUGINS_DATA", str(data_folder))
+        patch.chdir(folder)
+        public = Path("runs/torchdistill/cifar10_miniature/public_resnet56.pt")  # stands in for a download
+        public.parent.mkdir(parents=True)
+        torch.save({"model": resnet56(num_classes=10).state_dict()}, public)
+        for dataset in FOLDERS:
+            run(shrink(load_config(CONFIGS / dataset / "teacher.yaml")))
+    return folder / "runs"
+
+
+@pytest.fixture
+def workplace(teachers, tmp_path, monkeypatch):
+    """An empty working directory with the teachers in it."""
+    shutil.copytree(teachers, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shrink(config, *, epochs=1, batch_size=8):
+    """A shipped config, made small: its own epochs, batches and workers would take minutes."""
+    train = config["train"]
+    train["num_epochs"] = epochs
+    for loader in (train["train_data_loader"], train["val_data_loader"], config["test"]["test_data_loader"]):
+        loader["kwargs"] = {"batch_size": batch_size, "num_workers": 0}
+    return config
+
+
+def ikl_config(epochs=3):
+    return shrink(load_config(IKL), epochs=epochs)
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def record(path):
+    return load_checkpoint(path)["optimizer"]["param_groups"][0]["ikl_plugins"]["ikl"]["matrix"]
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def replaced(text, *changes):
+    """Text after changes of which each must find something."""
+    for pattern, new in changes:
+        text, count = re.subn(pattern, new, text)
+        assert count, pattern
+    return text
+
+
+# --- the shipped configs ---------------------------------------------------------------------------------------------
+
+
+def test_there_are_the_promised_configs():
+    promised = {
+        "digits": "teacher ce kd dkl ikl gkl adversarial_ikl",
+        "cifar10_folder": "teacher ce kd ikl gkl",
+        "cifar10_miniature": "teacher ce kd dkl ikl_no_prior ikl gkl",
+    }
+    assert {f"{folder}/{name}.yaml" for folder, names in promised.items() for name in names.split()} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_each_shipped_config_trains(path, workplace):
+    result = run(shrink(load_config(CONFIGS / path)))
+    (row,) = result["history"]
+    assert {"epoch", "lr", "train_loss", "val_accuracy", "seconds_per_step"} <= row.keys()
+    assert row["train_loss"] > 0
+    assert 0 <= result["test_accuracy"] <= 100
+    dataset, name = path.removesuffix(".yaml").split("/")
+    best = load_checkpoint(Path("runs/torchdistill") / dataset / name / f"{name}.pt")
+    assert set(best) == {"model", "optimizer", "lr_scheduler", "best_value", "args"}
+    # In the style of the recipes, IKL on CIFAR has no class prior.
+    term = name.removeprefix("adversarial_").removesuffix("_no_prior")
+    without = ("cifar10_folder/ikl.yaml", "cifar10_miniature/ikl_no_prior.yaml")
+    assert set(result["class_prior"]) == ({term} if term in ("ikl", "gkl") and path not in without else set())
+    assert (f"{term}/weighted_mse" in row) is (term in ("dkl", "ikl", "gkl"))
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_upstreams_script_runs_the_shipped_configs(path, workplace):
+    script = os.environ.get("IKL_PLUGINS_UPSTREAM_SCRIPT")
+    if not script:
+        pytest.skip("set IKL_PLUGINS_UPSTREAM_SCRIPT to torchdistill's examples/torchvision/image_classification.py")
+    Path("config.yaml").write_text(replaced((CONFIGS / path).read_text(), (r"num_epochs: \d+", "num_epochs: 2")))
+    command = [sys.executable, script, "--config", "config.yaml", "--device", "cpu", "--seed", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    dataset, name = path.removesuffix(".yaml").split("/")
+    content = load_checkpoint(f"runs/torchdistill/{dataset}/{name}/{name}.pt")
+    if name == "gkl":
+        assert content["optimizer"]["param_groups"][0]["ikl_plugins"]["gkl"]["matrix"].shape == (10, 10)
+
+
+# --- going on where a run has stopped --------------------------------------------------------------------------------
+
+
+def stages(config):
+    """The config as two stages, the second one with an optimizer and a loss of its own."""
+    train = config["train"]
+    first, second = dict(train, num_epochs=2), dict(train, num_epochs=2)
+    del second["val_data_loader"]
+    config["train"] = {"log_freq": 10, "stage1": first, "stage2": second}
+    return config
+
+
+def accumulate(config):
+    config["train"]["optimizer"]["grad_accum_step"] = 2  # of three steps an epoch: one gradient waits
+    return config
+
+
+def adversarial(config):
+    return shrink(load_config(ADVERSARIAL), epochs=3)  # eps is another in each of them
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "stop"), [(dict, 2), (accumulate, 1), (stages, 1), (stages, 2), (stages, 3), (adversarial, 1)]
+)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(workplace, change, stop):
+    path = ADVERSARIAL_PATH if change is adversarial else IKL_PATH
+    whole = run(change(ikl_config()), seed=5)
+    shutil.move(path.parent, "whole")
+
+    def interrupt(step, steps, text):
+        if step == 3 * stop + 2:  # in the middle of an epoch
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(change(ikl_config()), seed=5, progress=interrupt)
+    assert load_checkpoint(last_path(path))["epoch"] == stop
+    resumed = run(change(ikl_config()), seed=5, start_epoch=stop)
+
+    assert torch.equal(resumed["class_prior"]["ikl"], whole["class_prior"]["ikl"])
+    assert not torch.equal(whole["class_prior"]["ikl"], torch.full((10, 10), 0.1))
+    for name in (path.name, last_path(path).name):
+        assert_same(weights(path.with_name(name)), weights(Path("whole") / name))
+    assert len(resumed["history"]) == (4 if change is stages else 3)
+    for ours, theirs in zip(resumed["history"], whole["history"], strict=True):
+        ours.pop("seconds_per_step")
+        assert ours.items() <= theirs.items()
+    assert resumed["test_accuracy"] == whole["test_accuracy"]
+
+
+KILLED = f"""
+import os
+from ikl_plugins.commands.main import main
+from ikl_plugins.torchdistill import training
+
+def until_killed(self, epoch, progress):
+    return train_epoch(self, epoch, lambda step, *_: step == 5 and os.kill(os.getpid(), {signal.SIGKILL}))
+
+train_epoch, training.Trainer.train_epoch = training.Trainer.train_epoch, until_killed
+main("train some.yaml --device cpu --seed 5 --run_log logs/some.txt".split())
+"""
+
+
+def test_a_killed_command_is_resumed(workplace):
+    text = replaced(IKL.read_text(), (r"num_epochs: \d+", "num_epochs: 3"), ("batch_size: 64", "batch_size: 8"))
+    Path("some.yaml").write_text(text)
+    whole = run(load_config("some.yaml"), seed=5)
+    shutil.move(IKL_PATH.parent, "whole")
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert re.search(r"epoch: 0 .* ikl/weighted_mse: \d", Path("logs/some.txt").read_text())
+    assert load_checkpoint(last_path(IKL_PATH))["args"].seed == 5
+    assert not torch.equal(record(last_path(IKL_PATH)), torch.full((10, 10), 0.1))
+    resumed = run(load_config("some.yaml"), seed=5, start_epoch=1)
+    assert torch.equal(resumed["class_prior"]["ikl"], whole["class_prior"]["ikl"])
+    assert_same(weights(last_path(IKL_PATH)), weights(Path("whole") / last_path(IKL_PATH).name))
+
+
+def test_without_the_record_the_prior_would_be_lost(workplace):
+    """What the resume tests guard: take the record out of the checkpoint, and the run ends differently."""
+    run(ikl_config(), seed=5)
+    whole = weights(last_path(IKL_PATH))
+    run(ikl_config(1), seed=5)
+    content = load_checkpoint(last_path(IKL_PATH))
+    del content["optimizer"]["param_groups"][0]["ikl_plugins"]
+    torch.save(content, last_path(IKL_PATH))
+    run(ikl_config(), seed=5, start_epoch=1)
+    assert any(not torch.equal(value, whole[name]) for name, value in weights(last_path(IKL_PATH)).items())
+
+
+def test_the_seed_decides_and_a_finished_run_may_be_tested_again(workplace):
+    results = []
+    for seed in (5, 6, 5):
+        first = run(ikl_config(1), seed=seed)
+        results.append(weights(IKL_PATH))
+    assert_same(results[0], results[2])
+    assert not torch.equal(results[0]["fc.weight"], results[1]["fc.weight"])
+    again = run(ikl_config(1), seed=5, start_epoch=1)
+    assert again["test_accuracy"] == first["test_accuracy"]
+    assert again["history"] == first["history"]
+
+
+def change_at(*path, **values):
+    """A change of a config: the block at a path gets values; None takes a key away."""
+
+    def change(config):
+        block = config
+        for key in path:
+            block = block[key]
+        for key, value in values.items():
+            if value is None:
+                del block[key]
+            else:
+                block[key] = value
+        return config
+
+    return change
+
+
+STUDENT = ("models", "student_model")
+# What the config becomes, the options, and what is said.
+MISFITS = {
+    "another epoch": (dict, {"start_epoch": 2}, r"Use --start_epoch 1\."),
+    "beyond the epochs": (dict, {"start_epoch": 4}, r"between 0 and the 3 epochs of the config, got 4"),
+    "below 0": (dict, {"start_epoch": -1}, r"between 0 and the 3 epochs of the config, got -1"),
+    "another seed": (dict, {"seed": 9}, r"must have the seed of .*ikl_last\.pt, 0, got 9"),
+    "another network": (change_at(*STUDENT, key="ikl_plugins.resnet14"), {}, r"fit the model 'ikl_plugins\.resnet14'"),
+    "another optimizer": (
+        change_at("train", "optimizer", module_wise_configs=[{"module": "fc"}]),
+        {},
+        r"ikl_last\.pt must fit the optimizer and scheduler of the config",
+    ),
+    "checkpoints of stages": (
+        lambda config: change_at("train", student={"dst_ckpt": "stage.pt"})(stages(config)),
+        {},
+        r"`train: student: dst_ckpt:` cannot be resumed",
+    ),
+}
+
+
+def test_resuming_needs_what_fits(workplace):
+    with pytest.raises(ValueError, match=r"^ikl train: --start_epoch 1 needs .*none at .*ikl_last\.pt"):
+        run(ikl_config(), start_epoch=1)
+    run(ikl_config(1))
+    for change, options, message in MISFITS.values():
+        with pytest.raises(ValueError, match=f"^ikl train: .*{message}"):
+            run(change(ikl_config()), **{"start_epoch": 1, **options})
+    shutil.copy(IKL_PATH, last_path(IKL_PATH))
+    with pytest.raises(ValueError, match="lacks epoch, history, modules, grad_count, gradients"):
+        run(ikl_config(), start_epoch=1)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def test_a_checkpoint_that_is_none_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content in ([1, 2], {"model": Evil()}):
+        torch.save(content, "some.pt")
+        with pytest.raises(ValueError, match=r"some\.pt"):
+            load_checkpoint("some.pt")
+    assert not Path("hacked").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(workplace, monkeypatch):
+    run(ikl_config(1))
+    before = last_path(IKL_PATH).read_bytes()
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match=f"No space left on device: '{IKL_PATH}'"):
+        run(ikl_config(1))
+    assert last_path(IKL_PATH).read_bytes() == before
+    assert sorted(path.name for path in IKL_PATH.parent.iterdir()) == ["ikl.pt", "ikl_last.pt"]
+
+
+def test_a_bare_state_dict_gives_initial_weights(workplace):
+    bare = weights("runs/torchdistill/digits/teacher/teacher.pt")
+    torch.save(bare, "bare.pt")
+    config = change_at("models", "teacher_model", src_ckpt="bare.pt")(ikl_config())
+    assert_same(training.Trainer(config, torch.device("cpu"), 0).box.teacher_model.state_dict(), bare)
+
+
+# --- the config and the command --------------------------------------------------------------------------------------
+
+REST = "train: {}\ntest: {test_data_loader: {}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "must be a YAML file, but there is none at"),
+        ("a: [1", "must be a YAML file, but it is not"),
+        ("[1]", "must hold a mapping, got list"),
+        (f"models: {{}}\n{REST}", "must have the block `datasets:`"),
+        ("datasets: {}\nmodels: {}\ntrain: {}\ntest: {}", "must have the block `test: test_data_loader:`"),
+        (f"datasets: {{}}\nmodels: {{}}\n{REST}", "must have `student_model:` or `model:`"),
+        (f"datasets: {{}}\nmodels: {{model: {{}}}}\n{REST}", "must have `dst_ckpt:`"),
+        (f"datasets: {{}}\nmodels: {{teacher_model: 3}}\n{REST}", "`models: teacher_model:` must be a mapping, got 3"),
+    ],
+)
+def test_a_config_without_what_it_needs_is_refused(tmp_path, text, message):
+    path = tmp_path / "some.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+def add_words(config):
+    config["datasets"]["digits/val"].transform.transforms.append("several words")
+
+
+def no_transform(config):
+    config["datasets"]["digits/val"].transform = None
+
+
+def later_stage(config):
+    stages(config)["train"]["stage2"]["val_data_loader"] = {"dataset_id": "digits/vla", "kwargs": {}}
+
+
+TEST, SCHEDULE = ("test", "test_data_loader"), ("train", "scheduler", "kwargs")
+TEACHER = ("models", "teacher_model")
+# What a run would find out after an epoch or at its end, and how it is told before.
+LATE = {
+    "no such validation set": (
+        change_at("train", "val_data_loader", dataset_id="digits/vla"),
+        r"`train: val_data_loader: dataset_id:` must be one of .*'digits/train', .*, got 'digits/vla'",
+    ),
+    "one of a later stage": (later_stage, r"`train: stage2: val_data_loader: dataset_id:` must be one of"),
+    "no such test set": (change_at(*TEST, dataset_id=3), r"`test: test_data_loader: dataset_id:` must be .* got 3"),
+    "no name of the test set": (change_at(*TEST, dataset_id=None), r"`test: test_data_loader:` must name"),
+    "no validation": (change_at("train", val_data_loader=None), r"`train: val_data_loader:` must name .*, got None"),
+    "half a worker": (
+        change_at(*TEST, kwargs={"batch_size": 8, "num_workers": 3.5}),
+        r"`test: test_data_loader:` with .*'num_workers': 3\.5.* must give batches .* TypeError",
+    ),
+    "arguments that are none": (change_at(*TEST, kwargs="words"), r"must .* have `kwargs:`, got .*'words'"),
+    "images as pictures": (no_transform, r"`train: val_data_loader:` .* must give batches .*'digits/val' .* None\."),
+    "a transform of words": (add_words, r"`train: val_data_loader:` .* TypeError: .* Compose\((\s.*)*several words"),
+    "a schedule of words": (change_at(*SCHEDULE, T_max="words"), r"`train: scheduler:` must .*'words'.* TypeError in"),
+    "a schedule of 0 epochs": (change_at(*SCHEDULE, T_max=0), r"`train: scheduler:` must .* ZeroDivisionError in its"),
+    "epochs without end": (change_at("train", num_epochs=1e30), r"num_epochs:` must be a whole .*, got 1e\+30"),
+    "no epochs": (change_at("train", num_epochs=0), r"num_epochs:` must be a whole number of at least 1, got 0"),
+    "no loss": (change_at("train", "criterion", kwargs=None), r"criterion:` must give a loss .*, got 0\. .*sub_terms"),
+    "no network": (change_at(*STUDENT, key=None), r"the student must have the name of a network as `key:`"),
+    "no arguments": (change_at(*STUDENT, kwargs=None), r"the student must have .* its arguments as `kwargs:`"),
+    "arguments of words": (change_at(*TEACHER, kwargs="words"), r"the teacher must have .* `kwargs:`, got .*'words'"),
+    "another teacher": (change_at(*TEACHER, key="ikl_plugins.resnet32"), r"teacher\.pt must fit the model 'ikl_.*32'"),
+    "weights of words": (change_at(*TEACHER, src_ckpt="words"), r"none at words\. Train it first, or correct the path"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_would_fail_late_fails_before_the_first_step(workplace, case):
+    config = ikl_config()
+    change, message = LATE[case]
+    change(config)
+    with pytest.raises(ValueError, match=rf"^ikl train: .*{message}"):
+        run(config, progress=pytest.fail)
+    assert not IKL_PATH.exists()
+
+
+def test_the_dry_run_changes_nothing(workplace, monkeypatch):
+    tried = run(ikl_config())
+    content = load_checkpoint(last_path(IKL_PATH))
+    monkeypatch.setattr(training, "dry_run", lambda box, config: None)
+    assert [row["lr"] for row in run(ikl_config())["history"]] == [row["lr"] for row in tried["history"]]
+    plain = load_checkpoint(last_path(IKL_PATH))
+    assert_same(content["model"], plain["model"])
+    assert content["lr_scheduler"] == plain["lr_scheduler"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(workplace):
+    config = change_at("train", "optimizer", "kwargs", lr=1e30)(ikl_config())
+    with pytest.raises(training.DivergenceError, match=r"must stay finite, got \S+ in epoch 0, step \d"):
+        run(config)
+
+
+def test_a_model_that_returns_no_logits_is_refused(workplace):
+    config = change_at(*STUDENT, key="ikl_plugins.resnet8")(ikl_config())
+    trainer = training.Trainer(config, torch.device("cpu"), 0)
+    trainer.model.forward = lambda images: {"out": images}
+    with pytest.raises(ValueError, match=r"'ikl_plugins\.resnet8' must return a tensor of logits .* got dict"):
+        trainer.accuracy(config["test"]["test_data_loader"])
+
+
+def test_progress_counts_every_step(workplace):
+    calls = []
+    run(ikl_config(2), progress=lambda *call: calls.append(call))
+    assert calls == [(step, 6, f"epoch {1 + (step > 3)}/2") for step in range(1, 7)]
+
+
+def test_the_command_says_in_one_line_what_to_mend(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: .* Train it first: ikl train torchdistill/digits/teacher\.yaml\.$"):
+        ikl(["train", "torchdistill/digits/ikl.yaml", "--device", "cpu"])
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"^error: image_folder: .* Run: ikl data digits"):
+        ikl(["train", "torchdistill/digits/ikl.yaml"])
+
+
+def test_an_interruption_says_how_to_go_on(workplace, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run", stop)
+    with pytest.raises(SystemExit, match="interrupted; go on with --start_epoch"):
+        ikl(["train", str(IKL), "--device", "cpu"])
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks(teachers, data_folder, tmp_path_factory):
+    """What two processes end with, by the names of the YAML files: (rank 0's, rank 1's)."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    shutil.copytree(teachers, folder / "runs")
+    small = [("batch_size: 64", "batch_size: 4"), (r"num_epochs: \d+", "num_epochs: 2")]
+    text = replaced(IKL.read_text(), *small)
+    files = {"one": text, "adversarial": replaced(ADVERSARIAL.read_text(), *small)}
+    files["drift"] = replaced(
+        text,
+        (r" +(pre_epoch_process|global_info|warmup_epochs):.*\n", ""),
+        ("/ikl/ikl.pt", "/drift/drift.pt"),
+    )
+    # Stage by stage: a hook on the student, some of it frozen in the first stage and trained in the second.
+    head, rest = text.replace("/ikl/ikl.pt", "/stages/stages.pt").split("\ntrain:\n")
+    train, test = rest.split("\ntest:\n")
+    train = replaced(train, (r"student_module_path: '\.'", "student_module_path: 'fc'"), ("epochs: 2", "epochs: 1"))
+    hook = "    forward_hook:\n      output: ['fc']\n"
+    frozen = "    frozen_modules: ['conv1', 'layer1']\n"
+    parts = [train.replace("  student:\n", f"  student:\n{extra}") for extra in (hook + frozen, hook)]
+    parts[1] = re.sub(r"&(\w+)", "", parts[1])  # its anchors are set in the first
+    blocks = [f"  stage{n}:\n" + re.sub("^", "  ", part, flags=re.MULTILINE) for n, part in enumerate(parts, 1)]
+    files["two_stages"] = f"{head}\ntrain:\n" + "\n".join(blocks) + f"\ntest:\n{test}"
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(content)
+
+    worker = str(Path(__file__).with_name("two_ranks.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, *files]
+    environment = {**os.environ, "IKL_PLUGINS_DATA": str(data_folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, {name: [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)] for name in files}
+
+
+@pytest.mark.parametrize("name", ["one", "two_stages", "adversarial"])
+def test_two_processes_stay_in_step(two_ranks, monkeypatch, name):
+    folder, ends = two_ranks
+    monkeypatch.chdir(folder)
+    first, second = ends[name]
+    assert_same(first["end"], second["end"])
+    matrix = first["result"]["class_prior"]["ikl"]
+    assert torch.equal(matrix, second["result"]["class_prior"]["ikl"])
+    torch.testing.assert_close(matrix.sum(1), torch.ones(10))
+    assert not torch.equal(matrix, torch.full((10, 10), 0.1))
+    for ours, theirs in zip(first["result"]["history"], second["result"]["history"], strict=True):
+        assert ours["val_accuracy"] == theirs["val_accuracy"]
+    path = {"one": IKL_PATH, "adversarial": ADVERSARIAL_PATH}.get(
+        name, Path("runs/torchdistill/digits/stages/stages.pt")
+    )
+    last = weights(last_path(path))
+    assert all(torch.equal(value, last[name]) for name, value in first["end"].items())
+    assert torch.equal(matrix, record(last_path(path)))
+    # Also the modules that are frozen in the first of two stages have moved.
+    start = training.Trainer(load_config(f"{name}.yaml"), torch.device("cpu"), 3).model
+    assert not torch.equal(start.conv1.weight, first["end"]["conv1.weight"])
+
+
+def test_two_processes_find_the_prior_of_one(two_ranks, workplace):
+    folder, ends = two_ranks
+    drifted = [rank["end"] for rank in ends["drift"]]
+    assert any(not torch.equal(value, drifted[1][name]) for name, value in drifted[0].items())  # without our process
+    # Teacher and images are the same, so the prior of one process is.
+    alone = run(load_config(folder / "one.yaml"), seed=3)
+    for name in ("one", "two_stages"):
+        shared = ends[name][0]["result"]["class_prior"]["ikl"]
+        torch.testing.assert_close(shared, alone["class_prior"]["ikl"], rtol=1e-6, atol=1e-6)
+
+
+def test_two_processes_count_each_image_once(two_ranks, monkeypatch):
+    """11 and 13 images do not divide among two ranks."""
+    folder, ends = two_ranks
+    monkeypatch.chdir(folder)
+    config = load_config("one.yaml")
+    trainer = training.Trainer(config, torch.device("cpu"), 0)
+    trainer.model.load_state_dict(weights(IKL_PATH))
+    result = ends["one"][0]["result"]
+    assert result["best_val_accuracy"] == pytest.approx(trainer.accuracy(config["train"]["val_data_loader"]))
+    assert result["test_accuracy"] == pytest.approx(trainer.accuracy(config["test"]["test_data_loader"]))
+
+
+# --- adversarial training on the real digits -------------------------------------------------------------------------
+
+
+def test_the_readmes_commands_train_a_network_that_resists(tmp_path, monkeypatch, capsys):
+    """The commands of configs/torchdistill/digits/README.md, with a few epochs."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (CONFIGS / "digits" / "README.md").read_text(), re.DOTALL | re.M)
+    Path("robust.py").write_text(snippet)
+    few = replaced(ADVERSARIAL.read_text(), (r"num_epochs: \d+", "num_epochs: 3"), ("T_max: 10", "T_max: 3"))
+    Path("few.yaml").write_text(few)
+    ikl(["data", "digits"])
+    ikl(["config", "copy", "torchdistill/digits/ce.yaml"])
+    ikl(["train", "few.yaml", "--device", "cpu", "--seed", "0"])
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["robust.py", str(last_path(ADVERSARIAL_PATH))])
+    runpy.run_path("robust.py")
+    natural, robust = map(float, capsys.readouterr().out.split())
+    assert natural > 70
+    assert robust > 10  # of a network trained on natural images alone 0 remain
