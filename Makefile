@@ -7,7 +7,7 @@ EXTRAS := demo,test
 FORK_VENV := .venv-fork
 FORK_EXTRAS := mmpretrain-fork,robustbench,data,test
 
-.PHONY: demo test test-slow test-fork lint type bench reproduce reliability clean help
+.PHONY: demo test test-slow test-fork lint type bench reproduce campaign clean help
 
 help:
 	@echo "make demo       small students and robust networks on real digits; tables and plots in runs/demo"
@@ -18,7 +18,7 @@ help:
 	@echo "make type       mypy"
 	@echo "make bench      time and memory of the losses and of training steps; tables and CSV in runs/bench"
 	@echo "make reproduce  the paper's tables in miniature on CIFAR-10, some hours; tables and plots in docs/results"
-	@echo "make reliability  kill -9, generated inputs, mutated configs, hostile checkpoints, full disks; in runs/reliability"
+	@echo "make campaign   kill -9, generated inputs, mutated configs, hostile checkpoints, full disks; in runs/reliability"
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -m "not slow and not campaign" --cov --cov-report=term --cov-fail-under=95
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
@@ -58,8 +58,8 @@ reproduce: $(VENV)/installed
 	$(BIN)/python tools/reproduce.py distill
 	$(BIN)/python tools/reproduce.py adversarial
 
-reliability: $(VENV)/installed
-	$(BIN)/python tools/reliability.py all
+campaign: $(VENV)/installed
+	$(BIN)/python -m pytest tests/campaign -m campaign --campaign-record runs/reliability
 
 clean:
 	rm -rf $(VENV) $(FORK_VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage*

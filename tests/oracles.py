@@ -101,7 +101,7 @@ def decoupled_loops(
         entropy_pull.append([(q[i] - p[i]) / temperature for i in range(classes)])
     factor = _gkl_factor(samples, pair_mass) if kind == "gkl" else 1.0
     table = [torch.tensor(x, dtype=torch.float64) for x in (mse, entropy, mse_pull, entropy_pull)]
-    return _expected(kind, alpha, beta * factor, *table)
+    return _expected(kind, alpha, beta, factor, *table)
 
 
 def decoupled(
@@ -135,10 +135,10 @@ def decoupled(
         pair_mass += float(pairs.sum())
 
         p, q = softmax(t, temperature), softmax(s, temperature)
-        entropy[n] = -(p * _log_softmax(s, temperature)).sum()
+        entropy[n] = -torch.where(p == 0, 0.0, p * _log_softmax(s, temperature)).sum()
         entropy_pull[n] = (q - p) / temperature
     factor = _gkl_factor(len(student), pair_mass) if kind == "gkl" else 1.0
-    return _expected(kind, alpha, beta * factor, mse, entropy, mse_pull, entropy_pull)
+    return _expected(kind, alpha, beta, factor, mse, entropy, mse_pull, entropy_pull)
 
 
 def second_derivatives(
@@ -173,6 +173,68 @@ def second_derivatives(
             entropy[i, k] = alpha * (q[i] * same - q[i] * q[k]) / temperature**2
     # DKL's student side is stopped, so its teacher gradient does not see the student move.
     return (entropy, torch.zeros_like(mse), mse) if kind == "dkl" else (entropy + mse, -mse, mse)
+
+
+def ascend(
+    weight: Tensor,
+    bias: Tensor,
+    images: Tensor,
+    start: Tensor,
+    *,
+    norm: str,
+    eps: float,
+    steps: int,
+    step_size: float,
+    objective: str,
+    labels: Tensor,
+    class_prior: Tensor | None = None,
+) -> Tensor:
+    """Projected gradient ascent on a linear classifier, whose gradient is a product of matrices.
+
+    Args:
+        weight: (classes, pixels), float64.
+        bias: (classes,).
+        images: natural images (N, pixels), whose logits are the teacher's.
+        start: where the first step begins, (N, pixels).
+        norm: 'linf' or 'l2'.
+        eps: radius.
+        steps: their number.
+        step_size: their length.
+        objective: 'cross_entropy', 'margin', 'soft_cross_entropy' or 'ikl'.
+        labels: (N,), of the first two objectives.
+        class_prior: (N, classes), weights of 'ikl'.
+
+    Returns:
+        Adversarial images (N, pixels).
+    """
+    every = torch.arange(len(images))
+    found = start
+    for _ in range(steps):
+        logits = found @ weight.T + bias
+        if objective == "cross_entropy":
+            slope = torch.stack([softmax(row, 1.0) for row in logits])
+            slope[every, labels] -= 1.0
+        elif objective == "margin":
+            others = logits.clone()
+            others[every, labels] = -torch.inf
+            slope = torch.zeros_like(logits)
+            slope[every, others.argmax(1)] += 1.0
+            slope[every, labels] -= 1.0
+        else:
+            beta = 1.0 if objective == "ikl" else 0.0
+            natural = images @ weight.T + bias
+            slope = decoupled("ikl", logits, natural, beta=beta, class_prior=class_prior).student_gradient
+        gradient = slope @ weight
+        if norm == "linf":
+            moved = found + step_size * torch.sign(gradient)
+            moved = torch.minimum(torch.maximum(moved, images - eps), images + eps)
+        else:
+            length = gradient.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12)
+            offset = found - images + step_size * gradient / length
+            far = offset.square().sum(1, keepdim=True).sqrt().clamp(min=1e-12)
+            moved = images + offset * (eps / far).clamp(max=1.0)
+        found = moved.clamp(0.0, 1.0)
+    return found
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, size: float = 10.0) -> None:
@@ -265,9 +327,24 @@ def _indices(shape: torch.Size | tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _expected(
-    kind: str, alpha: float, beta: float, mse: Tensor, entropy: Tensor, mse_pull: Tensor, entropy_pull: Tensor
+    kind: str,
+    alpha: float,
+    beta: float,
+    factor: float,
+    mse: Tensor,
+    entropy: Tensor,
+    mse_pull: Tensor,
+    entropy_pull: Tensor,
 ) -> Expected:
-    """Puts the parts together; a pull is the derivative of a part with respect to the student's logits."""
+    """Puts the parts together; a pull is the derivative of a part with respect to the student's logits.
+
+    A term of weight 0 is left out, whatever its value.
+    """
+    if alpha == 0:
+        entropy, entropy_pull = torch.zeros_like(entropy), torch.zeros_like(entropy_pull)
+    if beta == 0:
+        mse, mse_pull = torch.zeros_like(mse), torch.zeros_like(mse_pull)
+    mse, mse_pull = factor * mse, factor * mse_pull
     student_gradient = alpha * entropy_pull
     if kind != "dkl":  # DKL stops the gradient of the student inside the weighted MSE
         student_gradient = student_gradient + beta * mse_pull
@@ -276,7 +353,7 @@ def _expected(
 
 def _gkl_factor(samples: int, pair_mass: float) -> float:
     """GKL divides by the pair weights of the batch where IKL divides by its size: per sample, a factor."""
-    return samples / pair_mass if pair_mass > 0 else 0.0
+    return samples / pair_mass if pair_mass != 0 else 0.0
 
 
 def _weights_of_sample(

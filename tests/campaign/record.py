@@ -1,159 +1,210 @@
-"""What the parts of tools/reliability.py share: the file of a part, which grows case by case, and tables made of it."""
+"""The record of the campaign, made from the outcomes that its tests report: counts, failures, remarks and facts.
+
+A test reports through the fixture ``outcomes``. With ``--campaign-record FOLDER`` the folder gets
+
+- outcomes.jsonl, a line for each test that has ended: tests that have passed are not run again in that folder, so that
+  an interrupted campaign goes on where it stopped;
+- reliability.json and reliability.md, the record and its tables, which docs/results and docs/reliability.md show.
+
+A part is called as its test functions begin: ``test_kills`` makes the part ``kills``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from evidence.bench import processor
 from demo.report import sha256
+from evidence.bench import processor
 
 import ikl_plugins
+from campaign.tables import render
 from ikl_plugins import __version__, native
 from ikl_plugins._files import written_aside
 
-__all__ = ["FORMAT", "Record", "anonymous", "child_environment", "merge", "table"]
-
-_ROOT = Path(__file__).resolve().parents[2]
-_PACKAGE = Path(ikl_plugins.__file__).resolve().parent
-
 FORMAT = "ikl_plugins.reliability/1"
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+PARTS = ("inputs", "inputs_native", "checkpoints", "disk", "configs", "kills")
 PACKAGES = ("numpy", "torchvision", "torchdistill", "mmengine", "mmpretrain", "robustbench", "pyautoattack")
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = Path(ikl_plugins.__file__).resolve().parent
+_ENTRY = "campaign"  # name of the property that carries an outcome from a test to the record
 
 
-class Record:
-    """The JSON file of one part: what it depends on, how many cases had which outcome, every failure in full.
+class Outcomes:
+    """What one test reports.
 
-    Args:
-        path: of the file; what lies there is gone on from if it was made with the same settings, versions and sources
-            of the package.
-        part: name of the part.
-        settings: whatever decides the cases, the seed first.
-
-    Raises:
-        ValueError: the file is damaged, or of other settings, versions or sources.
+    Attributes:
+        seed: of everything that is drawn.
+        quick: few cases.
+        failures: those that the test has reported; it must end with ``assert not outcomes.failures``.
     """
 
-    def __init__(self, path: Path, part: str, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        fresh = {
-            "format": FORMAT, "part": part, "settings": dict(settings), "origin": _origin(), "finished": False,
-            "facts": {}, "done": [], "counts": {}, "failures": [], "remarks": {},
-        }  # fmt: skip
-        self.content: dict[str, Any] = fresh
-        if not path.exists():
-            return
-        try:
-            found = json.loads(path.read_text())
-            differing = [key for key in ("format", "part", "settings") if found[key] != fresh[key]]
-            differing += [key for key, value in fresh["origin"].items() if found["origin"].get(key) != value]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"reliability: {path} must be a result of this tool, but is damaged ({error}). Remove it."
-            ) from error
-        if differing:
-            raise ValueError(
-                f"reliability: {path} must be of the same settings, versions and sources of ikl_plugins to be gone on "
-                f"from, but its {' and '.join(differing)} differ. Name another --output, or remove it."
-            )
-        self.content = found
+    def __init__(self, item: pytest.Item) -> None:
+        self._properties = item.user_properties
+        self.seed: int = item.config.getoption("campaign_seed", 0)
+        self.quick = is_quick(item.config)
+        self.failures: list[dict[str, Any]] = []
 
     @property
-    def finished(self) -> bool:
-        return bool(self.content["finished"])
+    def profile(self) -> str:
+        """Of Hypothesis."""
+        return "few" if self.quick else "campaign"
 
-    def done(self, key: str) -> bool:
-        """Whether a piece of the work has been done, by this run or an earlier one."""
-        return key in self.content["done"]
-
-    def add(self, group: str, outcomes: Iterable[str]) -> None:
+    def count(self, group: str, found: Iterable[str] | Mapping[str, int]) -> None:
         """Counts outcomes of cases of a group, such as a host or a reader."""
-        counts = Counter(self.content["counts"].get(group, {}))
-        counts.update(outcomes)
-        self.content["counts"][group] = dict(sorted(counts.items()))
+        self._properties.append((_ENTRY, {"kind": "counts", "group": group, "counts": dict(Counter(found))}))
 
     def fail(self, group: str, **what: Any) -> None:
-        """Keeps a failure in full; it is counted as well."""
-        self.content["failures"].append({"group": group, **what})
+        """Keeps a failure in full; its outcome is counted beside."""
+        self.failures.append({"group": group, **what})
+        self._properties.append((_ENTRY, {"kind": "failure", "failure": self.failures[-1]}))
 
     def remark(self, group: str, text: str, example: Any = None) -> None:
-        """Counts something that is no failure but should be known, with the first example of it."""
-        remarks = self.content["remarks"].setdefault(group, {})
-        entry = remarks.setdefault(text, {"count": 0, "example": example})
-        entry["count"] += 1
+        """Something that is no failure but should be known; counted, with the first example of it."""
+        self._properties.append((_ENTRY, {"kind": "remark", "group": group, "text": text, "example": example}))
 
     def fact(self, name: str, value: Any) -> None:
-        self.content["facts"][name] = value
-
-    def save(self, done: str | None = None) -> None:
-        """Writes the file aside and renames it; a piece of work that is named counts as done."""
-        if done is not None:
-            self.content["done"].append(done)
-        with written_aside(self.path) as aside:
-            aside.write_text(json.dumps(self.content, indent=1) + "\n")
-
-    def finish(self) -> None:
-        self.content["finished"] = True
-        self.save()
+        self._properties.append((_ENTRY, {"kind": "fact", "name": name, "value": value}))
 
 
-def _origin() -> dict[str, Any]:
+def is_quick(config: pytest.Config) -> bool:
+    return bool(config.getoption("campaign_size", "full") == "quick")
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that the campaign starts: one thread, no GPU, no warnings beside the output."""
+    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    operator = {native.VARIABLE: "0"}  # the C++ operator rounds otherwise, and has a part of its own
+    return {**os.environ, **quiet, **operator, **more}
+
+
+def part_of(nodeid: str) -> str:
+    """The part whose name the test function's begins with, the longest one."""
+    found = re.search(r"::test_(\w+)", nodeid)
+    parts = [part for part in PARTS if found and found[1].startswith(part)]
+    return max(parts, key=len, default=nodeid)
+
+
+class Recorder:
+    """The plugin behind ``--campaign-record``."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.path = folder / "outcomes.jsonl"
+        self.header = {"format": FORMAT, "settings": dict(settings), "origin": origin()}
+        self.expected: dict[str, int] = {}
+        self.ended: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            self._read()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._append(self.header)
+
+    def _read(self) -> None:
+        try:
+            header, *lines = map(json.loads, self.path.read_text().splitlines())
+        except ValueError as error:
+            raise pytest.UsageError(f"--campaign-record: {self.path} is damaged ({error}). Remove it.") from error
+        differing = [key for key in self.header if header.get(key) != self.header[key]]
+        if differing:
+            what = " and ".join(differing)
+            raise pytest.UsageError(f"--campaign-record: {self.path} is of another {what}. Name another folder.")
+        for line in lines:
+            self.expected.update(line.get("expected", {}))
+            if "test" in line:
+                self.ended[line["test"]] = line
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leaves out what has passed before."""
+        expected = Counter(part_of(item.nodeid) for item in items if item.get_closest_marker("campaign"))
+        self.expected.update({part: max(count, self.expected.get(part, 0)) for part, count in expected.items()})
+        self._append({"expected": self.expected})
+        passed = [item for item in items if self.ended.get(item.nodeid, {}).get("outcome") == "passed"]
+        if passed:
+            config.hook.pytest_deselected(items=passed)
+            items[:] = [item for item in items if item not in passed]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if part_of(report.nodeid) not in PARTS or not (report.when == "call" or report.failed):
+            return
+        entries = [value for name, value in report.user_properties if name == _ENTRY]
+        if report.failed and not any(entry["kind"] == "failure" for entry in entries):
+            failure = {"group": part_of(report.nodeid), "test": report.nodeid, "detail": report.longreprtext}
+            entries.append({"kind": "failure", "failure": failure})
+        line = {"test": report.nodeid, "outcome": report.outcome, "entries": entries}
+        self.ended[report.nodeid] = line
+        self._append(line)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        merged = self.merged()
+        with written_aside(self.folder / "reliability.json") as aside:
+            aside.write_text(json.dumps(merged, indent=1) + "\n")
+        with written_aside(self.folder / "reliability.md") as aside:
+            aside.write_text(render(merged))
+        if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.ended:
+            session.exitstatus = pytest.ExitCode.OK  # all of them had passed before
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        terminalreporter.write_line(f"written: {self.folder / 'reliability.json'} and reliability.md")
+
+    def merged(self) -> dict[str, Any]:
+        """All parts, in their order."""
+        found = {}
+        for part in PARTS:
+            lines = [line for test, line in self.ended.items() if part_of(test) == part]
+            lines = [line for line in lines if line["outcome"] != "skipped"]
+            if lines:
+                finished = len(lines) == self.expected.get(part)
+                found[part] = {**self.header, "part": part, "finished": finished, **gathered(lines)}
+        text = json.dumps({"format": FORMAT, "parts": found})
+        merged: dict[str, Any] = json.loads(
+            text.replace(f"{ROOT}/", "")
+        )  # where this checkout lies is nobody's business
+        return merged
+
+
+def gathered(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries of the tests of a part, put together."""
+    facts: dict[str, Any] = {}
+    counts: dict[str, Counter[str]] = {}
+    failures: list[Any] = []
+    remarks: dict[str, dict[str, Any]] = {}
+    for entry in (entry for line in lines for entry in line["entries"]):
+        if entry["kind"] == "counts":
+            counts.setdefault(entry["group"], Counter()).update(entry["counts"])
+        elif entry["kind"] == "failure":
+            failures.append(entry["failure"])
+        elif entry["kind"] == "fact":
+            facts[entry["name"]] = entry["value"]
+        else:
+            of_group = remarks.setdefault(entry["group"], {})
+            of_group.setdefault(entry["text"], {"count": 0, "example": entry["example"]})["count"] += 1
+    sorted_counts = {group: dict(sorted(found.items())) for group, found in counts.items()}
+    return {"facts": facts, "counts": sorted_counts, "failures": failures, "remarks": remarks}
+
+
+def origin() -> dict[str, Any]:
+    """Versions, processor, threads and the checksum of the package: what the outcomes depend on."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "ikl_plugins": __version__}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
-    return {"versions": versions, "processor": processor(), "threads": torch.get_num_threads(), "sources": _sources()}
-
-
-def _sources() -> str:
-    """The checksum of the package that is tried: between two releases the version says nothing about its code."""
-    files = [*_PACKAGE.rglob("*.py"), *(_PACKAGE / "csrc").glob("*.cpp")]
-    return sha256({path.relative_to(_PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in files})
-
-
-def child_environment(**more: str) -> dict[str, str]:
-    """The environment of a process that this tool starts: one thread, no GPU, no warnings beside the output."""
-    return {
-        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
-        native.VARIABLE: "0",  # the C++ operator rounds otherwise, and has a part of its own
-        **more,
-    }  # fmt: skip
-
-
-def anonymous(text: str) -> str:
-    """The text without the place of this checkout, which is nobody's business; files of it are named from its root."""
-    return text.replace(f"{_ROOT}/", "")
-
-
-def merge(folder: Path, parts: Sequence[str]) -> dict[str, Any]:
-    """The results of all parts that a folder has.
-
-    Raises:
-        ValueError: one is not finished.
-    """
-    found = {}
-    for part in parts:
-        path = folder / f"{part}.json"
-        if path.exists():
-            content = json.loads(anonymous(path.read_text()))
-            if not content["finished"]:
-                raise ValueError(f"reliability: {path} must be finished to be shown. Run the part {part} again.")
-            content.pop("done")
-            found[part] = content
-    return {"format": FORMAT, "parts": found}
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    files = [*SOURCES.rglob("*.py"), *(SOURCES / "csrc").glob("*.cpp")]
+    sources = sha256({path.relative_to(SOURCES).as_posix(): path.read_text(encoding="utf-8") for path in files})
+    return {"versions": versions, "processor": processor(), "threads": torch.get_num_threads(), "sources": sources}

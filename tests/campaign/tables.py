@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-
-from campaign.record import table
-
-__all__ = ["render", "tables"]
 
 _NAMES = {
     "inputs": "Generated inputs",
@@ -20,14 +16,7 @@ _NAMES = {
 
 
 def render(merged: Mapping[str, Any]) -> str:
-    """All tables, each under a heading, behind a line on where they come from.
-
-    Args:
-        merged: of ``reliability_record.merge``.
-
-    Returns:
-        Markdown.
-    """
+    """All tables of a record as Markdown, each under a heading, behind a line on where they come from."""
     return "\n\n".join(f"### {_NAMES[part]}\n\n{text}" for part, text in tables(merged).items()) + "\n"
 
 
@@ -38,6 +27,7 @@ def tables(merged: Mapping[str, Any]) -> dict[str, str]:
     for part, content in merged["parts"].items():
         origin = _origin(content)
         quick = ", quick" if content["settings"]["quick"] else ""
+        quick += "" if content["finished"] else ", not finished"
         line = f"Seed {content['settings']['seed']}{quick}; failures: {len(content['failures'])}."
         found[part] = f"{line}{'' if origin == before else f' {origin}.'}\n\n{_TABLES[part](content)}"
         before = origin
@@ -84,7 +74,9 @@ def _checkpoints(content: Mapping[str, Any]) -> str:
             of_it = {name.split(": ", 1)[1]: count for name, count in found.items() if name.startswith(f"{changed}: ")}
             said = "; ".join(f"{outcome} {count}" for outcome, count in sorted(of_it.items()))
             rows.append([reader, changed, sum(of_it.values()), said])
-    cost = content["facts"]["seconds to read 100 MB"]
+    cost = content["facts"].get("seconds to read 100 MB")
+    if cost is None:
+        return table(["reader", "file", "cases", "outcomes"], rows)
     note = (
         f"A file of {cost['megabytes']} MB is read in {cost['load_content']} s with its checksums, in "
         f"{cost['torch.load']} s by torch.load; the checksums alone take {cost['its checksums alone']} s."
@@ -95,27 +87,20 @@ def _checkpoints(content: Mapping[str, Any]) -> str:
 def _kills(content: Mapping[str, Any]) -> str:
     places = ("start-up", "before the first checkpoint", "inside an epoch", "inside a write")
     ends = ("runs that end as the uninterrupted one", "other result", "did not go on")
-    facts = content["facts"]
-    rows = [
-        [
-            host, facts[f"{host}: kills"], *(found.get(place, 0) for place in places),
-            facts[f"{host}: runs"], *(found.get(end, 0) for end in ends),
-            facts[f"{host}: seconds of the uninterrupted run"],
-        ]
-        for host, found in content["counts"].items()
-    ]  # fmt: skip
+    rows = []
+    for host, found in content["counts"].items():
+        of_places, of_ends = [found.get(place, 0) for place in places], [found.get(end, 0) for end in ends]
+        seconds = content["facts"].get(f"{host}: seconds of the uninterrupted run", "")
+        rows.append([host, sum(of_places), *of_places, sum(of_ends), *of_ends, seconds])
     total = ["all", *(sum(row[column] for row in rows) for column in range(1, 10)), ""]
-    header = [
-        "host",
-        "points",
-        *places,
-        "runs",
-        "equal to the bit",
-        "other result",
-        "did not go on",
-        "seconds of a run",
-    ]
-    return table(header, [*rows, total])
+    shown = ["equal to the bit", *ends[1:], "seconds of a run"]
+    return table(["host", "points", *places, "runs", *shown], [*rows, total])
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {

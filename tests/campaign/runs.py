@@ -1,0 +1,346 @@
+"""The commands that are killed, and whose disks are filled: three trainings and an evaluation.
+
+Each is started as a user starts it, and goes on from what an earlier process has left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from campaign.comparison import half_written
+from campaign.digits import MMPRETRAIN, TORCHDISTILL, few_digits, replaced
+from campaign.record import child_environment
+from ikl_plugins.checkpoints import load_content
+from ikl_plugins.commands.data import prepare_digits
+
+TIMEOUT = 900.0  # of one process, in seconds
+LESS_DATA = {"train": 32, "val": 10, "test": 10}  # digits of each class, for the adversarial training
+IKL = "ikl_plugins"  # the module whose arguments are the command line
+
+
+@dataclass
+class Life:
+    """What became of one process."""
+
+    seconds: float
+    code: int
+    events: list[tuple[float, str]]  # seconds since the start, 'open PATH' or 'rename PATH'
+    output: str
+    killed: bool
+
+
+@dataclass
+class Command:
+    """A command that may be stopped and started again in a folder of its own.
+
+    Attributes:
+        name: for the record.
+        arguments: of Python behind -m, from the folder of the run and whether it has been started before.
+        writes: which files it writes that a resumed run depends on.
+        begun: a line of its output that says that the first step of this process has been done.
+        finished: from the folder, how much of the run is safe on the disk, from 0 to 1.
+        result: from the folder, what must be equal.
+        parts: about how many pieces of equal length the run has, each with a write behind it.
+        beside: from the folder, what the host itself does not promise, compared apart.
+        environment: of its processes.
+    """
+
+    name: str
+    arguments: Callable[[Path, bool], list[str]]
+    writes: re.Pattern[str]
+    begun: re.Pattern[str]
+    finished: Callable[[Path], float]
+    result: Callable[[Path], Any]
+    parts: int
+    beside: Callable[[Path], Any] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def live(
+    command: Command,
+    folder: Path,
+    *,
+    again: bool,
+    kill_after: float | None = None,
+    kill_in_write: tuple[int, float] | None = None,
+) -> Life:
+    """Starts the command and waits for its end, or kills it.
+
+    Args:
+        command: what to start.
+        folder: of the run.
+        again: whether it goes on from an earlier process.
+        kill_after: so many seconds after the start.
+        kill_in_write: the number of the write, 0 for the first, and the seconds after its beginning.
+
+    Raises:
+        RuntimeError: a process that neither ended nor was to be killed.
+    """
+    reader, writer = os.pipe()
+    log = folder.with_name(f"{folder.name}.log")
+    recorded = [sys.executable, str(Path(__file__).with_name("record_writes.py")), str(writer)]
+    planned = kill_after is not None or kill_in_write is not None
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*recorded, *command.arguments(folder, again)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(writer,),
+            cwd=folder.parent,
+            env=child_environment(**command.environment),
+            start_new_session=True,
+        )
+        os.close(writer)
+        deadline = start + (TIMEOUT if kill_after is None else kill_after)
+        events = _follow(reader, process, command.writes, start, deadline, kill_in_write)
+        if process.poll() is None and time.monotonic() >= events.deadline:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+    os.close(reader)
+    text = log.read_text(errors="replace")
+    killed = process.returncode == -signal.SIGKILL
+    if killed and not planned:
+        raise RuntimeError(f"{command.name} did not end within {TIMEOUT:.0f} seconds:\n{text[-2000:]}")
+    return Life(time.monotonic() - start, process.returncode, events.told, text, killed)
+
+
+@dataclass
+class _Events:
+    told: list[tuple[float, str]]
+    deadline: float
+
+
+def _follow(
+    reader: int,
+    process: subprocess.Popen[bytes],
+    writes: re.Pattern[str],
+    start: float,
+    deadline: float,
+    kill_in_write: tuple[int, float] | None,
+) -> _Events:
+    """Reads what the process tells until it ends or the deadline, which the beginning of a write may set, has come."""
+    events = _Events([], deadline)
+    begun = 0
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(reader, selectors.EVENT_READ)
+        while (left := events.deadline - time.monotonic()) > 0:
+            if not selector.select(min(left, 1.0)):
+                if process.poll() is not None:
+                    break
+                continue
+            chunk = os.read(reader, 65536)
+            if not chunk:
+                break
+            *lines, rest = (rest + chunk).split(b"\n")
+            for text in map(bytes.decode, lines):
+                events.told.append((time.monotonic() - start, text))
+                if text.startswith("open ") and writes.search(text):
+                    if kill_in_write is not None and begun == kill_in_write[0]:
+                        events.deadline = time.monotonic() + kill_in_write[1]
+                    begun += 1
+    return events
+
+
+def where_it_fell(command: Command, life: Life, safe_before: bool) -> str:
+    """In what a process was killed."""
+    told = [text for _, text in life.events if command.writes.search(text)]
+    if told and told[-1].startswith("open ") and half_written(Path(told[-1].split(" ", 1)[1])):
+        return "inside a write"
+    if not command.begun.search(life.output):
+        return "start-up"
+    return "inside an epoch" if safe_before or told else "before the first checkpoint"
+
+
+def prepare(work: Path, *arguments: str) -> None:
+    """Runs a command of ours that must succeed, on all digits."""
+    done = subprocess.run(
+        [sys.executable, "-m", IKL, *arguments],
+        cwd=work,
+        env=child_environment(IKL_PLUGINS_DATA=str(digits(work))),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{arguments} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def digits(work: Path) -> Path:
+    prepare_digits(work / "data")
+    return work / "data"
+
+
+def config_of(work: Path, folder: Path, ending: str) -> Path:
+    """Where a run's config lies: not on the disk that the run writes to."""
+    return work / f"{folder.parent.name}_{folder.name}{ending}"
+
+
+def torchdistill(work: Path, epochs: int) -> Command:
+    """The shipped digits/ikl.yaml: IKL with the class prior."""
+    teacher = work / "teacher" / "teacher.pt"
+    shipped = (TORCHDISTILL / "ikl.yaml").read_text()
+
+    def done(folder: Path) -> int:
+        last = folder / "ikl_last.pt"
+        return int(load_content(last)["epoch"]) if last.exists() else 0
+
+    def arguments(folder: Path, again: bool) -> list[str]:
+        config = config_of(work, folder, ".yaml")
+        config.write_text(
+            replaced(
+                shipped,
+                ("num_epochs: 10", f"num_epochs: {epochs}"),
+                ("T_max: 10", f"T_max: {epochs}"),
+                ("runs/torchdistill/digits/teacher/teacher.pt", str(teacher)),
+                ("runs/torchdistill/digits/ikl/ikl.pt", str(folder / "ikl.pt")),
+            )
+        )
+        return [IKL, "train", str(config), "--device", "cpu", "--start_epoch", str(done(folder) if again else 0)]
+
+    def result(folder: Path) -> Any:
+        found = {name: load_content(folder / name) for name in ("ikl.pt", "ikl_last.pt")}
+        for row in found["ikl_last.pt"]["history"]:
+            del row["seconds_per_step"]
+        for content in found.values():
+            content["args"] = vars(content["args"])
+        return found
+
+    if not teacher.exists():
+        config = work / "teacher.yaml"
+        config.write_text(
+            replaced(
+                (TORCHDISTILL / "teacher.yaml").read_text(),
+                ("num_epochs: 12", "num_epochs: 2"),
+                ("T_max: 12", "T_max: 2"),
+                ("dst_ckpt: 'runs/torchdistill/digits/teacher/teacher.pt'", f"dst_ckpt: '{teacher}'"),
+            )
+        )
+        prepare(work, "train", str(config), "--device", "cpu")
+    return Command(
+        "torchdistill",
+        arguments,
+        writes=re.compile(r"ikl(_last)?\.pt"),
+        begun=re.compile(r"Loss = "),
+        finished=lambda folder: done(folder) / epochs,
+        result=result,
+        parts=epochs,
+        environment={"IKL_PLUGINS_DATA": str(digits(work))},
+    )
+
+
+def _mmpretrain_net(work: Path, name: str) -> Path:
+    """A shipped config of the digits, trained for two epochs."""
+    checkpoint = work / f"mm_{name}" / "epoch_2.pth"
+    if not checkpoint.exists():
+        shorter = ("--cfg-options", "train_cfg.max_epochs=2", "param_scheduler.T_max=2")
+        prepare(work, "train", str(MMPRETRAIN / f"{name}.py"), "--work-dir", str(checkpoint.parent), *shorter)
+    return checkpoint
+
+
+def mmpretrain(work: Path, name: str, epochs: int) -> Command:
+    """A shipped config of the digits: 'distill_ikl' or 'adversarial_ikl', the latter with weight perturbation."""
+    if name == "distill_ikl":
+        data = digits(work)
+        more = f"model = dict(teacher_ckpt={str(_mmpretrain_net(work, 'teacher'))!r})"
+    else:
+        data = few_digits(work / "less", LESS_DATA)
+        more = "model = dict(awp=dict(warmup_epochs=1))"
+
+    def arguments(folder: Path, again: bool) -> list[str]:
+        config = config_of(work, folder, ".py")
+        config.write_text(
+            f"_base_ = {str(MMPRETRAIN / f'{name}.py')!r}\ntrain_cfg = dict(max_epochs={epochs})\n"
+            f"param_scheduler = dict(T_max={epochs})\n{more}\ndefault_hooks = dict(logger=dict(interval=1))\n"
+        )
+        return [IKL, "train", str(config), "--work-dir", str(folder), *(["--resume"] if again else [])]
+
+    def finished(folder: Path) -> float:
+        last = folder / "last_checkpoint"
+        found = re.search(r"epoch_(\d+)\.pth$", last.read_text().strip()) if last.exists() else None
+        return int(found[1]) / epochs if found else 0.0
+
+    def history(content: Any, kind: str) -> Any:
+        scalars = content["message_hub"]["log_scalars"].items()
+        return {key: buffer._log_history for key, buffer in scalars if key.startswith(kind) and "time" not in key}
+
+    def result(folder: Path) -> Any:
+        content = load_content(folder / f"epoch_{epochs}.pth")
+        kept = {key: content[key] for key in ("state_dict", "optimizer", "param_schedulers")}
+        return {**kept, "history": history(content, "train/")}
+
+    def beside(folder: Path) -> Any:
+        best = folder.glob("best_*.pth")
+        found = {path.name: None if half_written(path) else load_content(path)["state_dict"] for path in best}
+        return {**found, "history": history(load_content(folder / f"epoch_{epochs}.pth"), "val/")}
+
+    return Command(
+        f"mmpretrain {name}",
+        arguments,
+        writes=re.compile(r"(epoch_\d+\.pth|last_checkpoint)$"),
+        begun=re.compile(r"Epoch\(train\)"),
+        finished=finished,
+        result=result,
+        parts=epochs,
+        beside=beside,
+        environment={"IKL_PLUGINS_DATA": str(data)},
+    )
+
+
+def evaluation(work: Path, images: int) -> Command:
+    """AutoAttack on a small network and real digits."""
+    checkpoint = _mmpretrain_net(work, "natural")
+    data = digits(work)
+
+    def arguments(folder: Path, again: bool) -> list[str]:
+        model = ("--mmpretrain", str(MMPRETRAIN / "natural.py"), "--checkpoint", str(checkpoint))
+        on = ("--data", str(data / "digits" / "test"), "--n-examples", str(images), "--batch-size", "4")
+        attack = ("--eps", "8/255", "--attacks", "apgd-ce,apgd-t")
+        return [IKL, "evaluate", *model, *on, *attack, "--output", str(folder)]
+
+    def log_of(folder: Path) -> Any:
+        path = folder / "evaluation.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finished(folder: Path) -> float:
+        log = log_of(folder)
+        if log is None:
+            return 0.0
+        shares = [entry["batches_done"] / max(1, entry["batches"]) for entry in log["progress"]]
+        return float(sum(shares) / len(log["attacks"]))
+
+    def result(folder: Path) -> Any:
+        log = log_of(folder)
+        del log["date"]
+        for entry in log["progress"]:
+            del entry["seconds"]
+        images_of = {}
+        for path in sorted((folder / "evaluation_adversarial").glob("[!.]*.npz")):
+            with np.load(path) as content:
+                images_of[path.name] = dict(content)
+        return {"log": log, "adversarial": images_of}
+
+    return Command(
+        "evaluation",
+        arguments,
+        writes=re.compile(r"evaluation\.(\d+\.partial\.)?json$|\.npz$"),
+        begun=re.compile(r" images of "),
+        finished=finished,
+        result=result,
+        parts=2 * images // 4,
+        environment={"IKL_PLUGINS_DATA": str(data)},
+    )

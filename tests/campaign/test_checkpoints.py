@@ -1,0 +1,168 @@
+"""Hostile and damaged files through every reader: refused by name or read right, and never run.
+
+- Files that would run code when they are unpickled, in many guises. The code would make a folder; there must be none.
+- A sound file cut at random lengths, with a random bit flipped, and files that are something else.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from campaign.comparison import differences
+from campaign.digits import few_digits, quiet
+from campaign.hostile import guises, other_files
+from campaign.in_child_process import Answer, in_child_process, value_of
+from campaign.readers import READERS, Reader
+from campaign.record import Outcomes
+from ikl_plugins.checkpoints import load_content
+
+TIMEOUT = 120.0
+CHANGES = ("code", "cut", "flipped", "other file")
+MANY = {"cut": 200, "flipped": 400}  # of load_content
+FEW = {"cut": 40, "flipped": 60}  # of the others
+
+
+class Sound(NamedTuple):
+    """A reader, what it reads of its sound file, and a folder for the others."""
+
+    name: str
+    reader: Reader
+    content: Any
+    cases: Path
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as patch, quiet():
+        patch.setenv("IKL_PLUGINS_DATA", str(few_digits(folder / "data")))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def sound(request: pytest.FixtureRequest, work: Path) -> Iterator[Sound]:
+    with quiet():
+        reader = READERS[request.param](work)
+    cases = work / "cases"
+    cases.mkdir()
+    yield Sound(request.param, reader, value_of(lambda _: reader.read(reader.path), TIMEOUT), cases)
+    shutil.rmtree(cases)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("changed", CHANGES)
+@pytest.mark.parametrize("sound", READERS, indirect=True, scope="module")
+def test_checkpoints(sound: Sound, changed: str, outcomes: Outcomes) -> None:
+    marker = sound.cases.with_name("exploded")
+    rng = random.Random(f"{outcomes.seed} {sound.name} {changed}")
+    share = 0.05 if outcomes.quick else 1.0
+    found = []
+    for number, (what, content) in enumerate(files(sound, changed, marker, rng, share)):
+        path = sound.cases / f"case_{changed.replace(' ', '_')}{number:04d}{sound.reader.path.suffix}"
+        if content is not None:
+            path.write_bytes(content)
+        elif what == "a folder":
+            path.mkdir()
+        answer = in_child_process(lambda _, path=path: sound.reader.read(path), TIMEOUT)  # type: ignore[misc]
+        exploded = marker.exists()
+        if exploded:
+            shutil.rmtree(marker)
+        right = sound.content if changed in ("cut", "flipped") else None
+        outcome, why = judge(
+            answer, path.name, right, changed=changed, checksums=sound.reader.checksums, exploded=exploded
+        )
+        found.append(f"{changed}: {outcome}")
+        if why:
+            outcomes.fail(sound.name, number=path.name, input=f"{changed}: {what}", what=outcome, detail=why[-1500:])
+    outcomes.count(sound.name, found)
+    assert not outcomes.failures
+
+
+def files(
+    sound: Sound, changed: str, marker: Path, rng: random.Random, share: float
+) -> Iterator[tuple[str, bytes | None]]:
+    """The files of one kind, by what they are; None in place of what is no file."""
+    if changed == "code":
+        yield from {**guises(marker), **sound.reader.hostile(marker)}.items()
+        return
+    if changed == "other file":
+        yield from {**other_files(), "a folder": None, "nothing": None}.items()
+        return
+    content = sound.reader.path.read_bytes()
+    for _ in range(round((MANY if "load_content" in sound.name else FEW)[changed] * share)):
+        place, bit = rng.randrange(len(content)), rng.randrange(8)
+        if changed == "cut":
+            yield f"{place} of {len(content)} bytes", content[:place]
+        else:
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            yield f"bit {bit} of byte {place} of {len(content)}", bytes(flipped)
+
+
+def judge(answer: Answer, name: str, sound: Any, *, changed: str, checksums: bool, exploded: bool) -> tuple[str, str]:
+    """The outcome of a case, and why it is a failure; '' if it is none.
+
+    Args:
+        answer: of the process that read the file.
+        name: of the file.
+        sound: what the sound file gives; None of a file that is somebody else's.
+        changed: one of CHANGES.
+        checksums: whether the format has any.
+        exploded: whether the file's code has run.
+    """
+    if exploded:
+        return "the code ran", f"{changed}: the marker is there"
+    if answer.how in ("died", "hung"):
+        return f"the process {answer.how}", changed
+    if answer.how == "raised":
+        kind, message, trace = answer.value
+        if kind != "ValueError":
+            return "another error", f"{kind}: {message}\n{trace}"
+        return ("refused by name", "") if Path(name).stem in message else ("refused without the file's name", message)
+    if sound is None and changed == "code":
+        return "read, and its code not run", ""
+    if sound is None:
+        return "read as something else", ""
+    found = differences(answer.value, sound)
+    if not found:
+        return "read, with the same content", ""
+    if changed == "flipped" and not checksums:
+        return "read, with other content: the format has no checksums", ""
+    return "read, with other content", ", ".join(found[:10])
+
+
+@pytest.mark.campaign
+def test_checkpoints_seconds(tmp_path: Path, outcomes: Outcomes) -> None:
+    """What the checksums of a file of 100 MB cost, median of some readings; the file is in the page cache."""
+    path = tmp_path / "large.pth"
+    torch.save({"weights": {f"layer{i}": torch.randn(2_500_000) for i in range(10)}}, path)
+
+    def seconds(read: Callable[[], Any]) -> float:
+        found = []
+        for _ in range(1 if outcomes.quick else 7):
+            begin = time.perf_counter()
+            read()
+            found.append(time.perf_counter() - begin)
+        return round(sorted(found)[len(found) // 2], 4)
+
+    def verify() -> None:
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+
+    found = {
+        "megabytes": round(path.stat().st_size / 1e6, 1),
+        "torch.load": seconds(lambda: torch.load(path, map_location="cpu", weights_only=True)),
+        "load_content": seconds(lambda: load_content(path)),
+        "its checksums alone": seconds(verify),
+    }
+    path.unlink()
+    outcomes.fact("seconds to read 100 MB", found)
