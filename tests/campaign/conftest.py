@@ -1,8 +1,4 @@
-"""Options and fixtures of the campaign; see record.py for what is written.
-
-    pytest tests/campaign -m campaign --campaign-record runs/reliability
-    pytest tests/campaign -m campaign -k kills --campaign-size quick
-"""
+"""Options and fixtures of the campaign; see record.py for what is written."""
 
 from __future__ import annotations
 
