@@ -7,12 +7,14 @@ EXTRAS := demo,test
 FORK_VENV := .venv-fork
 FORK_EXTRAS := mmpretrain-fork,robustbench,data,test
 
-.PHONY: demo test test-slow test-fork lint type bench reproduce campaign clean help
+.PHONY: demo smoke test test-slow test-fork test-matrix lint type bench reproduce campaign clean help
 
 help:
 	@echo "make demo       small students and robust networks on real digits; tables and plots in runs/demo"
+	@echo "make smoke      the wheel, the sdist and an editable install, from an empty directory: every command of ikl"
 	@echo "make test       tests, doctests, coverage"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-matrix  the core and both adapters with other releases of torch and Python; docs/compatibility.md"
 	@echo "make test-fork  the MMPretrain tests, in a second environment with the maintained forks (onedl-*)"
 	@echo "make lint       ruff"
 	@echo "make type       mypy"
@@ -28,8 +30,12 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python tools/demo.py
 
+smoke: $(VENV)/installed
+	$(BIN)/python -m pytest -m installed tests/installed
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not campaign" --cov --cov-report=term --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not campaign and not installed" \
+	    --cov --cov-report=term --cov-fail-under=95
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

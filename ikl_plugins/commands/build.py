@@ -1,7 +1,9 @@
 """Builds the C++ operator of the losses for CPUs, and checks its gradients.
 
-ikl build
-IKL_PLUGINS_NATIVE=1 ikl train CONFIG      # uses it
+    ikl build
+    IKL_PLUGINS_NATIVE=1 ikl train CONFIG      # uses it
+
+It needs a C++ compiler; the environment variable CXX names another one.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 2 -m ikl_plugins train CONFIG ...        # several processes
     ikl train --where                                                  # the path of mmpretrain's tools/train.py
 
-CONFIG is a file, or the name of a shipped config (`ikl config list`). `ikl train CONFIG --help` shows the host's options.
+CONFIG is a file, or the name of a shipped config (`ikl config list`). It comes before the options, which are the host's:
+`ikl train CONFIG --help` shows them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = Path(arguments.config or "")
     if config.suffix not in (".yaml", ".yml", ".py"):
         raise ValueError(
-            f"{CALLER}: the config comes first and ends in .yaml, .yml (torchdistill) or .py (MMPretrain), got {arguments.config!r}."
+            f"{CALLER}: the config must come first and end in .yaml, .yml (torchdistill) or .py (MMPretrain), got "
+            f"{arguments.config!r}."
         )
     config = config_path(config)
     if config.suffix == ".py":
