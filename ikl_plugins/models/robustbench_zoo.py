@@ -69,6 +69,7 @@ _EXAMPLES = (
     "WideResNet-28-10",
     "WideResNet-34-10",
 )
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
 LAST_LAYERS = ("fc", "linear", "logits", "classifier", "classifier.0")
 _SIMILAR = 0.5  # share of entries in common above which one network is called near another
 
@@ -217,7 +218,7 @@ def parse_architecture(name: str, *, caller: str = "parse_architecture") -> Arch
         depths = _DEPTHS[architecture.family]
         if architecture.depth not in depths:
             raise ValueError(
-                f"{caller}: `architecture` must have a depth that {architecture.family} has, got {name}. "
+                f"{caller}: `architecture` must have a depth of {architecture.family}, got {name}. "
                 f"Use one of {', '.join(map(str, depths))}."
             )
     elif architecture.depth < 10 or (architecture.depth - 4) % 6:
@@ -342,42 +343,40 @@ def _entries(weights: Mapping[str, Tensor]) -> frozenset[tuple[str, tuple[int, .
 
 def _statistics(
     architecture: Architecture, dataset: str, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
+) -> Statistics | tuple[None, None]:
     """Mean and std as they were given, checked; a pair of None for those of the data set, or where there are none."""
-    if (mean is None) != (std is None):
+    given = given_statistics(_CALLER, mean, std)
+    if given is not None and not architecture.normalises:
         raise ValueError(
-            f"{_CALLER}: `mean` and `std` must be given both or not at all, got mean={mean} and std={std}. "
-            f"Give both, for the three channels and pixels in [0, 1]."
+            f"{_CALLER}: `mean` and `std` must be left out for {architecture.name}, which takes images as they are, "
+            f"got mean={mean}. Leave them out, or take a DMWideResNet or DMPreActResNet."
         )
+    if given is None and architecture.normalises and dataset not in _CONSTANTS:
+        raise ValueError(
+            f"{_CALLER}: {architecture.name} must know mean and std, which RobustBench has for "
+            f"{' and '.join(_CONSTANTS)} alone, got dataset={dataset!r}. Give `mean` and `std`."
+        )
+    return given or (None, None)
+
+
+def given_statistics(caller: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Statistics | None:
+    """:func:`check_statistics` of what may be given both or not at all."""
+    if mean is None and std is None:
+        return None
     if mean is None or std is None:
-        if architecture.normalises and dataset not in _CONSTANTS:
-            raise ValueError(
-                f"{_CALLER}: {architecture.name} normalises its inputs, but RobustBench has mean and std for "
-                f"{' and '.join(_CONSTANTS)} alone, got dataset={dataset!r}. Give `mean` and `std`."
-            )
-        return None, None
-    if not architecture.normalises:
         raise ValueError(
-            f"{_CALLER}: `mean` and `std` must be left out for {architecture.name}, whose class takes images in "
-            f"[0, 1] as they are, got mean={mean}. Leave them out, or take a DMWideResNet or DMPreActResNet."
+            f"{caller}: `mean` and `std` must be given both or not at all, got mean={mean} and std={std}. Give both."
         )
-    return check_statistics(_CALLER, mean, std)
+    return check_statistics(caller, mean, std)
 
 
-def check_statistics(
-    caller: str, mean: Sequence[float], std: Sequence[float]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def check_statistics(caller: str, mean: Sequence[float], std: Sequence[float]) -> Statistics:
     """Refuses a mean and std that are not three finite numbers each, std above 0; hands them back as tuples."""
     for name, values in (("mean", mean), ("std", std)):
+        rule = f"`{name}` must be three finite numbers{' above 0' if name == 'std' else ''}, one a channel"
         if not isinstance(values, (tuple, list)):
-            raise TypeError(
-                f"{caller}: `{name}` must be a sequence of three numbers, one a channel, got {values!r}. "
-                f"Give them for pixels in [0, 1]."
-            )
+            raise TypeError(f"{caller}: {rule}, got {values!r}. Give a sequence of them, for pixels in [0, 1].")
         numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
         if len(numbers) != 3 or len(values) != 3 or (name == "std" and min(numbers) <= 0):
-            raise ValueError(
-                f"{caller}: `{name}` must be three finite numbers{' above 0' if name == 'std' else ''}, one a channel, "
-                f"got {values}. Give them for pixels in [0, 1]."
-            )
+            raise ValueError(f"{caller}: {rule}, got {values}. Give them for pixels in [0, 1].")
     return tuple(map(float, mean)), tuple(map(float, std))

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import os
-import re
 import sys
 
 import numpy
@@ -71,27 +70,24 @@ FORMATS = {
     "mmpretrain": lambda weights: {"meta": {}, "state_dict": named(weights, "backbone.")},
     "mmpretrain, class prior": lambda weights: {"state_dict": {**named(weights, "backbone."), **PRIOR}},
     "mmpretrain, distilled": lambda weights: {"state_dict": {**DISTILL_PRIOR, **named(weights, "backbone.")}},
-    "torchdistill": lambda weights: {
-        "model": weights, "optimizer": {"state": {}}, "best_value": 0.5, "args": argparse.Namespace(seed=1),
-    },
-    "mdistiller": lambda weights: {"model": weights},
-    "robustbench": lambda weights: {"state_dict": weights},
-    "robustbench, model": lambda weights: {"state_dict": named(weights, "model.")},
+    "torchdistill": lambda weights: {"model": weights, "best_value": 0.5, "args": argparse.Namespace(seed=1)},
+    "robustbench": lambda weights: {"state_dict": named(weights, "model.")},
     "robustbench, both": lambda weights: {"state_dict": named(weights, "module.model.")},
-    "official, averaged": lambda weights: named(weights, "module.", averaged_counters),
-    "official, flat": lambda weights: named(weights, "", averaged_counters),
-    "generated data": lambda weights: {
-        "model_state_dict": named(weights, "module.0."),
-        "unaveraged_model_state_dict": named(weights, "module.0.", lambda _, tensor: torch.zeros_like(tensor)),
-        "epoch": 400,
-    },
+    "official, averaged": lambda weights: named({**weights, **UNUSED}, "module.", averaged_counters),
+    "official, flat": lambda weights: named({**weights, **UNUSED}, "", averaged_counters),
+    "generated data": lambda weights: {"model_state_dict": named(weights, "module.0."), "epoch": 400},
     "generated data, one device": lambda weights: {"model_state_dict": named(weights, "0.")},
-}  # fmt: skip
+}
+OFFICIAL_IS_WIDE = ("official, averaged", "official, flat")
 
 
 @pytest.mark.parametrize(
     ("form", "architecture"),
-    [*((form, name) for form in FORMATS for name in (PLAIN, DM)), ("generated data", "PreActResNet-18")],
+    [
+        *((form, PLAIN) for form in FORMATS),
+        *((form, DM) for form in FORMATS if form not in OFFICIAL_IS_WIDE),
+        ("generated data", "PreActResNet-18"),
+    ],
 )
 def test_every_format_loads_to_the_bit(form, architecture, tmp_path):
     network = randomised(robustbench_network(architecture, 10))
@@ -106,15 +102,6 @@ def test_every_format_loads_to_the_bit(form, architecture, tmp_path):
     assert all(tensor.dtype == network.state_dict()[name].dtype for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_the_unused_block_of_the_official_network_is_left_out(prefix, tmp_path):
-    network = randomised(robustbench_network(PLAIN, 10))
-    torch.save(named({**network.state_dict(), **UNUSED}, prefix, averaged_counters), tmp_path / "a.pt")
-    loaded = load_checkpoint(str(tmp_path / "a.pt"), PLAIN)
-    with torch.no_grad():
-        assert torch.equal(loaded(images()), network(images()))
-
-
 def test_last_weights_instead_of_averaged_ones(tmp_path):
     last, averaged = randomised(robustbench_network(DM)), robustbench_network(DM).eval()
     content = {
@@ -125,9 +112,6 @@ def test_last_weights_instead_of_averaged_ones(tmp_path):
     with torch.no_grad():
         assert torch.equal(load_checkpoint(tmp_path / "a.pt", DM)(images()), averaged(images()))
         assert torch.equal(load_checkpoint(tmp_path / "a.pt", DM, averaged=False)(images()), last(images()))
-    torch.save(last.state_dict(), tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"must have weights beside their average .* Leave `averaged` out\."):
-        load_checkpoint(tmp_path / "b.pt", DM, averaged=False)
 
 
 @pytest.mark.parametrize(("name", "classes"), [("resnet8", 100), ("wrn_16_1", 100)])
@@ -165,14 +149,6 @@ def test_the_data_set_chooses_classes_and_statistics(tmp_path):
     small = randomised(robustbench_network(DM, 3))
     torch.save(small.state_dict(), tmp_path / "b.pt")
     assert load_checkpoint(tmp_path / "b.pt", DM, num_classes=3)(images()).shape == (4, 3)
-
-
-def test_the_default_is_the_published_network(tmp_path):
-    network = robustbench_network("WideResNet-34-10").eval()
-    torch.save(named(network.state_dict(), "module.", averaged_counters), tmp_path / "a.pt")
-    loaded = load_checkpoint(tmp_path / "a.pt")
-    assert type(loaded) is type(network)
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_a_device_is_moved_to(tmp_path):
@@ -227,67 +203,97 @@ def saved(tmp_path):
     return save
 
 
-def test_a_wrong_architecture_is_refused_with_the_right_one(saved):
-    silu = robustbench_network(DM)
-    message = (
-        r"^load_checkpoint: the checkpoint .*a\.pt must fit WideResNet-10-1, but it does not; missing: conv1\.weight, "
-        r"block1\.layer\.0\.bn1\.weight, block1\.layer\.0\.bn1\.bias and \d+ more; unexpected: init_conv\.weight, "
-        r".* and \d+ more\. It looks like architecture='DMWideResNet-10-1-SiLU'\.$"
-    )
+def plain(change=lambda weights: weights, classes=10):
+    """Weights of the small wide network, changed."""
+    return lambda: change(robustbench_network(PLAIN, classes).state_dict())
+
+
+def without(name):
+    return lambda weights: {other: tensor for other, tensor in weights.items() if other != name}
+
+
+def mixed(weights):
+    return {f"module.{name}" if name.startswith("block") else name: tensor for name, tensor in weights.items()}
+
+
+def extra(name):
+    return plain(lambda weights: {**weights, name: torch.ones(1)})
+
+
+def other(name, classes=10):
+    return lambda: robustbench_network(name, classes).state_dict()
+
+
+def of_ours(name, **more):
+    return lambda: {**getattr(models, name)().state_dict(), **more}
+
+
+def unknown():
+    return {"backbone.conv1.weight": torch.ones(2), "head.fc.weight": torch.ones(3, 2)}
+
+
+LIKE = r"other shapes: block1\.layer\.0\.conv1\.weight \(32, 16, 3, 3\) instead of \(16, 16, 3, 3\).*'WideResNet-10-2'"
+THREE = (0.5,) * 3
+RESNET8 = ("resnet8", "cifar100")
+MISFITS = [
+    (
+        "missing",
+        other(DM),
+        (PLAIN,),
+        {},
+        r"a\.pt must fit WideResNet-10-1, .*missing: conv1\.weight, .* and \d+ more; ",
+    ),
+    (
+        "unexpected",
+        other(DM),
+        (PLAIN,),
+        {},
+        r"unexpected: init_conv\.weight, .*like architecture='DMWideResNet-10-1-SiLU",
+    ),
+    ("width", other("WideResNet-10-2"), (PLAIN,), {}, LIKE),
+    ("ours", of_ours("resnet14"), RESNET8, {}, r"must fit resnet8, .*unexpected: .*architecture='resnet14'"),
+    ("not whole", plain(without("bn1.weight")), (PLAIN,), {}, r"missing: bn1\.weight\. The file is not whole"),
+    ("no known one", unknown, (PLAIN,), {}, r"no network known by name; use from_mmpretrain or from_torchdistill"),
+    ("prefix", plain(mixed), (PLAIN,), {}, r"unexpected: module\.block1\.layer\.0\.bn1\.weight"),
+    ("no statistic", extra("distill_loss.class_prior.x"), (PLAIN,), {}, r"unexpected: distill_loss\.class_prior\.x\."),
+    ("of nobody", extra("class_prior.matrix"), (PLAIN,), {}, r"unexpected: class_prior\.matrix\."),
+    ("of another", extra("x.robust_loss.class_prior.matrix"), (PLAIN,), {}, r"unexpected: x\.robust_loss"),
+    ("sub-block", of_ours("resnet8", **UNUSED), RESNET8, {}, r"unexpected: sub_block1"),
+    ("classes", other(PLAIN, 100), (PLAIN,), {}, r"It has 100 classes and not 10: .*num_classes=100\.$"),
+    ("three classes", of_ours("resnet8"), RESNET8, {"num_classes": 3}, r"has 100 classes and not 3"),
+    ("and more", plain(without("bn1.weight"), 100), (PLAIN,), {}, r"The file is not whole"),
+    ("no average", plain(), (PLAIN,), {"averaged": False}, r"weights beside their average"),
+    ("empty", dict, (PLAIN,), {}, r"weights by name, got an empty mapping"),
+    ("no tensors", lambda: {"epoch": 3}, (PLAIN,), {}, r"tensors alone, .*'epoch' \(int\)"),
+    ("data set", dict, (PLAIN, "cifar"), {}, r"data set `cifar`\. Did you mean `cifar10`\?.* num_classes, mean"),
+    ("architecture", dict, ("WideResNet-34",), {}, r"unknown architecture `WideResNet-34`.*Also .*resnet8"),
+    ("depth", dict, ("WideResNet-35-10",), {}, r"`architecture` must have a depth of 6n \+ 4"),
+    ("no mean", dict, ("resnet8",), {}, r"`mean` and `std` must be given for resnet8 on cifar10"),
+    ("no std", dict, (PLAIN,), {"mean": THREE}, r"`mean` and `std` must be given both or not at all"),
+    ("two means", dict, (PLAIN,), {"mean": (0.5,) * 2, "std": THREE}, r"`mean` must be three finite numbers"),
+    ("no class", dict, (PLAIN,), {"num_classes": 0}, r"`num_classes` .* got 0"),
+    ("imagenet", plain(), (DM, "imagenet"), {}, r"DMWideResNet-10-1-SiLU must know mean and std.*Give `mean` and"),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "keywords", "message"), [row[1:] for row in MISFITS], ids=[row[0] for row in MISFITS]
+)
+def test_what_does_not_fit_is_refused(saved, content, arguments, keywords, message):
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(saved(named(silu.state_dict(), "module.0.")), PLAIN)
-    with pytest.raises(ValueError, match=r"other shapes: block1\.layer\.0\.conv1\.weight \(32, 16, 3, 3\) instead of "
-                       r"\(16, 16, 3, 3\), .* looks like architecture='WideResNet-10-2'\."):  # fmt: skip
-        load_checkpoint(saved(robustbench_network("WideResNet-10-2").state_dict()), PLAIN)
-    with pytest.raises(ValueError, match=r"must fit resnet8, .*unexpected: .* looks like architecture='resnet14'"):
-        load_checkpoint(saved(models.resnet14().state_dict()), "resnet8", "cifar100")
+        load_checkpoint(saved(content()), *arguments, **keywords)
 
 
-def test_a_file_that_is_not_whole_is_refused(saved):
-    weights = robustbench_network(PLAIN).state_dict()
-    del weights["bn1.weight"]
-    message = r"must fit WideResNet-10-1, .*; missing: bn1\.weight\. The file is not whole, or its network was changed"
-    with pytest.raises(ValueError, match=message):
-        load_checkpoint(saved(weights), PLAIN)
-
-
-@pytest.mark.parametrize("extra", ["distill_loss.class_prior.other", "class_prior.matrix", "x.robust_loss.weight"])
-def test_nothing_but_class_statistics_is_left_out(saved, extra):
-    weights = {**named(robustbench_network(PLAIN).state_dict(), "backbone."), extra: torch.ones(1)}
-    with pytest.raises(ValueError, match=rf"unexpected: .*backbone\.conv1\.weight.*|unexpected: .*{re.escape(extra)}"):
-        load_checkpoint(saved({"state_dict": weights}), PLAIN)
-    weights = {**robustbench_network(PLAIN).state_dict(), extra: torch.ones(1)}
-    with pytest.raises(ValueError, match=rf"unexpected: {re.escape(extra)}\."):
-        load_checkpoint(saved({"state_dict": weights}), PLAIN)
-
-
-def test_a_prefix_that_some_names_lack_stays(saved):
-    weights = robustbench_network(PLAIN).state_dict()
-    mixed = {f"module.{name}" if name.startswith("block") else name: tensor for name, tensor in weights.items()}
-    with pytest.raises(ValueError, match=r"unexpected: module\.block1\.layer\.0\.bn1\.weight"):
-        load_checkpoint(saved(mixed), PLAIN)
-
-
-def test_another_network_is_sent_to_its_config(saved):
-    weights = {"backbone.conv1.weight": torch.ones(2), "head.fc.weight": torch.ones(3, 2)}
-    with pytest.raises(ValueError, match=r"It looks like no network known by name; use from_mmpretrain or from_torchd"):
-        load_checkpoint(saved({"state_dict": weights}), PLAIN)
-
-
-def test_a_class_count_that_differs_is_refused_with_both(saved):
+def test_class_counts_are_those_of_the_data_set(saved):
     path = saved(robustbench_network(PLAIN, 100).state_dict())
-    with pytest.raises(ValueError, match=r"has 100 classes and not 10: give its `dataset`, or num_classes=100\.$"):
-        load_checkpoint(path, PLAIN)
     assert load_checkpoint(path, PLAIN, "cifar100")(images()).shape == (4, 100)
-    with pytest.raises(ValueError, match=r"100 classes and not 3"):
-        load_checkpoint(saved(models.resnet8(100).state_dict()), "resnet8", "cifar100", num_classes=3)
 
 
 @pytest.mark.parametrize("place", ["state_dict", "epoch"])
 def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(saved, tmp_path, place):
     content = {"state_dict": robustbench_network(PLAIN).state_dict()}
     content[place] = {"x": Bomb(tmp_path / "exploded")}
-    with pytest.raises(ValueError, match=r"the checkpoint .*a\.pt must hold .*, but it would run code .*mkdir"):
+    with pytest.raises(ValueError, match=r"a\.pt .* would run code .*mkdir"):
         load_checkpoint(saved(content), PLAIN)
     assert not (tmp_path / "exploded").exists()
 
@@ -295,73 +301,24 @@ def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(saved, tmp_path
 def test_a_file_that_is_no_checkpoint_is_refused(saved, tmp_path):
     path = saved(robustbench_network(PLAIN).state_dict())
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"the checkpoint .*a\.pt must hold .*truncated or damaged"):
+    with pytest.raises(ValueError, match=r"a\.pt .*truncated or damaged"):
         load_checkpoint(path, PLAIN)
-    with pytest.raises(ValueError, match=r"a checkpoint must be a file, but there is none at .*none\.pt"):
+    with pytest.raises(ValueError, match=r"there is none at .*none\.pt"):
         load_checkpoint(tmp_path / "none.pt", PLAIN)
-    with pytest.raises(ValueError, match=r"must hold weights by name, got an empty mapping"):
-        load_checkpoint(saved({}), PLAIN)
-    with pytest.raises(ValueError, match=r"must hold tensors alone, .*'epoch' \(int\)"):
-        load_checkpoint(saved({"epoch": 3}), PLAIN)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "keywords", "message"),
-    [
-        ((PLAIN, "cifar"), {}, r"unknown data set `cifar`\. Did you mean `cifar10`\? .* For other data give num_class"),
-        (
-            ("WideResNet-34",),
-            {},
-            r"unknown architecture `WideResNet-34`\. .* Also those of ikl_plugins\.models: .*resnet8",
-        ),
-        (("WideResNet-35-10",), {}, r"`architecture` must have a depth of 6n \+ 4"),
-        (
-            ("resnet8",),
-            {},
-            r"`mean` and `std` must be given for resnet8 on cifar10, .* got none\. Give those of the tr",
-        ),
-        ((PLAIN,), {"mean": (0.5,) * 3}, r"`mean` and `std` must be given both or not at all, got mean=\(0\.5.*=None"),
-        ((PLAIN,), {"mean": (0.5,) * 2, "std": (0.5,) * 3}, r"`mean` must be three finite numbers, one a channel"),
-        ((PLAIN,), {"num_classes": 0}, r"`num_classes` must be an integer of at least 1, got 0"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(saved, arguments, keywords, message):
-    path = saved(robustbench_network(PLAIN).state_dict())
-    with pytest.raises(ValueError, match=r"^load_checkpoint: " + message):
-        load_checkpoint(path, *arguments, **keywords)
-
-
-def test_a_dm_network_needs_statistics_for_imagenet(saved):
-    path = saved(robustbench_network(DM, 1000).state_dict())
-    with pytest.raises(ValueError, match=r"DMWideResNet-10-1-SiLU normalises its inputs, .*Give `mean` and `std`"):
-        load_checkpoint(path, DM, "imagenet")
 
 
 def test_statistics_that_are_none_are_refused():
-    with pytest.raises(
-        ValueError, match=r"^Normalised: `std` must be three finite numbers above 0, one a channel, got"
-    ):
+    with pytest.raises(ValueError, match=r"^Normalised: `std` must be three finite numbers above 0"):
         Normalised(nn.Identity(), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5))
 
 
 @pytest.mark.parametrize(
-    ("load", "module", "command"),
-    [
-        (
-            from_mmpretrain,
-            "mmpretrain.registry",
-            r"needs MMPretrain and MMEngine, but `mmpretrain.*plugins\[mmpretrain\]'",
-        ),
-        (
-            from_torchdistill,
-            "torchdistill.models.registry",
-            r"needs torchdistill, but `torchd.*plugins\[torchdistill\]'",
-        ),
-    ],
+    ("load", "module"), [(from_mmpretrain, "mmpretrain.registry"), (from_torchdistill, "torchdistill.models.registry")]
 )
-def test_without_the_host_the_command_is_named(load, module, command, monkeypatch):
+def test_without_the_host_the_command_is_named(load, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"^{load.__name__} {command}$"):
+    host = module.partition(".")[0]
+    with pytest.raises(ImportError, match=rf"^{load.__name__} .*`{host}.*pip install 'ikl_plugins\[{host}\]'$"):
         load("config", "checkpoint")
 
 
@@ -497,27 +454,15 @@ def test_mmpretrain_s_own_test_gives_the_same(preprocessor, mmpretrain_config, f
     assert not torch.allclose(scores_and_accuracy(swapped, folder)[0], theirs)
 
 
-def test_the_command_of_mmpretrain_reports_the_same_accuracy(mmpretrain_config, folder, tmp_path):
-    runs = pytest.importorskip("mmpretrain_runs")
-    path, checkpoint = mmpretrain_config()
-    output = runs.execute(runs.tool("test"), path, checkpoint, "--work-dir", tmp_path / "work", cwd=tmp_path)
-    theirs = float(re.findall(r"accuracy/top1: ([\d.]+)", output)[-1])
-    _, ours = scores_and_accuracy(from_mmpretrain(str(path), str(checkpoint)), folder)
-    assert ours == pytest.approx(theirs, abs=1e-3)  # it prints four digits
-    assert 0 < ours < 100
-
-
 def training_config(text):
     """The same as a classifier that is trained adversarially, with a class prior."""
-    text = text.replace("type='ImageClassifier'", "type='AdversarialClassifier', attack=dict(eps='8/255', steps=1), "
-                        "robust_loss=dict(type='IKLLoss', global_info=True)")  # fmt: skip
-    assert "AdversarialClassifier" in text
-    return text
+    adversarial = "attack=dict(eps='8/255', steps=1), robust_loss=dict(type='IKLLoss', global_info=True)"
+    return text.replace("type='ImageClassifier'", f"type='AdversarialClassifier', {adversarial}")
 
 
 def distilling_config(text):
-    return text.replace("type='ImageClassifier'", "type='DistillationClassifier', teacher='no_such_file.py', "
-                        "distill_loss=dict(type='IKLLoss', global_info=True)")  # fmt: skip
+    distilling = "teacher='no_such_file.py', distill_loss=dict(type='IKLLoss', global_info=True)"
+    return text.replace("type='ImageClassifier'", f"type='DistillationClassifier', {distilling}")
 
 
 @pytest.mark.parametrize(("change", "loss"), [(training_config, "robust_loss"), (distilling_config, "distill_loss")])
@@ -569,8 +514,7 @@ def test_a_config_object_and_a_top_level_preprocessor_serve_too(mmpretrain_confi
 def test_images_in_0_1_of_a_training_classifier_stay_so(mmpretrain_config):
     def in_0_1(text):
         text = training_config(text).replace("attack=dict", "pixel_range=1.0, attack=dict")
-        return text.replace("dict(type='PackInputs')", "dict(type='torchvision/ConvertImageDtype'), "
-                            "dict(type='PackInputs')")  # fmt: skip
+        return with_step("type='torchvision/ConvertImageDtype'")(text)
 
     path, checkpoint = mmpretrain_config("mean=[0.5] * 3, std=[0.25] * 3, to_rgb=True", change=in_0_1)
     model = from_mmpretrain(path, checkpoint)
@@ -600,41 +544,39 @@ def with_step(step):
     return lambda text: text.replace("dict(type='PackInputs')", f"dict({step}), dict(type='PackInputs')")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (with_step("type='Normalize', mean=[0.0], std=[1.0]"), r"the test pipeline must .*, got Normalize\. Drop it"),
-        (with_step("type='torchvision/ToTensor'"), r"the test pipeline must leave pixels as bytes .*, got ToTensor\."),
-        (with_step("type='NumpyToPIL', to_rgb=True"), r"`channel_order` must be given, .*got None\. Use 'bgr' for"),
-        (lambda text: text.replace("dict(type='LoadImageFromFile'), ", ""), r"`channel_order` must be given"),
-        (lambda text: text.replace("model = dict(", "network = dict("), r".*config\.py must have a `model`, but it"),
-    ],
-)
-def test_a_config_that_does_not_say_how_images_are_prepared_is_refused(change, message, mmpretrain_config):
+def replaced(old, new):
+    return lambda text: text.replace(old, new)
+
+
+NORMALIZE = "type='Normalize', mean=[0.0], std=[1.0]"
+UNSAID = [
+    ("normalised", with_step(NORMALIZE), {}, r"as bytes, got Normalize"),
+    ("scaled", with_step("type='torchvision/ToTensor'"), {}, r"as bytes, got ToTensor"),
+    ("turned", with_step("type='NumpyToPIL', to_rgb=True"), {}, r"`channel_order` must be given"),
+    ("no reader", replaced("dict(type='LoadImageFromFile'), ", ""), {}, r"`channel_order` must be given"),
+    ("no model", replaced("model = dict(", "network = dict("), {}, r"config\.py must have a `model`"),
+    ("order", replaced("", ""), {"channel_order": "RGB"}, r"`channel_order` must be 'rgb', .*got 'RGB'"),
+]
+
+
+@pytest.mark.parametrize(("change", "keywords", "message"), [row[1:] for row in UNSAID], ids=[row[0] for row in UNSAID])
+def test_a_config_that_does_not_say_how_images_are_prepared_is_refused(change, keywords, message, mmpretrain_config):
     path, checkpoint = mmpretrain_config(change=change)
-    with pytest.raises(ValueError, match=r"^from_mmpretrain: " + message):
-        from_mmpretrain(path, checkpoint)
+    with pytest.raises(ValueError, match=r"^from_mmpretrain: .*" + message):
+        from_mmpretrain(path, checkpoint, **keywords)
 
 
 def test_arguments_of_mmpretrain_that_are_none_are_refused(mmpretrain_config, tmp_path):
     path, checkpoint = mmpretrain_config()
-    with pytest.raises(ValueError, match=r"^from_mmpretrain: `config` must be a config file, but there is none at"):
+    with pytest.raises(ValueError, match=r"^from_mmpretrain: `config` .*none at .*none\.py"):
         from_mmpretrain(tmp_path / "none.py", checkpoint)
-    with pytest.raises(TypeError, match=r"^from_mmpretrain: `config` must be the path .*, got dict\. Use Config\.from"):
+    with pytest.raises(TypeError, match=r"^from_mmpretrain: `config` .*, got dict"):
         from_mmpretrain({}, checkpoint)
-    with pytest.raises(ValueError, match=r"`channel_order` must be 'rgb', 'bgr' or None, got 'RGB'"):
-        from_mmpretrain(path, checkpoint, channel_order="RGB")
-    with pytest.raises(ValueError, match=r"a checkpoint must be a file, but there is none at .*none\.pth"):
+    with pytest.raises(ValueError, match=r"there is none at .*none\.pth"):
         from_mmpretrain(path, tmp_path / "none.pth")
-
-
-def test_a_head_that_gives_no_logits_is_refused(mmpretrain_config):
-    path, checkpoint = mmpretrain_config()
     model = from_mmpretrain(path, checkpoint)
     model.classifier.head = None
-    with pytest.raises(
-        ValueError, match=r"^from_mmpretrain: the config must be of a classifier .*, got a tuple\. Use a"
-    ):
+    with pytest.raises(ValueError, match=r"^from_mmpretrain: .* logits of shape \(N, C\), got a tuple"):
         model(images())
 
 
@@ -653,30 +595,47 @@ PIXELS = "mean=[0.0, 0.0, 0.0], std=[255.0, 255.0, 255.0], to_rgb=True"
 NORMALISED = "mean=[127.5, 102.0, 76.5], std=[63.75, 51.0, 76.5], to_rgb=True"
 
 
-def test_a_checkpoint_whose_own_config_has_other_images_is_refused(saved):
-    network = randomised(robustbench_network(PLAIN))
-    assert load_checkpoint(saved(stored(network, PIXELS)), PLAIN)(images()).equal(network(images()))
+OWN = r", or give mean=\(0\.5, 0\.4, 0\.3\), std=\(0\.25, 0\.2, 0\.3\)"
+STORED = [
+    ("mean", NORMALISED, PLAIN, "as they are", r"RGB with mean \(0\.5, 0\.4, 0\.3\) and std \(0\.25", OWN),
+    ("order", PIXELS.replace("True", "False"), PLAIN, "as they are", r"BGR with mean \(0, 0, 0\)", ""),
+    ("bytes", "to_rgb=True", PLAIN, "as they are", r"RGB with .* std \(0\.003922, ", r", or give mean=.*"),
+    (
+        "level",
+        PIXELS.replace("0.0, 0.0", "1.0, 1.0"),
+        PLAIN,
+        "as they are",
+        r"mean \(0\.003922, ",
+        r", or give mean=.*",
+    ),
+    ("twice", NORMALISED, DM, "as they are", r"RGB with mean \(0\.5, ", ""),
+    ("ours", NORMALISED, "resnet8", r"with mean \(0\.5071, .* std \(0\.2675, ", r"RGB with mean \(0\.5, ", OWN),
+]
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "name", "wanted", "found", "end"), [row[1:] for row in STORED], ids=[row[0] for row in STORED]
+)
+def test_a_checkpoint_whose_own_config_has_other_images_is_refused(saved, preprocessor, name, wanted, found, end):
+    network = models.resnet8() if name == "resnet8" else robustbench_network(name)
     message = (
-        r"^load_checkpoint: the checkpoint .*a\.pt must have been trained on RGB images in \[0, 1\] as they are to be "
-        r"a WideResNet-10-1, but by its own config on RGB images with mean \(0\.5, 0\.4, 0\.3\) and std \(0\.25, 0\.2, "
-        r"0\.3\)\. Use from_mmpretrain\(config, checkpoint\), or give mean=\(0\.5, 0\.4, 0\.3\), std=\(0\.25"
+        rf"^load_checkpoint: {name} must get RGB images in \[0, 1\] {wanted}.*a\.pt has .*{found}.*checkpoint\){end}\.$"
     )
-    path = saved(stored(network, NORMALISED))
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(path, PLAIN)
-    mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
-    loaded = load_checkpoint(path, PLAIN, mean=mean, std=std)
-    assert isinstance(loaded, Normalised)
-    for spoiled in (PIXELS.replace("True", "False"), "to_rgb=True", PIXELS.replace("0.0", "1.0")):
-        with pytest.raises(ValueError, match=r"must have been trained on RGB images in \[0, 1\] as they are"):
-            load_checkpoint(saved(stored(network, spoiled)), PLAIN)
+        load_checkpoint(saved(stored(network, preprocessor)), name, "cifar100" if name == "resnet8" else "cifar10")
 
 
-def test_images_that_would_be_normalised_twice_are_refused(saved):
-    network = randomised(robustbench_network(DM))
-    assert load_checkpoint(saved(stored(network, PIXELS)), DM)(images()).equal(network(images()))
-    with pytest.raises(ValueError, match=r"as they are to be a DMWideResNet-10-1-SiLU.* checkpoint\)\.$"):
-        load_checkpoint(saved(stored(network, NORMALISED)), DM)
+@pytest.mark.parametrize("architecture", [PLAIN, DM])
+def test_a_checkpoint_whose_own_config_has_the_same_images_is_loaded(saved, architecture):
+    network = randomised(robustbench_network(architecture))
+    assert load_checkpoint(saved(stored(network, PIXELS)), architecture)(images()).equal(network(images()))
+    digits = "mean=[0.02, 0.0, 0.0], std=[255.0, 255.0, 255.02], to_rgb=True"  # of another precision
+    assert load_checkpoint(saved(stored(network, digits)), architecture)(images()).equal(network(images()))
+
+
+def test_statistics_that_are_given_overrule_the_checkpoint_s_config(saved):
+    path = saved(stored(robustbench_network(PLAIN), NORMALISED))
+    assert isinstance(load_checkpoint(path, PLAIN, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3)), Normalised)
 
 
 def test_a_text_that_is_no_config_says_nothing_and_is_not_run(saved, tmp_path):
@@ -795,56 +754,14 @@ def test_torchdistill_s_own_test_gives_the_same(steps, role, torchdistill_config
     assert 100 * (logits.argmax(1) == labels).double().mean().item() == theirs_accuracy
 
 
-def test_the_driver_of_torchdistill_reports_the_same_accuracy(torchdistill_config, folder, tmp_path):
-    driver = pytest.importorskip("train_torchdistill")
-    path, _, _ = torchdistill_config("tensor", "normalize")
-    text = path.read_text().replace("train: {}", """train:
-  log_freq: 10
-  num_epochs: 2
-  train_data_loader:
-    dataset_id: 'some/test'
-    sampler:
-      class_or_func: !import_get
-        key: 'torch.utils.data.SequentialSampler'
-      kwargs:
-    kwargs: {batch_size: 4, num_workers: 0}
-  val_data_loader:
-    dataset_id: 'some/test'
-    sampler:
-      class_or_func: !import_get
-        key: 'torch.utils.data.SequentialSampler'
-      kwargs:
-    kwargs: {batch_size: 4, num_workers: 0}
-  model: {forward_proc: 'forward_batch_only'}
-  optimizer: {key: 'SGD', kwargs: {lr: 0.1}}
-  criterion:
-    key: 'WeightedSumLoss'
-    kwargs:
-      sub_terms:
-        ce:
-          criterion: {key: 'CrossEntropyLoss', kwargs: {reduction: 'mean'}}
-          criterion_wrapper:
-            key: 'SimpleLossWrapper'
-            kwargs:
-              input: {is_from_teacher: False, module_path: '.', io: 'output'}
-              target: {uses_label: True}
-          weight: 1.0
-""").replace("student_model", "model").replace("'x.pt'", f"'{tmp_path / 'trained.pt'}'")  # fmt: skip
-    path.write_text(text)
-    result = driver.run(driver.load_config(path))
-    model = from_torchdistill(str(path), tmp_path / "trained.pt")
-    pixels, labels = read(folder)
-    with torch.no_grad():
-        logits = torch.cat([model(batch) for batch in pixels.split(4)])
-    assert 100 * (logits.argmax(1) == labels).double().mean().item() == pytest.approx(result["test_accuracy"])
-
-
 def test_a_robustbench_network_of_torchdistill_is_robustbench_s(torchdistill_config):
     network = robustbench_network(PLAIN, 3)
     path, checkpoint, network = torchdistill_config(
-        "tensor", key="ikl_plugins.robustbench_network", kwargs=f"{{architecture: '{PLAIN}', num_classes: 3}}",
+        "tensor",
+        key="ikl_plugins.robustbench_network",
+        kwargs=f"{{architecture: '{PLAIN}', num_classes: 3}}",
         network=network,
-    )  # fmt: skip
+    )
     model = from_torchdistill(path, checkpoint)
     named_model = load_checkpoint(checkpoint, PLAIN, num_classes=3)
     assert type(model) is type(named_model) is type(network)
@@ -865,36 +782,35 @@ def test_a_robustbench_network_of_torchdistill_is_robustbench_s(torchdistill_con
 )
 def test_a_transform_that_cannot_be_repeated_is_refused(steps, got, torchdistill_config):
     path, checkpoint, _ = torchdistill_config(*steps)
-    message = rf"^from_torchdistill: the transform of the test data set 'some/test' must make .*, got {got}\. End it"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^from_torchdistill: the transform of 'some/test' must .*, got {got}\."):
         from_torchdistill(path, checkpoint)
 
 
-def test_a_yaml_file_that_is_none_is_refused(torchdistill_config, tmp_path):
+SPOILED = [
+    ("no student", replaced("student_model", "teacher_model"), r"`models: student_model:` or"),
+    ("no data set", replaced("dataset_id: 'some/test'", "dataset_id: 'other'"), r"data set of its `test:`"),
+    ("no data", replaced("/test'\n        tr", "/none'\n        tr"), r"must name data that is there"),
+    ("no YAML", lambda text: "a: [", r"must be YAML"),
+    ("a list", lambda text: "- 1", r"must have `models: student_model:`"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [row[1:] for row in SPOILED], ids=[row[0] for row in SPOILED])
+def test_a_yaml_file_that_is_none_is_refused(torchdistill_config, change, message):
     path, checkpoint, _ = torchdistill_config("tensor", "normalize")
-    text = path.read_text()
-    with pytest.raises(ValueError, match=r"^from_torchdistill: `config` must be a YAML file, but there is none at"):
-        from_torchdistill(tmp_path / "none.yaml", checkpoint)
-    for spoiled, message in (
-        (text.replace("student_model", "teacher_model"), r"must have `models: student_model:` or `models: model:`, bu"),
-        (text.replace("dataset_id: 'some/test'", "dataset_id: 'other'"), r"must have the data set of its `test:`, but"),
-        (
-            text.replace("/test'\n        tr", "/none'\n        tr"),
-            r"must name data that is there, but reading it gave",
-        ),
-        ("a: [", r"must be a YAML file, but it is not: .* Correct it\."),
-        ("- 1", r"must have `models: student_model:`"),
-    ):
-        path.write_text(spoiled)
-        with pytest.raises(ValueError, match=rf"(?s)^from_torchdistill: .*config\.yaml {message}"):
-            from_torchdistill(path, checkpoint)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=rf"(?s)^from_torchdistill: .*config\.yaml .*{message}"):
+        from_torchdistill(path, checkpoint)
 
 
 def test_weights_of_another_model_are_refused(torchdistill_config, tmp_path):
     path, checkpoint, _ = torchdistill_config("tensor", network=models.resnet14(3))
-    message = r"the checkpoint .*x\.pt must fit the model 'ikl_plugins\.resnet8' of .*; unexpected: layer1\.1\.conv1\."
-    with pytest.raises(ValueError, match=message + r".* Name the config that it was trained with"):
+    with pytest.raises(
+        ValueError, match=r"x\.pt must fit the model 'ikl_plugins\.resnet8' .*unexpected: layer1\.1\.conv1"
+    ):
         from_torchdistill(path, checkpoint)
+    with pytest.raises(ValueError, match=r"^from_torchdistill: `config` .*none at .*none\.yaml"):
+        from_torchdistill(tmp_path / "none.yaml", checkpoint)
     torch.save({"model": {}, "args": Bomb(tmp_path / "exploded")}, checkpoint)
     with pytest.raises(ValueError, match=r"would run code"):
         from_torchdistill(path, checkpoint)

@@ -1,0 +1,165 @@
+"""What a host's config says of the images that its network takes: mean, std, channel order, the value of white."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import _validation as check
+from ..models.robustbench_zoo import Statistics, check_statistics
+
+__all__ = ["check_stored_config", "mmpretrain_pixels", "transform_statistics"]
+
+_LOADERS = ("test_dataloader", "val_dataloader", "train_dataloader")
+_READS_BGR = ("LoadImageFromFile",)
+_HOLDS_RGB = ("CIFAR10", "CIFAR100")
+_SCALES = ("ToTensor", "ConvertImageDtype", "ToDtype")  # of torchvision: floating values in [0, 1]
+_TO_BYTES = ("PILToTensor", "ToImage")
+_GEOMETRY = ("Resize", "CenterCrop")
+_ROUNDING = 1e-4  # what writing a mean of 255 grey levels with two digits moves it in [0, 1]
+
+
+# --- MMPretrain ------------------------------------------------------------------------------------------------------
+
+
+def mmpretrain_pixels(caller: str, config: Mapping[str, Any], channel_order: str | None) -> tuple[float, bool]:
+    """The value of white before the data preprocessor, and whether it gets BGR."""
+    if channel_order not in (None, "rgb", "bgr"):
+        raise ValueError(f"{caller}: `channel_order` must be 'rgb', 'bgr' or None, got {channel_order!r}. Use 'bgr'.")
+    white = check.check_number(caller, "pixel_range", config["model"].get("pixel_range", 255.0), positive=True)
+    steps = list(_typed(next((config[name] for name in _LOADERS if config.get(name)), None)))
+    names = [_type_name(step) for step in steps]
+    changing = ("Normalize",) if white == 1.0 else ("Normalize", *_SCALES)
+    for name in names:
+        if name in changing:
+            raise ValueError(
+                f"{caller}: the test pipeline must leave pixels as bytes, got {name}. "
+                f"Drop it, and let mean and std of `data_preprocessor` do the same."
+            )
+    if channel_order is not None:
+        return white, channel_order == "bgr"
+    turns = any(step.get("to_rgb") or step.get("to_bgr") for step in steps)
+    bgr, rgb = (any(name in known for name in names) for known in (_READS_BGR, _HOLDS_RGB))
+    if turns or not (bgr or rgb):
+        raise ValueError(
+            f"{caller}: `channel_order` must be given, as the test pipeline does not show it, got None. "
+            f"Use 'bgr' for images that MMCV reads, 'rgb' where the data preprocessor gets RGB."
+        )
+    return white, bgr
+
+
+def _typed(node: Any) -> Iterator[Mapping[str, Any]]:
+    """Every mapping with a type inside a config, such as data sets and the steps of pipelines."""
+    if isinstance(node, Mapping):
+        if "type" in node:
+            yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for entry in node:
+            yield from _typed(entry)
+
+
+def _type_name(step: Mapping[str, Any]) -> str:
+    kind = step["type"]
+    return re.split(r"[./]", kind if isinstance(kind, str) else getattr(kind, "__name__", ""))[-1]
+
+
+def check_stored_config(
+    caller: str, content: Any, path: Path | str, architecture: str, expected: Statistics | None
+) -> None:
+    """Refuses a checkpoint of MMPretrain whose own config normalises images otherwise than with ``expected``."""
+    config = _stored_config(content)
+    model = config.get("model")
+    if not isinstance(model, Mapping):
+        return
+    preprocessor = model.get("data_preprocessor") or config.get("data_preprocessor") or {}
+    white = model.get("pixel_range") or 255.0
+    bgr = not preprocessor.get("to_rgb") and any(
+        _type_name(step) in _READS_BGR for step in _typed(config.get("test_dataloader"))
+    )
+    mean, std = (preprocessor.get(key) or [default] * 3 for key, default in (("mean", 0.0), ("std", 1.0)))
+    if not all(isinstance(value, (int, float)) for value in (*mean, *std, white)):
+        return  # what is no number here says nothing
+    mean, std = [value / white for value in mean], [value / white for value in std]
+    wanted = ([0.0] * 3, [1.0] * 3) if expected is None else expected
+    pairs = zip([*mean, *std], [*wanted[0], *wanted[1]], strict=False)
+    if len(mean) == len(std) == 3 and not bgr and all(abs(theirs - ours) <= _ROUNDING for theirs, ours in pairs):
+        return
+    shown = [f"({', '.join(f'{value:.4g}' for value in values)})" for values in (mean, std)]
+    ours = "as they are" if expected is None else f"with mean {tuple(expected[0])} and std {tuple(expected[1])}"
+    inside = architecture.startswith("DM")  # mean and std would be those inside the network, which the config's precede
+    way_out = "" if bgr or inside else f", or give mean={shown[0]}, std={shown[1]}"
+    raise ValueError(
+        f"{caller}: {architecture} must get RGB images in [0, 1] {ours}, but the config in {path} has "
+        f"{'BGR' if bgr else 'RGB'} with mean {shown[0]} and std {shown[1]}. "
+        f"Use from_mmpretrain(config, checkpoint){way_out}."
+    )
+
+
+def _stored_config(content: Any) -> dict[str, Any]:
+    """The plain values of the config that a checkpoint of MMEngine has as text; nothing of it is run."""
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    text = meta.get("cfg") if isinstance(meta, Mapping) else None
+    if not isinstance(text, str):
+        return {}
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError):
+        return {}
+    return {
+        statement.targets[0].id: _literal(statement.value)
+        for statement in body
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    }
+
+
+def _literal(node: ast.expr) -> Any:
+    """``dict(...)``, literals and what is made of them; None for anything else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {key.value: _literal(value) for key, value in pairs if isinstance(key, ast.Constant)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_literal(entry) for entry in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+# --- torchdistill ----------------------------------------------------------------------------------------------------
+
+
+def transform_statistics(caller: str, dataset: Any, identity: Any) -> Statistics | None:
+    """Mean and std of the ``Normalize`` at the end of a data set's transform, None if there is none."""
+    inner = dataset
+    while getattr(inner, "transform", None) is None and hasattr(inner, "dataset"):
+        inner = inner.dataset
+    steps = list(_flat(getattr(inner, "transform", None)))
+    names = [type(step).__name__ for step in steps]
+    start = next((place for place, name in enumerate(names) if name in (*_SCALES, *_TO_BYTES)), len(names))
+    rest = [name for name in names[start:] if name not in _TO_BYTES]
+    tensors = [name for name in rest if name not in _GEOMETRY]
+    scaled = bool(tensors) and tensors[0] in _SCALES
+    if not scaled or tensors[1:] not in ([], ["Normalize"]) or (rest[-1] in _GEOMETRY and "Normalize" in tensors):
+        raise ValueError(
+            f"{caller}: the transform of '{identity}' must make tensors in [0, 1], resized, cropped and normalised at "
+            f"most, got {', '.join(names) or 'none'}. End it with ToTensor and, if the model wants it, Normalize."
+        )
+    if "Normalize" not in names:
+        return None
+    normalise = steps[names.index("Normalize")]
+    return check_statistics(caller, [*map(float, normalise.mean)], [*map(float, normalise.std)])
+
+
+def _flat(transform: Any) -> Iterator[Any]:
+    """The steps of a transform, those of nested ``Compose`` one by one."""
+    if type(transform).__name__ == "Compose":
+        for step in transform.transforms:
+            yield from _flat(step)
+    elif transform is not None:
+        yield transform
