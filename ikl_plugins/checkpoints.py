@@ -25,6 +25,8 @@ import torch
 import torch.serialization
 from torch import Tensor
 
+from . import _validation as check
+
 __all__ = ["fetch", "is_address", "load_content", "load_weights", "mmengine_globals", "weights_in"]
 
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
@@ -33,6 +35,7 @@ _PLAIN_DTYPES = numpy.typecodes["AllInteger"] + numpy.typecodes["AllFloat"] + "?
 _STATISTICS = ("min", "max", "current", "mean")
 _BUFFER = ("mmengine.logging.history_buffer", "HistoryBuffer")
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
+_WAY_OUT = f"Pass a state dict, or a checkpoint that has one under {', '.join(map(repr, _WEIGHTS))}."
 READS_WEIGHTS_ONLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 # torch's list of allowed names is the process's own, and a reading takes away at its end what it has added.
 reading = threading.Lock()
@@ -148,21 +151,15 @@ def weights_in(content: Any, path: Path | str, *, averaged: bool = True) -> dict
         weights = next((content[key] for key in _WEIGHTS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(weights, Mapping) or not weights:
         what = "an empty mapping" if isinstance(weights, Mapping) else f"a {type(weights).__name__}"
-        raise ValueError(
-            f"load_weights: the checkpoint {path} must hold weights by name, got {what}. Pass a state dict, or a "
-            f"checkpoint that has one under {', '.join(map(repr, _WEIGHTS))}."
-        )
+        raise ValueError(f"load_weights: the checkpoint {path} must hold weights by name, got {what}. {_WAY_OUT}")
     others = [f"{name!r} ({type(value).__name__})" for name, value in weights.items() if not isinstance(value, Tensor)]
     if others:
-        more = "" if len(others) <= 5 else f" and {len(others) - 5} more"
+        found = check.first_names(others, shown=5)
         raise ValueError(
-            f"load_weights: the checkpoint {path} must hold tensors alone, but these are none: "
-            f"{', '.join(others[:5])}{more}. Pass a state dict, or a checkpoint that has one under "
-            f"{', '.join(map(repr, _WEIGHTS))}."
+            f"load_weights: the checkpoint {path} must hold tensors alone, but these are none: {found}. {_WAY_OUT}"
         )
-    prefix = "module."
-    strip = len(prefix) if all(name.startswith(prefix) for name in weights) else 0
-    return {name[strip:]: value for name, value in weights.items()}
+    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def _unaveraged(content: Any, path: Path | str) -> Any:
@@ -175,8 +172,8 @@ def _unaveraged(content: Any, path: Path | str) -> Any:
         if isinstance(live, Mapping) and isinstance(meta, Mapping) and "mmengine_version" in meta:
             return {name: value for name, value in live.items() if name != "steps"}  # the average's own counter
     raise ValueError(
-        f"load_weights: the checkpoint {path} must have weights beside their average for averaged=False, but it has "
-        f"one set alone. Leave `averaged` out."
+        f"load_weights: the checkpoint {path} must have weights beside their average, but it has one set alone. "
+        f"Leave `averaged` out."
     )
 
 
@@ -214,8 +211,7 @@ def fetch(address: str, *, name: str | None = None) -> Any:
             torch.hub.download_url_to_file(address, str(cached), progress=False)
         except OSError as error:
             raise ValueError(
-                f"load_weights: the checkpoint {address} cannot be fetched: {error}. Check the address, or fetch it "
-                f"yourself and name the file."
+                f"load_weights: the checkpoint {address} cannot be fetched: {error}. Check the address, or name a file."
             ) from error
     return _read(cached, f"{address} (kept as {cached})")
 
@@ -247,12 +243,11 @@ def _read(path: Path, where: str) -> Any:
         if isinstance(error, pickle.UnpicklingError) and found:
             raise ValueError(
                 f"load_content: the checkpoint {where} must hold tensors and plain values, but it would run code when "
-                f"it is loaded: {found[0]}. Do not trust a file that is not yours; train it anew, or have it saved as "
-                f"a state dict. Of your own, allow the class before: torch.serialization.add_safe_globals([...]), for "
-                f"MMPretrain in a module that `custom_imports` names."
+                f"it is loaded: {found[0]}. Do not trust a file of others; a class of your own is allowed with "
+                f"torch.serialization.add_safe_globals([...])."
             ) from error
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         raise ValueError(
             f"load_content: the checkpoint {where} must hold tensors and plain values, but reading it gave: {reason}. "
-            f"It is truncated or damaged, or was not written by torch.save; copy or make it anew."
+            f"It is truncated or damaged, or not of torch.save; copy or make it anew."
         ) from error

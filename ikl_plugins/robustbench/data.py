@@ -90,14 +90,13 @@ def load_images(
         ValueError: an unknown source or preprocessing; data that is missing (the message says which files belong
             where), empty, unreadable (named), of differing sizes or outside [0, 1]; fewer images than ``n_examples``.
     """
-    if n_examples is not None and (isinstance(n_examples, bool) or not isinstance(n_examples, int)):
-        raise TypeError(
-            f"{_CALLER}: `n_examples` must be an integer of at least 1 or None, got {n_examples!r}. Pass a number."
-        )
-    if n_examples is not None and n_examples < 1:
-        raise ValueError(
-            f"{_CALLER}: `n_examples` must be an integer of at least 1 or None, got {n_examples}. Leave it out for all."
-        )
+    if n_examples is not None:
+        number = isinstance(n_examples, int) and not isinstance(n_examples, bool)
+        if not number or n_examples < 1:
+            raise (ValueError if number else TypeError)(
+                f"{_CALLER}: `n_examples` must be an integer of at least 1 or None, got {n_examples!r}. "
+                f"Leave it out for all."
+            )
     named = _robustbench.data.PREPROCESSINGS
     if preprocessing is not None and preprocessing not in named:
         known = [name for name in named if name is not None]
@@ -110,21 +109,13 @@ def load_images(
     if path.suffix == ".npz":
         return _load_npz(path, n_examples, preprocessing)
     raise ValueError(
-        f"{_CALLER}: `source` must be {', '.join(map(repr, DATASETS))}, a folder with a folder of images per class, or "
-        f"an .npz file, got {str(source)!r}, and there is no such folder (seen from {Path.cwd()}). Check the name."
+        f"{_CALLER}: `source` must be {', '.join(map(repr, DATASETS))}, a class folder or an .npz file, got "
+        f"{str(source)!r}, which is none (seen from {Path.cwd()}). Check the name."
     )
 
 
 def content_sha256(images: Tensor, labels: Tensor) -> str:
-    """The checksum of images and labels: of their shapes, their float32 pixels and their int64 labels, in this order.
-
-    Args:
-        images: shape (N, C, H, W).
-        labels: shape (N,).
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """The SHA-256 of shapes, float32 pixels and int64 labels, in this order; images are (N, C, H, W), labels (N,)."""
     digest = hashlib.sha256(f"{tuple(images.shape)} {tuple(labels.shape)}\n".encode())
     for start in range(0, len(images), 256):
         digest.update(images[start : start + 256].detach().cpu().float().contiguous().numpy().tobytes())
@@ -133,14 +124,7 @@ def content_sha256(images: Tensor, labels: Tensor) -> str:
 
 
 def file_sha256(path: str | Path) -> str:
-    """The checksum of a file.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """The SHA-256 of a file."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -180,8 +164,8 @@ def check_cifar(caller: str, name: str, data_dir: Path) -> None:
     except RuntimeError as error:
         files = ", ".join(file for file, _ in [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")])
         raise ValueError(
-            f"{caller}: {name} must lie in {data_dir / _CIFAR_FOLDERS[name]} to be read offline, whole and unchanged, "
-            f"with the files {files}. Unpack {kind.filename} from {kind.url} in {data_dir}, or allow the download."
+            f"{caller}: {name} must lie in {data_dir / _CIFAR_FOLDERS[name]} to be read offline, unchanged: {files}. "
+            f"Unpack {kind.url} in {data_dir}, or allow the download."
         ) from error
 
 
@@ -200,16 +184,14 @@ def _class_names(name: str, data_dir: Path) -> tuple[str, ...] | None:
 def _check_imagenet(data_dir: Path, n_examples: int) -> None:
     """Refuses a folder that lacks one of the images that RobustBench reads."""
     root = data_dir / "val"
-    way_out = (
-        "Put ILSVRC2012_img_val's images there, in a folder per class (n01440764, ...), and name it with data_dir."
-    )
+    way_out = "Put ILSVRC2012_img_val there, a folder per class (n01440764, ...); data_dir is the folder above."
     if not root.is_dir():
         raise ValueError(f"{_CALLER}: imagenet must lie in {root}, but there is no such folder. {way_out}")
     folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
     if len(folders) != _IMAGENET_CLASSES:  # a label is a folder's place among all of them
         raise ValueError(
-            f"{_CALLER}: imagenet in {root} must have the {_IMAGENET_CLASSES:,} class folders and no other, got "
-            f"{len(folders):,} folders. {way_out}"
+            f"{_CALLER}: imagenet in {root} must have {_IMAGENET_CLASSES:,} class folders and no other, got "
+            f"{len(folders):,}. {way_out}"
         )
     try:
         samples = _robustbench.data.CustomImageFolder(str(root)).samples
@@ -217,9 +199,7 @@ def _check_imagenet(data_dir: Path, n_examples: int) -> None:
         raise ValueError(f"{_CALLER}: imagenet in {root} must have the folder {error.args[0]}. {way_out}") from error
     for file, _ in samples[:n_examples]:
         if not Path(file).is_file():
-            raise ValueError(
-                f"{_CALLER}: imagenet must have the images of RobustBench's list, but {file} is missing. {way_out}"
-            )
+            raise ValueError(f"{_CALLER}: imagenet must have RobustBench's images, but {file} is missing. {way_out}")
 
 
 # --- folders and files -----------------------------------------------------------------------------------------------
@@ -234,22 +214,18 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None) 
         empty = [entry.name for entry in sorted(os.scandir(path), key=lambda entry: entry.name) if entry.is_dir()]
         found = f"no image in all of {', '.join(empty[:4])}" if empty else "no folder"
         raise ValueError(
-            f"{_CALLER}: `source` must be a folder with a folder of images per class, but {path} has {found} "
-            f"({error}). Name the folder of one split."
+            f"{_CALLER}: `source` must have a folder of images per class, but {path} has {found} ({error}). "
+            f"Name the folder of one split."
         ) from error
     samples = _spread(folder.samples, n_examples, path)
     transform = _robustbench.data.PREPROCESSINGS[preprocessing]
     images = [_read(file, folder.loader, transform) for file, _ in samples]
     for image, (file, _) in zip(images, samples, strict=True):
         if image.shape != images[0].shape:
-            sizes = [
-                f"{tuple(shape[1:])} ({name})"
-                for shape, name in ((images[0].shape, samples[0][0]), (image.shape, file))
-            ]
             known = ", ".join(name for name in _robustbench.data.PREPROCESSINGS if name is not None)
             raise ValueError(
-                f"{_CALLER}: images must have one size, got {sizes[0]} and {sizes[1]}. "
-                f"Choose the `preprocessing` that the network was trained for: {known}."
+                f"{_CALLER}: images must have one size, got {tuple(images[0].shape[1:])} ({samples[0][0]}) and "
+                f"{tuple(image.shape[1:])} ({file}). Choose the `preprocessing` of the network: {known}."
             )
     labels = torch.tensor([label for _, label in samples])
     files = tuple(str(Path(file).relative_to(path)) for file, _ in samples)
@@ -282,12 +258,12 @@ def _read(file: str, loader: Callable[[str], Any], transform: Callable[[Any], Te
 def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> Images:
     if preprocessing is not None:
         raise ValueError(
-            f"{_CALLER}: `preprocessing` must be None for an .npz file, whose pixels are used as they are, got "
-            f"{preprocessing!r}. Store the images in the size that the network takes."
+            f"{_CALLER}: `preprocessing` must be None for an .npz file, got {preprocessing!r}. "
+            f"Store the images in the size that the network takes."
         )
     if not path.is_file():
         raise ValueError(
-            f"{_CALLER}: `source` must be a file, but there is none at {path} (seen from {Path.cwd()}). Check the path."
+            f"{_CALLER}: `source` must be a file, but there is none at {path} (seen from {Path.cwd()}). Check it."
         )
     pixels, labels = _read_npz(path)
     if pixels.dtype == np.uint8:
@@ -296,23 +272,22 @@ def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> 
         layout = pixels.ndim == 4 and pixels.shape[1] == 3
     else:
         raise TypeError(
-            f"{_CALLER}: the images of {path} must be uint8 or floats, got {pixels.dtype}. "
+            f"{_CALLER}: images of {path} must be uint8 or floats, got {pixels.dtype}. "
             f"Convert grey levels with .astype('uint8')."
         )
     if not layout:
         raise ValueError(
-            f"{_CALLER}: the images of {path} must have shape (N, H, W, 3) as uint8 or (N, 3, H, W) as floats, got "
-            f"{pixels.shape} as {pixels.dtype}. Transpose them; repeat a single channel three times."
+            f"{_CALLER}: images of {path} must be (N, H, W, 3) as uint8 or (N, 3, H, W) as floats, got "
+            f"{pixels.shape} as {pixels.dtype}. Transpose them, or repeat a single channel."
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(
-            f"{_CALLER}: the labels of {path} must be integer class indices, got {labels.dtype}. "
-            f"Store one index per image."
+            f"{_CALLER}: labels of {path} must be integer class indices, got {labels.dtype}. Store one per image."
         )
     if labels.shape != pixels.shape[:1]:
         raise ValueError(
-            f"{_CALLER}: {path} must hold a label per image, got labels of shape {labels.shape} for {len(pixels)} "
-            f"images. Store one index per image."
+            f"{_CALLER}: {path} must hold a label per image, got shape {labels.shape} for {len(pixels)} images. "
+            f"Store one index per image."
         )
     if n_examples is not None:
         if n_examples > len(pixels):
@@ -337,7 +312,7 @@ def _read_npz(path: Path) -> tuple[Array, Array]:
     # A damaged archive raises any of them, and an array of objects, which would run code, a ValueError.
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"{_CALLER}: {path} must be a whole .npz file of plain arrays, but reading it gave: {error}. "
+            f"{_CALLER}: {path} must be an .npz file of plain arrays, but reading it gave: {error}. "
             f"Write it with numpy.savez."
         ) from error
     for keys, found in zip(_KEYS, chosen, strict=True):
@@ -367,22 +342,22 @@ def _images(
 def check_pixels(caller: str, images: Tensor) -> None:
     """Refuses no images at all, and pixels outside [0, 1]."""
     if len(images) == 0:
-        raise ValueError(f"{caller}: there must be at least one image, got none. Check where the data comes from.")
+        raise ValueError(f"{caller}: there must be at least one image, got none. Check the data.")
     low, high = (bound.item() for bound in torch.aminmax(images))
     if not (low >= 0 and high <= 1):  # so that NaN is refused
         raise ValueError(
-            f"{caller}: pixels must lie in [0, 1], got values from {low:.4g} to {high:.4g}. Divide grey levels by 255; "
-            f"leave normalisation to the model."
+            f"{caller}: pixels must lie in [0, 1], got values from {low:.4g} to {high:.4g}. "
+            f"Divide grey levels by 255; leave normalisation to the model."
         )
     if 0 < high <= 1 / 255:
         raise ValueError(
-            f"{caller}: pixels must reach up to 1, where white is, but the brightest is {high:.4g}: they seem to have "
-            f"been divided by 255 twice. Divide grey levels once."
+            f"{caller}: pixels must reach up to 1, but the brightest is {high:.4g}, as if divided by 255 twice. "
+            f"Divide grey levels once."
         )
 
 
 def _too_many(wanted: int, there: int, where: object) -> ValueError:
     return ValueError(
-        f"{_CALLER}: `n_examples` must be at most {there}, as many images as {where} has, got {wanted}. "
+        f"{_CALLER}: `n_examples` must be at most {there}, the images of {where}, got {wanted}. "
         f"Lower it, or leave it out for all."
     )

@@ -44,10 +44,8 @@ class Other:
 
 
 def python(statement, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", statement, *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", statement, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -79,20 +77,18 @@ def test_a_checkpoint_of_torchdistill_is_read(tmp_path):
 
 @pytest.mark.parametrize("hidden", ["args", "model"])
 def test_a_namespace_opens_the_door_to_nothing_else(hidden, tmp_path):
-    content = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace()}
-    if hidden == "args":
-        content["args"].x = Bomb(tmp_path / "exploded")
-    else:
-        content["model"]["a"] = Bomb(tmp_path / "exploded")
+    bomb = Bomb(tmp_path / "exploded")
+    content = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(x=1)}
+    content |= {"args": argparse.Namespace(x=bomb)} if hidden == "args" else {"model": {"a": bomb}}
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"load_content: the checkpoint .*a\.pt must hold .* would run code .*mkdir"):
+    with pytest.raises(ValueError, match=r"load_content: .*a\.pt .* would run code .*mkdir"):
         load_content(tmp_path / "a.pt")
     assert not (tmp_path / "exploded").exists()
 
 
 def test_a_class_of_somebody_is_refused_by_name(tmp_path):
     torch.save({"model": {}, "x": Other()}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"GLOBAL .*Other\. Do not trust .*allow the class before: torch\.serializ"):
+    with pytest.raises(ValueError, match=r"GLOBAL .*Other\. .*add_safe_globals"):
         load_content(tmp_path / "a.pt")
 
 
@@ -182,8 +178,7 @@ def test_mmengine_s_average_is_under_state_dict(update_buffers, tmp_path):
     ],
 )
 def test_without_a_second_set_there_is_no_unaveraged_one(content):
-    message = r"load_weights: the checkpoint some\.pt must have weights beside their average .* Leave `averaged` out\."
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"load_weights: .*some\.pt must have weights beside their average"):
         weights_in(content, "some.pt", averaged=False)
 
 

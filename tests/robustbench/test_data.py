@@ -96,12 +96,10 @@ def test_preprocessing_is_robustbenchs(tmp_path):
 
 def test_images_of_different_sizes_are_refused_with_the_ways_to_one_size(folder):
     save_image(folder / "dog" / "1.png", noise(8, 7, 3))
-    with message("images must have one size, got (8, 6) (") as caught:
+    with pytest.raises(
+        ValueError, match=r"one size, got \(8, 6\) .* and \(8, 7\) \(.*dog/1\.png\).*Res256Crop224, Crop"
+    ):
         load_images(folder)
-    assert f"and (8, 7) ({folder / 'dog' / '1.png'})" in str(caught.value)
-    assert "Choose the `preprocessing` that the network was trained for: Res256Crop224, Crop288, Res224" in str(
-        caught.value
-    )
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", "half"])
@@ -112,18 +110,13 @@ def test_an_image_that_cannot_be_read_is_named(folder, content):
         load_images(folder)
 
 
-def test_an_empty_folder_is_refused(tmp_path):
-    with message(f"must be a folder with a folder of images per class, but {tmp_path} has no folder"):
-        load_images(tmp_path)
-    (tmp_path / "cat").mkdir()
-    (tmp_path / "dog").mkdir()
-    with message(f"must be a folder with a folder of images per class, but {tmp_path} has no image in all of cat, dog"):
-        load_images(tmp_path)
-
-
-def test_a_folder_of_another_layout_is_refused(folder):
+def test_a_folder_of_another_layout_is_refused(folder, tmp_path):
     with message("has no folder"):
         load_images(folder / "cat")
+    for name in ("ape", "bat"):
+        (tmp_path / "empty" / name).mkdir(parents=True)
+    with message("has no image in all of ape, bat"):
+        load_images(tmp_path / "empty")
 
 
 # --- .npz files ------------------------------------------------------------------------------------------------------
@@ -153,26 +146,28 @@ def arrays(**changes):
     return {"images": noise(4, 5, 5, 3), "labels": np.arange(4), **changes}
 
 
-@pytest.mark.parametrize(
-    ("content", "kind", "text"),
-    [
-        (arrays(images=noise(4, 3, 5, 5)), ValueError, "must have shape (N, H, W, 3) as uint8 or (N, 3, H, W) as"),
-        (arrays(images=noise(4, 5, 5)), ValueError, "got (4, 5, 5) as uint8"),
-        (arrays(images=np.zeros((4, 5, 5, 3))), ValueError, "got (4, 5, 5, 3) as float64"),
-        (arrays(images=np.zeros((4, 3, 5, 5), int)), TypeError, "must be uint8 or floats, got int64"),
-        (arrays(images=np.full((4, 3, 5, 5), 1.01)), ValueError, "pixels must lie in [0, 1], got values from 1.01"),
-        (arrays(images=np.full((4, 3, 5, 5), -0.01)), ValueError, "got values from -0.01 to -0.01"),
-        (arrays(images=np.full((4, 3, 5, 5), np.nan)), ValueError, "got values from nan to nan"),
-        (arrays(images=noise(0, 5, 5, 3), labels=np.arange(0)), ValueError, "there must be at least one image, got"),
-        (arrays(labels=np.arange(3)), ValueError, "must hold a label per image, got labels of shape (3,) for 4 images"),
-        (arrays(labels=np.zeros((4, 10), int)), ValueError, "got labels of shape (4, 10)"),
-        (arrays(labels=np.zeros(4)), TypeError, "must be integer class indices, got float64"),
-        (arrays(labels=np.array([None] * 4)), ValueError, "Object arrays cannot be loaded when allow_pickle=False"),
-        ({"images": noise(4, 5, 5, 3)}, ValueError, "must hold either `label` or `labels`, but has images."),
-        ({"x": noise(4, 5, 5, 3)}, ValueError, "must hold either `image` or `images`, but has x."),
-        (arrays(image=noise(4, 5, 5, 3)), ValueError, "`image` or `images`, but has images, labels, image."),
-    ],
-)  # fmt: skip
+SHAPE = "(N, H, W, 3) as uint8 or (N, 3, H, W) as floats, got "
+NO_FILE = [
+    (arrays(images=noise(4, 3, 5, 5)), ValueError, f"{SHAPE}(4, 3, 5, 5) as uint8"),
+    (arrays(images=noise(4, 5, 5)), ValueError, f"{SHAPE}(4, 5, 5) as uint8"),
+    (arrays(images=np.zeros((4, 5, 5, 3))), ValueError, f"{SHAPE}(4, 5, 5, 3) as float64"),
+    (arrays(images=np.zeros((4, 3, 5, 5), int)), TypeError, "must be uint8 or floats, got int64"),
+    (arrays(images=np.full((4, 3, 5, 5), 1.01)), ValueError, "pixels must lie in [0, 1], got values from 1.01"),
+    (arrays(images=np.full((4, 3, 5, 5), -0.01)), ValueError, "got values from -0.01 to -0.01"),
+    (arrays(images=np.full((4, 3, 5, 5), np.nan)), ValueError, "got values from nan to nan"),
+    (arrays(images=np.full((4, 3, 5, 5), 200 / 255 / 255)), ValueError, "as if divided by 255 twice"),
+    (arrays(images=noise(0, 5, 5, 3), labels=np.arange(0)), ValueError, "at least one image, got none"),
+    (arrays(labels=np.arange(3)), ValueError, "a label per image, got shape (3,) for 4 images"),
+    (arrays(labels=np.zeros((4, 10), int)), ValueError, "a label per image, got shape (4, 10)"),
+    (arrays(labels=np.zeros(4)), TypeError, "must be integer class indices, got float64"),
+    (arrays(labels=np.array([None] * 4)), ValueError, "plain arrays, but reading it gave: Object arrays cannot"),
+    ({"images": noise(4, 5, 5, 3)}, ValueError, "must hold either `label` or `labels`, but has images."),
+    ({"x": noise(4, 5, 5, 3)}, ValueError, "must hold either `image` or `images`, but has x."),
+    (arrays(image=noise(4, 5, 5, 3)), ValueError, "`image` or `images`, but has images, labels, image."),
+]
+
+
+@pytest.mark.parametrize(("content", "kind", "text"), NO_FILE, ids=[text[-20:] for _, _, text in NO_FILE])
 def test_a_file_that_does_not_hold_images_is_refused(tmp_path, content, kind, text):
     np.savez(tmp_path / "a.npz", **content)
     with pytest.raises(kind, match=re.escape(text)):
@@ -194,7 +189,7 @@ def test_a_file_runs_nothing(tmp_path):
     np.savez(tmp_path / "a.npz", images=noise(1, 5, 5, 3), labels=np.array([Payload(victim)]))
     (tmp_path / "b.npz").write_bytes(pickle.dumps(Payload(victim)))
     for name in ("a.npz", "b.npz"):
-        with message("must be a whole .npz file of plain arrays, but reading it gave: "):
+        with message("must be an .npz file of plain arrays, but reading it gave: "):
             load_images(tmp_path / name)
     assert not victim.exists()
     np.load(tmp_path / "a.npz", allow_pickle=True)["labels"]
@@ -205,21 +200,12 @@ def test_a_file_runs_nothing(tmp_path):
 def test_a_truncated_file_is_refused(tmp_path, cut):
     np.savez(tmp_path / "a.npz", **arrays())
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:cut])
-    with message(f"load_images: {tmp_path / 'b.npz'} must be a whole .npz file of plain arrays, but reading it gave: "):
+    with message(f"load_images: {tmp_path / 'b.npz'} must be an .npz file of plain arrays, but reading it gave: "):
         load_images(tmp_path / "b.npz")
-
-
-def test_a_single_array_is_refused(tmp_path):
-    with (tmp_path / "a.npz").open("wb") as file:
+    with (tmp_path / "c.npz").open("wb") as file:
         np.save(file, noise(4, 5, 5, 3))
-    with message("must be a whole .npz file of plain arrays, but reading it gave: it is a single array"):
-        load_images(tmp_path / "a.npz")
-
-
-def test_a_file_takes_no_preprocessing(tmp_path):
-    np.savez(tmp_path / "a.npz", **arrays())
-    with message("`preprocessing` must be None for an .npz file, whose pixels are used as they are, got 'Res224'"):
-        load_images(tmp_path / "a.npz", preprocessing="Res224")
+    with message("gave: it is a single array"):
+        load_images(tmp_path / "c.npz")
 
 
 # --- RobustBench's data sets -----------------------------------------------------------------------------------------
@@ -265,13 +251,10 @@ def test_cifar10_takes_a_preprocessing(cifar):
 
 
 def test_offline_refuses_what_would_be_downloaded(cifar, tmp_path):
-    text = (
-        f"load_images: cifar10 must lie in {cifar / 'cifar-10-batches-py'} to be read offline, whole and unchanged, "
-        "with the files data_batch_1, data_batch_2, data_batch_3, data_batch_4, data_batch_5, test_batch, batches.meta"
-        ". Unpack cifar-10-python.tar.gz from https://"
-    )
     (cifar / "cifar-10-batches-py" / "test_batch").write_bytes(b"damaged")
-    with message(text):
+    with message(
+        f"cifar10 must lie in {cifar / 'cifar-10-batches-py'} to be read offline, unchanged: data_batch_1, data_"
+    ):
         load_images("cifar10", data_dir=cifar, offline=True)
     with pytest.raises(AssertionError, match="this would download"):
         load_images("cifar10", data_dir=cifar)
@@ -283,7 +266,7 @@ def test_offline_refuses_what_would_be_downloaded(cifar, tmp_path):
 def test_more_images_than_there_are_is_refused(cifar, folder_of_two, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays())
     for source, there in (("cifar10", 10), (folder_of_two, 2), (tmp_path / "a.npz", 4)):
-        with message(f"`n_examples` must be at most {there}, as many images as {source} has, got {there + 1}"):
+        with message(f"`n_examples` must be at most {there}, the images of {source}, got {there + 1}"):
             load_images(source, data_dir=cifar, n_examples=there + 1)
 
 
@@ -332,18 +315,16 @@ def test_imagenet_is_what_robustbench_reads(imagenet):
 
 def test_imagenet_that_is_not_whole_is_refused(imagenet, tmp_path):
     root, names = imagenet
-    with message(f"must have the images of RobustBench's list, but {root / 'val' / names[3]} is missing"):
+    with message(f"{root / 'val' / names[3]} is missing"):
         load_images("imagenet", data_dir=root)
-    with message(
-        "`n_examples` must be at most 5000, as many images as RobustBench's list of ImageNet images has, got 6000"
-    ):
+    with message("`n_examples` must be at most 5000, the images of"):
         load_images("imagenet", data_dir=root, n_examples=6000)
     label = names[1].split("/")[0]
     (root / "val" / label).rename(root / "val" / "other")
-    with message(f"imagenet in {root / 'val'} must have the folder {label}. Put ILSVRC2012_img_val's images there"):
+    with message(f"imagenet in {root / 'val'} must have the folder {label}."):
         load_images("imagenet", data_dir=root, n_examples=3)
     (root / "val" / "other").rename(root / "other")
-    with message("must have the 1,000 class folders and no other, got 999 folders"):
+    with message("1,000 class folders and no other, got 999"):
         load_images("imagenet", data_dir=root, n_examples=3)
     with message(f"imagenet must lie in {tmp_path / 'none' / 'val'}, but there is no such folder"):
         load_images("imagenet", data_dir=tmp_path / "none")
@@ -352,34 +333,30 @@ def test_imagenet_that_is_not_whole_is_refused(imagenet, tmp_path):
 # --- names, numbers, checksums ---------------------------------------------------------------------------------------
 
 
-def test_an_unknown_source_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (
-        "must be 'cifar10', 'cifar100', 'imagenet', a folder with a folder of images per class, or an .npz file, got "
-    )
-    with message(f"{text}'cifar11', and there is no such folder (seen from {tmp_path})"):
-        load_images("cifar11")
-    with message(f"`source` must be a file, but there is none at none.npz (seen from {tmp_path})"):
-        load_images("none.npz")
-
-
-def test_an_unknown_preprocessing_names_the_nearest(folder):
-    with message("unknown preprocessing `Res225`. Did you mean `Res224`? Known: BicubicRes256Crop224, Crop288, Res224"):
-        load_images(folder, preprocessing="Res225")
-
-
-@pytest.mark.parametrize("count", [0, -1])
-def test_a_number_of_images_below_one_is_refused(folder, count):
-    with message(f"`n_examples` must be an integer of at least 1 or None, got {count}"):
-        load_images(folder, n_examples=count)
-
-
-@pytest.mark.parametrize("count", [1.0, "3", True])
-def test_a_number_of_images_that_is_none_is_refused(folder, count):
-    with pytest.raises(
-        TypeError, match=re.escape(f"`n_examples` must be an integer of at least 1 or None, got {count!r}")
-    ):
-        load_images(folder, n_examples=count)
+@pytest.mark.parametrize(
+    ("source", "keywords", "error", "text"),
+    [
+        (
+            "cifar11",
+            {},
+            ValueError,
+            "`source` must be 'cifar10', 'cifar100', 'imagenet', a class folder or an .npz file",
+        ),
+        ("none.npz", {}, ValueError, "there is none at none.npz (seen from "),
+        ("a.npz", {"preprocessing": "Res224"}, ValueError, "must be None for an .npz file, got 'Res224'"),
+        ("images", {"preprocessing": "Res225"}, ValueError, "preprocessing `Res225`. Did you mean `Res224`? Known: Bi"),
+        *(("images", {"n_examples": count}, ValueError, f"at least 1 or None, got {count}") for count in (0, -1)),
+        *(
+            ("images", {"n_examples": count}, TypeError, f"at least 1 or None, got {count!r}")
+            for count in (1.0, "3", True)
+        ),
+    ],
+)
+def test_a_source_or_number_that_is_none_is_refused(folder, source, keywords, error, text, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    np.savez("a.npz", **arrays())
+    with pytest.raises(error, match=re.escape(text)):
+        load_images(source, **keywords)
 
 
 def test_the_checksum_is_of_the_pixels_and_labels_used(folder):
@@ -407,11 +384,3 @@ def test_the_checksum_of_a_file(tmp_path):
     content = bytes(range(256)) * 8192  # 2 MiB
     (tmp_path / "file").write_bytes(content)
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
-
-
-def test_refuses_pixels_that_were_divided_twice(tmp_path):
-    path = tmp_path / "images.npz"
-    pixels = np.full((2, 3, 4, 4), 200 / 255 / 255, dtype=np.float32)
-    np.savez(path, image=pixels, label=np.array([0, 1]))
-    with pytest.raises(ValueError, match=r"pixels must reach up to 1, .* been divided by 255 twice"):
-        load_images(path)

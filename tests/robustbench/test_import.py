@@ -107,16 +107,6 @@ def test_where_the_real_modules_are_ours_stay_out(real_ones):
     assert output == "False\n"
 
 
-def test_the_real_modules_may_be_there_one_at_a_time(real_ones):
-    (real_ones / "pkg_resources.py").unlink()
-    output = run(
-        "import ikl_plugins.robustbench, robustbench.eval, autoattack\n"
-        "print(robustbench.eval.AutoAttack is autoattack.AutoAttack, autoattack.AutoAttack.real)",
-        real_ones,
-    )
-    assert output == "True True\n"
-
-
 @pytest.mark.parametrize(("missing", "named"), [("robustbench", "robustbench"), ("pyautoattack", "autoattack")])
 def test_what_is_missing_is_named_with_the_command(missing, named):
     if named == "autoattack" and not absent(named):
@@ -127,18 +117,6 @@ def test_what_is_missing_is_named_with_the_command(missing, named):
         f"ImportError: ikl_plugins.robustbench needs RobustBench and an AutoAttack, but `{named}` is missing. "
         f"Run: pip install 'ikl_plugins[robustbench]'"
     )
-
-
-def test_the_core_and_the_names_of_architectures_load_no_host():
-    output = run(
-        "import sys\n"
-        "import ikl_plugins, ikl_plugins.models, ikl_plugins.checkpoints\n"
-        "from ikl_plugins.models.robustbench_zoo import parse_architecture\n"
-        "parse_architecture('WideResNet-34-10').expression()\n"
-        "hosts = {'autoattack', 'mmengine', 'mmpretrain', 'pyautoattack', 'robustbench', 'timm', 'torchdistill'}\n"
-        "print(hosts & {name.split('.')[0] for name in sys.modules})"
-    )
-    assert output == "set()\n"
 
 
 def test_public_names_have_documentation():
