@@ -144,21 +144,23 @@ def check_class_prior(caller: str, class_prior: Tensor, student_logits: Tensor) 
         )
 
 
-def check_targets(caller: str, targets: Tensor | None, num_classes: int, logits: Tensor | None = None) -> Tensor:
+def check_targets(
+    caller: str, targets: Tensor | None, num_classes: int, logits: Tensor | None = None, name: str = "targets"
+) -> Tensor:
     """``targets``, refused unless they are class indices in [0, num_classes), one for each prediction of ``logits``."""
     if not isinstance(targets, Tensor):
         raise (ValueError if targets is None else TypeError)(
-            f"{caller}: `targets` must be given as a tensor of class indices, got {kind_of(targets)}. "
+            f"{caller}: `{name}` must be given as a tensor of class indices, got {kind_of(targets)}. "
             f"Pass the labels of the batch."
         )
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(
-            f"{caller}: `targets` must hold integer class indices, got {targets.dtype}. "
+            f"{caller}: `{name}` must hold integer class indices, got {targets.dtype}. "
             f"Of soft or mixed labels pass the argmax."
         )
     if logits is not None and targets.shape != (expected := (logits.shape[0], *logits.shape[2:])):
         raise ValueError(
-            f"{caller}: `targets` must have shape {expected} for logits of shape {tuple(logits.shape)}, got "
+            f"{caller}: `{name}` must have shape {expected} for logits of shape {tuple(logits.shape)}, got "
             f"{tuple(targets.shape)}. Pass one class index per prediction."
         )
     if torch.compiler.is_compiling() or targets.numel() == 0 or targets.is_meta:
@@ -167,8 +169,8 @@ def check_targets(caller: str, targets: Tensor | None, num_classes: int, logits:
     low, high = (int(bound) for bound in torch.aminmax(targets.long()))
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"{caller}: `targets` must lie in [0, {num_classes - 1}], got values from {low} to {high}. "
-            f"Correct `num_classes`, or drop ignored samples first."
+            f"{caller}: `{name}` must lie in [0, {num_classes - 1}], got values from {low} to {high}. "
+            f"Correct the number of classes, or drop ignored samples first."
         )
     return targets
 

@@ -6,6 +6,7 @@ images are the student's, those of the natural images the teacher's.
 
 from .attack import MODEL_MODES, NORMS, OBJECTIVES, PGD, RANDOM_STARTS
 from .modes import frozen_statistics, model_mode
+from .pixels import PixelSpace
 from .schedule import BUDGETS, BudgetRow, Strength
 from .weight_perturbation import AdversarialWeightPerturbation
 
@@ -18,6 +19,7 @@ __all__ = [
     "RANDOM_STARTS",
     "AdversarialWeightPerturbation",
     "BudgetRow",
+    "PixelSpace",
     "Strength",
     "frozen_statistics",
     "model_mode",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _validation as check
-from ..functional import ikl_loss
+from ..functional import evaluate, ikl_settings
 from .modes import frozen_statistics, model_mode
 from .schedule import (
     BudgetRow,
     Strength,
     check_budget,
     check_epoch,
-    check_steps,
     largest_distance,
     pixel_number,
     ramp,
@@ -30,7 +30,6 @@ NORMS = ("linf", "l2")
 RANDOM_STARTS = ("normal", "uniform", "none")
 OBJECTIVES = ("cross_entropy", "ikl", "margin", "soft_cross_entropy")
 MODEL_MODES = ("eval", "train")
-OF_LABELS = ("cross_entropy", "margin")  # the objectives that are pulled away from the labels
 
 _NORMAL_START = 0.001  # standard deviation of the authors' start, in pixel units
 _TINY = 1e-12  # keeps a gradient of 0 from being divided by 0
@@ -116,31 +115,32 @@ class PGD:
         self.objective = objective
         self.model_mode = model_mode
         self.eps = pixel_number("PGD", "eps", eps)
-        if norm == "linf" and self.eps > 1:
-            raise ValueError(_beyond_pixels("eps", self.eps, eps))
+        largest = 1.0 if norm == "linf" else math.inf
+        _check_radius("eps", self.eps, eps, largest)
         self.eps_ramp = check.check_number("PGD", "eps_ramp", eps_ramp)
         if self.eps_ramp > 1:
             raise ValueError(
                 f"PGD: `eps_ramp` must be a fraction of the training, from 0 to 1, got {eps_ramp}. "
-                f"For a ramp over all epochs pass 1.0."
+                f"Pass 1.0 for all epochs."
             )
-        if random_start == "none" and objective not in OF_LABELS:
+        if random_start == "none" and not self.needs_labels:
             raise ValueError(
-                f"PGD: `random_start` must be 'normal' or 'uniform' with objective='{objective}', got 'none'. At the "
-                f"natural images that objective has no gradient, so that no step would leave them."
+                f"PGD: `random_start` must be 'normal' or 'uniform' with objective='{objective}', got 'none'. "
+                f"That objective has no gradient at the natural images."
             )
         if (budget is None) == (steps is None) or (steps is None) != (step_size is None):
             given = {"steps": steps, "step_size": step_size, "budget": budget}
             shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
             raise ValueError(
-                f"PGD: `steps` and `step_size` must both be given, or a `budget` instead, got {shown}. For instance "
-                f"steps=10, step_size='2/255', or budget='high_as_executed'."
+                f"PGD: `steps` and `step_size` must both be given, or a `budget` instead, got {shown}. "
+                f"Write steps=10, step_size='2/255' for one."
             )
         if budget is None:
             size = pixel_number("PGD", "step_size", step_size)
-            if norm == "linf" and size > 1:
-                raise ValueError(_beyond_pixels("step_size", size, step_size))
-            self.budget: tuple[BudgetRow, ...] = (BudgetRow(1.0, check_steps("PGD", "steps", steps), size / self.eps),)
+            _check_radius("step_size", size, step_size, largest)
+            self.budget: tuple[BudgetRow, ...] = (
+                BudgetRow(1.0, check.check_integer("PGD", "steps", steps), size / self.eps),
+            )
         else:
             self.budget = check_budget("PGD", budget)
 
@@ -174,6 +174,16 @@ class PGD:
             row = row_of(self.budget, epoch, epochs)
         return Strength(eps, row.steps, eps * row.relative_step)
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the objective is pulled away from the labels, so that a call must give them."""
+        return self.objective in ("cross_entropy", "margin")
+
+    @property
+    def uses_prior(self) -> bool:
+        """Whether a class prior, if there is one, weighs the objective."""
+        return self.objective == "ikl"
+
     def __call__(
         self,
         model: nn.Module,
@@ -185,6 +195,7 @@ class PGD:
         class_prior: Tensor | None = None,
         strength: Strength | None = None,
         generator: torch.Generator | None = None,
+        check_values: bool = True,
     ) -> Tensor:
         """Adversarial images.
 
@@ -193,12 +204,13 @@ class PGD:
             images: natural images, floating, shape (N, C, H, W) or (N, ...), values in [0, 1].
             forward: from such images to logits (N, classes); by default the model itself. The place for a
                 normalisation.
-            labels: class indices (N,), for the objectives ``'cross_entropy'`` and ``'margin'``.
+            labels: class indices (N,), where :attr:`needs_labels`.
             natural_logits: logits (N, classes) of the natural images for the other objectives. By default they are
                 computed here, once, in the mode of the attack.
-            class_prior: rows (N, classes) that weigh the objective ``'ikl'``; by default the natural predictions do.
+            class_prior: rows (N, classes), where :attr:`uses_prior`; by default the natural predictions weigh.
             strength: what the attack may do; by default :meth:`strength` without an epoch.
             generator: of the random start, on the device of the images; by default torch's own.
+            check_values: False for images that :class:`PixelSpace` has checked: their values are not read again.
 
         Returns:
             Images of the same shape, within eps of the natural ones and within [0, 1], without gradient.
@@ -210,22 +222,24 @@ class PGD:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"PGD: `model` must be a torch.nn.Module, whose modes can be changed, got {type(model).__name__}. "
+                f"PGD: `model` must be a torch.nn.Module, got {type(model).__name__}. "
                 f"Pass the network, and the function from images to logits as `forward`."
             )
         eps, steps, step_size = self.strength() if strength is None else _check_strength(strength)
-        self._check_images(images, eps)
+        self._check_images(images, eps, values=check_values)
         forward = model if forward is None else forward
         graph, mode = torch.inference_mode(False), model_mode(model, self.model_mode)
         try:
             with graph, torch.enable_grad(), mode, frozen_statistics(model):
                 images = images.clone() if images.is_inference() else images.detach()
-                ascend = self._objective(forward, images, labels, natural_logits, class_prior)
+                if self.needs_labels:
+                    objective = self._away_from_labels(labels)
+                else:
+                    objective = self._away_from_predictions(forward, images, natural_logits, class_prior)
                 low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
                 adversarial = self._start(images, low, high, eps, generator)
                 for _ in range(steps):
-                    adversarial.requires_grad_()
-                    value, gradient = ascend(adversarial)
+                    value, gradient = _value_and_gradient(forward, objective, adversarial.requires_grad_())
                     adversarial = self._step(adversarial.detach(), gradient, images, low, high, eps, step_size)
         finally:
             # Under autocast older releases of torch keep the natural pass's copies of the weights, which have no graph.
@@ -233,95 +247,79 @@ class PGD:
         # The sign of NaN is 0, so that the images alone would not show it.
         if not (torch.isfinite(value) & torch.isfinite(gradient).all()):
             raise ValueError(
-                f"PGD: logits and their gradient must stay finite, but those of the objective '{self.objective}' do "
-                f"not: its value is {value.item()}. Lower the learning rate, or look for the layer that overflows."
+                f"PGD: objective '{self.objective}' and its gradient must stay finite, got the value {value.item()}. "
+                f"Lower the learning rate, or look for the layer that overflows."
             )
         return adversarial
 
-    def _check_images(self, images: Tensor, eps: float) -> None:
+    def _check_images(self, images: Tensor, eps: float, *, values: bool) -> None:
         check.check_floating("PGD", "images", images, "Divide by 255.")
         if images.dim() < 2 or images.numel() == 0:
             raise ValueError(
                 f"PGD: `images` must be a batch (N, C, H, W) of at least one image, got shape {tuple(images.shape)}. "
-                f"Give a single image its batch dimension with `.unsqueeze(0)`; skip empty batches."
+                f"Skip empty batches."
             )
-        low, high = (bound.item() for bound in torch.aminmax(images.detach()))
-        if not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"PGD: `images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}. Attack the pixels and "
-                f"normalise behind the attack, inside the model or in `forward`; divide 0..255 by 255."
-            )
-        largest = largest_distance(self.norm, images[0].numel())
-        if eps > largest:
-            raise ValueError(_beyond_pixels("eps", eps, eps, largest))
+        if values:
+            low, high = torch.stack(torch.aminmax(images.detach())).tolist()
+            if not (low >= 0 and high <= 1):
+                raise ValueError(
+                    f"PGD: `images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}. "
+                    f"Attack the pixels and normalise in the model or in `forward`."
+                )
+        _check_radius("eps", eps, eps, largest_distance(self.norm, images[0].numel()))
 
-    def _objective(
+    def _away_from_labels(self, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """From logits to the objective, summed over the batch; the labels are checked with the first logits."""
+        targets: Tensor | None = None
+
+        def objective(logits: Tensor) -> Tensor:
+            nonlocal targets
+            if targets is None:
+                targets = check.check_targets("PGD", labels, logits.shape[1], logits, name="labels")
+                targets = targets.clone().long()  # those made in inference mode cannot be saved for backward
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.objective == "margin":
+                return _margins(wide, targets).sum()
+            return F.cross_entropy(wide, targets, reduction="sum")
+
+        return objective
+
+    def _away_from_predictions(
         self,
         forward: Callable[[Tensor], Any],
         images: Tensor,
-        labels: Tensor | None,
         natural_logits: Tensor | None,
         class_prior: Tensor | None,
-    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """From images to the value of the objective, summed over the batch, and its gradient."""
-        if self.objective in OF_LABELS:
-            if labels is None:
-                raise ValueError(
-                    f"PGD: `labels` must be given with objective='{self.objective}', got None. Pass the class indices, "
-                    f"or use the objective 'soft_cross_entropy'."
-                )
-            _check_labels(labels, len(images))
-            targets = labels.clone().long()  # those made in inference mode cannot be saved for backward
+    ) -> Callable[[Tensor], Tensor]:
+        """The same for the objectives that need no labels."""
+        if natural_logits is None:
+            with torch.no_grad():
+                natural_logits = _logits(forward(images))
+        elif not isinstance(natural_logits, Tensor) or natural_logits.dim() != 2:
+            raise TypeError(
+                f"PGD: `natural_logits` must be a tensor of shape (N, classes), got {_kind(natural_logits)}. "
+                f"Leave them out, or pass the model's logits of `images`."
+            )
+        reference = natural_logits.detach()
+        settings = ikl_settings(
+            alpha=1.0,
+            beta=1.0 if self.objective == "ikl" else 0.0,
+            temperature=1.0,
+            weight_temperature=1.0,
+            reduction="sum",
+        )
+        checked = False
 
-            def objective(logits: Tensor) -> Tensor:
-                if int(targets.max()) >= logits.shape[1]:
-                    raise ValueError(
-                        f"PGD: `labels` must lie in [0, {logits.shape[1] - 1}], the classes of the logits, got "
-                        f"{int(targets.max())}. Look at the number of classes of the model and of the data."
-                    )
-                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                if self.objective == "margin":
-                    return _margins(wide, targets).sum()
-                return F.cross_entropy(wide, targets, reduction="sum")
+        def objective(logits: Tensor) -> Tensor:
+            nonlocal checked
+            if not checked:
+                check.check_logits("PGD", logits, reference)
+                if class_prior is not None:
+                    check.check_class_prior("PGD", class_prior, logits)
+                checked = True
+            return evaluate(logits, reference, class_prior, settings)[0]
 
-        else:
-            if natural_logits is None:
-                with torch.no_grad():
-                    natural_logits = _logits(forward(images))
-            elif not isinstance(natural_logits, Tensor) or natural_logits.dim() != 2:
-                raise TypeError(
-                    f"PGD: `natural_logits` must be a tensor of shape (N, classes), got {_kind(natural_logits)}. Pass "
-                    f"the model's logits of `images`, or leave them out."
-                )
-            reference = natural_logits.detach()
-            beta = 1.0 if self.objective == "ikl" else 0.0
-
-            def objective(logits: Tensor) -> Tensor:
-                return ikl_loss(logits, reference, alpha=1.0, beta=beta, class_prior=class_prior, reduction="sum")
-
-        def ascend(adversarial: Tensor) -> tuple[Tensor, Tensor]:
-            logits = _logits(forward(adversarial))
-            gradient = None
-            if logits.requires_grad:
-                value = objective(logits)
-                try:
-                    (gradient,) = torch.autograd.grad(value, adversarial, allow_unused=True)
-                except RuntimeError as error:
-                    if "use_reentrant" not in str(error):
-                        raise
-                    raise ValueError(
-                        "PGD: `model` must not use reentrant activation checkpointing, which gives no gradient of the "
-                        "images. Switch it off (in OpenMMLab's backbones with_cp=False), or use "
-                        "torch.utils.checkpoint with use_reentrant=False."
-                    ) from error
-            if gradient is None:
-                raise ValueError(
-                    "PGD: `model` must be differentiable with respect to its input, but its logits carry no gradient. "
-                    "Look for a detach(), a torch.no_grad() or an argmax on the way from the images to the logits."
-                )
-            return value.detach(), gradient
-
-        return ascend
+        return objective
 
     def _start(
         self, images: Tensor, low: Tensor, high: Tensor, eps: float, generator: torch.Generator | None
@@ -356,11 +354,36 @@ class PGD:
         return f"PGD({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
+def _value_and_gradient(
+    forward: Callable[[Tensor], Any], objective: Callable[[Tensor], Tensor], adversarial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The objective's value at these images, and its gradient of them."""
+    logits = _logits(forward(adversarial))
+    gradient = None
+    if logits.requires_grad:
+        value = objective(logits)
+        try:
+            (gradient,) = torch.autograd.grad(value, adversarial, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ValueError(
+                "PGD: `model` must not use reentrant activation checkpointing, which gives no gradient of the images. "
+                "Set with_cp=False (OpenMMLab) or use_reentrant=False (torch)."
+            ) from error
+    if gradient is None:
+        raise ValueError(
+            "PGD: `model` must be differentiable with respect to its input, but its logits carry no gradient. "
+            "Look for a detach() or torch.no_grad() on the way."
+        )
+    return value.detach(), gradient
+
+
 def _logits(output: Any) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise ValueError(
-            f"PGD: `model` must return logits of shape (N, classes), got {_kind(output)}. Name the logits with "
-            f"`forward`, for instance forward=lambda images: model(images)[0]."
+            f"PGD: `model` must return logits of shape (N, classes), got {_kind(output)}. "
+            f"Name them with forward=lambda images: model(images)[0], for one."
         )
     return output
 
@@ -369,7 +392,7 @@ def _margins(logits: Tensor, targets: Tensor) -> Tensor:
     """The largest logit of the other classes minus that of the target, (N,): above 0 for what is misclassified."""
     if logits.shape[1] < 2:
         raise ValueError(
-            "PGD: `model` must tell at least 2 classes apart for objective='margin', got 1. Use 'cross_entropy'."
+            "PGD: `model` must have at least 2 classes for objective='margin', got 1. Use 'cross_entropy'."
         )
     column = targets[:, None]
     return logits.scatter(1, column, -torch.inf).amax(1) - logits.gather(1, column)[:, 0]
@@ -383,29 +406,9 @@ def _check_strength(strength: Strength) -> Strength:
     eps, steps, step_size = strength
     return Strength(
         check.check_number("PGD", "strength: eps", eps, positive=True),
-        check_steps("PGD", "strength: steps", steps),
+        check.check_integer("PGD", "strength: steps", steps),
         check.check_number("PGD", "strength: step_size", step_size, positive=True),
     )
-
-
-def _check_labels(labels: Tensor, images: int) -> None:
-    integers = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.dtype == torch.bool)
-    if not integers:
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(
-            f"PGD: `labels` must be a tensor of integer class indices, got {kind}. Pass hard labels (for soft or mixed "
-            f"labels their argmax), or use the objective 'soft_cross_entropy'."
-        )
-    if tuple(labels.shape) != (images,):
-        raise ValueError(
-            f"PGD: `labels` must have shape ({images},), one class index for each image, got {tuple(labels.shape)}. "
-            f"Pass the indices of the batch; turn one-hot rows into indices with `.argmax(1)`."
-        )
-    lowest = int(labels.long().min())  # torch has no minimum of the wide unsigned types
-    if lowest < 0:
-        raise ValueError(
-            f"PGD: `labels` must be class indices of at least 0, got {lowest}. Drop ignored samples first."
-        )
 
 
 def _norms(rows: Tensor) -> Tensor:
@@ -419,8 +422,9 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (images.dim() - 1))
 
 
-def _beyond_pixels(name: str, number: float, given: object, largest: float = 1.0) -> str:
-    return (
-        f"PGD: `{name}` must be at most {largest:.4g}, as pixels lie in [0, 1], got {given!r}. A value meant for "
-        f"pixels of 0..255 is written as a fraction, '{number:g}/255'."
-    )
+def _check_radius(name: str, number: float, given: object, largest: float) -> None:
+    if number > largest:
+        raise ValueError(
+            f"PGD: `{name}` must be at most {largest:.4g}, as pixels lie in [0, 1], got {given!r}. "
+            f"Write it as a fraction, such as '{number:g}/255'."
+        )

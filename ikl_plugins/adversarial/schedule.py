@@ -74,41 +74,26 @@ def check_budget(caller: str, budget: object) -> tuple[BudgetRow, ...]:
         if budget not in BUDGETS:
             raise ValueError(check.unknown_name_message(caller, "`budget`", budget, BUDGETS))
         return BUDGETS[budget]
-    form = "rows of (until, steps, step size / eps), such as [(0.5, 2, 1.0), (1.0, 5, 0.5)]"
     if not isinstance(budget, Sequence) or not all(isinstance(row, Sequence) and len(row) == 3 for row in budget):
         raise TypeError(
-            f"{caller}: `budget` must be a name or {form}, got {budget!r}. Known names: {', '.join(sorted(BUDGETS))}."
+            f"{caller}: `budget` must be rows of (until, steps, step size / eps), or one of "
+            f"{', '.join(sorted(BUDGETS))}, got {budget!r}. Write [(0.5, 2, 1.0), (1.0, 5, 0.5)] for one."
         )
-    rows = []
-    for until, steps, relative_step in budget:
-        rows.append(
-            BudgetRow(
-                check.check_number(caller, "budget: until", until, positive=True),
-                check_steps(caller, "budget: steps", steps),
-                check.check_number(caller, "budget: step size / eps", relative_step, positive=True),
-            )
+    rows = [
+        BudgetRow(
+            until=check.check_number(caller, "budget: until", until, positive=True),
+            steps=check.check_integer(caller, "budget: steps", steps),
+            relative_step=check.check_number(caller, "budget: step size / eps", relative_step, positive=True),
         )
+        for until, steps, relative_step in budget
+    ]
     ends = [row.until for row in rows]
     if not rows or ends[-1] != 1.0 or any(one >= next_one for one, next_one in pairwise(ends)):
         raise ValueError(
-            f"{caller}: `budget` must be {form} whose first entries rise and end with 1, got {ends}. "
-            f"Sort the rows and let the last one reach 1.0."
+            f"{caller}: `budget` must be rows whose first entries rise and end with 1, got {ends}. "
+            f"They are fractions of the training."
         )
     return tuple(rows)
-
-
-def check_steps(caller: str, name: str, value: object) -> int:
-    """``value``, refused unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{caller}: `{name}` must be an integer of at least 1, got {value!r} of type {type(value).__name__}. "
-            f"Pass a whole number of steps."
-        )
-    if value < 1:
-        raise ValueError(
-            f"{caller}: `{name}` must be an integer of at least 1, got {value}. An attack without steps moves nothing."
-        )
-    return value
 
 
 def row_of(budget: tuple[BudgetRow, ...], epoch: int, epochs: int) -> BudgetRow:
@@ -128,12 +113,11 @@ def check_epoch(caller: str, epoch: object, epochs: object) -> tuple[int, int]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"{caller}: `{name}` must be an integer of at least 1, as the strength changes over the epochs, got "
-                f"{value!r}. Call the attack with strength=attack.strength(epoch, epochs); epochs are counted from 1."
+                f"{value!r}. Pass strength=attack.strength(epoch, epochs)."
             )
     if epoch > epochs:  # type: ignore[operator]
         raise ValueError(
-            f"{caller}: `epoch` must be at most the {epochs} epochs of the training, got {epoch}. Epochs are counted "
-            f"from 1."
+            f"{caller}: `epoch` must be at most the {epochs} epochs of the training, got {epoch}. Count from 1."
         )
     return epoch, epochs  # type: ignore[return-value]
 

@@ -83,7 +83,7 @@ class AdversarialWeightPerturbation:
             raise ValueError(f"{caller}: weights must be restored first, but they are perturbed. Call restore().")
         if loss.dim() > 0 or not loss.requires_grad:
             raise ValueError(
-                f"{caller}: `loss` must be a scalar with a graph to the weights, got shape {tuple(loss.shape)} and "
+                f"{caller}: `loss` must be a scalar with a graph, got shape {tuple(loss.shape)} and "
                 f"requires_grad={loss.requires_grad}. Pass the training loss, not detached."
             )
         weights = [
@@ -94,8 +94,8 @@ class AdversarialWeightPerturbation:
         found = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
         if all(gradient is None for gradient in found):
             raise ValueError(
-                f"{caller}: `loss` must depend on a weight tensor of `model` with at least two dimensions, but it does "
-                f"on none. Pass the model that the loss was computed with, and leave some weights trainable."
+                f"{caller}: `loss` must depend on a trainable weight of `model` with at least two dimensions. "
+                f"Pass the model that the loss was computed with."
             )
         gradients = [
             torch.zeros_like(weight) if gradient is None else gradient

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import _validation as check
 from ..adversarial import PGD, AdversarialWeightPerturbation, frozen_statistics
-from ..adversarial.attack import OF_LABELS
 from .classifier import EpochClassifier, term_scalars
 from .metrics import ROBUST_SCORE, RobustAccuracy
 from .pixels import PixelSpace
@@ -145,7 +144,7 @@ class AdversarialClassifier(EpochClassifier):
         natural = self._arranged(torch.cat(views) if len(views) > 1 else views[0])
         labels = self._labels(data_samples)
         prior = self.robust_loss.class_prior
-        rows = prior.prior(labels) if prior is not None and self.attack.objective == "ikl" else None
+        rows = prior.prior(labels) if prior is not None and self.attack.uses_prior else None
         strength = self.attack.strength(self.epoch, self.epochs)
         adversarial = self.pixels.to_inputs(
             self.attack(
@@ -244,7 +243,7 @@ class AdversarialClassifier(EpochClassifier):
         """The class indices; None where there are none and nothing but the log would show them."""
         if self.robust_loss.class_prior is not None:
             return self.hard_labels(data_samples, "the class prior of `robust_loss`")
-        if self.attack.objective in OF_LABELS:
+        if self.attack.needs_labels:
             return self.hard_labels(
                 data_samples,
                 f"the objective '{self.attack.objective}' of `attack`",

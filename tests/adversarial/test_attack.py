@@ -15,8 +15,7 @@ import copy
 import itertools
 import math
 import pickle
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,21 +26,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ikl_plugins.adversarial import MODEL_MODES, NORMS, OBJECTIVES, PGD, RANDOM_STARTS, Strength
-from ikl_plugins.adversarial.attack import OF_LABELS
 
+OF_LABELS = ("cross_entropy", "margin")
 each_norm = pytest.mark.parametrize("norm", ["linf", "l2"])
 each_objective = pytest.mark.parametrize("objective", ["cross_entropy", "margin", "soft_cross_entropy", "ikl"])
 
 SHAPE = (2, 3, 3)  # of an image of the reference
 CLASSES = 4
 LABELS = torch.tensor([3, 0, 1])
-
-
-def refused(error: type[Exception], call: Callable[[], Any], message: str) -> None:
-    """``call`` raises exactly ``error``, and its message is ``message`` from the first to the last character."""
-    with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
-        call()
-    assert caught.type is error
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
@@ -884,42 +876,6 @@ def test_the_attack_finds_what_noise_does_not(trained: tuple[nn.Module, Tensor, 
 # --- refusals: settings ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "nearest", "known"),
-    [
-        ("norm", "linff", "linf", "l2, linf"),
-        ("norm", "L2", None, "l2, linf"),
-        ("norm", 2, "l2", "l2, linf"),
-        ("random_start", "unifrom", "uniform", "none, normal, uniform"),
-        ("random_start", None, "none", "none, normal, uniform"),
-        ("objective", "crossentropy", "cross_entropy", "cross_entropy, ikl, margin, soft_cross_entropy"),
-        ("objective", "kl", "ikl", "cross_entropy, ikl, margin, soft_cross_entropy"),
-        ("objective", "cw", None, "cross_entropy, ikl, margin, soft_cross_entropy"),
-        ("model_mode", "evaluate", "eval", "eval, train"),
-        ("model_mode", True, None, "eval, train"),
-    ],
-)
-def test_unknown_names(kind: str, name: Any, nearest: str | None, known: str) -> None:
-    hint = f"Did you mean `{nearest}`? " if nearest else ""
-    refused(ValueError, lambda: linf(**{kind: name}), f"PGD: unknown `{kind}` `{name}`. {hint}Known: {known}.")
-
-
-@pytest.mark.parametrize("objective", ["soft_cross_entropy", "ikl"])
-def test_a_start_without_gradient(objective: str) -> None:
-    refused(
-        ValueError,
-        lambda: linf(random_start="none", objective=objective),
-        f"PGD: `random_start` must be 'normal' or 'uniform' with objective='{objective}', got 'none'. At the natural "
-        f"images that objective has no gradient, so that no step would leave them.",
-    )
-    assert linf(random_start="none").random_start == "none"
-
-
-def test_settings_are_named() -> None:
-    with pytest.raises(TypeError, match="positional argument"):
-        PGD(0.1)  # type: ignore[misc]
-
-
 def test_a_step_may_be_longer_than_the_ball_and_l2_radii_longer_than_1(
     model: Watched, images: Tensor, labels: Tensor
 ) -> None:
@@ -933,269 +889,11 @@ def test_a_step_may_be_longer_than_the_ball_and_l2_radii_longer_than_1(
 # --- refusals: input -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("make", "kind"),
-    [
-        (lambda images: (images * 255).to(torch.uint8), "torch.uint8"),
-        (lambda images: images > 0.5, "torch.bool"),
-        (lambda images: images.to(torch.complex64), "torch.complex64"),
-        (lambda images: images.to(torch.float8_e5m2), "torch.float8_e5m2"),
-        (lambda images: images.tolist(), "list"),
-        (lambda images: None, "NoneType"),
-    ],
-    ids=["uint8", "bool", "complex", "float8", "list", "None"],
-)
-def test_images_that_are_not_floating(model: Watched, images: Tensor, labels: Tensor, make: Any, kind: str) -> None:
-    refused(
-        TypeError,
-        lambda: linf()(model, make(images), labels=labels),
-        "PGD: `images` must ",
-        f"got {kind}",
-    )
-    assert model.inputs == []
-
-
-def test_images_that_are_sparse(model: Watched, images: Tensor, labels: Tensor) -> None:
-    refused(
-        TypeError,
-        lambda: linf()(model, images.to_sparse(), labels=labels),
-        "PGD: `images` must be a dense tensor, got the layout torch.sparse_coo",
-    )
-    assert model.inputs == []
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (0, 3, 6, 6), (4, 0)], ids=str)
-def test_images_without_a_batch(model: Watched, labels: Tensor, shape: tuple[int, ...]) -> None:
-    refused(
-        ValueError,
-        lambda: linf()(model, torch.zeros(shape), labels=labels),
-        f"PGD: `images` must be a batch (N, C, H, W) of at least one image, got shape {shape}. Give a single image its "
-        f"batch dimension with `.unsqueeze(0)`; skip empty batches.",
-    )
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "shown"),
-    [
-        (-0.5, 0.5, "-0.5 to 0.5"),
-        (0.0, 1.5, "0 to 1.5"),
-        (0.0, 255.0, "0 to 255"),
-        (-2.118, 2.64, "-2.118 to 2.64"),
-        (math.nan, 0.5, "nan to nan"),
-        (0.0, math.inf, "0 to inf"),
-        (-math.inf, 0.5, "-inf to 0.5"),
-    ],
-)
-def test_images_outside_0_and_1(model: Watched, labels: Tensor, low: float, high: float, shown: str) -> None:
-    images = torch.full((4, 3, 6, 6), 0.25)
-    images[0, 0, 0, 0], images[-1, -1, -1, -1] = low, high
-    refused(
-        ValueError,
-        lambda: linf()(model, images, labels=labels),
-        f"PGD: `images` must lie in [0, 1], got values from {shown}. Attack the pixels and normalise behind the "
-        f"attack, inside the model or in `forward`; divide 0..255 by 255.",
-    )
-    assert model.inputs == []
-
-
-def test_l2_radii_beyond_every_image(model: Watched, images: Tensor, labels: Tensor) -> None:
-    """128/255 written as 128. The distance from black to white is sqrt(108) for these images."""
-    refused(
-        ValueError,
-        lambda: linf(norm="l2", eps=128.0)(model, images, labels=labels),
-        "PGD: `eps` must be at most 10.39, as pixels lie in [0, 1], got 128.0. A value meant for pixels of 0..255 is "
-        "written as a fraction, '128/255'.",
-    )
-    linf(norm="l2", eps=10.39)(model, images, labels=labels)
-
-
-def test_a_strength_beyond_every_image(model: Watched, images: Tensor, labels: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"^PGD: `eps` must be at most 1, .* \[0, 1\], got 8\.0\. .*'8/255'\.$"):
-        linf()(model, images, labels=labels, strength=Strength(8.0, 1, 1.0))
-
-
-@pytest.mark.parametrize(
-    ("strength", "name"),
-    [(Strength(-0.1, 1, 0.1), "eps"), (Strength(0.1, 0, 0.1), "steps"), (Strength(0.1, 1, 0.0), "step_size")],
-)
-def test_a_strength_out_of_range(model: Watched, images: Tensor, labels: Tensor, strength: Strength, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^PGD: `strength: {name}` must be"):
-        linf()(model, images, labels=labels, strength=strength)
-
-
-@pytest.mark.parametrize("objective", ["cross_entropy", "margin"])
-def test_labels_that_are_missing(model: Watched, images: Tensor, objective: str) -> None:
-    refused(
-        ValueError,
-        lambda: linf(objective=objective)(model, images),
-        f"PGD: `labels` must be given with objective='{objective}', got None. Pass the class indices, or use the "
-        f"objective 'soft_cross_entropy'.",
-    )
-
-
-def test_labels_that_are_not_needed(model: Watched, images: Tensor) -> None:
-    for objective in ("soft_cross_entropy", "ikl"):
-        linf(objective=objective)(model, images)
-
-
-@pytest.mark.parametrize(
-    ("labels", "error", "rule"),
-    [
-        (torch.rand(4), TypeError, "must be a tensor of integer class indices, got torch.float32. "),
-        (torch.rand(4, 5), TypeError, "must be a tensor of integer class indices, got torch.float32. "),
-        (torch.ones(4, dtype=torch.bool), TypeError, "must be a tensor of integer class indices, got torch.bool. "),
-        (torch.tensor([0, 1, 2, 5]), ValueError, "must lie in [0, 4], the classes of the logits, got 5. "),
-        (torch.tensor([0, -100, 2, 3]), ValueError, "must be class indices of at least 0, got -100. "),
-        ([0, 1, 2, 3], TypeError, "must be a tensor of integer class indices, got list. "),
-    ],
-    ids=["float", "soft", "bool", "too large", "ignored", "list"],
-)
-def test_labels_that_are_no_class_indices(
-    model: Watched, images: Tensor, labels: Any, error: type[Exception], rule: str
-) -> None:
-    with pytest.raises(error, match=rf"^PGD: `labels` {re.escape(rule)}\S"):
-        linf()(model, images, labels=labels)
-
-
-@pytest.mark.parametrize("labels", [torch.zeros(3, dtype=torch.int64), torch.eye(5, dtype=torch.int64)[:4]])
-def test_labels_of_another_shape(model: Watched, images: Tensor, labels: Tensor) -> None:
-    """A batch too short, and one-hot rows."""
-    with pytest.raises(ValueError, match=r"^PGD: `labels` must have shape \(4,\), one class index for each image, got"):
-        linf()(model, images, labels=labels)
-
-
-@pytest.mark.parametrize(
-    ("output", "kind"),
-    [
-        (lambda logits: (logits, logits), "a tuple"),
-        (lambda logits: {"logits": logits}, "a dict"),
-        (lambda logits: None, "a NoneType"),
-        (lambda logits: logits[:, :, None], "shape (4, 5, 1)"),
-        (lambda logits: logits.argmax(1), "shape (4,)"),
-        (lambda logits: logits.sum(), "shape ()"),
-    ],
-    ids=["tuple", "dict", "None", "3-D", "argmax", "scalar"],
-)
-@pytest.mark.parametrize("objective", ["cross_entropy", "ikl"])
-def test_outputs_that_are_no_logits(
-    model: Watched, images: Tensor, labels: Tensor, objective: str, output: Any, kind: str
-) -> None:
-    refused(
-        ValueError,
-        lambda: linf(objective=objective)(model, images, forward=lambda x: output(model(x)), labels=labels),
-        f"PGD: `model` must return logits of shape (N, classes), got {kind}. Name the logits with `forward`, for "
-        f"instance forward=lambda images: model(images)[0].",
-    )
-
-
-@pytest.mark.parametrize(
-    "forward",
-    [
-        lambda model: lambda x: model(x).detach(),
-        lambda model: lambda x: model(x.detach()),  # the parameters have a graph, the images none
-        lambda model: torch.no_grad()(model),
-        lambda model: torch.inference_mode()(model),
-        lambda model: lambda x: F.one_hot(model(x).argmax(1), 5),
-        lambda model: lambda x: F.one_hot(model(x).argmax(1), 5).float(),
-        lambda model: lambda x: model(torch.tensor(x.tolist())),
-    ],
-    ids=["detached", "detached input", "no_grad", "inference_mode", "argmax", "float argmax", "through numbers"],
-)
-@each_objective
-def test_models_without_gradient(model: Watched, images: Tensor, labels: Tensor, objective: str, forward: Any) -> None:
-    flags = [module.training for module in model.modules()]
-    refused(
-        ValueError,
-        lambda: linf(objective=objective)(model, images, forward=forward(model), labels=labels),
-        "PGD: `model` must be differentiable with respect to its input, but its logits carry no gradient. Look for a "
-        "detach(), a torch.no_grad() or an argmax on the way from the images to the logits.",
-    )
-    assert [module.training for module in model.modules()] == flags
-
-
-def test_a_margin_of_a_single_class() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
-    labels = torch.zeros(2, dtype=torch.long)
-    refused(
-        ValueError,
-        lambda: linf(objective="margin")(model, torch.rand(2, 3, 2, 2), labels=labels),
-        "PGD: `model` must tell at least 2 classes apart for objective='margin', got 1. Use 'cross_entropy'.",
-    )
-
-
 def test_a_frozen_model_has_a_gradient_all_the_same(model: Watched, images: Tensor, labels: Tensor) -> None:
     expected = linf()(model, images, labels=labels, generator=seeded())
     model.requires_grad_(False)
     assert torch.equal(linf()(model, images, labels=labels, generator=seeded()), expected)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@each_norm
-@each_objective
-def test_weights_that_are_not_finite(
-    model: Watched, images: Tensor, labels: Tensor, norm: str, objective: str, bad: float
-) -> None:
-    with torch.no_grad():
-        model.head.weight[0, 0] = bad
-    before = state(model)
-    with pytest.raises(
-        ValueError,
-        match=rf"^PGD: logits and their gradient must stay finite, but those of the objective '{objective}' do not: "
-        r"its value is (nan|inf)\. Lower the learning rate, or look for the layer that overflows\.$",
-    ):
-        linf(norm=norm, objective=objective)(model, images, labels=labels)
-    assert model.training
-    for name, tensor in state(model).items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
-
-
-def test_an_objective_that_overflows(images: Tensor, labels: Tensor) -> None:
-    """Finite logits, of which the label's is the least: their difference is beyond float32."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
-    ends = torch.full((4, 5), 3e38).scatter_(1, labels[:, None], -3e38)
-    with pytest.raises(ValueError, match=r"^PGD: .*the objective 'cross_entropy' do not: its value is inf\. "):
-        linf()(model, images, forward=lambda x: model(x) + ends, labels=labels)
-
-
-@each_norm
-def test_gradients_that_are_not_finite(images: Tensor, labels: Tensor, norm: str) -> None:
-    """The square root at 0: under L2 the result is NaN; under L-inf it is the start, as the sign of NaN is 0."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
-    attack = linf(norm=norm, random_start="none", steps=1)
-    with pytest.raises(ValueError, match=r"^PGD: .*finite"):
-        attack(model, images, forward=lambda x: model(x + 0 * (x - x.detach()).sqrt()), labels=labels)
-
-
-@pytest.mark.parametrize(
-    ("prior", "error", "rule"),
-    [
-        (torch.full((4, 4), 0.25), ValueError, "`class_prior` must have shape"),
-        (torch.full((4, 5), -0.2), ValueError, "`class_prior` must hold finite weights of at least 0"),
-        ([0.2] * 5, TypeError, "`class_prior` must be a torch.Tensor"),
-    ],
-    ids=["shape", "negative", "list"],
-)
-def test_class_priors_that_do_not_fit(
-    model: Watched, images: Tensor, prior: Any, error: type[Exception], rule: str
-) -> None:
-    with pytest.raises(error, match=re.escape(rule)):
-        linf(objective="ikl")(model, images, class_prior=prior)
-
-
-def test_natural_logits_of_another_shape(model: Watched, images: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"must have one shape, got \(4, 5\) and \(4, 3\)"):
-        linf(objective="ikl")(model, images, natural_logits=torch.zeros(4, 3))
-
-
-def test_natural_logits_that_are_no_tensor(model: Watched, images: Tensor) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"^PGD: `natural_logits` must"):
-        linf(objective="ikl")(model, images, natural_logits=(torch.zeros(4, 5),))
-
-
-def test_a_model_that_is_no_module(model: Watched, images: Tensor, labels: Tensor) -> None:
-    with pytest.raises(TypeError, match=r"^PGD: `model` must"):
-        linf()(lambda x: model(x), images, labels=labels)
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------

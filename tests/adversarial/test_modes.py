@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -90,16 +88,6 @@ def test_the_model_itself_is_told_as_its_train_may_do_more() -> None:
     with model_mode(model, "train"):
         assert model.inner[2].training
         assert not model.inner[1].training
-
-
-@pytest.mark.parametrize("mode", ["test", "Eval", "", None, True])
-def test_unknown_modes(mode: Any) -> None:
-    model = Block()
-    before = flags(model)
-    message = f"model_mode: `mode` must be 'eval' or 'train', got {mode!r}. Use one of them."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), model_mode(model, mode):
-        pass
-    assert flags(model) == before
 
 
 # --- frozen_statistics -----------------------------------------------------------------------------------------------
