@@ -48,6 +48,9 @@ $(FORK_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 test-fork: $(FORK_VENV)/installed
 	$(FORK_VENV)/bin/python -m pytest tests/mmpretrain
 
+test-matrix: $(VENV)/installed
+	$(BIN)/python tools/matrix.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +71,4 @@ campaign: $(VENV)/installed
 	$(BIN)/python -m pytest tests/campaign -m campaign --campaign-record runs/reliability
 
 clean:
-	rm -rf $(VENV) $(FORK_VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) $(FORK_VENV) .venv-matrix runs .pytest_cache .mypy_cache .ruff_cache .coverage*

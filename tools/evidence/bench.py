@@ -4,7 +4,7 @@ Each shape's methods run in turn, round after round, in one process; a figure is
 are taken between medians of the same run. The pairwise form alone has rounds of its own: what it leaves in the caches
 would treble the time of the next one. Peak memory is measured in a process of its own for each method.
 
-The C++ operator takes part where it can be built, as `python -m ikl_plugins.build_native` does it.
+The C++ operator takes part where it can be built, as `ikl build` does it.
 """
 
 from __future__ import annotations
