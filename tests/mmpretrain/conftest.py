@@ -1,5 +1,7 @@
-"""A small network of MMPretrain, and batches as its data loaders give them."""
+"""A small network of MMPretrain, batches as its data loaders give them, and the shipped configs as one reads them."""
 
+import copy
+import os
 import warnings
 
 import pytest
@@ -10,9 +12,30 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import mmpretrain.models  # noqa: F401
 
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
+from mmpretrain_runs import CONFIGS
 
 CLASSES = 3
+_READ = {}  # configs as read, by path and what their text looks at
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Reads a shipped config in an empty working directory, as one process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IKL_PLUGINS_DATA", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    init_default_scope("mmpretrain")
+
+    def read(path):
+        key = path, os.environ.get("WORLD_SIZE"), os.environ.get("IKL_PLUGINS_DATA")
+        if key not in _READ:
+            _READ[key] = Config.fromfile(CONFIGS / path)
+        return copy.deepcopy(_READ[key])
+
+    return read
 
 
 @pytest.fixture

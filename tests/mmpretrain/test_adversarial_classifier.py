@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,10 +54,14 @@ def make(seed=0, kind=AdversarialClassifier, **changes):
         "head": head(),
         "data_preprocessor": preprocessor(),
         "attack": {
-            "eps": EPS, "steps": 3, "step_size": EPS / 2, "random_start": "normal", "objective": "soft_cross_entropy",
+            "eps": EPS,
+            "steps": 3,
+            "step_size": EPS / 2,
+            "random_start": "normal",
+            "objective": "soft_cross_entropy",
         },
         "robust_loss": {"type": "KLLoss", "loss_weight": 6.0},
-    } | changes  # fmt: skip
+    } | changes
     if kind is ImageClassifier:
         settings = {key: settings[key] for key in ("backbone", "head", "data_preprocessor")}
     return kind(**settings)
@@ -226,8 +231,10 @@ def test_two_views_weigh_the_second_and_collect_the_first():
     adversarial = attack_by_hand(network, both, seed=5)
     student, teacher = network(adversarial), network(both)
     rows = torch.full((6, CLASSES), 1 / CLASSES, dtype=torch.float64)
-    robust = [20.0 * pairwise_mse(s, t, rows) + 4.0 * soft_ce(s, t)
-              for s, t in zip(student.chunk(2), teacher.chunk(2), strict=True)]  # fmt: skip
+    robust = [
+        20.0 * pairwise_mse(s, t, rows) + 4.0 * soft_ce(s, t)
+        for s, t in zip(student.chunk(2), teacher.chunk(2), strict=True)
+    ]
     expected = F.cross_entropy(teacher, labels.repeat(2)) + robust[0] + 0.3 * robust[1]
 
     model.begin_epoch(1, 4)
@@ -237,7 +244,6 @@ def test_two_views_weigh_the_second_and_collect_the_first():
     sums = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
     sums.index_add_(0, labels, torch.softmax(teacher[:6].detach() / 4.0, 1))
     torch.testing.assert_close(model.robust_loss.class_prior.sums, sums, rtol=1e-8, atol=1e-10)
-    assert model.robust_loss.training  # the second view had it in eval mode
 
 
 @pytest.mark.parametrize(
@@ -270,9 +276,10 @@ def test_eps_grows_with_the_epochs_and_is_logged():
 
 
 @pytest.mark.parametrize(
-    "loss", [ikl(loss_weight=0.5), ikl(type="GKLLoss", gamma=0.4), {"type": "DKLLoss", "loss_weight": 6.0}],
+    "loss",
+    [ikl(loss_weight=0.5), ikl(type="GKLLoss", gamma=0.4), {"type": "DKLLoss", "loss_weight": 6.0}],
     ids=lambda loss: loss["type"],
-)  # fmt: skip
+)
 def test_the_log_counts_nothing_twice(loss):
     model = make(robust_loss=loss).train()
     model.begin_epoch(1, 4)
@@ -283,28 +290,16 @@ def test_the_log_counts_nothing_twice(loss):
     assert 0 <= values["adversarial_accuracy"] <= 100
 
 
-def test_natural_weight_and_label_smoothing():
-    model = make(natural_weight=0.5, label_smoothing=0.1).double().train()
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 3.0, 4.0]])
+def test_label_smoothing_keeps_the_weights_of_the_loss(weights):
+    loss = {"type": "CrossEntropyLoss", "loss_weight": 0.5, "class_weight": weights}
+    model = make(natural_weight=0.25, label_smoothing=0.1, head=head(loss=loss)).double().train()
     inputs, samples, labels = prepared(model, batch())
-    network = copy.deepcopy(network_of(model))
-    attack_by_hand(network, inputs, seed=5)
-    log_probabilities = torch.log_softmax(network(inputs), 1)
+    log_probabilities = torch.log_softmax(copy.deepcopy(network_of(model))(inputs), 1)
     smooth = torch.full_like(log_probabilities, 0.1 / CLASSES)
     smooth[torch.arange(len(labels)), labels] += 0.9
-    expected = 0.5 * -(smooth * log_probabilities).sum(1).mean()
-    torch.testing.assert_close(model.loss(inputs, samples)["loss_ce"], expected, rtol=1e-6, atol=1e-8)
-
-
-def test_label_smoothing_keeps_the_weights_of_the_loss():
-    loss = {"type": "CrossEntropyLoss", "loss_weight": 0.5, "class_weight": [1.0, 2.0, 3.0, 4.0]}
-    model = make(label_smoothing=0.1, head=head(loss=loss)).double().train()
-    inputs, samples, labels = prepared(model, batch())
-    network = copy.deepcopy(network_of(model))
-    log_probabilities = torch.log_softmax(network(inputs), 1)
-    smooth = torch.full_like(log_probabilities, 0.1 / CLASSES)
-    smooth[torch.arange(len(labels)), labels] += 0.9
-    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    expected = 0.5 * -(weights * smooth * log_probabilities).sum(1).mean()
+    class_weights = torch.tensor(weights or [1.0] * CLASSES, dtype=torch.float64)
+    expected = 0.125 * -(class_weights * smooth * log_probabilities).sum(1).mean()
     torch.testing.assert_close(model.loss(inputs, samples)["loss_ce"], expected, rtol=1e-6, atol=1e-8)
 
 
@@ -447,43 +442,111 @@ def test_without_labels_there_is_no_attack():
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 ATTACK = {"eps": "8/255", "steps": 2, "step_size": "4/255"}
+SCORES = preprocessor(to_onehot=True, num_classes=CLASSES)
+RAW = preprocessor(mean=None, std=None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"attack": ATTACK | {"eps": 8}}, r"in `attack`: PGD: `eps` must be at most 1.*'8/255'"),
-        ({"attack": ATTACK | {"step_size": 0}}, r"in `attack`: PGD: `step_size` must be a finite number above 0"),
-        ({"attack": ATTACK | {"objective": "ilk"}}, r"unknown `objective` `ilk`. Did you mean `ikl`"),
-        ({"val_attack": ATTACK | {"eps": 8}}, r"in `val_attack`: PGD: `eps`"),
-        ({"val_attack": ATTACK | {"eps_ramp": 0.5}}, r"`val_attack` must be the same in all epochs"),
-        ({"awp": {"gamma": 0}}, r"in `awp`: AdversarialWeightPerturbation: `gamma`"),
-        (
-            {"robust_loss": ikl(num_classes=7)},
-            r"`robust_loss` must have the class count of the head, got num_classes=7",
-        ),
-        ({"label_smoothing": 1.0}, r"`label_smoothing` must be below 1"),
-        (
-            {"label_smoothing": 0.1, "head": head(loss={"type": "LabelSmoothLoss", "label_smooth_val": 0.1})},
-            r"`label_smoothing` goes with a head whose loss is a plain CrossEntropyLoss, got LabelSmoothLoss",
-        ),
-        (
-            {"label_smoothing": 0.1, "head": head(loss={"type": "CrossEntropyLoss", "use_soft": True})},
-            r"a plain CrossEntropyLoss, got CrossEntropyLoss with use_soft or use_sigmoid",
-        ),
-        ({"natural_weight": -1.0}, r"`natural_weight` must be a finite number of at least 0"),
-        ({"pixel_range": 0}, r"`pixel_range` must be a finite number above 0"),
-    ],
-)
-def test_settings_out_of_range_are_refused(changes, message):
+def step(model, data=None):
+    return model.train().train_step(data or batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+
+
+class Checkpointed(TinyBackbone):
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(lambda y: F.softplus(self.bn1(self.conv1(y))), x, use_reentrant=True)
+        return (self.conv2(x).mean((2, 3)),)
+
+
+class Closed(TinyBackbone):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def closed():
+    model = make(backbone=Closed())
+    model.head.requires_grad_(False)
+    return model
+
+
+def told(model):
+    model.begin_epoch(1, 4)
+    return model
+
+
+def changed(function):
+    data = batch()
+    data["inputs"] = [function(image) for image in data["inputs"]]
+    return data
+
+
+def normalised(image):
+    return (image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def attached(model, **changes):
+    runner = _Runner(model)
+    runner.__dict__.update(changes)
+    model.attach(runner)
+
+
+ROBUST_METRIC = SimpleNamespace(evaluator=SimpleNamespace(metrics=[RobustAccuracy()]))
+SMOOTH = {"type": "LabelSmoothLoss", "label_smooth_val": 0.1}
+
+# id: call, fragment of the ValueError
+REFUSED = {
+    "eps": (lambda: make(attack=ATTACK | {"eps": 8}), "in `attack`: PGD: `eps` must be at most 1.*'8/255'"),
+    "step size": (lambda: make(attack=ATTACK | {"step_size": 0}), "in `attack`: PGD: `step_size`"),
+    "objective": (lambda: make(attack=ATTACK | {"objective": "ilk"}), "`objective` `ilk`. Did you mean `ikl`"),
+    "val eps": (lambda: make(val_attack=ATTACK | {"eps": 8}), "in `val_attack`: PGD: `eps`"),
+    "val ramp": (lambda: make(val_attack=ATTACK | {"eps_ramp": 0.5}), "`val_attack` must be the same in all epochs"),
+    "gamma": (lambda: make(awp={"gamma": 0}), "in `awp`: AdversarialWeightPerturbation: `gamma`"),
+    "classes": (lambda: make(robust_loss=ikl(num_classes=7)), "`robust_loss` must have the class count .*=7"),
+    "smoothing": (lambda: make(label_smoothing=1.0), "`label_smoothing` must be below 1"),
+    "smooth twice": (lambda: make(label_smoothing=0.1, head=head(loss=SMOOTH)), "got LabelSmoothLoss"),
+    "smooth soft": (
+        lambda: make(label_smoothing=0.1, head=head(loss={"type": "CrossEntropyLoss", "use_soft": True})),
+        "got CrossEntropyLoss with use_soft",
+    ),
+    "natural weight": (lambda: make(natural_weight=-1.0), "`natural_weight` must be a finite number of at least 0"),
+    "augmented weight": (lambda: make(augmented_weight=-1.0), "`augmented_weight` must be a finite number"),
+    "pixel range": (lambda: make(pixel_range=0), "`pixel_range` must be a finite number above 0"),
+    "prior, no hook": (lambda: step(make(robust_loss=ikl())), r"(?s)global_info=True.*dict\(type='IKLHook'\)"),
+    "budget, no hook": (lambda: step(make(attack={"eps": 0.1, "budget": "high"})), "changes over the epochs"),
+    "awp, no hook": (lambda: step(make(awp={})), "`awp`"),
+    "normalised twice": (lambda: step(make(), changed(normalised)), "normalised twice"),
+    "divided": (lambda: step(make(data_preprocessor=RAW), changed(lambda i: i / 255)), r"pixel_range=1\.0"),
+    "prior of scores": (
+        lambda: step(told(make(robust_loss=ikl(), data_preprocessor=SCORES))),
+        "class prior of `robust_loss` needs one class per sample.*gt_score",
+    ),
+    "attack of scores": (
+        lambda: step(make(data_preprocessor=SCORES, attack=ATTACK)),
+        "`attack` needs one class per sample.*or use objective='soft_cross_entropy'",
+    ),
+    "reentrant": (lambda: step(make(backbone=Checkpointed())), "reentrant activation checkpointing.*with_cp=False"),
+    "no gradient": (lambda: step(closed()), "must be differentiable with respect to its input"),
+    "one view": (lambda: step(make(augmented_weight=0.5)), "`augmented_weight` goes with two views"),
+    "two views": (lambda: make().loss([torch.zeros(1, 3, 8, 8)] * 2, []), "`augmented_weight` goes with two views"),
+    "metric alone": (lambda: attached(make(), val_loop=ROBUST_METRIC), "`val_attack` must be given for the Robust"),
+    "optimizers": (
+        lambda: attached(make(awp={}), optim_wrapper=OptimWrapperDict()),
+        "`awp` must have a single optimizer",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    call, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        make(**changes)
+        call()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attack": ATTACK | {"epsilon": 1}}, r"unknown keyword of `attack` `epsilon`. Did you mean `eps`"),
+        ({"attack": ATTACK | {"epsilon": 1}}, r"keyword of `attack` `epsilon`. Did you mean `eps`"),
         ({"attack": "pgd"}, r"`attack` must be a dict of keywords of PGD, got str"),
         ({"awp": True}, r"`awp` must be a dict of keywords of AdversarialWeightPerturbation, got bool"),
     ],
@@ -493,58 +556,13 @@ def test_other_kinds_are_refused(changes, message):
         make(**changes)
 
 
-def step(model, data=None):
-    return model.train().train_step(data or batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"robust_loss": ikl()}, "global_info=True"),
-        ({"attack": {"eps": 0.1, "budget": "high"}}, "changes over the epochs"),
-        ({"awp": {}}, "`awp`"),
-    ],
-)
-def test_epochs_that_nobody_tells_are_asked_for(changes, reason):
-    with pytest.raises(ValueError, match=rf"(?s){reason}.*custom_hooks = \[dict\(type='IKLHook'\)\]"):
-        step(make(**changes))
-
-
-def test_normalising_twice_is_noticed():
-    data = batch()
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    data["inputs"] = [(image - mean) / std for image in data["inputs"]]
-    with pytest.raises(ValueError, match="normalised twice"):
-        step(make(), data)
-
-
-def test_images_that_the_pipeline_has_divided_are_noticed():
-    data = batch()
-    data["inputs"] = [image / 255 for image in data["inputs"]]
-    settings = preprocessor(mean=None, std=None)
-    with pytest.raises(ValueError, match=r"pixel_range=1\.0"):
-        step(make(data_preprocessor=settings), data)
-    step(make(data_preprocessor=settings, pixel_range=1.0), data)
-
-
-def test_a_prior_needs_one_class_per_sample():
-    model = make(robust_loss=ikl(), data_preprocessor=preprocessor(to_onehot=True, num_classes=CLASSES))
-    model.begin_epoch(1, 4)
-    with pytest.raises(ValueError, match=r"class prior of `robust_loss` needs one class per sample.*gt_score"):
-        step(model)
-
-
-def test_scores_for_labels_do_without_a_prior():
-    settings = preprocessor(to_onehot=True, num_classes=CLASSES)
-    model = make(data_preprocessor=settings, head=head(loss={"type": "CrossEntropyLoss", "use_soft": True}))
-    assert torch.isfinite(step(model)["loss"])
-
-
-def test_scores_beside_labels_are_no_matter_in_validation():
-    """A preprocessor that mixes training images turns labels into scores in validation as well."""
-    settings = preprocessor(to_onehot=True, num_classes=CLASSES)
-    model = make(data_preprocessor=settings, val_attack=VAL_ATTACK)
-    model.eval()
+def test_what_is_next_to_a_refusal_works():
+    step(make(data_preprocessor=RAW, pixel_range=1.0), changed(lambda image: image / 255))
+    attached(make(val_attack=VAL_ATTACK), val_loop=ROBUST_METRIC)
+    soft = {"type": "CrossEntropyLoss", "use_soft": True}  # scores do without a prior
+    assert torch.isfinite(step(make(data_preprocessor=SCORES, head=head(loss=soft)))["loss"])
+    # A preprocessor that mixes training images turns labels into scores in validation as well.
+    model = make(data_preprocessor=SCORES, val_attack=VAL_ATTACK).eval()
     with torch.no_grad():
         assert all("robust_pred_score" in sample for sample in model.val_step(batch()))
 
@@ -560,32 +578,6 @@ def test_without_need_of_one_class_per_sample_several_will_do():
     assert "adversarial_accuracy" not in log
 
 
-def test_labels_for_the_objective_have_another_way_out():
-    settings = preprocessor(to_onehot=True, num_classes=CLASSES)
-    with pytest.raises(ValueError, match=r"`attack` needs one class per sample.*or use objective='soft_cross_entropy'"):
-        step(make(data_preprocessor=settings, attack=ATTACK))
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_a_backbone_with_reentrant_checkpointing_is_refused():
-    class Checkpointed(TinyBackbone):
-        def forward(self, x):
-            x = torch.utils.checkpoint.checkpoint(lambda y: F.softplus(self.bn1(self.conv1(y))), x, use_reentrant=True)
-            return (self.conv2(x).mean((2, 3)),)
-
-    with pytest.raises(ValueError, match=r"must not use reentrant activation checkpointing.*with_cp=False"):
-        step(make(backbone=Checkpointed()))
-
-
-def test_a_robust_metric_without_an_attack_is_refused_before_the_training():
-    model = make()
-    runner = _Runner(model)
-    runner.val_loop = type("Loop", (), {"evaluator": type("Evaluator", (), {"metrics": [RobustAccuracy()]})})
-    with pytest.raises(ValueError, match=r"`val_attack` must be given for the RobustAccuracy in `val_evaluator`"):
-        model.attach(runner)
-    make(val_attack=VAL_ATTACK).attach(runner)
-
-
 def test_awp_that_never_begins_is_warned_of(monkeypatch):
     said = []
     model = make(awp={"warmup_epochs": 10})
@@ -595,15 +587,13 @@ def test_awp_that_never_begins_is_warned_of(monkeypatch):
     model.begin_epoch(2, 9)
     assert said == []
     model.begin_epoch(1, 9)
-    assert said == [
-        "AdversarialClassifier: `awp` begins with epoch 10, but the training has 9. Lower its warmup_epochs."
-    ]
+    (warning,) = said
+    assert "`awp` begins with epoch 10, but the training has 9" in warning
 
 
 def test_awp_adds_up_what_mmengine_adds_up():
     """A head may give its loss as a list of parts."""
-    model = make(awp={"gamma": 0.5, "warmup_epochs": 1}).train()
-    model.begin_epoch(1, 4)
+    model = told(make(awp={"gamma": 0.5, "warmup_epochs": 1}).train())
     whole = model.head._get_loss
     model.head._get_loss = lambda *args: {"loss": [0.25 * whole(*args)["loss"], 0.75 * whole(*args)["loss"]]}
     inputs, samples, _ = prepared(model, batch())
@@ -612,45 +602,13 @@ def test_awp_adds_up_what_mmengine_adds_up():
     assert not torch.equal(model.backbone.conv1.weight, before)
 
 
-def test_a_backbone_without_gradient_is_refused():
-    class Closed(TinyBackbone):
-        @torch.no_grad()
-        def forward(self, x):
-            return super().forward(x)
-
-    model = make(backbone=Closed())
-    model.head.requires_grad_(False)
-    with pytest.raises(ValueError, match="`model` must be differentiable with respect to its input"):
-        step(model)
-
-
-@pytest.mark.parametrize(("weight", "views"), [(0.5, 1), (None, 2)])
-def test_views_and_their_weight_go_together(weight, views):
-    model = make(augmented_weight=weight).train()
-    inputs, samples, _ = prepared(model, batch())
-    with pytest.raises(ValueError, match="`augmented_weight` goes with two views"):
-        model.loss(inputs.float() if views == 1 else [inputs.float()] * 2, samples)
-
-
-def test_awp_with_several_optimizers_is_refused():
-    model = make(awp={})
-
-    class Runner:
-        val_loop = None
-        optim_wrapper = OptimWrapperDict(all=OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
-
-    with pytest.raises(ValueError, match="`awp` must have a single optimizer"):
-        model.attach(Runner())
-
-
 # --- mixed precision --------------------------------------------------------------------------------------------------
 
 
 def test_a_bfloat16_step_trains_every_weight_in_float32():
     """Under autocast the attack's natural pass must not leave copies of the weights that have no graph."""
-    model = make(robust_loss=ikl(), awp={"gamma": 0.5, "warmup_epochs": 1}).train()
+    model = told(make(robust_loss=ikl(), awp={"gamma": 0.5, "warmup_epochs": 1}).train())
     inputs, samples, _ = prepared(model, batch())
-    model.begin_epoch(1, 4)
     with torch.autocast("cpu", torch.bfloat16):
         losses = model.loss(inputs.float(), samples)
     total_of(losses).backward()

@@ -1,33 +1,39 @@
 """The shipped MMPretrain configs: each parses, builds everything it names, and trains a step."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, METRICS, MODEL_WRAPPERS, PARAM_SCHEDULERS, VISUALIZERS, init_default_scope
+from mmengine.registry import HOOKS, METRICS, MODEL_WRAPPERS, PARAM_SCHEDULERS, VISUALIZERS
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 from mmpretrain_runs import CONFIGS
 
 from ikl_plugins.mmpretrain import EpochClassifier
 
-_DISTILLATION = ("plain", "teacher", "distill_kd", "distill_ikl", "distill_gkl")
-_ADVERSARIAL = ("adversarial_trades", "adversarial_ikl")
-NAMES = {  # in the order of the tables
-    "digits": (*_DISTILLATION, "natural", *_ADVERSARIAL),
-    "cifar10_folder": (*_DISTILLATION, *_ADVERSARIAL),
+_SMALL = ("plain", "teacher", "distill_kd", "distill_ikl", "distill_gkl", "adversarial_trades", "adversarial_ikl")
+NAMES = {
+    "digits": (*_SMALL, "natural"),
+    "cifar10_folder": _SMALL,
     "cifar10_miniature": (
-        "adversarial_trades", "adversarial_dkl", "adversarial_ikl_no_prior", "adversarial_ikl", "adversarial_gkl",
-        "adversarial_trades_few_images", "adversarial_ikl_few_images",
+        "adversarial_trades",
+        "adversarial_dkl",
+        "adversarial_ikl_no_prior",
+        "adversarial_ikl",
+        "adversarial_gkl",
+        "adversarial_trades_few_images",
+        "adversarial_ikl_few_images",
     ),
-}  # fmt: skip
+}
 SHIPPED = [f"{folder}/{name}.py" for folder, names in NAMES.items() for name in names]
 IN_PROCESS = {
-    "num_workers": 0, "persistent_workers": False, "pin_memory": False, "collate_fn": {"type": "default_collate"},
-}  # fmt: skip
+    "num_workers": 0,
+    "persistent_workers": False,
+    "pin_memory": False,
+    "collate_fn": {"type": "default_collate"},
+}
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -48,13 +54,10 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def load(images, tmp_path, monkeypatch):
-    """Reads a shipped config in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
+def load(load, images, monkeypatch):
+    """Reads a shipped config, with the images in the place of the data."""
     monkeypatch.setenv("IKL_PLUGINS_DATA", str(images))
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    init_default_scope("mmpretrain")
-    return lambda path: Config.fromfile(CONFIGS / path)
+    return load
 
 
 def save_teacher(config):
@@ -77,6 +80,8 @@ def test_each_shipped_config_trains_a_step(path, load):
         loader.dataset.pop("indices", None)  # of real images; there are ten here
     if "distill" in path:
         save_teacher(config)
+    if "adversarial" in path:
+        config.model.val_attack.steps = 2
     torch.manual_seed(0)
     model = MODELS.build(config.model)
     model.init_weights()
@@ -102,9 +107,9 @@ def test_each_shipped_config_trains_a_step(path, load):
         model.end_iteration()
         model.end_epoch()
 
-    loader = Runner.build_dataloader({**config.val_dataloader, "batch_size": 10, **IN_PROCESS})
+    loader = Runner.build_dataloader({**config.val_dataloader, "batch_size": 2, **IN_PROCESS})
     model.eval()
-    (batch,) = loader
+    batch = next(iter(loader))
     predictions = [sample.to_dict() for sample in model.val_step(batch)]
     for metric in metrics:
         metric.process(batch, predictions)
@@ -115,8 +120,6 @@ def test_each_shipped_config_trains_a_step(path, load):
 def test_the_shipped_configs_share_one_shape(path, load):
     config = load(path)
     dataset, name = path.removesuffix(".py").split("/")
-    text = (CONFIGS / path).read_text()
-    assert f"# python tools/train_mmpretrain.py configs/mmpretrain/{path}\n" in text
     assert config.work_dir == f"runs/mmpretrain/{dataset}/{name}"
     assert config.randomness.seed == 0
     assert {"IKLHook", "SyncBuffersHook"} <= {hook.type for hook in config.custom_hooks}
@@ -184,22 +187,12 @@ def test_the_losses_of_the_miniature_are_the_published_ones(load):
     assert losses["adversarial_trades_few_images"] == losses["adversarial_trades"]
 
 
-def test_the_data_folder_is_data_without_the_variable(load, monkeypatch):
+def test_the_data_folder_and_the_settings_for_several_ranks(load, monkeypatch):
     monkeypatch.delenv("IKL_PLUGINS_DATA")
-    assert load("digits/plain.py").train_dataloader.dataset.data_root == "data/digits"
-
-
-def test_the_settings_for_several_ranks_are_right(load):
-    wrapper = load("digits/distill_ikl.py").model_wrapper_cfg
+    config = load("digits/distill_ikl.py")
+    assert config.train_dataloader.dataset.data_root == "data/digits"
+    wrapper = config.model_wrapper_cfg
     assert MODEL_WRAPPERS.get(wrapper.type) is not None
     assert wrapper.device_ids is None
     assert wrapper.broadcast_buffers is False
     assert wrapper.find_unused_parameters is False
-
-
-@pytest.mark.parametrize("folder", list(NAMES))
-def test_the_table_of_each_folder_has_each_config(folder):
-    text = (CONFIGS / folder / "README.md").read_text()
-    assert re.findall(r"^\| `(\w+)\.py` \|", text, re.MULTILINE) == list(NAMES[folder])
-    for command in re.findall(r"^(?:python|OMP\S* python) (\S+) (\S+\.py)", text, re.MULTILINE):
-        assert all((CONFIGS.parent.parent / part).is_file() for part in command)
