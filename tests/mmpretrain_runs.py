@@ -99,6 +99,36 @@ def runner(work_dir, model, *, hooks=({"type": "IKLHook"},), epochs=2, **keyword
 runner.count = 0
 
 
+def by_iteration(iterations, interval, **loaders):
+    """Settings of an iteration-based run."""
+    return {
+        "train_dataloader": loader(**loaders),
+        "train_cfg": {"by_epoch": False, "max_iters": iterations},
+        "default_hooks": {"checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": interval}},
+    }
+
+
+def prior_of(model):
+    return model.distill_loss.class_prior
+
+
+def assert_same(ours, theirs):
+    """Holds two state dicts against each other, to the bit."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+class Bomb:
+    """Pickles to a call that leaves a folder behind."""
+
+    def __init__(self, path, function=os.mkdir):
+        self.call = function, (str(path),)
+
+    def __reduce__(self):
+        return self.call
+
+
 class Record(Hook):
     """Calls a function at the end of each epoch or iteration, before everything else."""
 

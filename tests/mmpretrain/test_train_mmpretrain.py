@@ -1,12 +1,11 @@
 """`ikl train` and mmpretrain's test.py as processes, from an empty directory: train, resume, test, two ranks."""
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from mmpretrain_runs import CONFIGS, TRAIN, execute, few_images, tool
+from mmpretrain_runs import CONFIGS, TRAIN, Bomb, assert_same, execute, few_images, tool
 
 from ikl_plugins.commands import data as prepare_data
 from ikl_plugins.mmpretrain import training
@@ -73,12 +72,6 @@ def ends(folder, rank=0):
     return torch.load(folder / f"rank{rank}.pth")
 
 
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-
-
 def top1(output, kind="accuracy"):
     return float(re.findall(rf"{kind}/top1: ([\d.]+)", output)[-1])
 
@@ -132,14 +125,6 @@ def test_a_killed_run_is_resumed_to_the_bit(distilled, world):
         saved = torch.load(folder / "epoch_3.pth", weights_only=False)["state_dict"]
         assert_same(saved, ends(distilled))
     assert not torch.equal(ends(distilled)[PRIOR], torch.full((10, 10), 0.1))
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.mark.slow
