@@ -182,12 +182,6 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
         verify(tmp_path)
 
 
-@pytest.mark.parametrize("address", ["torchvision://resnet18", "s3://bucket/a.pth", "open-mmlab://resnet"])
-def test_what_cannot_be_checked_is_refused(address):
-    with pytest.raises(ValueError, match=r"must be a file or an http\(s\) address .*verify_checkpoints=False"):
-        verify(address)
-
-
 @pytest.mark.parametrize(
     ("content", "missing"),
     [

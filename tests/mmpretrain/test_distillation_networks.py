@@ -14,7 +14,7 @@ from mmpretrain.structures import DataSample
 from torch.utils.data import DataLoader
 
 from ikl_plugins import models
-from ikl_plugins.mmpretrain import build_distillation_network, load_weights
+from ikl_plugins.mmpretrain import load_weights
 
 CLASSES = 3
 TEACHERS = ("resnet56", "resnet110", "resnet32x4", "ResNet50", "wrn_40_2", "vgg13")  # that mdistiller publishes
@@ -168,17 +168,3 @@ def test_another_class_count_is_refused(tmp_path):
         ValueError, match=r"`teacher` must have the class count of the student, got logits of shape \(2, 5\)"
     ):
         model.loss(torch.randn(2, 3, 32, 32), samples)
-
-
-def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"DistillationNetwork: unknown network `resnet8x5`\. Did you mean `resnet8x4`\?"
-    ):
-        build_distillation_network("resnet8x5", 100)
-    # What the module has beside the networks is none.
-    with pytest.raises(ValueError, match="unknown network `robustbench_zoo`"):
-        MODELS.build(network("robustbench_zoo"))
-    with pytest.raises(ValueError, match=r"resnet8: `num_classes` must be an integer of at least 1, got 0"):
-        build_distillation_network("resnet8", 0)
-    with pytest.raises(TypeError, match="resnet8: `num_classes` must be an integer"):
-        build_distillation_network("resnet8", 10.5)

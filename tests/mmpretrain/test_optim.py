@@ -76,20 +76,6 @@ def test_a_run_in_bfloat16_computes_its_losses_in_float32(tmp_path):
     assert run.model.distill_loss.class_prior.matrix.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("dtype", "hint"),
-    [
-        ("float16", r"float16 needs a loss scaler and a GPU: use type='AmpOptimWrapper'\."),
-        (torch.float16, r"use type='AmpOptimWrapper'\."),
-        ("float32", r"For training without autocast use type='OptimWrapper'\."),
-        (None, r"use type='OptimWrapper'\."),
-    ],
-)
-def test_other_dtypes_are_refused(dtype, hint):
-    with pytest.raises(ValueError, match=rf"AutocastOptimWrapper: `dtype` must be 'bfloat16', got .*{hint}"):
-        wrapper_of(Precisions(), dtype=dtype)
-
-
 # --- cpu_ranks: what it leaves alone; a real group is in test_train_mmpretrain.py ------------------------------------
 
 

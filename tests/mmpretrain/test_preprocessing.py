@@ -117,8 +117,3 @@ def test_three_views_are_refused(folder):
     batch = pseudo_collate([data[index] for index in range(4)])
     with pytest.raises(ValueError, match=r"two views of each image, got 3. Set num_views=\[1, 1\]"):
         TwoViewDataPreprocessor(mean=MEAN, std=STD)(batch, True)
-
-
-def test_mixed_images_are_refused():
-    with pytest.raises(ValueError, match="`batch_augments` must be None"):
-        TwoViewDataPreprocessor(batch_augments={"augments": [{"type": "Mixup", "alpha": 0.8}]}, num_classes=2)

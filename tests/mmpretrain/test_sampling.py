@@ -8,12 +8,10 @@ from collections import Counter
 import numpy
 import pytest
 import torch
-from mmengine.dataset import ConcatDataset, DefaultSampler, InfiniteSampler, default_collate
+from mmengine.dataset import ConcatDataset, DefaultSampler
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from mmpretrain.datasets import CIFAR10, CustomDataset
 from mmpretrain_runs import Record, network, runner
-from torch.utils.data import DataLoader
 
 from ikl_plugins.mmpretrain import GeneratedBatchSampler, GeneratedImages, sampling
 
@@ -285,75 +283,3 @@ def test_an_iteration_based_run_goes_through_epochs(files, tmp_path, monkeypatch
 def test_it_goes_to_another_process(both):
     sampler = sampler_of(both)
     assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)  # noqa: S301 - our own
-
-
-def test_a_plain_data_loader(both):
-    loader = DataLoader(both, batch_sampler=sampler_of(both), collate_fn=default_collate)
-    assert [tuple(batch["inputs"].shape) for batch in loader] == [(8, 3, 8, 8)] * 7
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"fraction": 1.0}, ValueError, r"`fraction` must be below 1, got 1\.0\. To train on generated images alone"),
-        ({"fraction": -0.1}, ValueError, r"`fraction` must be a finite number of at least 0, got -0\.1"),
-        ({"fraction": "0.7"}, TypeError, r"`fraction` must be a finite number of at least 0, got '0\.7' of type str"),
-        ({"epoch_size": 0}, ValueError, r"`epoch_size` must be an integer of at least 1, got 0\. Pass a number of im"),
-        ({"epoch_size": 5e4}, TypeError, r"`epoch_size` must be an integer of at least 1, got 50000\.0\. Pass a"),
-        ({"batch_size": True}, TypeError, r"`batch_size` must be an integer of at least 1, got True"),
-    ],
-)
-def test_numbers_out_of_range(both, settings, error, message):
-    with pytest.raises(error, match=rf"^GeneratedBatchSampler: {message}"):
-        sampler_of(both, **settings)
-
-
-WAY_OUT = r"Write dataset=dict\(type='ConcatDataset', .*sampler=dict\(type='DefaultSampler', shuffle=True\)\.$"
-
-
-def test_other_samplers_and_data_sets(files, both):
-    single = GeneratedImages(files / "real.npz")
-    for sampler, found in (
-        (InfiniteSampler(both), r"`sampler` must be a DefaultSampler, whose seed and epoch are used, got InfiniteS"),
-        (DefaultSampler(both, shuffle=False), r"`sampler` must have shuffle=True, .* got False\. "),
-        (DefaultSampler(single), r"must be a ConcatDataset .* got GeneratedImages\. "),
-        (DefaultSampler(ConcatDataset([single])), r"must be a ConcatDataset .* got one with a single part\. "),
-    ):
-        with pytest.raises(ValueError, match=rf"^GeneratedBatchSampler: .*{found}.*{WAY_OUT}"):
-            GeneratedBatchSampler(sampler, 8, fraction=0.7)
-
-
-@pytest.mark.parametrize("empty", [0, 1])
-def test_an_empty_part(files, empty):
-    parts = [GeneratedImages(files / "real.npz", indices=0 if part == empty else None) for part in range(2)]
-    with pytest.raises(ValueError, match=r"every data set must have images, got a GeneratedImages of none\. Look at"):
-        sampler_of(ConcatDataset(parts))
-
-
-class LikeCIFAR(CIFAR10):
-    """Images as MMPretrain's CIFAR-10 gives them, without the files."""
-
-    def load_data_list(self):
-        return [{"img": numpy.zeros((8, 8, 3), numpy.uint8), "gt_label": index % 3} for index in range(REAL)]
-
-
-def test_images_with_red_and_blue_exchanged(files):
-    (files / "list.txt").write_text("a.png 0\nb.png 1\n")
-    loaded = CustomDataset(
-        data_root=str(files), ann_file="list.txt", pipeline=[{"type": "LoadImageFromFile"}, {"type": "PackInputs"}]
-    )
-    cifar = LikeCIFAR(data_root=str(files), pipeline=PACK)
-    for real, right, wrong, preprocessor in ((cifar, "rgb", "bgr", "False"), (loaded, "bgr", "rgb", "True")):
-        made = {order: GeneratedImages(files / "generated.npz", channel_order=order) for order in (right, wrong)}
-        sampler_of(ConcatDataset([real, made[right]], ignore_keys="classes"))
-        message = (
-            rf"GeneratedImages must have channel_order='{right}' beside {type(real).__name__}, .* got '{wrong}'\. "
-            rf".*to_rgb={preprocessor}\.$"
-        )
-        with pytest.raises(ValueError, match=message):
-            sampler_of(ConcatDataset([real, made[wrong]], ignore_keys="classes"))
-    # A part of another kind is nobody's business here.
-    sampler_of(ConcatDataset([cifar, cifar]))
