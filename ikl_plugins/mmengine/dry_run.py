@@ -110,7 +110,7 @@ def _telling(block: str) -> Iterator[None]:
     except Exception as error:  # of data sets, transforms and metrics of any kind
         raise ValueError(
             f"{_CALLER}: `{block}` must work after an epoch, but its first batch gives "
-            f"{type(error).__name__}: {error}. Correct it, or turn this check off: dict(type='IKLHook', rehearse=False)."
+            f"{type(error).__name__}: {error}. Correct it, or turn this off: dict(type='IKLHook', rehearse=False)."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""DKL, IKL and GKL, and KL as their baseline, with the keywords of OpenMMLab's losses: the core computes.
+"""The losses of :data:`ikl_plugins.losses.LOSSES`, and KL as their baseline, with the keywords of OpenMMLab's losses.
 
 They are registered in MMEngine's root registry, so the scopes mmpretrain, mmdet, mmseg and mmrazor resolve them all.
 """
@@ -16,13 +16,37 @@ from .. import _validation as check
 from .. import losses as core
 from ..functional import LossTerms
 
-__all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "KLLoss"]
+__all__ = ["LOSSES", "KLLoss", "WithLossWeight"]
 
 _CORE_REDUCTION = {"mean": "batchmean", "batchmean": "batchmean", "sum": "sum", "none": "none"}
 
 
-class _WithLossWeight(core.DecoupledLoss):
-    """What the three losses share: OpenMMLab's names of the reductions, and ``loss_weight``."""
+class WithLossWeight(core.DecoupledLoss):
+    """A loss of the core in OpenMMLab's convention; the class of the same name in :mod:`ikl_plugins` has the formula.
+
+    Args:
+        loss_weight: factor of the loss, at least 0.
+        reduction: ``'mean'``, ``'sum'`` or ``'none'``. ``'mean'`` is the mean over samples (over all places, where the
+            logits have some): the core's ``'batchmean'``, which is also accepted under that name. It is not the
+            ``'mean'`` of ``F.kl_div``, which divides by the number of classes as well.
+        **core_keywords: those of the core's class.
+
+    Raises:
+        TypeError: an unknown keyword (the message names the nearest known one), or one of the wrong type.
+        ValueError: a value out of range.
+
+    Attributes:
+        last_terms: :class:`ikl_plugins.LossTerms` of the last call, ``loss_weight`` included, so that they sum to its
+            value.
+
+    Example:
+        >>> import torch
+        >>> from mmengine.registry import MODELS
+        >>> import ikl_plugins.mmengine
+        >>> loss = MODELS.build(dict(type="IKLLoss", loss_weight=2.0))
+        >>> round(loss(torch.zeros(2, 3), torch.zeros(2, 3)).item(), 4)  # twice log 3
+        2.1972
+    """
 
     def __init__(self, *, loss_weight: float = 1.0, reduction: str = "mean", **core_keywords: Any) -> None:
         name = type(self).__name__
@@ -54,61 +78,17 @@ class _WithLossWeight(core.DecoupledLoss):
         return f"loss_weight={self.loss_weight}, {super().extra_repr()}"
 
 
-class DKLLoss(_WithLossWeight, core.DKLLoss):
-    """:class:`ikl_plugins.DKLLoss` in OpenMMLab's convention; see there for the formula and :class:`IKLLoss` here.
-
-    Args:
-        loss_weight: factor of the loss, at least 0.
-        reduction: ``'mean'``, ``'sum'`` or ``'none'`` (see :class:`IKLLoss`).
-        **core_keywords: ``alpha``, ``beta``, ``temperature``, ``num_classes``, ``check_finite``.
-
-    Raises:
-        TypeError: an unknown keyword, or one of the wrong type.
-        ValueError: a value out of range.
-    """
+# The same names as in the core, with OpenMMLab's keywords.
+LOSSES: dict[str, type[WithLossWeight]] = {
+    name: type(name, (WithLossWeight, loss), {"__module__": __name__, "__doc__": WithLossWeight.__doc__})
+    for name, loss in core.LOSSES.items()
+}
 
 
-class IKLLoss(_WithLossWeight, core.IKLLoss):
-    """:class:`ikl_plugins.IKLLoss` in OpenMMLab's convention.
-
-    Args:
-        loss_weight: factor of the loss, at least 0.
-        reduction: ``'mean'``, ``'sum'`` or ``'none'``. ``'mean'`` is the mean over samples (over all places, where the
-            logits have some): the core's ``'batchmean'``, which is also accepted under that name. It is not the
-            ``'mean'`` of ``F.kl_div``, which divides by the number of classes as well.
-        **core_keywords: ``alpha``, ``beta``, ``temperature``, ``weight_temperature``, ``global_info``,
-            ``num_classes``, ``check_finite``.
-
-    Raises:
-        TypeError: an unknown keyword (the message names the nearest known one), or one of the wrong type.
-        ValueError: a value out of range.
-
-    Attributes:
-        last_terms: :class:`ikl_plugins.LossTerms` of the last call, ``loss_weight`` included, so that they sum to its
-            value.
-
-    Example:
-        >>> import torch
-        >>> from mmengine.registry import MODELS
-        >>> import ikl_plugins.mmengine
-        >>> loss = MODELS.build(dict(type="IKLLoss", loss_weight=2.0))
-        >>> round(loss(torch.zeros(2, 3), torch.zeros(2, 3)).item(), 4)  # twice log 3
-        2.1972
-    """
-
-
-class GKLLoss(_WithLossWeight, core.GKLLoss):
-    """:class:`ikl_plugins.GKLLoss` in OpenMMLab's convention; see :class:`IKLLoss` here.
-
-    Args:
-        loss_weight: factor of the loss, at least 0.
-        reduction: ``'mean'``, ``'sum'`` or ``'none'`` (see :class:`IKLLoss`).
-        **core_keywords: those of :class:`IKLLoss`, and ``gamma``.
-
-    Raises:
-        TypeError: an unknown keyword, or one of the wrong type.
-        ValueError: a value out of range.
-    """
+def __getattr__(name: str) -> Any:
+    if name in LOSSES:
+        return LOSSES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class KLLoss(nn.Module):
@@ -138,7 +118,7 @@ class KLLoss(nn.Module):
         0.0
     """
 
-    # The same interface as the other losses': a loss without a class prior, whose value is one term.
+    # The interface of the other losses: without a class prior, and with a value of one term.
     class_prior = None
     global_info = False
     num_classes = None
@@ -160,13 +140,21 @@ class KLLoss(nn.Module):
         self.scale_by_temperature_squared = scale_by_temperature_squared
         self.reduction = _core_reduction("KLLoss", reduction)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor | None = None,
+        *,
+        observe: bool | None = None,
+    ) -> Tensor:
         """The loss of one batch.
 
         Args:
             student_logits: shape (N, C) or (N, C, d1, ...).
             teacher_logits: same shape.
             targets: not used; here so that a config may exchange the losses.
+            observe: likewise.
 
         Returns:
             A 0-dim tensor, or (N, d1, ...) for ``reduction='none'``.

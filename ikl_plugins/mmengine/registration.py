@@ -9,7 +9,7 @@ from mmengine import registry as root
 
 from .averaging import WarmupEMA
 from .hooks import IKLHook
-from .losses import DKLLoss, GKLLoss, IKLLoss, KLLoss
+from .losses import LOSSES, KLLoss
 from .optim import AutocastOptimWrapper
 from .schedules import BatchNormMomentumHook, OneCycleMomentum, ResumableOneCycleLR
 
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 _ENTRIES = (
-    *(Entry(root.MODELS, "loss", loss.__name__, loss) for loss in (DKLLoss, IKLLoss, GKLLoss, KLLoss)),
+    *(Entry(root.MODELS, "loss", name, loss) for name, loss in {**LOSSES, "KLLoss": KLLoss}.items()),
     Entry(root.MODELS, "averaged model", "WarmupEMA", WarmupEMA),
     Entry(root.HOOKS, "hook", "IKLHook", IKLHook),
     Entry(root.HOOKS, "hook", "BatchNormMomentumHook", BatchNormMomentumHook),

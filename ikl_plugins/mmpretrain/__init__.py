@@ -2,8 +2,9 @@
 
 It stands on :mod:`ikl_plugins.mmengine`, which it imports and whose names it has too. In MMPretrain's registries it
 adds, once: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbones ``DistillationNetwork``
-and ``RobustBenchNetwork`` with their head ``LogitsClsHead``, the data preprocessor ``TwoViewDataPreprocessor``, the metrics
-``RobustAccuracy`` and ``ManyMediumFew``, the data set ``GeneratedImages``, the batch sampler ``GeneratedBatchSampler``.
+and ``RobustBenchNetwork`` with their head ``LogitsClsHead``, the data preprocessor ``TwoViewDataPreprocessor``, the
+metrics ``RobustAccuracy`` and ``ManyMediumFew``, the data set ``GeneratedImages``, the batch sampler
+``GeneratedBatchSampler``.
 """
 
 try:

@@ -73,7 +73,6 @@ class AdversarialClassifier(EpochClassifier):
         Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019 (TRADES).
     """
 
-    head: Any
     robust_loss: Any
 
     def __init__(
@@ -98,15 +97,20 @@ class AdversarialClassifier(EpochClassifier):
         init_cfg: Any = None,
     ) -> None:
         super().__init__(
-            backbone=backbone, neck=neck, head=head, pretrained=pretrained, train_cfg=train_cfg,
-            data_preprocessor=data_preprocessor, init_cfg=init_cfg,
-        )  # fmt: skip
+            backbone=backbone,
+            neck=neck,
+            head=head,
+            pretrained=pretrained,
+            train_cfg=train_cfg,
+            data_preprocessor=data_preprocessor,
+            init_cfg=init_cfg,
+        )
         self.attack = _build("attack", PGD, attack)
         self.val_attack = None if val_attack is None else _build("val_attack", PGD, val_attack)
         if self.val_attack is not None and self.val_attack.changes:
             raise ValueError(
-                f"{_CALLER}: `val_attack` must be the same in all epochs, or their accuracies could not be compared, "
-                f"got {self.val_attack}. Leave `eps_ramp` and a budget of several rows to `attack`."
+                f"{_CALLER}: `val_attack` must be the same in all epochs, got {self.val_attack}. "
+                f"Leave `eps_ramp` and a budget of several rows to `attack`."
             )
         self.awp = None if awp is None else _build("awp", AdversarialWeightPerturbation, awp)
         self.robust_loss = self.build_loss("robust_loss", robust_loss)
@@ -146,12 +150,15 @@ class AdversarialClassifier(EpochClassifier):
         prior = self.robust_loss.class_prior
         rows = prior.prior(labels) if prior is not None and self.attack.uses_prior else None
         strength = self.attack.strength(self.epoch, self.epochs)
-        adversarial = self.pixels.to_inputs(
-            self.attack(
-                self, self.pixels.to_pixels(natural), forward=self._pixel_logits, labels=labels, class_prior=rows,
-                strength=strength,
-            )
-        )  # fmt: skip
+        pixels = self.attack(
+            self,
+            self.pixels.to_pixels(natural),
+            forward=self._pixel_logits,
+            labels=labels,
+            class_prior=rows,
+            strength=strength,
+        )
+        adversarial = self.pixels.to_inputs(pixels)
         batch = adversarial, natural, data_samples, labels, len(views)
         if self.awp is not None and self.epoch is not None and self.awp.active(self.epoch):
             with frozen_statistics(self):
@@ -176,10 +183,12 @@ class AdversarialClassifier(EpochClassifier):
         if self.val_attack is None or not attacked:
             return predictions
         adversarial = self.val_attack(
-            self, self.pixels.to_pixels(inputs), forward=self._pixel_logits,
+            self,
+            self.pixels.to_pixels(inputs),
+            forward=self._pixel_logits,
             labels=self.hard_labels(predictions, "`val_attack`", "leave it out"),
             generator=torch.Generator(inputs.device).manual_seed(self.val_seed),
-        )  # fmt: skip
+        )
         scores = torch.softmax(self._pixel_logits(adversarial).float(), 1)
         for sample, score in zip(predictions, scores, strict=True):
             sample.set_field(score, ROBUST_SCORE)
@@ -198,16 +207,16 @@ class AdversarialClassifier(EpochClassifier):
         metrics = [] if runner.val_loop is None else runner.val_loop.evaluator.metrics
         if self.val_attack is None and any(isinstance(metric, RobustAccuracy) for metric in metrics):
             raise ValueError(
-                f"{_CALLER}: `val_attack` must be given for the RobustAccuracy in `val_evaluator`, got None. Write "
-                f"val_attack=dict(eps='8/255', steps=20, step_size='2/255'), or take the metric out."
+                f"{_CALLER}: `val_attack` must be given for the RobustAccuracy in `val_evaluator`, got None. "
+                f"Write val_attack=dict(eps='8/255', steps=20, step_size='2/255'), or take the metric out."
             )
         if self.awp is None:
             return
         optimizer = getattr(runner.optim_wrapper, "optimizer", None)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(
-                f"{_CALLER}: `awp` must have a single optimizer, whose step comes after the restoration of all "
-                f"weights, got {type(runner.optim_wrapper).__name__}. Use one optimizer, with param groups if need be."
+                f"{_CALLER}: `awp` must have a single optimizer, got {type(runner.optim_wrapper).__name__}. "
+                f"Use one optimizer, with param groups if need be."
             )
         optimizer.register_step_pre_hook(lambda *_: self._restore())
 
@@ -260,9 +269,8 @@ class AdversarialClassifier(EpochClassifier):
         if (len(views) == 2) != (self.augmented_weight is not None) or len(views) > 2:
             raise ValueError(
                 f"{_CALLER}: `augmented_weight` goes with two views of each image, got {self.augmented_weight} and "
-                f"{len(views)}. For two use MultiView(num_views=[1, 1]) in the pipeline of the train_dataloader and "
-                f"data_preprocessor=dict(type='TwoViewDataPreprocessor') inside `model`, where it goes before one at "
-                f"the top level; for one leave `augmented_weight` out."
+                f"{len(views)}. Use MultiView(num_views=[1, 1]) in the pipeline and TwoViewDataPreprocessor inside "
+                f"`model`; for one view leave it out."
             )
         return views
 
@@ -286,12 +294,11 @@ class AdversarialClassifier(EpochClassifier):
             zip(adversarial_logits.chunk(views), natural_logits.chunk(views), shares, strict=True)
         ):
             # The class prior collects the natural predictions of the training pass, of the first view alone.
-            self.robust_loss.train(observe and self.training and view == 0)
+            collects = observe and self.training and view == 0
             weight = 1.0 if view == 0 else self.augmented_weight
-            robust = robust + weight * self.robust_loss(student, teacher, own)
+            robust = robust + weight * self.robust_loss(student, teacher, own, observe=collects)
             if view == 0:
                 losses.update(term_scalars(self.robust_loss))
-        self.robust_loss.train(self.training)
         losses["loss_robust"] = robust
         if labels is not None:
             right = adversarial_logits.detach().argmax(1) == labels
@@ -315,12 +322,16 @@ class AdversarialClassifier(EpochClassifier):
             how = " with use_soft or use_sigmoid" if type(loss) is CrossEntropyLoss else ""
             raise ValueError(
                 f"{_CALLER}: `label_smoothing` goes with a head whose loss is a plain CrossEntropyLoss, got "
-                f"{type(loss).__name__}{how}. Set label_smoothing=0 and give the head the loss it should have."
+                f"{type(loss).__name__}{how}. Use label_smoothing=0."
             )
         self.head.loss_module = LabelSmoothLoss(
-            smoothing, num_classes=self.head.num_classes, mode="original", reduction=loss.reduction,
-            loss_weight=loss.loss_weight, class_weight=loss.class_weight,
-        )  # fmt: skip
+            smoothing,
+            num_classes=self.head.num_classes,
+            mode="original",
+            reduction=loss.reduction,
+            loss_weight=loss.loss_weight,
+            class_weight=loss.class_weight,
+        )
 
 
 def _build(name: str, kind: type, settings: Any) -> Any:

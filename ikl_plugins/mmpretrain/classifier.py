@@ -12,6 +12,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ..mmengine.epochs import EpochModel
+from ..mmengine.losses import LOSSES
 
 __all__ = ["EpochClassifier", "term_scalars"]
 
@@ -33,12 +34,18 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         ValueError: there is no head.
     """
 
+    # The base class has no types.
+    head: Any
+    data_preprocessor: Any
+    extract_feat: Any
+    parse_losses: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.with_head:
             raise ValueError(
-                f"{self._name}: `head` must be given, got None. Logits come from the head: "
-                f"head=dict(type='LinearClsHead', num_classes=..., in_channels=...)."
+                f"{self._name}: `head` must be given, got None. "
+                f"Write head=dict(type='LinearClsHead', num_classes=..., in_channels=...)."
             )
 
     @staticmethod
@@ -47,26 +54,16 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         return {"type": "ImageClassifier", **{key: config[key] for key in _PLAIN_KEYS if key in config}}
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Class scores of what the data preprocessor hands on.
-
-        Args:
-            inputs: shape (N, ...), what the backbone takes.
-
-        Returns:
-            Shape (N, C).
-
-        Raises:
-            ValueError: the head gives something other than a tensor.
-        """
+        """Class scores (N, C) of what the data preprocessor hands on."""
         return self.head_logits(self.extract_feat(inputs))
 
     def head_logits(self, feats: Any) -> Tensor:
-        """Class scores of features that :meth:`extract_feat` has given; see :meth:`logits`."""
+        """Class scores (N, C) of features that :meth:`extract_feat` has given."""
         logits = self.head(feats)
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"{self._name}: `head` must give one tensor of logits, but {type(self.head).__name__} gives a "
-                f"{type(logits).__name__}. Use a head with one set of logits, LinearClsHead for one."
+                f"{type(logits).__name__}. Use LinearClsHead, or another one with one set of logits."
             )
         return logits
 
@@ -112,20 +109,19 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         """
         if not data_samples or any("gt_label" not in sample for sample in data_samples):
             raise ValueError(
-                f"{self._name}: every data sample must have a `gt_label`, which {needed_by} needs, but some have none. "
+                f"{self._name}: every data sample must have a `gt_label`, which {needed_by} needs. "
                 f"Let the data set give labels and end the pipeline with PackInputs, or {instead}."
             )
         # In validation images are not mixed, and scores that are there are the labels in another form.
         if self.training and any("gt_score" in sample for sample in data_samples):
             raise ValueError(
-                f"{self._name}: {needed_by} needs one class per sample, but these samples have a `gt_score` for every "
-                f"class (one-hot, mixup or CutMix labels), and a mixed image has no class of its own. Drop `augments` "
-                f"from `train_cfg` and `to_onehot` from `data_preprocessor`, or {instead}."
+                f"{self._name}: {needed_by} needs one class per sample, but these have a `gt_score` (one-hot, mixup or "
+                f"CutMix). Drop `augments` from `train_cfg` and `to_onehot` from `data_preprocessor`, or {instead}."
             )
         labels = [sample.gt_label for sample in data_samples]
         if any(label.numel() != 1 for label in labels):
             raise ValueError(
-                f"{self._name}: {needed_by} needs one class per sample, but some samples have none or several. "
+                f"{self._name}: {needed_by} needs one class per sample, but some have none or several. "
                 f"Use a data set with one class per image, or {instead}."
             )
         return torch.cat([label.reshape(1) for label in labels])
@@ -150,8 +146,8 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
             if config.get("global_info") and config.get("num_classes") is None:
                 if classes is None:
                     raise ValueError(
-                        f"{self._name}: `{key}` must give `num_classes` with global_info=True, because "
-                        f"{type(self.head).__name__} has no such attribute. Add num_classes=... to `{key}`."
+                        f"{self._name}: `{key}` must give `num_classes` with global_info=True, as "
+                        f"{type(self.head).__name__} has none. Add num_classes=... to `{key}`."
                     )
                 config["num_classes"] = classes
             loss = MODELS.build(config)
@@ -163,14 +159,13 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         if not all(hasattr(loss, name) for name in ("class_prior", "last_terms", "end_epoch")):
             raise ValueError(
                 f"{self._name}: `{key}` must be a loss between two sets of logits, got {type(loss).__name__}. "
-                f"Use one of DKLLoss, IKLLoss, GKLLoss, KLLoss."
+                f"Use one of {', '.join(LOSSES)}, KLLoss."
             )
         own = getattr(loss, "num_classes", None)
         if own is not None and classes is not None and own != classes:
             raise ValueError(
-                f"{self._name}: `{key}` must have the class count of the head, got num_classes={own} and a "
-                f"{type(self.head).__name__} with num_classes={classes}. Drop num_classes from `{key}`: it is taken "
-                f"from the head."
+                f"{self._name}: `{key}` must have the class count of the head, {classes}, got num_classes={own}. "
+                f"Drop num_classes from `{key}`: it is taken from the head."
             )
         return loss
 

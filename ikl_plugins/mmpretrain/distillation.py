@@ -81,13 +81,17 @@ class DistillationClassifier(EpochClassifier):
         check.check_number(name, "ce_weight", ce_weight)
         if isinstance(teacher_val_batches, bool) or not isinstance(teacher_val_batches, int) or teacher_val_batches < 0:
             raise ValueError(
-                f"{name}: `teacher_val_batches` must be a number of batches, got {teacher_val_batches!r}. "
-                f"Use 0 to leave the teacher untested."
+                f"{name}: `teacher_val_batches` must be a number of batches, got {teacher_val_batches!r}. Use 0."
             )
         super().__init__(
-            backbone=backbone, neck=neck, head=head, pretrained=pretrained, train_cfg=train_cfg,
-            data_preprocessor=data_preprocessor, init_cfg=init_cfg,
-        )  # fmt: skip
+            backbone=backbone,
+            neck=neck,
+            head=head,
+            pretrained=pretrained,
+            train_cfg=train_cfg,
+            data_preprocessor=data_preprocessor,
+            init_cfg=init_cfg,
+        )
         loss = {"type": "IKLLoss"} if distill_loss is None else distill_loss
         self.distill_loss = self.build_loss("distill_loss", loss)
         self.distill_weight = distill_weight
@@ -149,14 +153,13 @@ class DistillationClassifier(EpochClassifier):
         if teacher_logits.shape != logits.shape:
             raise ValueError(
                 f"{type(self).__name__}: `teacher` must have the class count of the student, got logits of shape "
-                f"{tuple(teacher_logits.shape)} and {tuple(logits.shape)}. Take a teacher that was trained on the same "
-                f"classes."
+                f"{tuple(teacher_logits.shape)} and {tuple(logits.shape)}. Take a teacher of the same classes."
             )
         losses = self.head_losses(feats, logits, data_samples, self.ce_weight)
         scale = self.distill_weight
         if self.epoch is not None:
             scale *= warmup_factor(self.epoch, self.warmup_epochs)
-        losses["loss_distill"] = scale * self.distill_loss(logits, teacher_logits, labels)
+        losses["loss_distill"] = scale * self.distill_loss(logits, teacher_logits, labels, observe=self.training)
         losses.update(term_scalars(self.distill_loss, scale))
         return losses
 
@@ -168,7 +171,7 @@ class DistillationClassifier(EpochClassifier):
         return reasons
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillationClassifier:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.teacher.apply(fn)
         return self
 

@@ -96,9 +96,17 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
         self._ends: list[int] = []
         self._positions: range | numpy.ndarray[Any, Any] = range(0)
         super().__init__(
-            ann_file="", metainfo=metainfo, data_root=str(data_root), indices=indices, serialize_data=False,
-            pipeline=pipeline, test_mode=test_mode, lazy_init=lazy_init, max_refetch=max_refetch, classes=classes,
-        )  # fmt: skip
+            ann_file="",
+            metainfo=metainfo,
+            data_root=str(data_root),
+            indices=indices,
+            serialize_data=False,
+            pipeline=pipeline,
+            test_mode=test_mode,
+            lazy_init=lazy_init,
+            max_refetch=max_refetch,
+            classes=classes,
+        )
         if any(isinstance(transform, LoadImageFromFile) for transform in self.pipeline.transforms):
             raise ValueError(
                 f"{_CALLER}: `pipeline` must not load images, which are there already, but it has a LoadImageFromFile. "

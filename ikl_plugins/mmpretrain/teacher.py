@@ -13,8 +13,8 @@ from mmengine.model.weight_init import PretrainedInit
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
-from .. import _validation as check
-from ..mmengine.checkpoints import load_weights
+from ..checkpoints import is_address, load_weights
+from ..models.weights import load_strictly
 from .classifier import EpochClassifier
 from .pixels import PixelSpace
 
@@ -66,7 +66,7 @@ class FrozenTeacher:
             what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(
                 f"teacher: `{type(self.module).__name__}` must give logits of shape (N, C), got {what}. "
-                f"Use a classifier with a head that has one set of logits."
+                f"Use a classifier whose head has one set of logits."
             )
         return logits
 
@@ -132,8 +132,8 @@ def build_teacher(
     classes = getattr(student.head, "num_classes", None)
     if None not in (classes, holder.num_classes) and classes != holder.num_classes:
         raise ValueError(
-            f"{caller}: `teacher` must have the class count of the student, got {holder.num_classes} and {classes} "
-            f"classes. Take a teacher that was trained on the same classes, or correct num_classes of a head."
+            f"{caller}: `teacher` must have the class count of the student, got {holder.num_classes} and {classes}. "
+            f"Take a teacher of the same classes, or correct num_classes of a head."
         )
     return holder
 
@@ -141,8 +141,8 @@ def build_teacher(
 def _read_config(caller: str, path: str) -> dict[str, Any]:
     if not Path(path).expanduser().is_file():
         raise ValueError(
-            f"{caller}: `teacher` must be the path of a config file, but there is none at {path} (seen from "
-            f"{Path.cwd()}). Correct the path, or write {_INLINE}."
+            f"{caller}: `teacher` must be the path of a config, but there is none at {path} (seen from {Path.cwd()}). "
+            f"Correct the path, or write {_INLINE}."
         )
     file = Config.fromfile(str(Path(path).expanduser()))
     model = file.get("model")
@@ -164,7 +164,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _initialise(caller: str, module: nn.Module, config: Mapping[str, Any], origin: str) -> None:
-    """Loads the weights that a config names for the whole network, or refuses: nobody wants an untrained teacher."""
+    """Loads the weights that a config names for the whole network, or refuses an untrained teacher."""
     named = config.get("pretrained")
     init_cfg = config.get("init_cfg")
     if not named and isinstance(init_cfg, Mapping) and init_cfg.get("type") in ("Pretrained", PretrainedInit):
@@ -175,43 +175,25 @@ def _initialise(caller: str, module: nn.Module, config: Mapping[str, Any], origi
         _load(caller, module, str(named), origin)
         return
     raise ValueError(
-        f"{caller}: `teacher_ckpt` must be given, got None, and the teacher's config names no pretrained weights of "
-        f"the whole network (those of a backbone alone leave the head random): an untrained teacher teaches noise. "
-        f"Write teacher_ckpt='....pth', or give the teacher init_cfg=dict(type='Pretrained', checkpoint=...)."
+        f"{caller}: `teacher_ckpt` must be given, got None, or the teacher's config must name pretrained weights of "
+        f"more than a backbone alone. Write teacher_ckpt='....pth'."
     )
 
 
 def _load(caller: str, module: nn.Module, path: str, origin: str) -> None:
     """Loads a checkpoint whose names and shapes are exactly those of the network."""
-    if "://" in path and not path.startswith(("http://", "https://")):
+    if "://" in path and not is_address(path):
         raise ValueError(
             f"{caller}: `teacher_ckpt` must be a file or an http(s) address, got {path}. Fetch it and name the file."
         )
-    if not path.startswith(("http://", "https://")) and not Path(path).expanduser().is_file():
-        train = origin or "TEACHER_CONFIG"
+    if not is_address(path) and not Path(path).expanduser().is_file():
         raise ValueError(
             f"{caller}: `teacher_ckpt` must be a checkpoint file, but there is none at {path} (seen from "
-            f"{Path.cwd()}). Correct the path, or train the teacher first: "
-            f"ikl train {train}"
+            f"{Path.cwd()}). Correct the path, or train the teacher first: ikl train {origin or 'TEACHER_CONFIG'}"
         )
     own = module.state_dict()
     weights = {key: value for key, value in load_weights(path).items() if key in own or not key.startswith(_EXTRAS)}
-    shapes = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    found = "" if not shapes else f"; other shapes: {check.first_names(shapes)}"
-    if not shapes:
-        # Only now, after the hooks with which some backbones rename the keys of foreign checkpoints.
-        missing, unexpected = module.load_state_dict(weights, strict=False)
-        found += f"; missing: {check.first_names(missing)}" if missing else ""
-        found += f"; unexpected: {check.first_names(unexpected)}" if unexpected else ""
-    if found:
-        raise ValueError(
-            f"{caller}: `teacher_ckpt` must be a checkpoint of the network in `teacher`, but {path} does not fit it"
-            f"{found}. Name the config that the checkpoint was trained with, or another checkpoint."
-        )
+    load_strictly(caller, module, weights, path, "the network in `teacher`")
 
 
 def _conversion(student: EpochClassifier, module: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy
@@ -20,7 +21,7 @@ from mmpretrain.structures import DataSample
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ikl_plugins import IKLLoss
+from ikl_plugins import IKLLoss, _validation, losses
 from ikl_plugins.mmengine import class_priors
 from ikl_plugins.mmpretrain import DistillationClassifier
 
@@ -285,24 +286,87 @@ def test_without_prior_the_checkpoint_has_the_plain_keys(make, small_network):
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
+PRIOR = {"type": "IKLLoss", "global_info": True}
+MIXUP = {"train_cfg": {"augments": {"type": "Mixup", "alpha": 1.0}}}
 
-@pytest.mark.parametrize(
-    ("keywords", "reasons"),
-    [
-        ({"distill_loss": {"type": "IKLLoss", "global_info": True}}, "global_info=True of `distill_loss`"),
-        ({"warmup_epochs": 2}, "warmup_epochs=2"),
-        (
-            {"distill_loss": {"type": "IKLLoss", "global_info": True}, "warmup_epochs": 2},
-            "global_info=True of `distill_loss` and warmup_epochs=2",
-        ),
-    ],
-)
-def test_what_must_know_the_epoch_is_refused_without_the_hook(make, small_batch, keywords, reasons):
-    model = make(**keywords).train()
-    message = rf"{reasons} must know where epochs begin.*\n  custom_hooks = \[dict\(type='IKLHook'\)\]"
-    with pytest.raises(ValueError, match=message):
-        model.loss(*prepared(model, small_batch()))
-    model.eval().loss(*prepared(model, small_batch()))  # no training, no epoch
+
+# id: keywords of the classifier, error, the fragment that matters
+REFUSED = {
+    "foreign class count": ({"distill_loss": {**PRIOR, "num_classes": 5}}, ValueError, "head, 3, got num_classes=5"),
+    "foreign module": ({"distill_loss": IKLLoss(num_classes=5)}, ValueError, "head, 3, got num_classes=5"),
+    "name": ({"distill_loss": "IKLLoss"}, TypeError, "`distill_loss` must be a config dict or a module, got str"),
+    "hard loss": (
+        {"distill_loss": {"type": "CrossEntropyLoss"}},
+        ValueError,
+        "got CrossEntropyLoss. Use one of DKLLoss, IKLLoss, GKLLoss, KLLoss",
+    ),
+    "module": ({"distill_loss": nn.CrossEntropyLoss()}, ValueError, "between two sets of logits, got CrossEntropyLoss"),
+    **{
+        name: ({name: -1.0}, ValueError, f"Classifier: `{name}` must be a finite number of at least 0")
+        for name in ("distill_weight", "warmup_epochs", "ce_weight")
+    },
+    **{
+        f"{value} batches": ({"teacher_val_batches": value}, ValueError, f"must be a number of batches, got {value}")
+        for value in (-1, 2.0, True)
+    },
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_are_refused(make, case):
+    keywords, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        make(**keywords)
+
+
+# id: changes of the network, keywords of the classifier, whether an epoch has begun, samples, the fragment that matters
+NONE = object()
+STEPS = {
+    "prior": ({}, {"distill_loss": PRIOR}, False, NONE, r"global_info=True of `distill_loss` must .*IKLHook"),
+    "ramp": ({}, {"warmup_epochs": 2}, False, NONE, "warmup_epochs=2 must know where epochs begin"),
+    "both": ({}, {"distill_loss": PRIOR, "warmup_epochs": 2}, False, NONE, "`distill_loss` and warmup_epochs=2"),
+    "mixup": (MIXUP, {"distill_loss": PRIOR}, True, NONE, "class prior of `distill_loss` .* `gt_score`.*`augments`"),
+    "one-hot": (
+        {"to_onehot": True},
+        {"distill_loss": PRIOR},
+        True,
+        NONE,
+        "`gt_score`.*or set global_info=False",
+    ),
+    "no samples": ({}, {"distill_loss": PRIOR}, True, None, "must have a `gt_label`, which the class prior of"),
+    "empty": ({}, {"distill_loss": PRIOR}, True, [], "must have a `gt_label`"),
+    "no label": ({}, {"distill_loss": PRIOR}, True, [DataSample()] * 6, "must have a `gt_label`"),
+    "two labels": (
+        {},
+        {"distill_loss": PRIOR},
+        True,
+        [DataSample().set_gt_label([0, 1]), *[DataSample().set_gt_label(1)] * 5],
+        "needs one class per sample, but some have none or several",
+    ),
+    # A bare network tells its class count with its first logits.
+    "classes of the teacher": (
+        {},
+        {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(768, 4))},
+        True,
+        NONE,
+        r"class count of the student, got logits of shape \(6, 4\) and \(6, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_steps_that_are_refused(make, small_network, small_batch, case):
+    changes, keywords, begun, samples, message = STEPS[case]
+    network = small_network()
+    (network if "train_cfg" in changes else network["data_preprocessor"]).update(changes)
+    model = make(network, **keywords).train()
+    inputs, own = prepared(model, small_batch())
+    if begun:
+        model.begin_epoch(1, 1)
+    with pytest.raises(ValueError, match=f"(?s)DistillationClassifier: .*{message}"):
+        model.loss(inputs, own if samples is NONE else samples)
+    if not begun:
+        model.eval().loss(inputs, own)  # no training, no epoch
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
@@ -316,82 +380,20 @@ def test_an_epoch_below_one_is_refused(make):
         make().begin_epoch(0, 3)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"train_cfg": {"augments": {"type": "Mixup", "alpha": 1.0}}}, {"to_onehot": True}]
-)
-def test_a_prior_refuses_labels_that_are_scores(make, small_network, small_batch, settings):
-    network = small_network()
-    if "train_cfg" in settings:
-        network.update(settings)
-    else:
-        network["data_preprocessor"].update(settings)
-    model = make(network, distill_loss={"type": "IKLLoss", "global_info": True}).train()
-    model.begin_epoch(1, 1)
-    message = (
-        r"the class prior of `distill_loss` needs one class per sample, but these samples have a `gt_score`.*"
-        r"Drop `augments` from `train_cfg` and `to_onehot` from `data_preprocessor`, or set global_info=False"
-    )
-    with pytest.raises(ValueError, match=message):
-        model.loss(*prepared(model, small_batch()))
-
-
-def test_a_prior_refuses_samples_without_or_with_several_labels(make):
-    model = make(distill_loss={"type": "IKLLoss", "global_info": True}).train()
-    model.begin_epoch(1, 1)
-    inputs = torch.randn(2, 3, 16, 16)
-    for samples in (None, [], [DataSample(), DataSample()]):
-        with pytest.raises(ValueError, match=r"every data sample must have a `gt_label`, which the class prior of"):
-            model.loss(inputs, samples)
-    with pytest.raises(ValueError, match=r"needs one class per sample, but some samples have none or several\. Use"):
-        model.loss(inputs, [DataSample().set_gt_label([0, 1]), DataSample().set_gt_label(1)])
-
-
-def test_the_losses_class_count_comes_from_the_head_or_must_be_its_own(make, small_network):
-    assert make(distill_loss={"type": "IKLLoss", "global_info": True}).distill_loss.num_classes == 3
+def test_the_class_count_comes_from_the_head_and_the_config_stays(make, small_network):
+    config = dict(PRIOR)
+    assert make(distill_loss=config).distill_loss.num_classes == 3
+    assert config == PRIOR
     assert make(distill_loss={"type": "IKLLoss", "num_classes": 3}).distill_loss.num_classes == 3
-    message = (
-        r"`distill_loss` must have the class count of the head, got num_classes=5 and a Line.*=3\. Drop num_classes"
-    )
-    for loss in ({"type": "IKLLoss", "global_info": True, "num_classes": 5}, IKLLoss(num_classes=5)):
-        with pytest.raises(ValueError, match=message):
-            make(distill_loss=loss)
-    network = {**small_network(), "head": {"type": "ClsHead"}}
-    with pytest.raises(ValueError, match=r"must give `num_classes` with global_info=True, because ClsHead has no such"):
-        make(network, distill_loss={"type": "IKLLoss", "global_info": True})
+    with pytest.raises(ValueError, match=r"must give `num_classes` with global_info=True, as ClsHead has none"):
+        make({**small_network(), "head": {"type": "ClsHead"}}, distill_loss=PRIOR)
 
 
-def test_a_config_is_not_changed(make):
-    loss = {"type": "IKLLoss", "global_info": True}
-    make(distill_loss=loss)
-    assert loss == {"type": "IKLLoss", "global_info": True}
-
-
-def test_a_loss_that_is_none_is_refused(make):
-    with pytest.raises(
-        TypeError, match=r"`distill_loss` must be a config dict or a module, got str\. Write distill_loss="
-    ):
-        make(distill_loss="IKLLoss")
-    message = r"`distill_loss` must be a loss between two sets of logits, got CrossEntropyLoss\. Use one of DKLLoss"
-    for loss in ({"type": "CrossEntropyLoss"}, nn.CrossEntropyLoss()):
-        with pytest.raises(ValueError, match=message):
-            make(distill_loss=loss)
-
-
-@pytest.mark.parametrize("name", ["distill_weight", "warmup_epochs", "ce_weight"])
-def test_numbers_out_of_range_are_refused(make, name):
-    with pytest.raises(ValueError, match=rf"DistillationClassifier: `{name}` must be a finite number of at least 0"):
-        make(**{name: -1.0})
-
-
-@pytest.mark.parametrize("value", [-1, 2.0, True])
-def test_a_number_of_batches_that_is_none_is_refused(make, value):
-    with pytest.raises(ValueError, match=rf"`teacher_val_batches` must be a number of batches, got {value}\. Use 0"):
-        make(teacher_val_batches=value)
-
-
-def test_heads_that_give_no_logits_are_refused(make, small_network, small_batch):
-    with pytest.raises(ValueError, match=r"DistillationClassifier: `head` must be given, got None\. Logits come from"):
+def test_networks_that_do_not_fit_are_refused(make, small_network, small_batch):
+    with pytest.raises(ValueError, match=r"DistillationClassifier: `head` must be given, got None"):
         make({**small_network(), "head": None})
+    with pytest.raises(ValueError, match=r"`teacher` must have the class count of the student, got 4 and 3"):
+        make(teacher=ImageClassifier(**small_network(classes=4)))
     model = make()
 
     class ListHead(type(model.head)):
@@ -399,17 +401,24 @@ def test_heads_that_give_no_logits_are_refused(make, small_network, small_batch)
             return [super().forward(feats)]
 
     model.head.__class__ = ListHead
-    with pytest.raises(ValueError, match=r"`head` must give one tensor of logits, but ListHead gives a list\. Use"):
+    with pytest.raises(ValueError, match=r"`head` must give one tensor of logits, but ListHead gives a list"):
         model.train().loss(*prepared(model, small_batch()))
 
 
-def test_a_teacher_with_other_classes_is_refused(make, small_network, small_batch):
-    with pytest.raises(ValueError, match=r"`teacher` must have the class count of the student, got 4 and 3 classes"):
-        make(teacher=ImageClassifier(**small_network(classes=4)))
-    # A bare network tells its class count with its first logits.
-    model = make(teacher=nn.Sequential(nn.Flatten(), nn.Linear(768, 4))).train()
-    with pytest.raises(ValueError, match=r"class count of the student, got logits of shape \(6, 4\) and \(6, 3\)\."):
-        model.loss(*prepared(model, small_batch()))
+def test_every_argument_is_checked_once_in_a_training_step(make, small_batch, monkeypatch):
+    calls = Counter()
+
+    def counted(name, inner):
+        return lambda *args, **keywords: calls.update([name]) or inner(*args, **keywords)
+
+    for name in ("check_logits", "check_targets", "check_class_prior"):
+        monkeypatch.setattr(_validation, name, counted(name, getattr(_validation, name)))
+    monkeypatch.setattr(losses, "check_settings", counted("check_settings", losses.check_settings))
+    model = make(distill_loss=PRIOR).train()
+    model.begin_epoch(1, 1)
+    calls.clear()
+    model.loss(*prepared(model, small_batch()))
+    assert calls == {"check_logits": 1, "check_targets": 1, "check_class_prior": 1, "check_settings": 1}
 
 
 # --- the teacher's accuracy before training --------------------------------------------------------------------------

@@ -69,20 +69,6 @@ def test_the_settings_are_shown():
     assert "gamma=0.5" in text
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_settings_out_of_range_are_refused(name):
-    with pytest.raises(
-        TypeError, match=rf"{name}: unknown keyword `temprature`\. Did you mean `temperature`\? Known: "
-    ):
-        make(name, temprature=4.0)
-    with pytest.raises(TypeError, match=rf"{name}: unknown keyword `avg_factor`.* Known: alpha, .*loss_weight"):
-        make(name, avg_factor=4.0)
-    with pytest.raises(ValueError, match=rf"{name}: `reduction` must be one of 'mean', 'sum', 'none', got 'avg'\. Use"):
-        make(name, reduction="avg")
-    with pytest.raises(ValueError, match=rf"{name}: `loss_weight` must be a finite number of at least 0, got -1\.0\."):
-        make(name, loss_weight=-1.0)
-
-
 # --- KL --------------------------------------------------------------------------------------------------------------
 
 
@@ -154,12 +140,38 @@ def test_kl_has_the_interface_of_the_others():
     assert "temperature=1.0" in repr(loss)
 
 
-def test_kls_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"KLLoss: `temperature` must be a finite number above 0, got 0\."):
-        make("KLLoss", temperature=0)
-    with pytest.raises(ValueError, match=r"KLLoss: `loss_weight` must be a finite number of at least 0"):
-        make("KLLoss", loss_weight=float("nan"))
-    with pytest.raises(ValueError, match=r"KLLoss: `reduction` must be one of 'mean', 'sum', 'none', got 'max'\."):
-        make("KLLoss", reduction="max")
-    with pytest.raises(ValueError, match=r"must have one shape"):
+REFUSED = {
+    **{
+        f"{name} {what}": (name, keywords, error, message)
+        for name in KINDS
+        for what, keywords, error, message in (
+            ("keyword", {"temprature": 4.0}, TypeError, r"`temprature`\. Did you mean `temperature`\? Known: alpha"),
+            ("foreign keyword", {"avg_factor": 4.0}, TypeError, r"`avg_factor`.* Known: alpha, .*loss_weight"),
+            ("reduction", {"reduction": "avg"}, ValueError, r"'mean', 'sum', 'none', got 'avg'"),
+            ("weight", {"loss_weight": -1.0}, ValueError, r"`loss_weight` must be a finite number of at least 0"),
+        )
+    },
+    "KL temperature": ("KLLoss", {"temperature": 0}, ValueError, r"`temperature` must be a finite number above 0"),
+    "KL weight": ("KLLoss", {"loss_weight": float("nan")}, ValueError, r"`loss_weight` must be a finite number"),
+    "KL reduction": ("KLLoss", {"reduction": "max"}, ValueError, r"'mean', 'sum', 'none', got 'max'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    name, keywords, error, message = REFUSED[case]
+    with pytest.raises(error, match=rf"^{name}: .*{message}"):
+        make(name, **keywords)
+
+
+def test_kl_refuses_logits_of_other_classes():
+    with pytest.raises(ValueError, match="over the same number of classes"):
         make("KLLoss")(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("observe", [None, True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_whether_a_batch_is_observed_is_an_argument(observe, training):
+    loss = make("IKLLoss", global_info=True, num_classes=4).train(training)
+    loss(*logits(), torch.tensor([0, 0, 3, 3, 3]), observe=observe)
+    assert (loss.class_prior.counts.sum() == 5) == (training if observe is None else observe)

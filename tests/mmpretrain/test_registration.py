@@ -103,6 +103,18 @@ IMPORTS = {
         "import ikl_plugins.mmpretrain",
         "'GKLLoss' must be free, but __main__.GKLLoss holds it",
     ),
+    "a fourth loss is a row of the core's table": (
+        "import pickle, torch\n"
+        "from ikl_plugins import losses\n"
+        "class FourthLoss(losses.IKLLoss): pass\n"
+        "losses.LOSSES['FourthLoss'] = FourthLoss\n"
+        "import ikl_plugins.mmpretrain\n"
+        "from ikl_plugins.mmengine.losses import FourthLoss\n"
+        "from mmpretrain.registry import MODELS\n"
+        "loss = pickle.loads(pickle.dumps(MODELS.build(dict(type='FourthLoss', loss_weight=2.0, num_classes=3))))\n"
+        "assert type(loss) is FourthLoss and round(loss(torch.zeros(2, 3), torch.zeros(2, 3)).item(), 4) == 2.1972",
+        None,
+    ),
     "no mmpretrain": (
         "import sys\nsys.modules['mmpretrain'] = None\nimport ikl_plugins.mmpretrain",
         "but `mmpretrain.models` is missing. Run: pip install 'ikl_plugins[mmpretrain]'",

@@ -150,7 +150,7 @@ def test_of_a_classifier_of_this_package_the_plain_one_is_taken(student, trained
 
 def test_another_class_count_is_refused(student, trained):
     _, config, ckpt = trained(classes=4)
-    with pytest.raises(ValueError, match=r"must have the class count of the student, got 4 and 3 classes\. Take"):
+    with pytest.raises(ValueError, match=r"must have the class count of the student, got 4 and 3\. Take"):
         build_teacher(config, ckpt, student=student)
 
 
