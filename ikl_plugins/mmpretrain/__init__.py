@@ -39,7 +39,7 @@ from .long_tail import ManyMediumFew
 from .metrics import RobustAccuracy
 from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
 from .npz_memmap import unpack_npz
-from .pixels import PixelSpace
+from .pixels import pixel_space
 from .preprocessing import TwoViewDataPreprocessor
 from .registration import register
 from .sampling import GeneratedBatchSampler
@@ -62,7 +62,6 @@ __all__ = [
     "LogitsClsHead",
     "ManyMediumFew",
     "OneCycleMomentum",
-    "PixelSpace",
     "ResumableOneCycleLR",
     "RobustAccuracy",
     "TwoViewDataPreprocessor",
@@ -72,6 +71,7 @@ __all__ = [
     "build_robustbench_network",
     "build_teacher",
     "load_weights",
+    "pixel_space",
     "register",
     "unpack_npz",
     "verify",

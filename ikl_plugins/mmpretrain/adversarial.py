@@ -15,7 +15,7 @@ from .. import _validation as check
 from ..adversarial import PGD, AdversarialWeightPerturbation, frozen_statistics
 from .classifier import EpochClassifier, term_scalars
 from .metrics import ROBUST_SCORE, RobustAccuracy
-from .pixels import PixelSpace
+from .pixels import pixel_space
 
 __all__ = ["AdversarialClassifier"]
 
@@ -121,7 +121,7 @@ class AdversarialClassifier(EpochClassifier):
         if label_smoothing:
             self._smooth_labels(label_smoothing)
         self.val_seed = val_seed
-        self.pixels = PixelSpace(self.data_preprocessor, pixel_range=pixel_range)
+        self.pixels = pixel_space(self.data_preprocessor, pixel_range, caller=_CALLER)
         self.channels_last = channels_last
         if channels_last:
             self.to(memory_format=torch.channels_last)
@@ -154,6 +154,7 @@ class AdversarialClassifier(EpochClassifier):
             self,
             self.pixels.to_pixels(natural),
             forward=self._pixel_logits,
+            check_values=False,  # the pixel space has read them
             labels=labels,
             class_prior=rows,
             strength=strength,
@@ -186,6 +187,7 @@ class AdversarialClassifier(EpochClassifier):
             self,
             self.pixels.to_pixels(inputs),
             forward=self._pixel_logits,
+            check_values=False,
             labels=self.hard_labels(predictions, "`val_attack`", "leave it out"),
             generator=torch.Generator(inputs.device).manual_seed(self.val_seed),
         )

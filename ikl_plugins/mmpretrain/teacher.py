@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints import is_address, load_weights
 from ..models.weights import load_strictly
 from .classifier import EpochClassifier
-from .pixels import PixelSpace
+from .pixels import pixel_space
 
 __all__ = ["FrozenTeacher", "build_teacher"]
 
@@ -200,4 +200,4 @@ def _conversion(student: EpochClassifier, module: nn.Module) -> Callable[[Tensor
     theirs = getattr(module, "data_preprocessor", None)
     if theirs is None:
         return None
-    return PixelSpace(student.data_preprocessor).conversion_to(PixelSpace(theirs))
+    return pixel_space(student.data_preprocessor).conversion_to(pixel_space(theirs))

@@ -513,7 +513,7 @@ REFUSED = {
     "prior, no hook": (lambda: step(make(robust_loss=ikl())), r"(?s)global_info=True.*dict\(type='IKLHook'\)"),
     "budget, no hook": (lambda: step(make(attack={"eps": 0.1, "budget": "high"})), "changes over the epochs"),
     "awp, no hook": (lambda: step(make(awp={})), "`awp`"),
-    "normalised twice": (lambda: step(make(), changed(normalised)), "normalised twice"),
+    "normalised twice": (lambda: step(make(), changed(normalised)), "normalises twice"),
     "divided": (lambda: step(make(data_preprocessor=RAW), changed(lambda i: i / 255)), r"pixel_range=1\.0"),
     "prior of scores": (
         lambda: step(told(make(robust_loss=ikl(), data_preprocessor=SCORES))),

@@ -330,7 +330,7 @@ def _network(plain: Any, config: Any, checkpoint: Path, data: Path) -> tuple[Any
         from mmengine.registry import MODELS, DefaultScope
         from mmengine.runner import Runner
 
-        from ikl_plugins.mmpretrain import PixelSpace, load_weights
+        from ikl_plugins.mmpretrain import load_weights, pixel_space
     loading = config.test_dataloader.copy()
     loading.dataset.data_root = str(data)
     with DefaultScope.overwrite_default_scope("mmpretrain"):
@@ -342,7 +342,7 @@ def _network(plain: Any, config: Any, checkpoint: Path, data: Path) -> tuple[Any
     for batch in loader:
         ready = model.data_preprocessor(batch, training=False)
         batches.append((ready["inputs"], torch.cat([sample.gt_label for sample in ready["data_samples"]])))
-    return model, PixelSpace(model.data_preprocessor), batches
+    return model, pixel_space(model.data_preprocessor), batches
 
 
 def _examples(labels: Any, seen: dict[str, _Seen]) -> dict[str, Any]:
