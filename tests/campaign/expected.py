@@ -45,16 +45,8 @@ def hold_loss(
 ) -> Right:
     """Value, shape, dtype and gradients of one call against the oracle.
 
-    Args:
-        function: from student and teacher logits to the loss.
-        kind: which loss it is.
-        student: logits.
-        teacher: logits.
-        settings: of the oracle.
-        reduction: of the call.
-        class_prior: weights, (N, C) or of the logits' shape.
-        gradients: which of the two require grad.
-        lenient: beyond the range in which float32 can hold the squares: a number that is not finite will do.
+    ``class_prior`` has (N, C) weights, or the logits' shape; ``gradients`` says which logits require grad; ``lenient``
+    is for logits whose squares float32 cannot hold: a number that is not finite will do.
     """
     s, t = (x.detach().requires_grad_(needed) for x, needed in zip((student, teacher), gradients, strict=True))
     loss = function(s, t)

@@ -21,17 +21,11 @@ _FORK = multiprocessing.get_context("fork")
 
 
 class Answer(NamedTuple):
-    """What became of a case.
+    """What became of a case."""
 
-    Attributes:
-        how: 'returned', 'raised', 'died' or 'hung'.
-        value: what it returned; of an exception its type's name, message and traceback; else None.
-        told: what the case reported on its way.
-    """
-
-    how: str
-    value: Any
-    told: list[Any]
+    how: str  # 'returned', 'raised', 'died' or 'hung'
+    value: Any  # what it returned; of an exception its type's name, message and traceback; else None
+    told: list[Any]  # what the case reported on its way
 
 
 def in_child_process(case: Callable[[Tell], Any], timeout: float) -> Answer:

@@ -43,17 +43,11 @@ reductions = st.sampled_from(("batchmean", "sum", "none"))
 
 
 class Case(NamedTuple):
-    """One call of the package.
+    """One call of the package."""
 
-    Attributes:
-        what: what is special about the input.
-        call: makes the call and holds its result against the oracle; returns what was right about it.
-        names: the arguments of which the refusal must name one; empty if the call is right.
-    """
-
-    what: str
-    call: Callable[[], Right | None]
-    names: tuple[str, ...] = ()
+    what: str  # what is special about the input
+    call: Callable[[], Right | None]  # also holds the result against the oracle; returns what was right about it
+    names: tuple[str, ...] = ()  # arguments of which the refusal must name one; none if the call is right
 
 
 def one_in(count: int) -> st.SearchStrategy[bool]:

@@ -15,19 +15,12 @@ OUT_OF_RANGE = (-1, 0, 3.5, 1e30, math.nan, math.inf, -math.inf)
 
 
 class Mutation(NamedTuple):
-    """What was changed.
+    """What was changed."""
 
-    Attributes:
-        kind: one of :data:`KINDS`.
-        path: keys and indices down to the place.
-        old: key or value that was there.
-        new: what is there now; None where nothing is.
-    """
-
-    kind: str
-    path: tuple[Any, ...]
-    old: Any
-    new: Any
+    kind: str  # one of KINDS
+    path: tuple[Any, ...]  # keys and indices down to the place
+    old: Any  # key or value that was there
+    new: Any  # what is there now; None where nothing is
 
     def __str__(self) -> str:
         return f"{self.kind}: {'.'.join(map(str, self.path))}: {self.old!r:.100} -> {self.new!r:.100}"

@@ -19,19 +19,12 @@ Read = Callable[[Path], Any]
 
 
 class Reader(NamedTuple):
-    """A reader and its sound file.
+    """A reader and its sound file."""
 
-    Attributes:
-        path: of the sound file.
-        read: reads a file in its place, and returns what can be compared.
-        checksums: whether the format has any; without, a flipped bit in a number cannot be found.
-        hostile: files that would run code in this reader alone, from the folder that they would make.
-    """
-
-    path: Path
-    read: Read
-    checksums: bool = True
-    hostile: Callable[[Path], dict[str, bytes]] = lambda marker: {}
+    path: Path  # of the sound file
+    read: Read  # reads a file in its place, and returns what can be compared
+    checksums: bool = True  # without, a flipped bit in a number cannot be found
+    hostile: Callable[[Path], dict[str, bytes]] = lambda marker: {}  # would run code and make that folder, here alone
 
 
 def _lay(path: Path, target: Path) -> None:

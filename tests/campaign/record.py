@@ -27,12 +27,12 @@ from demo.report import sha256
 from evidence.bench import processor
 
 import ikl_plugins
-from campaign.tables import render
+from campaign.tables import NAMES, render
 from ikl_plugins import __version__, native
 from ikl_plugins._files import written_aside
 
 FORMAT = "ikl_plugins.reliability/1"
-PARTS = ("inputs", "inputs_native", "checkpoints", "disk", "configs", "kills")
+PARTS = tuple(NAMES)
 PACKAGES = ("numpy", "torchvision", "torchdistill", "mmengine", "mmpretrain", "robustbench", "pyautoattack")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = Path(ikl_plugins.__file__).resolve().parent

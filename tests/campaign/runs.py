@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,28 +44,16 @@ class Life:
 
 @dataclass
 class Command:
-    """A command that may be stopped and started again in a folder of its own.
-
-    Attributes:
-        name: for the record.
-        arguments: of Python behind -m, from the folder of the run and whether it has been started before.
-        writes: which files it writes that a resumed run depends on.
-        begun: a line of its output that says that the first step of this process has been done.
-        finished: from the folder, how much of the run is safe on the disk, from 0 to 1.
-        result: from the folder, what must be equal.
-        parts: about how many pieces of equal length the run has, each with a write behind it.
-        beside: from the folder, what the host itself does not promise, compared apart.
-        environment: of its processes.
-    """
+    """A command that may be stopped and started again in a folder of its own."""
 
     name: str
-    arguments: Callable[[Path, bool], list[str]]
-    writes: re.Pattern[str]
-    begun: re.Pattern[str]
-    finished: Callable[[Path], float]
-    result: Callable[[Path], Any]
-    parts: int
-    beside: Callable[[Path], Any] | None = None
+    arguments: Callable[[Path, bool], list[str]]  # behind python -m, of the folder and whether it was started before
+    writes: re.Pattern[str]  # files that a resumed run depends on
+    begun: re.Pattern[str]  # a line of its output which says that this process has done its first step
+    finished: Callable[[Path], float]  # how much of the run is safe on the disk, from 0 to 1
+    result: Callable[[Path], Any]  # what must be equal
+    parts: int  # about how many pieces of equal length the run has, each with a write behind it
+    beside: Callable[[Path], Any] | None = None  # what the host itself does not promise, compared apart
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -91,12 +79,12 @@ def live(
     """
     reader, writer = os.pipe()
     log = folder.with_name(f"{folder.name}.log")
-    recorded = [sys.executable, str(Path(__file__).with_name("record_writes.py")), str(writer)]
-    planned = kill_after is not None or kill_in_write is not None
+    recorder = Path(__file__).with_name("record_writes.py")
     start = time.monotonic()
+    events: list[tuple[float, str]] = []
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*recorded, *command.arguments(folder, again)],
+            [sys.executable, str(recorder), str(writer), *command.arguments(folder, again)],
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=(writer,),
@@ -104,56 +92,30 @@ def live(
             env=child_environment(**command.environment),
             start_new_session=True,
         )
-        os.close(writer)
-        deadline = start + (TIMEOUT if kill_after is None else kill_after)
-        events = _follow(reader, process, command.writes, start, deadline, kill_in_write)
-        if process.poll() is None and time.monotonic() >= events.deadline:
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-    os.close(reader)
-    text = log.read_text(errors="replace")
-    killed = process.returncode == -signal.SIGKILL
-    if killed and not planned:
-        raise RuntimeError(f"{command.name} did not end within {TIMEOUT:.0f} seconds:\n{text[-2000:]}")
-    return Life(time.monotonic() - start, process.returncode, events.told, text, killed)
+    os.close(writer)
 
-
-@dataclass
-class _Events:
-    told: list[tuple[float, str]]
-    deadline: float
-
-
-def _follow(
-    reader: int,
-    process: subprocess.Popen[bytes],
-    writes: re.Pattern[str],
-    start: float,
-    deadline: float,
-    kill_in_write: tuple[int, float] | None,
-) -> _Events:
-    """Reads what the process tells until it ends or the deadline, which the beginning of a write may set, has come."""
-    events = _Events([], deadline)
-    begun = 0
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(reader, selectors.EVENT_READ)
-        while (left := events.deadline - time.monotonic()) > 0:
-            if not selector.select(min(left, 1.0)):
-                if process.poll() is not None:
-                    break
-                continue
-            chunk = os.read(reader, 65536)
-            if not chunk:
-                break
-            *lines, rest = (rest + chunk).split(b"\n")
-            for text in map(bytes.decode, lines):
-                events.told.append((time.monotonic() - start, text))
-                if text.startswith("open ") and writes.search(text):
+    def follow() -> None:
+        begun = 0
+        with os.fdopen(reader) as lines:
+            for line in lines:
+                events.append((time.monotonic() - start, line.rstrip("\n")))
+                if line.startswith("open ") and command.writes.search(line):
                     if kill_in_write is not None and begun == kill_in_write[0]:
-                        events.deadline = time.monotonic() + kill_in_write[1]
+                        threading.Timer(kill_in_write[1], process.kill).start()
                     begun += 1
-    return events
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        process.wait(TIMEOUT if kill_after is None else kill_after)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        if kill_after is None:
+            raise RuntimeError(f"{command.name} did not end:\n{log.read_text(errors='replace')[-2000:]}") from error
+    code = process.wait()
+    follower.join(1.0)  # a child of the process may keep the pipe open
+    text = log.read_text(errors="replace")
+    return Life(time.monotonic() - start, code, events, text, code == -signal.SIGKILL)
 
 
 def where_it_fell(command: Command, life: Life, safe_before: bool) -> str:

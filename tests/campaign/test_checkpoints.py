@@ -111,13 +111,7 @@ def files(
 def judge(answer: Answer, name: str, sound: Any, *, changed: str, checksums: bool, exploded: bool) -> tuple[str, str]:
     """The outcome of a case, and why it is a failure; '' if it is none.
 
-    Args:
-        answer: of the process that read the file.
-        name: of the file.
-        sound: what the sound file gives; None of a file that is somebody else's.
-        changed: one of CHANGES.
-        checksums: whether the format has any.
-        exploded: whether the file's code has run.
+    ``sound`` is what the sound file gives, None of a file that is somebody else's; ``exploded``: its code has run.
     """
     if exploded:
         return "the code ran", f"{changed}: the marker is there"

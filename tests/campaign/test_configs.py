@@ -57,21 +57,13 @@ class EnoughError(Exception):
 
 
 class Host(NamedTuple):
-    """How a host trains a config.
+    """How a host trains a config."""
 
-    Attributes:
-        tree: the shipped config, shortened.
-        text: of a tree, as the host's file has it.
-        ending: of the file.
-        train: reads and trains a file; reports the number of each step and its loss.
-        ours: whether a key at a path is read by this package.
-    """
-
-    tree: dict[str, Any]
-    text: Callable[[Any], str]
-    ending: str
-    train: Callable[[Path, Tell], None]
-    ours: Callable[[tuple[Any, ...]], bool]
+    tree: dict[str, Any]  # the shipped config, shortened
+    text: Callable[[Any], str]  # of a tree, as the host's file has it
+    ending: str  # of that file
+    train: Callable[[Path, Tell], None]  # reports the number of each step and its loss
+    ours: Callable[[tuple[Any, ...]], bool]  # whether a key at a path is read by this package
 
 
 def torchdistill(work: Path) -> Host:

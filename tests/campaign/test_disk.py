@@ -196,14 +196,9 @@ def judge_error(code: int, output: str, disk: Path) -> str | None:
 def judge_files(
     before: Mapping[str, str], after: Mapping[str, str], writer: Writer, *, exactly: bool, new: Mapping[str, str]
 ) -> list[str]:
-    """What is wrong with the files that were whole.
+    """What is wrong with the files that were whole, by checksums of each path.
 
-    Args:
-        before: checksums by path.
-        after: the same, later.
-        writer: whose files they are.
-        exactly: not one byte may differ, of whatever file.
-        new: checksums that a whole new version has; a file may be that one.
+    ``exactly``: not one byte may differ, of whatever file. Else a file may be the whole new version in ``new``.
     """
     wrong = []
     for name, checksum in before.items():

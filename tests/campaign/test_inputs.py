@@ -10,7 +10,6 @@ from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
-from hypothesis import strategies as st
 
 from campaign.inputs import SHARES, SUBJECTS, Case
 from campaign.record import Outcomes
@@ -22,32 +21,21 @@ settings.register_profile("campaign", max_examples=10_000, **COMMON)
 
 
 def judge(case: Case) -> str:
-    """The outcome of a case.
-
-    Raises:
-        AssertionError: it is a failure; another number, or what :func:`refusal` says.
-        Exception: the package's own error, of neither kind that a refusal has.
-    """
+    """The outcome of a case; a failure is an AssertionError, or the package's own where that is no refusal."""
     try:
         found = case.call()
     except (ValueError, TypeError) as error:
-        return refusal(case, error)
+        if not case.names:
+            raise AssertionError("refused what is right") from error
+        if not any(re.search(rf"\b{name}\b", str(error)) for name in case.names):
+            raise AssertionError(f"refused without a name: it must name {' or '.join(case.names)}") from error
+        return f"{type(error).__name__} that names the argument"
     assert not case.names, f"accepted what is wrong: {' or '.join(case.names)} must be refused"
     assert found is not None
     return found
 
 
-def refusal(case: Case, error: ValueError | TypeError) -> str:
-    if not case.names:
-        raise AssertionError("refused what is right") from error
-    if not any(re.search(rf"\b{name}\b", str(error)) for name in case.names):
-        raise AssertionError(f"refused without a name: the message must name {' or '.join(case.names)}") from error
-    return f"{type(error).__name__} that names the argument"
-
-
-def examine(
-    subject: str, profile: str, *, start: int = 0, shrink: bool = True, cases: st.SearchStrategy[Case] | None = None
-) -> Counter[str]:
+def examine(subject: str, profile: str, *, start: int = 0, shrink: bool = True) -> Counter[str]:
     """Judges a subject's share of a profile's examples; returns their outcomes."""
     found: Counter[str] = Counter()
     chosen = settings.get_profile(profile)
@@ -55,7 +43,7 @@ def examine(
 
     @seed(start)
     @settings(chosen, max_examples=round(chosen.max_examples * SHARES[subject]), phases=phases)
-    @given(case=SUBJECTS[subject] if cases is None else cases)
+    @given(case=SUBJECTS[subject])
     def examples(case: Case) -> None:
         note(case.what)
         found[judge(case)] += 1

@@ -18,25 +18,15 @@ from campaign.runs import IKL, Command
 
 
 class Writer(NamedTuple):
-    """A command that writes files.
+    """A command that writes files."""
 
-    Attributes:
-        arguments: of Python, from the folder and whether it has been started before.
-        result: from the folder, what must be equal at the end.
-        kept: names of the files that must survive.
-        environment: of the process.
-        finished: from the folder, how much of a run is safe on the disk; None of a command that writes at once.
-        whole: a command that writes at once writes a whole folder aside, and not file by file.
-        removes: names of the files that the host itself removes when it has newer ones.
-    """
-
-    arguments: Callable[[Path, bool], list[str]]
-    result: Callable[[Path], Any]
-    kept: re.Pattern[str] = re.compile(".")
+    arguments: Callable[[Path, bool], list[str]]  # of Python, from the folder and whether it was started before
+    result: Callable[[Path], Any]  # what must be equal at the end
+    kept: re.Pattern[str] = re.compile(".")  # files that must survive
     environment: dict[str, str] = {}  # noqa: RUF012  # never changed
-    finished: Callable[[Path], float] | None = None
-    whole: bool = False
-    removes: re.Pattern[str] | None = None
+    finished: Callable[[Path], float] | None = None  # how much of a run is safe; None of a command that writes at once
+    whole: bool = False  # such a command writes a whole folder aside, and not file by file
+    removes: re.Pattern[str] | None = None  # files that the host itself removes when it has newer ones
 
 
 def _run(command: Command, kept: str, removes: str | None = None) -> Writer:
