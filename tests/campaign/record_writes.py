@@ -1,6 +1,6 @@
 """Runs a module as ``python -m`` does and tells through a pipe which files it opens for writing and renames.
 
-    python tests/campaign/record_writes.py FD MODULE ARGUMENT ...
+    python tests/campaign/record_writes.py FD -m MODULE ARGUMENT ...
 
 The module is told nothing and nothing of it is changed: Python itself reports the events (sys.addaudithook), this file
 passes them on, one line each.
@@ -30,7 +30,7 @@ def record_writes(descriptor: int) -> None:
 
 if __name__ == "__main__":
     record_writes(int(sys.argv[1]))
-    module = sys.argv[2]
-    sys.argv = sys.argv[2:]
+    module = sys.argv[3]
+    sys.argv = sys.argv[3:]
     del sys.path[0]  # of this file
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -28,7 +28,7 @@ from ikl_plugins.commands.data import prepare_digits
 
 TIMEOUT = 900.0  # of one process, in seconds
 LESS_DATA = {"train": 32, "val": 10, "test": 10}  # digits of each class, for the adversarial training
-IKL = "ikl_plugins"  # the module whose arguments are the command line
+IKL = ("-m", "ikl_plugins")
 
 
 @dataclass
@@ -42,19 +42,29 @@ class Life:
     killed: bool
 
 
+ANY, NONE = re.compile(""), re.compile("(?!)")
+
+
 @dataclass
 class Command:
-    """A command that may be stopped and started again in a folder of its own."""
+    """A command that writes files into a folder of its own; a run goes on when it is started again."""
 
     name: str
-    arguments: Callable[[Path, bool], list[str]]  # behind python -m, of the folder and whether it was started before
-    writes: re.Pattern[str]  # files that a resumed run depends on
-    begun: re.Pattern[str]  # a line of its output which says that this process has done its first step
-    finished: Callable[[Path], float]  # how much of the run is safe on the disk, from 0 to 1
-    result: Callable[[Path], Any]  # what must be equal
-    parts: int  # about how many pieces of equal length the run has, each with a write behind it
-    beside: Callable[[Path], Any] | None = None  # what the host itself does not promise, compared apart
+    arguments: Callable[[Path, bool], list[str]]  # of Python, from the folder and whether it was started before
+    result: Callable[[Path], Any]  # what must be equal at the end
     environment: dict[str, str] = field(default_factory=dict)
+    kept: re.Pattern[str] = ANY  # files that must survive
+    removes: re.Pattern[str] = NONE  # those of them that the host itself removes when it has newer ones
+    whole: bool = False  # what writes at once writes a whole folder aside, and not file by file
+    # Of a run; what writes at once has none of these.
+    finished: Callable[[Path], float] | None = None  # how much of it is safe on the disk, from 0 to 1
+    writes: re.Pattern[str] = NONE  # files that a resumed run depends on
+    begun: re.Pattern[str] = NONE  # a line of the output which says that this process has done its first step
+    parts: int = 1  # about how many pieces of equal length it has, each with a write behind it
+    beside: Callable[[Path], Any] | None = None  # what the host itself does not promise, compared apart
+
+    def safe(self, folder: Path) -> float:
+        return 0.0 if self.finished is None else self.finished(folder)
 
 
 def live(
@@ -131,7 +141,7 @@ def where_it_fell(command: Command, life: Life, safe_before: bool) -> str:
 def prepare(work: Path, *arguments: str) -> None:
     """Runs a command of ours that must succeed, on all digits."""
     done = subprocess.run(
-        [sys.executable, "-m", IKL, *arguments],
+        [sys.executable, *IKL, *arguments],
         cwd=work,
         env=child_environment(IKL_PLUGINS_DATA=str(digits(work))),
         capture_output=True,
@@ -172,7 +182,7 @@ def torchdistill(work: Path, epochs: int) -> Command:
                 ("runs/torchdistill/digits/ikl/ikl.pt", str(folder / "ikl.pt")),
             )
         )
-        return [IKL, "train", str(config), "--device", "cpu", "--start_epoch", str(done(folder) if again else 0)]
+        return [*IKL, "train", str(config), "--device", "cpu", "--start_epoch", str(done(folder) if again else 0)]
 
     def result(folder: Path) -> Any:
         found = {name: load_content(folder / name) for name in ("ikl.pt", "ikl_last.pt")}
@@ -196,6 +206,7 @@ def torchdistill(work: Path, epochs: int) -> Command:
     return Command(
         "torchdistill",
         arguments,
+        kept=re.compile(r"\.pt$"),
         writes=re.compile(r"ikl(_last)?\.pt"),
         begun=re.compile(r"Loss = "),
         finished=lambda folder: done(folder) / epochs,
@@ -229,7 +240,7 @@ def mmpretrain(work: Path, name: str, epochs: int) -> Command:
             f"_base_ = {str(MMPRETRAIN / f'{name}.py')!r}\ntrain_cfg = dict(max_epochs={epochs})\n"
             f"param_scheduler = dict(T_max={epochs})\n{more}\ndefault_hooks = dict(logger=dict(interval=1))\n"
         )
-        return [IKL, "train", str(config), "--work-dir", str(folder), *(["--resume"] if again else [])]
+        return [*IKL, "train", str(config), "--work-dir", str(folder), *(["--resume"] if again else [])]
 
     def finished(folder: Path) -> float:
         last = folder / "last_checkpoint"
@@ -253,6 +264,8 @@ def mmpretrain(work: Path, name: str, epochs: int) -> Command:
     return Command(
         f"mmpretrain {name}",
         arguments,
+        kept=re.compile(r"\.pth$|last_checkpoint$"),
+        removes=re.compile(r"(epoch_\d+|best_.*)\.pth$"),
         writes=re.compile(r"(epoch_\d+\.pth|last_checkpoint)$"),
         begun=re.compile(r"Epoch\(train\)"),
         finished=finished,
@@ -272,7 +285,7 @@ def evaluation(work: Path, images: int) -> Command:
         model = ("--mmpretrain", str(MMPRETRAIN / "natural.py"), "--checkpoint", str(checkpoint))
         on = ("--data", str(data / "digits" / "test"), "--n-examples", str(images), "--batch-size", "4")
         attack = ("--eps", "8/255", "--attacks", "apgd-ce,apgd-t")
-        return [IKL, "evaluate", *model, *on, *attack, "--output", str(folder)]
+        return [*IKL, "evaluate", *model, *on, *attack, "--output", str(folder)]
 
     def log_of(folder: Path) -> Any:
         path = folder / "evaluation.json"
@@ -299,6 +312,7 @@ def evaluation(work: Path, images: int) -> Command:
     return Command(
         "evaluation",
         arguments,
+        kept=re.compile(r"\.(json|npz|md|png)$"),
         writes=re.compile(r"evaluation\.(\d+\.partial\.)?json$|\.npz$"),
         begun=re.compile(r" images of "),
         finished=finished,

@@ -19,6 +19,7 @@ import mmap
 import random
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ from campaign.comparison import differences, half_written
 from campaign.in_child_process import Tell, in_child_process
 from campaign.own_mounts import mount, own_mounts, unmount, used
 from campaign.record import Outcomes, child_environment
-from campaign.writers import WRITERS, Writer, command_line
+from campaign.runs import Command
+from campaign.writers import WRITERS
 
 CASES = 3
 QUICK_CASES = 1
@@ -101,13 +103,13 @@ Step = tuple[str, dict[str, Any] | None]  # outcome, and why it is a failure
 class Story(NamedTuple):
     """A command on a disk."""
 
-    writer: Writer
+    writer: Command
     folder: Path
     cwd: Path
 
     def execute(self, *, again: bool) -> tuple[int, str]:
         done = subprocess.run(
-            command_line(self.writer, self.folder, again),
+            [sys.executable, *self.writer.arguments(self.folder, again)],
             cwd=self.cwd,
             capture_output=True,
             text=True,
@@ -121,7 +123,7 @@ class Story(NamedTuple):
         """A step that must end with an error; on the read-only disk not a byte may differ."""
         writer, folder, exactly = self.writer, self.folder, step == "read-only"
         before = checksums(folder) if exactly else whole_files(folder, writer)
-        safe = 0.0 if writer.finished is None else writer.finished(folder)
+        safe = writer.safe(folder)
         code, output = self.execute(again=again)
         why = judge_error(code, output, folder.parent)
         after = checksums(folder)
@@ -129,8 +131,8 @@ class Story(NamedTuple):
         new = {} if exactly else ended.checksums if writer.finished is None else whole_files(folder, writer)
         wrong = judge_files(before, after, writer, exactly=exactly, new=new)
         wrong += [f"{name} is left" for name in after if not exactly and re.search(r"\.partial(\.|$|/)", name)]
-        if writer.finished is not None and writer.finished(folder) < safe:
-            wrong.append(f"less of the run is safe than before: {writer.finished(folder)} instead of {safe}")
+        if writer.safe(folder) < safe:
+            wrong.append(f"less of the run is safe than before: {writer.safe(folder)} instead of {safe}")
         if why is None and not wrong:
             return f"{step}: {FINE}", None
         return f"{step}: {why or 'files'}", {"files": wrong[:20], "output": output[-1500:]}
@@ -194,7 +196,7 @@ def judge_error(code: int, output: str, disk: Path) -> str | None:
 
 
 def judge_files(
-    before: Mapping[str, str], after: Mapping[str, str], writer: Writer, *, exactly: bool, new: Mapping[str, str]
+    before: Mapping[str, str], after: Mapping[str, str], writer: Command, *, exactly: bool, new: Mapping[str, str]
 ) -> list[str]:
     """What is wrong with the files that were whole, by checksums of each path.
 
@@ -203,7 +205,7 @@ def judge_files(
     wrong = []
     for name, checksum in before.items():
         if exactly or writer.kept.search(name):
-            removed = writer.removes is not None and writer.removes.search(name) and not exactly
+            removed = writer.removes.search(name) and not exactly
             if name not in after and not removed:
                 wrong.append(f"{name} is lost")
             if name in after and after[name] not in (checksum, new.get(name)):
@@ -218,13 +220,13 @@ def checksums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def whole_files(folder: Path, writer: Writer) -> dict[str, str]:
+def whole_files(folder: Path, writer: Command) -> dict[str, str]:
     """Checksums of the files that must survive."""
     found = checksums(folder).items()
     return {name: sum_ for name, sum_ in found if writer.kept.search(name) and not half_written(folder / name)}
 
 
-def blind_to(folder: Path, writer: Writer) -> list[str]:
+def blind_to(folder: Path, writer: Command) -> list[str]:
     """Files of a run that was left alone whose loss would not be seen, as they count as half-written all the same."""
     kept = [name for name in checksums(folder) if writer.kept.search(name) and not name.endswith(".lock")]
     return [name for name in kept if half_written(folder / name)]

@@ -121,7 +121,7 @@ def lives(whole: Whole, folder: Path, rng: random.Random, kills: int) -> Iterato
     # About when the training begins, from the time between its writes: reading the output would need a terminal.
     steps = max(0.0, begun - (seconds - begun) / command.parts)
     for number in range(kills):
-        safe = command.finished(folder)
+        safe = command.safe(folder)
         # Random numbers are drawn alike in each case, so that the machine's speed does not decide the later ones.
         aimed, early, share = rng.random() < AIMED, rng.random() < EARLY, rng.random()
         which, delay = rng.randrange(max(1, round(writes * (1 - safe)))), rng.uniform(0, LONGEST_WRITE)

@@ -31,7 +31,6 @@ from campaign.record import PARTS, ROOT, SOURCES, Outcomes, Recorder
 from campaign.runs import Command, live
 from campaign.tables import tables
 from campaign.test_inputs import examine
-from campaign.writers import Writer
 from ikl_plugins import ClassPrior
 from ikl_plugins.adversarial import PGD
 
@@ -145,13 +144,13 @@ WORKER = """
     done = int(state.read_text()) if state.exists() else 0
     total = 0 if mode == "forgets" else sum(range(done))
     for number in range(done, 6):
-        time.sleep(0.02)
+        time.sleep(0.05)
         total += number
         print("step", number, flush=True)
         aside = state.with_name("state.partial")
         with open(aside, "w") as file:
             file.write(str(number + 1))
-            time.sleep(0.02)
+            time.sleep(0.05)
         os.replace(aside, state)
     (folder / "result.txt").write_text(str(total))
 """
@@ -163,7 +162,7 @@ def whole(request: pytest.FixtureRequest, tmp_path: Path) -> kills.Whole:
     (tmp_path / "resuming_worker.py").write_text(textwrap.dedent(WORKER))
     command = Command(
         "worker",
-        lambda folder, again: ["resuming_worker", str(folder), request.param],
+        lambda folder, again: ["-m", "resuming_worker", str(folder), request.param],
         writes=re.compile(r"state\.(partial|txt)"),
         begun=re.compile("step"),
         finished=lambda folder: int((folder / "state.txt").read_text()) / 6 if (folder / "state.txt").exists() else 0,
@@ -177,10 +176,13 @@ def whole(request: pytest.FixtureRequest, tmp_path: Path) -> kills.Whole:
 
 
 @pytest.mark.parametrize(("whole", "said"), [("right", set()), ("forgets", {"other result"})], indirect=["whole"])
-def test_a_run_that_resumes_wrong_is_found(whole: kills.Whole, said: set[str], outcomes: Outcomes) -> None:
-    assert whole.result == "15"
-    of_runs = [whole.folder.with_name(f"run{number}") for number in range(4)]
+def test_a_run_that_resumes_wrong_is_found(
+    whole: kills.Whole, said: set[str], outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kills, "AIMED", 1.0)  # kills that fall into the run however busy the machine is
+    of_runs = [whole.folder.with_name(f"run{number}") for number in range(3)]
     assert sum(kills.one_run(outcomes, whole, folder, random.Random(folder.name), 3) for folder in of_runs) >= 4
+    assert whole.result == "15"
     assert {failure["what"] for failure in outcomes.failures} == said
 
 
@@ -274,7 +276,7 @@ def test_a_writer_that_loses_files_is_found(mode: str, step: str, goes_on: bool,
     folder.mkdir(parents=True)
     (folder / "a.json").write_text("{}")
     finished = (lambda folder: 1.0) if goes_on else None
-    writer = Writer(lambda folder, _: [str(script), str(folder), mode], lambda folder: None, finished=finished)
+    writer = Command(mode, lambda folder, _: [str(script), str(folder), mode], lambda folder: None, finished=finished)
     outcome, failure = disk.Story(writer, folder, tmp_path).fails_well(step, disk.Ended(None, 0, {}))
     wrong = [] if goes_on and mode == "anew" else WRONG[mode]
     assert outcome == f"{step}: {'files' if wrong else disk.FINE}"
