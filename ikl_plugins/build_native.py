@@ -36,4 +36,3 @@ def largest_difference() -> float:
             distance = float((gradient - expected).abs().max() / expected.abs().max())
             worst = max(worst, math.inf if math.isnan(distance) else distance)
     return worst
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,11 @@ from . import _validation as check
 from ._composed import Settings
 from .class_prior import ClassPrior
 from .functional import LossTerms, check_settings, dkl_settings, evaluate, gkl_settings, ikl_settings
+from .presets import find_preset
 
 __all__ = ["LOSSES", "DKLLoss", "DecoupledLoss", "GKLLoss", "IKLLoss", "warmup_factor"]
+
+Loss = TypeVar("Loss", bound="DecoupledLoss")
 
 
 def warmup_factor(epoch: int, warmup_epochs: int) -> float:
@@ -87,6 +92,28 @@ class DecoupledLoss(nn.Module):
                 f"Pass the number of classes of the logits."
             )
         self.class_prior = ClassPrior(num_classes) if global_info and num_classes is not None else None
+
+    @classmethod
+    def preset(cls: type[Loss], name: str, num_classes: int | None = None, **overrides: Any) -> Loss:
+        """A loss with published settings.
+
+        Args:
+            name: a name of :data:`ikl_plugins.presets.PRESETS`, with or without its last part ('-ikl').
+            num_classes: of the data; by default that of the published experiment.
+            **overrides: keywords of the class that replace the published ones.
+
+        Raises:
+            ValueError: an unknown name, or one of another loss.
+
+        Example:
+            >>> from ikl_plugins import GKLLoss
+            >>> GKLLoss.preset("cifar100/resnet20_from_resnet56", alpha=2.0).alpha
+            2.0
+        """
+        keywords = dict(find_preset(name, cls.__name__).keywords)
+        if num_classes is not None:
+            keywords["num_classes"] = num_classes
+        return cls(**{**keywords, **overrides})
 
     def settings(self) -> Settings:
         """What the loss computes with, as the attributes say now."""

@@ -22,7 +22,7 @@ HOSTS = (
     "torchdistill",
     "torchvision",
 )
-CORE = {"_composed", "_files", "_fused", "_validation", "class_prior", "functional", "losses", "native"}
+CORE = {"_composed", "_files", "_fused", "_validation", "class_prior", "functional", "losses", "native", "presets"}
 
 
 def _loaded_by(statement: str, stubs: Path) -> set[str]:
