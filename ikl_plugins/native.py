@@ -1,7 +1,7 @@
 """The losses as one C++ operator, for logits on a CPU. Opt-in: it needs a compiler once, and nobody needs it.
 
-``python -m ikl_plugins.build_native`` builds the operator and checks it; ``IKL_PLUGINS_NATIVE=1`` in the environment of
-a training, or :func:`enable` in its code, makes the losses use it. Values and gradients agree with those of
+``ikl build`` builds the operator and checks it; ``IKL_PLUGINS_NATIVE=1`` in the environment of a training, or
+:func:`enable` in its code, makes the losses use it. Values and gradients agree with those of
 :mod:`ikl_plugins.functional` within rounding, not to the bit: keep to one of the two in runs that are to be compared.
 
 It serves (N, C) logits on a CPU under Linux. Everything else (other devices, dense logits, ``torch.compile``, second
@@ -12,6 +12,7 @@ and no compiler looked for.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import re
@@ -30,13 +31,13 @@ from torch import Tensor, nn
 
 from ._files import written_aside
 
-__all__ = ["VARIABLE", "build", "disable", "enable", "is_enabled", "library_path"]
+__all__ = ["VARIABLE", "build", "disable", "enable", "is_enabled", "largest_difference", "library_path"]
 
 VARIABLE = "IKL_PLUGINS_NATIVE"
 
 _SOURCE = Path(__file__).parent / "csrc" / "decoupled_kl.cpp"
 _COMPILERS = ("g++", "clang++", "c++")
-_WAY_OUT = "Run `python -m ikl_plugins.build_native` with this interpreter"
+_WAY_OUT = "Run `ikl build` with this interpreter"
 _WITHOUT = "The losses compute the same without the operator"
 
 # What torch itself uses of the processor -> the compiler's names for it. Others get what every processor has.
@@ -69,7 +70,7 @@ def build(*, verbose: bool = False) -> Path:
     """
     caller = "ikl_plugins.native.build"
     if sys.platform != "linux":
-        raise RuntimeError(f"{caller}: the operator is for Linux, and this is {sys.platform}. {_WITHOUT}.")
+        raise RuntimeError(f"{caller}: the system must be Linux, got {sys.platform}. {_WITHOUT}.")
     with _building:
         path = library_path()
         try:
@@ -81,8 +82,7 @@ def build(*, verbose: bool = False) -> Path:
                     aside.write_bytes(content + hashlib.sha256(content).digest())
         except OSError as error:
             raise RuntimeError(
-                f"{caller}: the folder {path.parent} must be there to write to, but {error}. Name another one in the "
-                f"environment variable XDG_CACHE_HOME. {_WITHOUT}."
+                f"{caller}: the folder {path.parent} must be writable, but {error}. Name another one in XDG_CACHE_HOME."
             ) from error
     return path
 
@@ -101,8 +101,7 @@ def library_path() -> Path:
         source = _SOURCE.read_text(encoding="utf-8")
     except OSError as error:
         raise RuntimeError(
-            f"ikl_plugins.native: the package must hold the operator's source, but {error}. Install ikl_plugins again. "
-            f"{_WITHOUT}."
+            f"ikl_plugins.native: the package must hold the operator's source, but {error}. Install it again."
         ) from error
     parts = [source, torch.__version__, platform.machine(), *_flags()]
     return folder / "ikl_plugins" / f"decoupled_kl-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
@@ -136,6 +135,34 @@ def is_enabled() -> bool:
     return operator() is not None
 
 
+def largest_difference() -> float:
+    """The largest difference of a gradient of the operator from the other way's, relative to its largest entry.
+
+    Raises:
+        RuntimeError: the operator has not been built, or cannot be loaded.
+    """
+    from .functional import dkl_loss, gkl_loss, ikl_loss  # which is built on this module
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(37, 1001, generator=generator) for _ in range(2))
+    prior = torch.softmax(torch.randn(37, 1001, generator=generator), 1)
+    worst = 0.0
+    for loss, settings in (
+        (dkl_loss, {"temperature": 4.0}),
+        (ikl_loss, {"weight_temperature": 4.0}),
+        (gkl_loss, {"gamma": 0.3, "class_prior": prior}),
+    ):
+        found = []
+        for switch in (disable, enable):
+            switch()
+            leaves = [x.clone().requires_grad_() for x in (student, teacher)]
+            found.append(torch.autograd.grad(loss(*leaves, **settings), leaves))
+        for expected, gradient in zip(*found, strict=True):
+            distance = float((gradient - expected).abs().max() / expected.abs().max())
+            worst = max(worst, math.inf if math.isnan(distance) else distance)
+    return worst
+
+
 def operator() -> Callable[..., Any] | None:
     """The operator, if it is enabled. The first call does what the environment asks for."""
     if _ask_environment:
@@ -164,7 +191,7 @@ def _follow_environment() -> None:
         if value not in ("", "0", "1", "build"):
             raise ValueError(
                 f"ikl_plugins.native: the environment variable {VARIABLE} must be '0', '1' or 'build', got {value!r}. "
-                f"Use 1 for the operator that has been built, build to compile it where it is missing."
+                f"1 uses a built operator, build compiles a missing one."
             )
         refusal = ""
         if value in ("1", "build"):
@@ -177,7 +204,7 @@ def _follow_environment() -> None:
         _ask_environment = False
     if refusal:
         warnings.warn(
-            f"{VARIABLE}={value} asks for the C++ operator, but the losses go on without it. {refusal}",
+            f"{VARIABLE}={value} fails, the losses go on without the C++ operator. {refusal}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -197,7 +224,7 @@ def _load() -> Callable[..., Any]:
     try:
         if not path.exists():
             raise RuntimeError(
-                f"ikl_plugins.native.enable: the operator must be built first, but there is no {path}. {_WAY_OUT}."
+                f"ikl_plugins.native.enable: the operator must be built, but there is no {path}. {_WAY_OUT}."
             )
         if not _is_whole(path):
             raise OSError("it is not what was written there")
@@ -227,8 +254,8 @@ def _compile(caller: str, output: Path, *, verbose: bool) -> None:
     compiler = shlex.split(named) if named else [found for found in map(shutil.which, _COMPILERS) if found][:1]
     if not compiler:
         raise RuntimeError(
-            f"{caller}: it needs the C++ compiler of GCC or Clang, but none of {', '.join(_COMPILERS)} is on the PATH. "
-            f"Install one, or name it in the environment variable CXX. {_WITHOUT}."
+            f"{caller}: it needs a C++ compiler, but none of {', '.join(_COMPILERS)} is on the PATH. "
+            f"Install one, or name it in CXX."
         )
     command = [*compiler, *_flags(), str(_SOURCE), "-o", str(output), *_libraries()]
     if verbose:
@@ -238,7 +265,7 @@ def _compile(caller: str, output: Path, *, verbose: bool) -> None:
         last = "\n".join(said.splitlines()[-20:])
         raise RuntimeError(
             f"{caller}: {compiler[0]} must compile {_SOURCE}, but ended with {status}:\n{last}\n"
-            f"Name another compiler in the environment variable CXX. {_WITHOUT}."
+            f"Name another compiler in CXX."
         )
 
 
@@ -258,11 +285,12 @@ def _flags() -> list[str]:
     # torch's headers want the standard that torch was built with.
     standard = re.search(r"C\+\+ Version: 20(\d\d)", torch.__config__.show())
     return [
-        "-O3", f"-std=c++{standard.group(1) if standard else 17}", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno",
-        "-fwrapv", "-ffp-contract=off", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        "-isystem", str(headers), "-isystem", str(headers / "torch" / "csrc" / "api" / "include"),
+        f"-std=c++{standard.group(1) if standard else 17}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *"-O3 -shared -fPIC -fopenmp -fno-math-errno -fwrapv -ffp-contract=off -w".split(),
+        *("-isystem", str(headers), "-isystem", str(headers / "torch" / "csrc" / "api" / "include")),
         *_PROCESSOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()),
-    ]  # fmt: skip
+    ]
 
 
 def _libraries() -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 
 from ikl_plugins import native
-from ikl_plugins.build_native import largest_difference
 
 __all__ = ["configure", "run"]
 
@@ -27,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Builds the operator unless it is there, and compares its gradients with those of the losses' own way."""
     path = native.build(verbose=arguments.verbose)
-    difference = largest_difference()
+    difference = native.largest_difference()
     if not difference < _TOLERANCE:
         path.unlink()
         raise RuntimeError(

@@ -59,8 +59,11 @@ def test_importing_the_core_loads_no_host(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("statement", "host"),
     [
-        ("import ikl_plugins, mmengine", "mmengine"),
-        ("import ikl_plugins\ntry: import robustbench.eval\nexcept ImportError: pass", "robustbench"),
+        ("import ikl_plugins, mmengine; ikl_plugins.IKLLoss", "mmengine"),
+        (
+            "import ikl_plugins\nikl_plugins.IKLLoss\ntry: import robustbench.eval\nexcept ImportError: pass",
+            "robustbench",
+        ),
     ],
 )
 def test_the_check_notices_a_host(tmp_path: Path, statement: str, host: str) -> None:
