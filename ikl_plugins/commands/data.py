@@ -22,7 +22,6 @@ import os
 import platform
 import shutil
 import stat
-import sys
 import zipfile
 import zlib
 from collections import defaultdict
@@ -39,6 +38,7 @@ except ImportError:  # not POSIX: no lock, so do not prepare one data set from t
 __all__ = ["configure", "data_folder", "prepare_cifar10_folder", "prepare_digits", "run"]
 
 INTERRUPTED = "nothing was left behind, run it again"
+CALLER = "ikl data"
 
 SPLITS = ("train", "val", "test")
 DIGITS_SIZES = {"train": 1200, "val": 297, "test": 300}
@@ -57,15 +57,12 @@ def data_folder() -> Path:
 
 
 def prepare_digits(data: Path | None = None, *, seed: int = 0, force: bool = False) -> Path:
-    """Scikit-learn's 1,797 handwritten digits, 8x8 grey, as 32x32 RGB PNG files.
+    """Scikit-learn's 1,797 handwritten digits, 8x8 grey, as 32x32 RGB PNG files; returns their folder.
 
     Args:
         data: folder of all data sets; None for :func:`data_folder`.
         seed: of the stratified split into 1,200, 297 and 300 images.
         force: make it anew if it is there.
-
-    Returns:
-        The folder of the data set.
 
     Raises:
         ImportError: scikit-learn or Pillow is missing.
@@ -79,10 +76,8 @@ def prepare_digits(data: Path | None = None, *, seed: int = 0, force: bool = Fal
             from PIL import Image
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ImportError(
-                f"prepare_data digits: the images come with scikit-learn and are written with Pillow, but "
-                f"`{error.name}` is missing. Run: python -m pip install scikit-learn pillow"
-            ) from error
+            rule = f"digits needs scikit-learn and Pillow, but `{error.name}` is missing."
+            raise ImportError(f"{CALLER}: {rule} Run: python -m pip install scikit-learn pillow") from error
         digits = load_digits()
         names = [f"{index:04d}.png" for index in range(len(digits.target))]
         members = defaultdict(list)
@@ -118,10 +113,11 @@ def prepare_cifar10_folder(
     val_images: int = 5000,
     force: bool = False,
 ) -> Path:
-    """CIFAR-10 from zip archives of images in class folders; a validation split is held out of the training images.
+    """CIFAR-10 from zip archives of images in class folders; returns the folder of the data set.
 
-    An archive holds ``<split>/<class>/<image>`` with the splits 'train' and 'test', under any outer folder, or
-    ``<class>/<image>`` when its file name says 'train' or 'test'. Images are copied as they are.
+    A validation split is held out of the training images. An archive holds ``<split>/<class>/<image>`` with the splits
+    'train' and 'test', under any outer folder, or ``<class>/<image>`` when its file name says 'train' or 'test'. Images
+    are copied as they are.
 
     Args:
         archives: the zip files; together they hold both splits.
@@ -130,24 +126,17 @@ def prepare_cifar10_folder(
         val_images: how many training images are held out, the same share of each class.
         force: make it anew if it is there.
 
-    Returns:
-        The folder of the data set.
-
     Raises:
         OSError: the folder cannot be written.
         ValueError: an archive is missing, damaged, unsafe or of another layout, or the folder holds something else.
     """
-    archives = [Path(archive) for archive in archives]
-    recipe = {
-        "dataset": "cifar10",
-        "seed": seed,
-        "val_images": val_images,
-        "archives_sha256": sorted(_archive_sha256(path) for path in archives),
-    }
+    paths = [Path(archive) for archive in archives]
+    sums_of_archives = sorted(_archive_sha256(path) for path in paths)
+    recipe = {"dataset": "cifar10", "seed": seed, "val_images": val_images, "archives_sha256": sums_of_archives}
 
     def write(folder: Path) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
-            entries = _read_layouts([_open_archive(path, stack) for path in archives])
+            entries = _read_layouts([_open_archive(path, stack) for path in paths])
             split_of = _hold_out(entries, val_images, seed)
             for split, label in {(split, entry.label) for entry, split in zip(entries, split_of, strict=True)}:
                 (folder / split / label).mkdir(parents=True)
@@ -159,7 +148,7 @@ def prepare_cifar10_folder(
                 (folder / place).write_bytes(content)
                 sums.add(place, content)
         return {
-            "source": sorted(path.name for path in archives),
+            "source": sorted(path.name for path in paths),
             "checksum": "sha256 over the sorted paths and sha256 of the files",
             "versions": _versions(),
             **sums.report(),
@@ -250,9 +239,7 @@ def _archive_sha256(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ValueError(
-            f"prepare_data cifar10-folder: --from {path} cannot be read ({error.strerror}). Check the path."
-        ) from error
+        raise ValueError(f"{CALLER}: --from {path} cannot be read ({error.strerror}). Check the path.") from error
 
 
 def _open_archive(path: Path, stack: contextlib.ExitStack) -> zipfile.ZipFile:
@@ -263,10 +250,7 @@ def _open_archive(path: Path, stack: contextlib.ExitStack) -> zipfile.ZipFile:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"prepare_data cifar10-folder: {path} must be a whole zip archive, but reading it gave: {error}. "
-        f"It is truncated or damaged; fetch it again."
-    )
+    return ValueError(f"{CALLER}: {path} must be a whole zip archive, but reading it gave: {error}. Fetch it again.")
 
 
 def _read_layouts(archives: list[zipfile.ZipFile]) -> list[_Entry]:
@@ -276,10 +260,8 @@ def _read_layouts(archives: list[zipfile.ZipFile]) -> list[_Entry]:
         found = [_entry(archive, info) for info in archive.infolist() if not _is_clutter(info)]
         path = _path(archive)
         if not found:
-            raise ValueError(
-                f"prepare_data cifar10-folder: {path} must hold images in class folders, but holds none. "
-                f"Pass archives of the layout <split>/<class>/<image>."
-            )
+            rule = f"{path} must hold images in class folders, but holds none."
+            raise ValueError(f"{CALLER}: {rule} Pass archives of the layout <split>/<class>/<image>.")
         counts = {split: sum(entry.split == split for entry in found) for split in ("train", "test")}
         print(f"{path.name}: " + ", ".join(f"{count:,} images of {split}" for split, count in counts.items() if count))
         entries += found
@@ -287,23 +269,18 @@ def _read_layouts(archives: list[zipfile.ZipFile]) -> list[_Entry]:
     for split in ("train", "test"):
         labels = sorted({entry.label for entry in entries if entry.split == split})
         if not labels:
-            raise ValueError(
-                f"prepare_data cifar10-folder: --from must give both splits, but no archive holds {split!r}. "
-                f"Add the archive with the {split} images."
-            )
+            rule = f"--from must give both splits, but no archive holds {split!r}."
+            raise ValueError(f"{CALLER}: {rule} Add the archive with the {split} images.")
         if labels != list(CIFAR10_CLASSES):
-            raise ValueError(
-                f"prepare_data cifar10-folder: the {split} images must lie in the ten class folders "
-                f"{', '.join(CIFAR10_CLASSES)}, got {len(labels)}: {', '.join(labels[:12])}. Pass CIFAR-10 archives."
-            )
+            rule = f"the {split} images must lie in the ten class folders {', '.join(CIFAR10_CLASSES)}"
+            raise ValueError(f"{CALLER}: {rule}, got {len(labels)}: {', '.join(labels[:12])}. Pass CIFAR-10 archives.")
     places: dict[tuple[str, str, str], _Entry] = {}
     for entry in entries:
         place = entry.split, entry.label, entry.name
         if place in places:
-            raise ValueError(
-                f"prepare_data cifar10-folder: each image must come once, but {'/'.join(place)} is in "
-                f"{_path(places[place].archive)} and again in {_path(entry.archive)}. Pass each archive once."
-            )
+            both = f"{_path(places[place].archive)} and again in {_path(entry.archive)}"
+            rule = f"each image must come once, but {'/'.join(place)} is in {both}."
+            raise ValueError(f"{CALLER}: {rule} Pass each archive once.")
         places[place] = entry
     return entries
 
@@ -323,7 +300,7 @@ def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Entry:
     path = _path(archive)
 
     def refusal(rule: str, way_out: str) -> ValueError:
-        return ValueError(f"prepare_data cifar10-folder: {path}: `{info.filename}` {rule}. {way_out}")
+        return ValueError(f"{CALLER}: {path}: `{info.filename}` {rule}. {way_out}")
 
     parts = PurePosixPath(info.filename).parts
     if info.filename.startswith("/") or "\\" in info.filename or ":" in info.filename or ".." in parts:
@@ -341,11 +318,8 @@ def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Entry:
     else:
         named = [split for split in ("train", "test") if split in path.stem.lower()]
         if len(parts) != 2 or len(named) != 1:
-            raise refusal(
-                "does not fit the layout <split>/<class>/<image> with the splits train and test, nor <class>/<image> "
-                "in an archive whose name says train or test",
-                "Repack or rename the archive.",
-            )
+            rule = "fits neither <split>/<class>/<image> nor <class>/<image> in an archive named train or test"
+            raise refusal(rule, "Repack or rename the archive.")
         split = named[0]
     return _Entry(archive, info, split, parts[-2], parts[-1])
 
@@ -358,10 +332,8 @@ def _hold_out(entries: list[_Entry], val_images: int, seed: int) -> list[str]:
             members[entry.label].append(entry.name)
     available = sum(map(len, members.values()))
     if not 0 < val_images < available:
-        raise ValueError(
-            f"prepare_data cifar10-folder: --val-images must lie between 1 and {available - 1}, as there are "
-            f"{available} training images, got {val_images}. Choose a number in that range."
-        )
+        rule = f"--val-images must lie between 1 and {available - 1}, got {val_images}"
+        raise ValueError(f"{CALLER}: {rule}, as there are {available} training images. Choose a number in that range.")
     split_of = _split(members, {"val": val_images}, seed)
     return [split_of[entry.label, entry.name] if entry.split == "train" else "test" for entry in entries]
 
@@ -373,10 +345,8 @@ def _read_image(entry: _Entry) -> bytes:
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise _damaged(path, error) from error
     if not content.startswith(IMAGE_SUFFIXES[PurePosixPath(entry.name).suffix.lower()]):
-        raise ValueError(
-            f"prepare_data cifar10-folder: {path}: `{entry.info.filename}` must be an image of the kind its name says, "
-            f"but starts with {content[:8]!r}. Fetch the archive again."
-        )
+        rule = f"`{entry.info.filename}` must be an image of the kind its name says, but starts with {content[:8]!r}."
+        raise ValueError(f"{CALLER}: {path}: {rule} Fetch the archive again.")
     return content
 
 
@@ -412,15 +382,10 @@ def _make(
             finally:
                 _settle(target, aside, old)
     except OSError as error:
-        reason = error.strerror or str(error)
-        way_out = (
-            "Free some space"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "Choose a writable folder with --data or IKL_PLUGINS_DATA"
-        )
-        raise OSError(
-            error.errno, f"prepare_data: cannot write {target} ({reason}); nothing was left behind. {way_out}"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "Free some space" if full else "Choose a writable folder with --data or IKL_PLUGINS_DATA"
+        rule = f"cannot write {target} ({error.strerror or error}); nothing was left behind."
+        raise OSError(error.errno, f"{CALLER}: {rule} {way_out}") from error
     print(f"{target}: written ({_summary(target)})")
     return target
 
@@ -442,28 +407,22 @@ def _is_made(target: Path, recipe: dict[str, Any]) -> bool:
     except FileNotFoundError as error:
         raise _not_ours(target) from error
     except ValueError as error:
-        raise ValueError(f"prepare_data: {target / 'manifest.json'} is damaged ({error}). Pass --force.") from error
+        raise ValueError(f"{CALLER}: {target / 'manifest.json'} is damaged ({error}). Pass --force.") from error
     for key, wanted in recipe.items():
         if manifest.get(key) != wanted:
-            raise ValueError(
-                f"prepare_data: {target} was made with {key} {manifest.get(key)}, not {wanted}. "
-                f"Pass --force to make it anew, or choose another folder with --data."
-            )
+            rule = f"{target} was made with {key} {manifest.get(key)}, not {wanted}."
+            raise ValueError(f"{CALLER}: {rule} Pass --force to make it anew, or another folder with --data.")
     for split, facts in manifest["splits"].items():
         count = sum(len(files) for _, _, files in os.walk(target / split))
         if count != facts["images"]:
-            raise ValueError(
-                f"prepare_data: {target / split} must hold {facts['images']:,} images, got {count:,}. "
-                f"Pass --force to make it anew."
-            )
+            rule = f"{target / split} must hold {facts['images']:,} images, got {count:,}."
+            raise ValueError(f"{CALLER}: {rule} Pass --force to make it anew.")
     return True
 
 
 def _not_ours(target: Path) -> ValueError:
-    return ValueError(
-        f"prepare_data: {target} is there but has no manifest.json, so this tool did not make it and leaves it alone. "
-        f"Move it away, or choose another folder with --data."
-    )
+    rule = f"{target} has no manifest.json, so it was not made here and is left alone."
+    return ValueError(f"{CALLER}: {rule} Move it away, or choose another folder with --data.")
 
 
 def _summary(target: Path) -> str:
@@ -501,10 +460,5 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.data_set == "digits":
         prepare_digits(arguments.data, seed=arguments.seed, force=arguments.force)
     else:
-        prepare_cifar10_folder(
-            arguments.archives,
-            arguments.data,
-            seed=arguments.seed,
-            val_images=arguments.val_images,
-            force=arguments.force,
-        )
+        options = {"seed": arguments.seed, "val_images": arguments.val_images, "force": arguments.force}
+        prepare_cifar10_folder(arguments.archives, arguments.data, **options)

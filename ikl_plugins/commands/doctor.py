@@ -11,7 +11,6 @@ losses themselves or a host of --for do not work. Only the standard library is n
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -20,20 +19,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["Facts", "Host", "Trap", "diagnose", "gather", "main", "probe"]
+__all__ = ["Facts", "Host", "Trap", "configure", "diagnose", "gather", "probe", "run"]
 
-CALLER = "doctor"
+CALLER = "ikl doctor"
 PIP = "python -m pip"
-DISTRIBUTIONS = (
-    "ikl_plugins", "torch", "torchvision", "numpy", "torchdistill", "mmengine", "mmpretrain", "mmcv", "mmcv-lite",
-    "onedl-mmengine", "onedl-mmpretrain", "onedl-mmcv", "robustbench", "pyautoattack", "autoattack", "timm",
-    "setuptools", "pyyaml", "opencv-python",
-)  # fmt: skip
+REINSTALL = f"{PIP} install --force-reinstall WHEEL   # of ikl_plugins; in a clone: --editable ."
 UPSTREAM = ("mmengine", "mmpretrain", "mmcv", "mmcv-lite")
 FORK = ("onedl-mmengine", "onedl-mmpretrain", "onedl-mmcv")
+DISTRIBUTIONS = ("ikl_plugins", "torch", "torchvision", "numpy", "torchdistill", *UPSTREAM, *FORK)
+DISTRIBUTIONS += ("robustbench", "pyautoattack", "autoattack", "timm", "setuptools", "pyyaml", "opencv-python")
 MODULES = ("pkg_resources", "autoattack", "pyautoattack", "ikl_plugins.robustbench")
 _TIME_LIMIT = 300  # seconds for one host
 
@@ -100,59 +97,46 @@ print("worked: RobustBench imported, APGD on two images")
 """
 _TORCH = """
 import json, torch
-available = torch.cuda.is_available()
-names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if available else []
+gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+found = {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip,
+         "gpus": [torch.cuda.get_device_name(number) for number in range(gpus)]}
 try:
     from mmengine.runner import checkpoint
-    own_list = hasattr(checkpoint, "get_torch_safe_globals")
+    found["safe_globals"] = hasattr(checkpoint, "get_torch_safe_globals")
 except Exception:
-    own_list = None
-print("worked: " + json.dumps([torch.__version__, torch.version.cuda, torch.version.hip, available, names, own_list]))
+    pass
+try:
+    from ikl_plugins import native
+    found["operator"] = native.library_path().is_file()
+except Exception:
+    pass
+print("worked: " + json.dumps(found))
 """
 PROBES = {"core": _CORE, "torchdistill": _TORCHDISTILL, "mmpretrain": _MMPRETRAIN, "robustbench": _ROBUSTBENCH}
 HOSTS = ("torchdistill", "mmpretrain", "robustbench")
 
 
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """What came of trying a host.
+class Host(NamedTuple):
+    """What came of trying a host."""
 
-    Attributes:
-        name: 'core' for the losses themselves, or a host.
-        installed: whether its distribution is there.
-        works: whether all that was tried worked.
-        detail: what was tried, or the error.
-        cure: the command that helps; empty where it works.
-    """
-
-    name: str
+    name: str  # 'core' for the losses themselves
     installed: bool
     works: bool
-    detail: str
-    cure: str = ""
+    detail: str  # what was tried, or the error
+    cure: str = ""  # the command that helps
 
 
-@dataclasses.dataclass(frozen=True)
-class Trap:
-    """A known trap that applies to this environment.
-
-    Attributes:
-        name: short name.
-        hosts: whom it concerns; 'core' for all.
-        breaks: whether something does not work because of it; else it limits or is worth knowing.
-        detail: what is the case, and what follows.
-        cure: the exact command, or the line of a config.
-    """
+class Trap(NamedTuple):
+    """A known trap that applies to this environment."""
 
     name: str
-    hosts: tuple[str, ...]
-    breaks: bool
-    detail: str
-    cure: str
+    hosts: tuple[str, ...]  # whom it concerns; 'core' for all
+    breaks: bool  # whether something does not work because of it; else it limits or is worth knowing
+    detail: str  # what is the case, and what follows
+    cure: str  # the exact command, or the line of a config
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What the traps are decided by.
 
     Attributes:
@@ -164,6 +148,7 @@ class Facts:
         gpus: names of the GPUs that torch can use.
         gpu_driver: whether a GPU's driver is there, whatever torch says.
         safe_globals: whether MMEngine brings its own list of names that a checkpoint may hold; None without MMEngine.
+        operator: whether the C++ operator of the losses is built; None where the losses cannot be imported.
     """
 
     python: str
@@ -174,6 +159,7 @@ class Facts:
     gpus: Sequence[str] = ()
     gpu_driver: bool = False
     safe_globals: bool | None = None
+    operator: bool | None = None
 
     def has(self, *names: str) -> bool:
         """Whether any of these distributions is installed."""
@@ -190,11 +176,9 @@ def gather() -> Facts:
             continue
     modules = {name: _findable(name) for name in MODULES}
     worked, detail = _run(_TORCH)
-    torch, cuda, hip, _, gpus, safe_globals = json.loads(detail) if worked else (None, None, None, False, [], None)
     driver = shutil.which("nvidia-smi") is not None or shutil.which("rocm-smi") is not None
-    return Facts(
-        platform.python_version(), versions, modules, torch, cuda or hip, tuple(gpus), driver, safe_globals
-    )  # fmt: skip
+    facts = Facts(platform.python_version(), versions, modules, gpu_driver=driver)
+    return facts._replace(**json.loads(detail)) if worked else facts
 
 
 def _findable(module: str) -> bool:
@@ -207,7 +191,8 @@ def _findable(module: str) -> bool:
 def _run(program: str) -> tuple[bool, str]:
     """Runs a program; whether it worked, and what it says of itself, or the last line of its error."""
     try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=_TIME_LIMIT)
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT)  # noqa: S603
     except subprocess.TimeoutExpired:
         return False, f"no answer within {_TIME_LIMIT} seconds"
     for line in reversed(done.stdout.splitlines()):
@@ -219,38 +204,26 @@ def _run(program: str) -> tuple[bool, str]:
 
 
 def probe(name: str, facts: Facts) -> Host:
-    """Tries a host.
-
-    Args:
-        name: 'core' or one of :data:`HOSTS`.
-        facts: of :func:`gather`.
-
-    Returns:
-        What came of it.
-    """
-    if name == "core":
-        worked, detail = _run(PROBES[name])
-        return Host(name, True, worked, detail, "" if worked else f"{PIP} install --editable .")
-    names = ("mmpretrain", "onedl-mmpretrain") if name == "mmpretrain" else (name,)
+    """Tries a host: 'core' or one of :data:`HOSTS`."""
     install = f"{PIP} install 'ikl_plugins[{name}]'"
-    if not facts.has(*names):
+    names = ("mmpretrain", "onedl-mmpretrain") if name == "mmpretrain" else (name,)
+    if name != "core" and not facts.has(*names):
         return Host(name, False, False, "not installed", install)
     worked, detail = _run(PROBES[name])
-    return Host(name, True, worked, detail, "" if worked else _cure_of(detail, install))
+    return Host(
+        name, True, worked, detail, "" if worked else REINSTALL if name == "core" else _cure_of(detail, install)
+    )
 
 
 def _cure_of(detail: str, install: str) -> str:
     """The command for a host that does not work, as far as its error tells."""
     missing = re.search(r"No module named '([\w.]+)'", detail)
-    if missing is None:
-        return f"{install} --force-reinstall --no-deps" if "[" not in install else install
-    module = missing[1].partition(".")[0]
     return {
         "pkg_resources": f"{PIP} install 'setuptools<82'",
         "autoattack": f"{PIP} install git+https://github.com/fra31/auto-attack",
         "mmcv": f"{PIP} install 'mmcv-lite>=2.2.0'",
-        "ikl_plugins": f"{PIP} install --editable .",
-    }.get(module, install)
+        "ikl_plugins": REINSTALL,
+    }.get(missing[1].partition(".")[0] if missing else "", install)
 
 
 # --- the traps -------------------------------------------------------------------------------------------------------
@@ -260,184 +233,46 @@ def _version(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", (text or "").partition("+")[0])[:3])
 
 
-def _python(facts: Facts) -> Trap | None:
-    if _version(facts.python) >= (3, 10):
-        return None
-    return Trap(
-        "python", ("core",), True, f"Python {facts.python} is older than 3.10, which ikl_plugins needs.",
-        "python3.11 -m venv .venv && .venv/bin/python -m pip install --editable .",
-    )  # fmt: skip
-
-
-def _setuptools(facts: Facts) -> Trap | None:
-    if facts.modules.get("pkg_resources") or not facts.has("robustbench", "mmengine"):
-        return None
-    shielded = facts.modules.get("ikl_plugins.robustbench", False)
-    said = []
-    if facts.has("robustbench"):
-        said.append(
-            "RobustBench's loaders import it: `import ikl_plugins.robustbench` first stands in for it"
-            if shielded else "RobustBench's loaders import it"
-        )  # fmt: skip
-    if facts.has("mmengine"):
-        said.append("MMEngine needs it for configs named 'mmpretrain::...' and 'mmdet::...'")
-    hosts = tuple(
-        host for host, name in (("robustbench", "robustbench"), ("mmpretrain", "mmengine")) if facts.has(name)
-    )
-    return Trap(
-        "setuptools", hosts, facts.has("robustbench") and not shielded,
-        f"setuptools {facts.versions.get('setuptools', '(none)')} has no pkg_resources, which 82 removed. "
-        f"{'; '.join(said)}.",
-        f"{PIP} install 'setuptools<82'",
-    )  # fmt: skip
-
-
-def _weights_only(facts: Facts) -> Trap | None:
-    if facts.torch is None or _version(facts.torch) < (2, 6) or facts.safe_globals is not False:
-        return None
-    return Trap(
-        "weights_only", ("mmpretrain",), False,
-        f"torch {facts.torch} reads checkpoints with weights_only=True, which MMEngine "
-        f"{facts.versions.get('mmengine', '')} "
-        f"does not expect: --resume and tools/test.py fail in a config that does not import ikl_plugins.mmpretrain.",
-        "in the config: custom_imports = dict(imports=['ikl_plugins.mmpretrain']); in a script: import "
-        "ikl_plugins.mmpretrain",
-    )  # fmt: skip
-
-
-def _mmcv(facts: Facts) -> Trap | None:
-    if facts.has("mmcv") and facts.has("mmcv-lite"):
-        return Trap(
-            "mmcv twice", ("mmpretrain",), True, "mmcv and mmcv-lite are both installed, one over the other.",
-            f"{PIP} uninstall --yes mmcv mmcv-lite && {PIP} install 'mmcv-lite>=2.2.0'",
-        )  # fmt: skip
-    if facts.has("mmpretrain", "onedl-mmpretrain") and not facts.has("mmcv", "mmcv-lite", "onedl-mmcv"):
-        package = "onedl-mmcv>=2.3.6" if facts.has("onedl-mmpretrain") else "mmcv-lite>=2.2.0"
-        return Trap(
-            "mmcv missing",
-            ("mmpretrain",),
-            True,
-            "MMPretrain needs MMCV and does not declare it.",
-            f"{PIP} install '{package}'",
-        )
-    if facts.has("mmcv-lite"):
-        return Trap(
-            "mmcv-lite", ("mmpretrain",), False,
-            "mmcv-lite has no compiled operators: enough for classification, not for mmdet or mmseg.",
-            f"{PIP} uninstall --yes mmcv-lite && {PIP} install mmcv   # compiles for minutes, only if you need them",
-        )  # fmt: skip
-    return None
-
-
-def _mmengine(facts: Facts) -> Trap | None:
-    if not facts.has("mmpretrain", "onedl-mmpretrain") or facts.has("mmengine", "onedl-mmengine"):
-        return None
-    package = "onedl-mmengine>=0.10.12" if facts.has("onedl-mmpretrain") else "mmengine>=0.10.7"
-    return Trap(
-        "mmengine missing", ("mmpretrain",), True, "MMPretrain needs MMEngine and does not declare it.",
-        f"{PIP} install '{package}'",
-    )  # fmt: skip
-
-
-def _two_stacks(facts: Facts) -> Trap | None:
-    upstream = [name for name in UPSTREAM if facts.has(name)]
-    fork = [name for name in FORK if facts.has(name)]
-    if not upstream or not fork:
-        return None
-    return Trap(
-        "two stacks", ("mmpretrain",), True,
-        f"{', '.join(upstream)} and {', '.join(fork)} have the same import names: one's files are over the other's.",
-        f"{PIP} uninstall --yes {' '.join((*UPSTREAM, *FORK))} && {PIP} install 'ikl_plugins[mmpretrain]'",
-    )  # fmt: skip
-
-
-def _autoattack(facts: Facts) -> Trap | None:
-    if not facts.has("robustbench") or facts.modules.get("autoattack"):
-        return None
-    if not facts.modules.get("pyautoattack"):
-        return Trap(
-            "autoattack", ("robustbench",), True, "RobustBench imports autoattack; neither it nor pyautoattack "
-            "is there.",
-            f"{PIP} install 'pyautoattack>=0.2.0'",
-        )  # fmt: skip
-    if facts.modules.get("ikl_plugins.robustbench"):
-        return Trap(
-            "autoattack", ("robustbench",), False,
-            "RobustBench imports autoattack, PyPI has pyautoattack alone: it answers to that name behind `import "
-            "ikl_plugins.robustbench`, and only there.",
-            f"{PIP} install git+https://github.com/fra31/auto-attack   # only for scripts without that import",
-        )  # fmt: skip
-    return Trap(
-        "autoattack", ("robustbench",), True, "RobustBench imports autoattack, PyPI has pyautoattack alone.",
-        f"{PIP} install git+https://github.com/fra31/auto-attack",
-    )  # fmt: skip
-
-
-def _numpy(facts: Facts) -> Trap | None:
-    if not facts.has("mmcv", "mmcv-lite") or _version(facts.versions.get("numpy")) < (2,):
-        return None
-    return Trap(
-        "numpy 2", ("mmpretrain",), False,
-        f"MMCV's ColorJitter with a hue overflows on NumPy {facts.versions['numpy']}; without hue it is right.",
-        f"{PIP} install 'numpy<2'   # or leave `hue` out of ColorJitter",
-    )  # fmt: skip
-
-
-def _torch_missing(facts: Facts) -> Trap | None:
-    if facts.torch is not None:
-        return None
-    state = f"torch {facts.versions['torch']} cannot be imported" if facts.has("torch") else "torch is not installed"
-    again = " --force-reinstall" if facts.has("torch") else ""
-    return Trap("torch", ("core",), True, f"{state}.", f"{PIP} install{again} torch torchvision")
-
-
-def _torch_old(facts: Facts) -> Trap | None:
+def _core_traps(facts: Facts) -> Iterator[Trap]:
+    if _version(facts.python) < (3, 10):
+        detail = f"Python {facts.python} is older than 3.10, which ikl_plugins needs."
+        cure = "make an environment with a newer one: python3.11 -m venv .venv"
+        yield Trap("python", ("core",), True, detail, cure)
     if facts.torch is None:
-        return None
-    version = _version(facts.torch)
-    mm = facts.has("mmpretrain", "onedl-mmpretrain")
-    if version >= ((2, 6) if mm else (2, 4)):
-        return None
-    needed = "2.6" if mm else "2.4"
-    return Trap(
-        "torch version", ("mmpretrain",) if version >= (2, 4) else ("core",), True,
-        f"torch {facts.torch} is older than {needed}, which {'the MMPretrain adapter' if mm else 'ikl_plugins'} needs.",
-        f"{PIP} install 'torch>={needed}' torchvision",
-    )  # fmt: skip
-
-
-def _torchvision(facts: Facts) -> Trap | None:
+        held = facts.versions.get("torch")
+        detail = f"torch {held} cannot be imported." if held else "torch is not installed."
+        again = " --force-reinstall" if held else ""
+        yield Trap("torch", ("core",), True, detail, f"{PIP} install{again} torch torchvision")
+        return
     torch, vision = _version(facts.torch), _version(facts.versions.get("torchvision"))
-    if len(torch) < 2 or len(vision) < 2 or torch[0] != 2 or vision[0] != 0 or vision[1] == torch[1] + 15:
-        return None
-    pair = f"0.{torch[1] + 15}"
-    return Trap(
-        "torchvision", HOSTS, True,
-        f"torchvision {facts.versions['torchvision']} is not built for torch {facts.torch}, whose partner is {pair}.",
-        f"{PIP} install 'torchvision=={pair}.*' 'torch=={torch[0]}.{torch[1]}.*'",
-    )  # fmt: skip
+    mm = facts.has("mmpretrain", "onedl-mmpretrain")
+    if torch < ((2, 6) if mm else (2, 4)):
+        needed, who = ("2.6", "the MMPretrain adapter") if mm else ("2.4", "ikl_plugins")
+        detail = f"torch {facts.torch} is older than {needed}, which {who} needs."
+        hosts = ("mmpretrain",) if torch >= (2, 4) else ("core",)
+        yield Trap("torch version", hosts, True, detail, f"{PIP} install 'torch>={needed}' torchvision")
+    if len(torch) > 1 and len(vision) > 1 and torch[0] == 2 and vision[0] == 0 and vision[1] != torch[1] + 15:
+        pair = f"0.{torch[1] + 15}"
+        versions = f"torchvision {facts.versions['torchvision']} is not built for torch {facts.torch}"
+        cure = f"{PIP} install 'torchvision=={pair}.*' 'torch=={torch[0]}.{torch[1]}.*'"
+        yield Trap("torchvision", HOSTS, True, f"{versions}, whose partner is {pair}.", cure)
+    if facts.gpus:
+        return
+    if not facts.gpu_driver:
+        yield _no_gpu(facts)
+    elif facts.cuda is None:
+        detail = f"torch {facts.torch} is a build for CPUs, but this machine has a GPU."
+        cure = f"{PIP} install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu128"
+        yield Trap("torch build", ("core",), False, detail, cure)
+    else:
+        built = f"torch {facts.torch} is built for {facts.cuda}"
+        detail = f"{built}, but finds no GPU behind the driver (too old, or hidden)."
+        cure = 'nvidia-smi && echo "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"'
+        yield Trap("torch build", ("core",), False, detail, cure)
 
 
-def _torch_build(facts: Facts) -> Trap | None:
-    if facts.torch is None or not facts.gpu_driver or facts.gpus:
-        return None
-    if facts.cuda is None:
-        return Trap(
-            "torch build", ("core",), False, f"torch {facts.torch} is a build for CPUs, but this machine has a GPU.",
-            f"{PIP} install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu128",
-        )  # fmt: skip
-    return Trap(
-        "torch build", ("core",), False,
-        f"torch {facts.torch} is built for {facts.cuda}, but finds no GPU behind the driver (too old, or hidden).",
-        "nvidia-smi && echo \"CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES\"",
-    )  # fmt: skip
-
-
-def _no_gpu(facts: Facts) -> Trap | None:
-    if facts.torch is None or facts.gpus or facts.gpu_driver:
-        return None
-    said = ["training runs on the CPU"]
-    cure = []
+def _no_gpu(facts: Facts) -> Trap:
+    said, cure = ["training runs on the CPU"], []
     if facts.has("mmpretrain", "onedl-mmpretrain"):
         said.append("MMEngine's AmpOptimWrapper insists on a GPU, and so do its data-parallel defaults")
         cure.append(
@@ -446,55 +281,98 @@ def _no_gpu(facts: Facts) -> Trap | None:
         )
     if facts.has("torchdistill"):
         said.append("torchdistill's own script needs CUDA for several processes")
-        cure.append("torchrun --nproc_per_node 2 ikl train CONFIG --device cpu")
+        cure.append("torchrun --nproc_per_node 2 -m ikl_plugins train CONFIG --device cpu")
     return Trap("no GPU", ("core",), False, f"There is no GPU: {'; '.join(said)}.", "; ".join(cure) or "--device cpu")
 
 
-def _stack(facts: Facts) -> Trap | None:
-    if not facts.has("onedl-mmpretrain", "onedl-mmengine") or facts.has(*UPSTREAM):
-        return None
-    return Trap(
-        "fork", ("mmpretrain",), False,
-        "The MM stack is that of the maintained forks (onedl-*), whose loader of checkpoints knows weights_only.",
-        f"none; for the other stack: {PIP} uninstall --yes {' '.join(FORK)} && {PIP} install 'ikl_plugins[mmpretrain]'",
-    )  # fmt: skip
+def _mm_traps(facts: Facts) -> Iterator[Trap]:
+    hosts = ("mmpretrain",)
+    upstream = [name for name in UPSTREAM if facts.has(name)]
+    fork = [name for name in FORK if facts.has(name)]
+    again = f"{PIP} install 'ikl_plugins[mmpretrain]'"
+    if upstream and fork:
+        names = f"{', '.join(upstream)} and {', '.join(fork)}"
+        cure = f"{PIP} uninstall --yes {' '.join((*UPSTREAM, *FORK))} && {again}"
+        yield Trap("two stacks", hosts, True, f"{names} have the same import names: one overwrites the other.", cure)
+    if facts.has("mmpretrain", "onedl-mmpretrain"):
+        engine, mmcv = "mmengine>=0.10.7", "mmcv-lite>=2.2.0"
+        if facts.has("onedl-mmpretrain"):
+            engine, mmcv = "onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6"
+        if not facts.has("mmengine", "onedl-mmengine"):
+            detail = "MMPretrain needs MMEngine and does not declare it."
+            yield Trap("mmengine missing", hosts, True, detail, f"{PIP} install '{engine}'")
+        if not facts.has("mmcv", "mmcv-lite", "onedl-mmcv"):
+            detail = "MMPretrain needs MMCV and does not declare it."
+            yield Trap("mmcv missing", hosts, True, detail, f"{PIP} install '{mmcv}'")
+    if facts.has("mmcv") and facts.has("mmcv-lite"):
+        cure = f"{PIP} uninstall --yes mmcv mmcv-lite && {PIP} install 'mmcv-lite>=2.2.0'"
+        yield Trap("mmcv twice", hosts, True, "mmcv and mmcv-lite are both installed, one over the other.", cure)
+    elif facts.has("mmcv-lite"):
+        detail = "mmcv-lite has no compiled operators: enough for classification, not for mmdet or mmseg."
+        cure = f"{PIP} uninstall --yes mmcv-lite && {PIP} install mmcv   # compiles for minutes, only if you need them"
+        yield Trap("mmcv-lite", hosts, False, detail, cure)
+    if facts.has("onedl-mmpretrain", "onedl-mmengine") and not upstream:
+        detail = "The MM stack is that of the maintained forks (onedl-*), whose loader knows weights_only."
+        cure = f"none; for the other stack: {PIP} uninstall --yes {' '.join(FORK)} && {again}"
+        yield Trap("fork", hosts, False, detail, cure)
+    if facts.torch is not None and _version(facts.torch) >= (2, 6) and facts.safe_globals is False:
+        engine = f"MMEngine {facts.versions.get('mmengine', '')}"
+        detail = (
+            f"torch {facts.torch} reads checkpoints with weights_only=True, which {engine} does not expect: --resume "
+            f"and tools/test.py fail in a config that does not import ikl_plugins.mmpretrain."
+        )
+        cure = "in the config: custom_imports = dict(imports=['ikl_plugins.mmpretrain']); in a script: import that"
+        yield Trap("weights_only", hosts, False, detail, cure)
+    if facts.has("mmcv", "mmcv-lite") and _version(facts.versions.get("numpy")) >= (2,):
+        numpy = f"NumPy {facts.versions['numpy']}"
+        detail = f"MMCV's ColorJitter with a hue overflows on {numpy}; without hue it is right."
+        yield Trap("numpy 2", hosts, False, detail, f"{PIP} install 'numpy<2'   # or leave `hue` out of ColorJitter")
 
 
-def _torchdistill_old(facts: Facts) -> Trap | None:
+def _torchdistill_traps(facts: Facts) -> Iterator[Trap]:
     version = facts.versions.get("torchdistill")
-    if version is None or _version(version) >= (1, 1, 5):
-        return None
-    return Trap(
-        "torchdistill version", ("torchdistill",), True, f"torchdistill {version} is older than 1.1.5, the "
-        f"first tested one.",
-        f"{PIP} install 'torchdistill>=1.1.5'",
-    )  # fmt: skip
+    if version is not None and _version(version) < (1, 1, 5):
+        detail = f"torchdistill {version} is older than 1.1.5, the first tested one."
+        yield Trap("torchdistill version", ("torchdistill",), True, detail, f"{PIP} install 'torchdistill>=1.1.5'")
 
 
-def _tests_package(facts: Facts) -> Trap | None:
-    if not facts.has("robustbench"):
-        return None
-    return Trap(
-        "tests", ("robustbench",), False,
-        "RobustBench installs a top-level package `tests`: `import tests.x` of your own project may find that one.",
-        "run your tests as files: python -m pytest --import-mode=importlib",
-    )  # fmt: skip
-
-
-TRAPS: tuple[Callable[[Facts], Trap | None], ...] = (
-    _python, _torch_missing, _torch_old, _torchvision, _torch_build, _no_gpu, _two_stacks, _mmengine, _mmcv, _stack,
-    _weights_only, _numpy, _torchdistill_old, _setuptools, _autoattack, _tests_package,
-)  # fmt: skip
+def _robustbench_traps(facts: Facts) -> Iterator[Trap]:
+    bench = facts.has("robustbench")
+    shielded = facts.modules.get("ikl_plugins.robustbench", False)
+    if not facts.modules.get("pkg_resources") and facts.has("robustbench", "mmengine"):
+        hosts, said = [], []
+        if bench:
+            hosts.append("robustbench")
+            stands_in = ": `import ikl_plugins.robustbench` first stands in for it" if shielded else ""
+            said.append(f"RobustBench's loaders import it{stands_in}")
+        if facts.has("mmengine"):
+            hosts.append("mmpretrain")
+            said.append("MMEngine needs it for configs named 'mmpretrain::...' and 'mmdet::...'")
+        version = facts.versions.get("setuptools", "(none)")
+        detail = f"setuptools {version} has no pkg_resources, which 82 removed. {'; '.join(said)}."
+        yield Trap("setuptools", tuple(hosts), bench and not shielded, detail, f"{PIP} install 'setuptools<82'")
+    if not bench:
+        return
+    if not facts.modules.get("autoattack"):
+        cure = f"{PIP} install git+https://github.com/fra31/auto-attack"
+        detail = "RobustBench imports autoattack, PyPI has pyautoattack alone"
+        if not facts.modules.get("pyautoattack"):
+            detail = "RobustBench imports autoattack; neither it nor pyautoattack is there"
+            cure = f"{PIP} install 'pyautoattack>=0.2.0'"
+        elif shielded:
+            detail += ": it answers to that name behind `import ikl_plugins.robustbench`, and only there"
+            cure += "   # only for scripts without that import"
+        breaks = not (shielded and facts.modules.get("pyautoattack"))
+        yield Trap("autoattack", ("robustbench",), breaks, f"{detail}.", cure)
+    detail = "RobustBench installs a top-level package `tests`, which `import tests.x` of your project may find."
+    cure = "run your tests as files: python -m pytest --import-mode=importlib"
+    yield Trap("tests", ("robustbench",), False, detail, cure)
 
 
 def diagnose(facts: Facts) -> list[Trap]:
-    """The traps that apply, those that break something first.
-
-    Args:
-        facts: of :func:`gather`, or made up.
-    """
-    found = [trap for trap in (check(facts) for check in TRAPS) if trap is not None]
-    return sorted(found, key=lambda trap: not trap.breaks)
+    """The traps that apply, those that break something first."""
+    traps = (_core_traps, _mm_traps, _torchdistill_traps, _robustbench_traps)
+    return sorted((trap for found in traps for trap in found(facts)), key=lambda trap: not trap.breaks)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -506,23 +384,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on the standard output")
 
 
-def _wanted(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in HOSTS:
-            raise ValueError(
-                f"{CALLER}: --for must be among {', '.join(HOSTS)}, got {name!r}. Separate them by commas."
-            )
-    return names
-
-
 def _report(facts: Facts, hosts: Sequence[Host], traps: Sequence[Trap], wanted: Sequence[str]) -> str:
-    lines = ["Versions", f"  {'python':<18}{facts.python} on {platform.platform()}"]
-    for name, version in facts.versions.items():
-        lines.append(f"  {name:<18}{facts.torch if name == 'torch' and facts.torch else version}")
+    rows = {"python": f"{facts.python} on {platform.platform()}", **facts.versions}
+    if facts.torch:
+        rows["torch"] = facts.torch
     build = f"built for {facts.cuda}" if facts.cuda else "a CPU build"
-    lines.append(f"  {'GPU':<18}{', '.join(facts.gpus) or 'none'} (torch is {build})")
-    lines += ["", "Hosts"]
+    rows["GPU"] = f"{', '.join(facts.gpus) or 'none'} (torch is {build})"
+    if facts.operator is not None:
+        how = "built; IKL_PLUGINS_NATIVE=1 switches it on" if facts.operator else "not built; `ikl build` makes it"
+        rows["C++ operator"] = how
+    lines = ["Versions", *(f"  {name:<18}{value}" for name, value in rows.items()), "", "Hosts"]
     for host in hosts:
         state = "works" if host.works else "BROKEN" if host.installed else "absent"
         asked = " (asked for)" if host.name in wanted else ""
@@ -537,20 +408,20 @@ def _report(facts: Facts, hosts: Sequence[Host], traps: Sequence[Trap], wanted: 
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints what works; raises if what was asked for does not."""
-    wanted = _wanted(arguments.wanted)
+    """Prints what works; raises a RuntimeError if what was asked for does not."""
+    wanted = [name.strip() for name in arguments.wanted.split(",") if name.strip()]
+    for name in wanted:
+        if name not in HOSTS:
+            known = ", ".join(HOSTS)
+            raise ValueError(f"{CALLER}: --for must be among {known}, got {name!r}. Separate them by commas.")
     facts = gather()
     hosts = [probe(name, facts) for name in ("core", *HOSTS)]
     concerned = {"core", *wanted, *(host.name for host in hosts if host.installed)}
     traps = [trap for trap in diagnose(facts) if concerned & set(trap.hosts)]
     failed = [host for host in hosts if not host.works and (host.name == "core" or host.name in wanted)]
     if arguments.json:
-        content: dict[str, Any] = {
-            "works": not failed,
-            "facts": dataclasses.asdict(facts),
-            "hosts": [dataclasses.asdict(host) for host in hosts],
-            "traps": [dataclasses.asdict(trap) for trap in traps],
-        }
+        content: dict[str, Any] = {"works": not failed, "facts": facts._asdict()}
+        content |= {"hosts": [host._asdict() for host in hosts], "traps": [trap._asdict() for trap in traps]}
         print(json.dumps(content, indent=2, default=dict))
     else:
         print(_report(facts, hosts, traps, wanted))

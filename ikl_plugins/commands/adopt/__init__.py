@@ -25,23 +25,29 @@ import yaml
 
 from ikl_plugins._files import written_aside
 
+from .messages import CALLER
+
 __all__ = ["INTERRUPTED", "configure", "run"]
 
 INTERRUPTED = "nothing was written"
-
-CALLER = "adopt"
 YAML_ENDINGS = (".yaml", ".yml")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
+    from ikl_plugins.losses import LOSSES
+
+    losses = [name.removesuffix("Loss") for name in LOSSES]
     parser.add_argument("config", type=Path, help="torchdistill YAML, or MMPretrain config (.py)")
+    parser.add_argument("--loss", choices=(*losses, "KL"), default="IKL", help="default: IKL; KL for .py alone")
     parser.add_argument(
-        "--loss", choices=("DKL", "IKL", "GKL", "KL"), default="IKL", help="default: IKL; KL for .py alone"
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a keyword of the loss, instead of the value that follows from the config; repeatable",
     )
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
-                        help="a keyword of the loss, instead of the value that follows from the config; "
-                        "repeatable")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="build what was made, and run it forward and backward")
     where = parser.add_argument_group("output (without any, nothing is written)")
     where.add_argument("--output", type=Path, metavar="FILE")
@@ -57,6 +63,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     mm.add_argument("--eps", metavar="EPS", help="with --adversarial: radius in pixel units (default: 8/255)")
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Adopts one config; nothing is written unless an output is named."""
+    sys.path.insert(0, os.getcwd())  # the config's own modules are looked for where they are when it trains
+    config = arguments.config
+    if not config.is_file():
+        raise ValueError(f"{CALLER}: the config must be a file, but there is none at {config}. Check the path.")
+    if config.suffix not in (*YAML_ENDINGS, ".py"):
+        raise ValueError(
+            f"{CALLER}: the config must end in .yaml, .yml (torchdistill) or .py (MMPretrain), got {config}. Rename it."
+        )
+    try:
+        (_adopt_python if config.suffix == ".py" else _adopt_yaml)(arguments)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{CALLER}: {config} must be text in UTF-8. Save it as such.") from error
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """The values of --set, read as YAML does."""
     settings = {}
@@ -67,9 +89,8 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         try:
             settings[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(
-                f"{CALLER}: --set {key} must have a plain value, got {value!r}. Write {key}=4.0."
-            ) from error
+            rule = f"--set {key} must have a plain value, got {value!r}. Write {key}=4.0."
+            raise ValueError(f"{CALLER}: {rule}") from error
         if isinstance(settings[key], str):
             with contextlib.suppress(ValueError):
                 settings[key] = float(value)  # 1e-3, which YAML takes for a string
@@ -101,91 +122,73 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], kind: str) -> None
             raise ValueError(f"{CALLER}: {option} goes with {kind}, got {args.config}. Leave it out.")
 
 
-def _difference(old: str, new: str, old_name: str, new_name: str) -> str:
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), old_name, new_name, lineterm="")
-    return "".join(f"{line}\n" for line in lines)
+def _show_difference(old: str, new: str, old_name: str, new_name: str) -> None:
+    for line in difflib.unified_diff(old.splitlines(), new.splitlines(), old_name, new_name, lineterm=""):
+        print(line)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _adopt_yaml(args: argparse.Namespace) -> None:
-    from ikl_plugins.commands.adopt.torchdistill import adopt_yaml
+    from .torchdistill import adopt_yaml
 
     _refuse(args, ("teacher", "teacher_ckpt", "adversarial", "eps"), "an MMPretrain config (.py)")
     if args.loss == "KL":
-        raise ValueError(f"{CALLER}: --loss must be DKL, IKL or GKL for torchdistill, got KL. KDLoss is KL itself.")
-    target = _target(args)
+        raise ValueError(f"{CALLER}: --loss must be one of ours for torchdistill, got KL. KDLoss is KL itself.")
+    target, name = _target(args), str(args.config)
     with args.config.open(encoding="utf-8", newline="") as file:
         text = file.read()
     adoption = adopt_yaml(
-        text, args.loss, name=str(args.config), settings=_settings(args.settings),
-        student_logits=args.student_logits, teacher_logits=args.teacher_logits,
-    )  # fmt: skip
-    print(_difference(text, adoption.text, str(args.config), str(target or args.config)), end="")
-    for note in adoption.notes:
-        _say(note)
+        text,
+        args.loss,
+        name=name,
+        settings=_settings(args.settings),
+        student_logits=args.student_logits,
+        teacher_logits=args.teacher_logits,
+    )
+    _show_difference(text, adoption.text, name, str(target or name))
+    _say(*adoption.notes)
     if args.check:
-        from ikl_plugins.commands.adopt.torchdistill_check import check_yaml
+        from .torchdistill_check import check_yaml
 
-        for line in check_yaml(adoption, text, str(args.config)):
-            _say(f"checked: {line}")
-    if not adoption.changed:
-        _say(f"{args.config} is adopted already: nothing to change, nothing written")
-        return
-    _write(target, adoption.text)
+        _say(*(f"checked: {line}" for line in check_yaml(adoption, text, name)))
+    _write(args.config, target, adoption.text if adoption.changed else None)
 
 
 def _adopt_python(args: argparse.Namespace) -> None:
-    from ikl_plugins.commands.adopt.mmpretrain import adopt_config, check_config
+    from .mmpretrain import adopt_config, check_config
 
     warnings.filterwarnings("ignore", "Fail to import ..MultiScaleDeformableAttention", UserWarning)  # of mmcv-lite
     _refuse(args, ("student_logits", "teacher_logits"), "a torchdistill YAML")
     _refuse(args, ("in_place",), "a torchdistill YAML, as the new config inherits from the old one; use --output")
     target = _target(args)
     adoption = adopt_config(
-        args.config, target or args.config.with_name(f"{args.config.stem}_{args.loss.lower()}.py"), args.loss,
-        teacher=args.teacher, teacher_ckpt=args.teacher_ckpt, adversarial=args.adversarial, eps=args.eps,
+        args.config,
+        target or args.config.with_name(f"{args.config.stem}_{args.loss.lower()}.py"),
+        args.loss,
+        teacher=args.teacher,
+        teacher_ckpt=args.teacher_ckpt,
+        adversarial=args.adversarial,
+        eps=args.eps,
         settings=_settings(args.settings),
-    )  # fmt: skip
-    if adoption.text:
-        print(_difference("", adoption.text, os.devnull, str(target or "the new config")), end="")
-    for note in adoption.notes:
-        _say(note)
-    if not adoption.text:
-        _say(f"{args.config} is adopted already: nothing to change, nothing written")
+    )
+    _show_difference("", adoption.text, os.devnull, str(target or "the new config"))
+    _say(*adoption.notes)
+    if adoption.text and args.check:
+        _say(*(f"checked: {line}" for line in check_config(adoption)))
+    _write(args.config, target, adoption.text or None)
+
+
+def _write(config: Path, target: Path | None, text: str | None) -> None:
+    if text is None:
+        _say(f"{config} is adopted already: nothing to change, nothing written")
         return
-    if args.check:
-        for line in check_config(adoption):
-            _say(f"checked: {line}")
-    _write(target, adoption.text)
-
-
-def _write(target: Path | None, text: str) -> None:
     if target is None:
         _say("nothing written; give --output FILE")
         return
     with written_aside(target) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
     _say(f"written: {target}")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Adopts one config; nothing is written unless an output is named."""
-    sys.path.insert(0, os.getcwd())  # the config's own modules are looked for where they are when it trains
-    config = arguments.config
-    if not config.is_file():
-        raise ValueError(f"{CALLER}: the config must be a file, but there is none at {config}. Check the path.")
-    try:
-        if config.suffix in YAML_ENDINGS:
-            _adopt_yaml(arguments)
-        elif config.suffix == ".py":
-            _adopt_python(arguments)
-        else:
-            raise ValueError(
-                f"{CALLER}: the config must end in .yaml, .yml (torchdistill) or .py (MMPretrain), got {config}. "
-                f"Rename it."
-            )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{CALLER}: {config} must be text in UTF-8. Save it as such.") from error

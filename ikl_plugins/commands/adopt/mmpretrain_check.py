@@ -1,4 +1,4 @@
-"""The check of tools/adopt.py for MMPretrain: the new model is built and takes the losses of two random images."""
+"""``--check`` for MMPretrain: the new model is built and takes the losses of two random images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from mmpretrain.structures import DataSample
 
 import ikl_plugins.mmpretrain  # noqa: F401  # registers
 
+from .messages import CALLER, first_line
+
 __all__ = ["check_file", "image_shape"]
 
-CALLER = "adopt"
 _BATCH = 2
 _DEFAULT_SIDE = 224
 
 
 def check_file(path: Path) -> list[str]:
     """Reads a config, builds its model, hooks and metrics, and runs the model's losses forward and backward.
-
-    Args:
-        path: the config.
 
     Returns:
         What was checked, a line each.
@@ -39,7 +37,7 @@ def check_file(path: Path) -> list[str]:
     except ImportError:
         raise
     except Exception as error:  # a config is a program
-        raise ValueError(f"{CALLER}: the new config must be read, but {_first_line(error)}") from error
+        raise ValueError(f"{CALLER}: the new config must be read, but {first_line(error)}") from error
     init_default_scope(config.get("default_scope") or "mmpretrain")
     try:
         model = _build(config)
@@ -51,7 +49,7 @@ def check_file(path: Path) -> list[str]:
         for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
             METRICS.build(metric)
     except Exception as error:  # of any part
-        raise ValueError(f"{CALLER}: the new config must build, but {_first_line(error)}") from error
+        raise ValueError(f"{CALLER}: the new config must build, but {first_line(error)}") from error
     shape = image_shape(config, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     built = f"{type(model).__name__} with {parameters:,} parameters, {len(config.get('custom_hooks') or [])} hooks"
@@ -59,7 +57,7 @@ def check_file(path: Path) -> list[str]:
         losses = _step(model, shape)
     except Exception as error:
         raise ValueError(
-            f"{CALLER}: the new model must train on {_BATCH} random images of shape {shape}, but {_first_line(error)}"
+            f"{CALLER}: the new model must train on {_BATCH} random images of shape {shape}, but {first_line(error)}"
         ) from error
     shown = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.items() if "loss" in name)
     return [built, f"a batch of random images of shape {shape}: {shown}; its gradients are finite"]
@@ -119,8 +117,3 @@ def _step(model: Any, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
     if not gradients or not all(bool(torch.isfinite(part).all()) for part in (total, *gradients)):
         raise ValueError(f"loss and gradients are not finite, got {total.item()}")
     return {name: value.detach() for name, value in losses.items() if isinstance(value, torch.Tensor)}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0] or "no reason is given"
-    return f"{type(error).__name__}: {text}"

@@ -1,20 +1,21 @@
-"""YAML files as text with places: what tools/adopt.py finds by key and rewrites where it stands.
+"""YAML files as text with places: what ``ikl adopt`` finds by key and rewrites where it stands.
 
 PyYAML composes the nodes; nothing in a file is constructed, so no tag of it runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import yaml
 
+from .messages import CALLER
+
 __all__ = ["Edits", "Entry", "Line", "Tree", "is_empty", "number_text", "yaml_text"]
 
-CALLER = "adopt"
 _STEP = 2  # spaces that a new block is indented
+_MERGE, _NULL = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:null"
 
 
 class Line(NamedTuple):
@@ -24,9 +25,14 @@ class Line(NamedTuple):
     text: str
     comment: str = ""
 
-    def shown(self, margin: str) -> str:
+    def shown(self, margin: str = "") -> str:
         """The line as it stands in a block."""
         return f"{margin}{self.key}: {self.text}" + (f"  # {self.comment}" if self.comment else "")
+
+
+def _flow(lines: Sequence[Line]) -> str:
+    """The lines as they stand in a flow mapping, which has no room for comments."""
+    return ", ".join(f"{line.key}: {line.text}" for line in lines)
 
 
 class _Composer(yaml.SafeLoader):
@@ -38,9 +44,10 @@ class _Composer(yaml.SafeLoader):
         self.anchor_names: dict[int, str] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        is_alias = isinstance(event, yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        if isinstance(event, yaml.AliasEvent):
+        if is_alias:
             place = index if isinstance(index, int) else id(index)
             span = event.start_mark.index, event.end_mark.index, event.start_mark.line + 1
             self.alias_spans[id(parent), place] = span
@@ -49,30 +56,25 @@ class _Composer(yaml.SafeLoader):
         return node
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One ``key: value`` of a mapping.
-
-    Attributes:
-        key: node of the key.
-        value: node of the value; of an alias that of its anchor.
-        owner: node of the mapping that the entry stands in.
-        start: where the value begins in the text; of an alias, the alias.
-        end: where it ends.
-        is_alias: whether the value is an alias.
-    """
+class Entry(NamedTuple):
+    """One ``key: value`` of a mapping; the value of an alias is the node of its anchor."""
 
     key: Any
     value: Any
-    owner: Any
-    start: int
+    owner: Any  # node of the mapping that the entry stands in
+    start: int  # where the value begins in the text; of an alias, the alias
     end: int
     is_alias: bool
 
     @property
     def line(self) -> int:
         """Number of the line, from 1."""
-        return self.key.start_mark.line + 1  # type: ignore[no-any-return]
+        return int(self.key.start_mark.line) + 1
+
+    @property
+    def margin(self) -> str:
+        """The spaces before the key."""
+        return " " * int(self.key.start_mark.column)
 
 
 class Tree:
@@ -98,18 +100,14 @@ class Tree:
         self.newline = "\r\n" if "\r\n" in text else "\n"
         try:
             self._composer = _Composer(text)
-            self.root = self._composer.get_single_node()
+            self.root: Any = self._composer.get_single_node()
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = "" if mark is None else f", line {mark.line + 1}"
             problem = getattr(error, "problem", None) or " ".join(str(error).split())
-            raise ValueError(
-                f"{CALLER}: {name}{where}: the file must be YAML of one document, but {problem}. Correct it."
-            ) from error
+            raise ValueError(f"{CALLER}: {name}{where}: the file must be one YAML document, but {problem}.") from error
         if not isinstance(self.root, yaml.MappingNode):
-            raise self.refusal(
-                None, "the file must hold a mapping", "nothing of the kind", "Compare configs/torchdistill."
-            )
+            raise self.refusal(None, "the file must hold a mapping. Compare configs/torchdistill.")
         self.uses: dict[int, list[tuple[tuple[str, ...], int]]] = {}
         self.home: dict[int, tuple[str, ...]] = {}
         self._walk(self.root, ())
@@ -141,11 +139,11 @@ class Tree:
         return found
 
     def entries(self, mapping: Any) -> dict[str, Entry]:
-        """All entries by key, those that `<<` merges in included; the mapping's own go first."""
+        """All entries by key, those that `<<` merges in included; the mapping's own go first. None of another node."""
         found: dict[str, Entry] = {}
-        merged = []
-        for entry in self.own_entries(mapping):
-            if entry.key.tag == "tag:yaml.org,2002:merge":
+        merged: list[Any] = []
+        for entry in self.own_entries(mapping) if isinstance(mapping, yaml.MappingNode) else ():
+            if entry.key.tag == _MERGE:
                 parts = entry.value.value if isinstance(entry.value, yaml.SequenceNode) else [entry.value]
                 merged.extend(part for part in parts if isinstance(part, yaml.MappingNode))
             else:
@@ -155,16 +153,21 @@ class Tree:
                 found.setdefault(key, entry)
         return found
 
+    def at(self, node: Any, *keys: str) -> Any:
+        """The value that keys lead to, None where one of them is missing."""
+        for key in keys:
+            entry = self.entries(node).get(key)
+            if entry is None:
+                return None
+            node = entry.value
+        return node
+
     def anchor(self, node: Any) -> str | None:
         """The name of a node's anchor, None without one."""
         return self._composer.anchor_names.get(id(node))
 
     def value(self, node: Any) -> Any:
-        """The value of a node without tags of torchdistill.
-
-        Raises:
-            yaml.YAMLError: there is such a tag.
-        """
+        """The value of a node; a yaml.YAMLError where it has a tag of torchdistill."""
         return self._composer.construct_object(node, deep=True)
 
     def content_end(self, node: Any) -> int:
@@ -174,7 +177,7 @@ class Tree:
                 return self.own_entries(node)[-1].end
             span = self._composer.alias_spans.get((id(node), len(node.value) - 1))
             return self.content_end(node.value[-1]) if span is None else span[1]
-        return node.end_mark.index  # type: ignore[no-any-return]
+        return int(node.end_mark.index)
 
     def written_out(self, node: Any) -> Iterator[Any]:
         """A node and all nodes that are written out inside it; aliases are not."""
@@ -198,13 +201,13 @@ class Tree:
         end = len(self.text) if end < 0 else end
         return end - 1 if self.text[end - 1 : end] == "\r" else end
 
-    def refusal(self, where: Any, rule: str, got: str, way_out: str) -> ValueError:
-        """An error that names the line; ``where`` is an entry, a node or None."""
-        line = getattr(where, "line", None)
+    def refusal(self, where: Any, message: str) -> ValueError:
+        """An error that names the line; ``where`` is an entry, a node, the number of a line or None."""
+        line = where if isinstance(where, int) else getattr(where, "line", None)
         if line is None and where is not None:
             line = where.start_mark.line + 1
         place = self.name if line is None else f"{self.name}, line {line}"
-        return ValueError(f"{CALLER}: {place}: {rule}, got {got}. {way_out}")
+        return ValueError(f"{CALLER}: {place}: {message}")
 
 
 def number_text(number: float) -> str:
@@ -224,15 +227,11 @@ def yaml_text(value: Any) -> str:
 
 def is_empty(node: Any) -> bool:
     """Whether a node is a null."""
-    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+    return isinstance(node, yaml.ScalarNode) and node.tag == _NULL
 
 
 class Edits:
-    """Collects edits of a tree's text, and makes them all at once.
-
-    Args:
-        tree: the tree, whose text stays as it is.
-    """
+    """Collects edits of a tree's text, and makes them all at once; the tree stays as it is."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
@@ -242,62 +241,63 @@ class Edits:
         """Puts ``new`` where ``start`` to ``end`` is."""
         self._edits.append((start, end, new))
 
+    def insert(self, at: int, new: str) -> None:
+        """Puts ``new`` before a character."""
+        self.replace(at, at, new)
+
+    def _behind_colon(self, entry: Entry) -> int:
+        return self.tree.text.index(":", entry.key.end_mark.index) + 1
+
     def replace_value(self, entry: Entry, new: str) -> None:
         """Puts a value on the line of the key, one space behind the colon, where the old one is or would be."""
-        colon = self.tree.text.index(":", entry.key.end_mark.index) + 1
+        colon = self._behind_colon(entry)
         self.replace(colon, max(entry.end, colon), f" {new}")
 
     def put(self, entry: Entry, lines: Sequence[Line]) -> None:
         """Writes lines in the place of an entry. What the user says beside it stays above, with what it was said of."""
         tree = self.tree
-        first, *rest = lines
         start, end = entry.key.start_mark.index, entry.end
         if entry.owner.flow_style:
-            self.replace(start, end, ", ".join(f"{line.key}: {line.text}" for line in lines))
+            self.replace(start, end, _flow(lines))
             return
         beside = tree.text[end : tree.line_end(end)]
         if beside.strip():
-            at = tree.line_start(start)
-            margin = " " * entry.key.start_mark.column
             old = " ".join(tree.text[start:end].split())
-            self.replace(at, at, f"{margin}# was: {old}{beside}{tree.newline}")
-        self.replace(start, end + len(beside), first.shown(""))
-        if rest:
-            self.insert_after(entry, rest)
+            self.insert(tree.line_start(start), f"{entry.margin}# was: {old}{beside}{tree.newline}")
+        self.replace(start, end + len(beside), lines[0].shown())
+        if lines[1:]:
+            self.insert_after(entry, lines[1:])
 
     def insert_after(self, entry: Entry, lines: Sequence[Line]) -> None:
         """Writes lines behind an entry of the same mapping."""
         if entry.owner.flow_style:
-            self.replace(entry.end, entry.end, "".join(f", {line.key}: {line.text}" for line in lines))
+            self.insert(entry.end, "".join(f", {_flow([line])}" for line in lines))
             return
         at = self.tree.line_end(entry.end)
-        margin = " " * entry.key.start_mark.column
-        self.replace(at, at, "".join(self.tree.newline + line.shown(margin) for line in lines))
+        self.insert(at, "".join(self.tree.newline + line.shown(entry.margin) for line in lines))
 
     def insert_before(self, entry: Entry, line: Line) -> None:
         """Writes a line before an entry of the same mapping, and before the comments that belong to it."""
         tree, at = self.tree, entry.key.start_mark.index
         if entry.owner.flow_style:
-            self.replace(at, at, f"{line.key}: {line.text}, ")
+            self.insert(at, f"{_flow([line])}, ")
             return
-        margin = " " * entry.key.start_mark.column
         start = tree.line_start(at)
-        while start > 0 and tree.text[tree.line_start(start - 1) : start].startswith(f"{margin}#"):
+        while start > 0 and tree.text[tree.line_start(start - 1) : start].startswith(f"{entry.margin}#"):
             start = tree.line_start(start - 1)
-        self.replace(start, start, line.shown(margin) + tree.newline)
+        self.insert(start, line.shown(entry.margin) + tree.newline)
 
     def fill(self, entry: Entry, lines: Sequence[Line]) -> None:
         """Gives lines to a key that has none: `key:` or `key: {}`."""
         tree = self.tree
         if entry.owner.flow_style:
-            self.replace_value(entry, "{" + ", ".join(f"{line.key}: {line.text}" for line in lines) + "}")
+            self.replace_value(entry, f"{{{_flow(lines)}}}")
             return
-        colon = tree.text.index(":", entry.key.end_mark.index) + 1
+        colon = self._behind_colon(entry)
         end = max(entry.end, colon)
-        at = tree.line_end(end)
         self.replace(colon, end, "")
-        margin = " " * (entry.key.start_mark.column + _STEP)
-        self.replace(at, at, "".join(tree.newline + line.shown(margin) for line in lines))
+        margin = entry.margin + " " * _STEP
+        self.insert(tree.line_end(end), "".join(tree.newline + line.shown(margin) for line in lines))
 
     def comment(self, entry: Entry, text: str) -> None:
         """Writes a comment beside an entry, or above it where there is one already; none into flow mappings."""
@@ -305,10 +305,9 @@ class Edits:
         if entry.owner.flow_style or not text:
             return
         if not tree.text[entry.end : tree.line_end(entry.end)].strip():
-            self.replace(entry.end, entry.end, f"  # {text}")
-            return
-        start = tree.line_start(entry.key.start_mark.index)
-        self.replace(start, start, f"{' ' * entry.key.start_mark.column}# {text}{tree.newline}")
+            self.insert(entry.end, f"  # {text}")
+        else:
+            self.insert(tree.line_start(entry.key.start_mark.index), f"{entry.margin}# {text}{tree.newline}")
 
     def cut(self, entry: Entry) -> None:
         """Takes an entry out: its lines in a block, itself and a comma in a flow mapping."""
