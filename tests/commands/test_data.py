@@ -1,24 +1,29 @@
-"""tools/prepare_data.py on generated archives, on scikit-learn's digits, and on the real archives where they are."""
+"""`ikl data` on generated archives, on scikit-learn's digits, and on the real archives where they are."""
 
 import errno
 import hashlib
 import io
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
-from ikl_plugins.commands import data as prepare_data
 import pytest
 
-Image = pytest.importorskip("PIL.Image", reason="prepare_data writes images with Pillow (extra `demo`)")
+from ikl_plugins.commands import data as command
+from ikl_plugins.commands.data import data_folder, prepare_cifar10_folder, prepare_digits
+from ikl_plugins.commands.main import main
 
-TOOL = Path(prepare_data.__file__)
+Image = pytest.importorskip("PIL.Image", reason="the digits are written with Pillow (extra `data`)")
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(command.__file__).parents[2])}
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -67,26 +72,22 @@ def snapshot(folder):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra `demo`)")
-    return prepare_data.prepare_digits(tmp_path_factory.mktemp("data"))
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn (extra `data`)")
+    folder = tmp_path_factory.mktemp("data")
+    main(["data", "digits", "--data", str(folder)])
+    return folder / "digits"
 
 
 def test_digits_has_every_image_once_in_stratified_splits(digits):
     from sklearn.datasets import load_digits
 
-    found = {}
-    counts = {}
-    for path in digits.glob("*/*/*.png"):
-        split, label, _ = path.relative_to(digits).parts
-        assert int(path.stem) not in found
-        found[int(path.stem)] = int(label)
-        counts[split, label] = counts.get((split, label), 0) + 1
+    paths = list(digits.glob("*/*/*.png"))
     targets = load_digits().target
-    assert found == dict(enumerate(targets.tolist()))
+    assert sorted((int(path.stem), int(path.parent.name)) for path in paths) == list(enumerate(targets.tolist()))
     for split, size in {"train": 1200, "val": 297, "test": 300}.items():
-        assert sum(count for (of, _), count in counts.items() if of == split) == size
-        for label in range(10):
-            assert abs(counts[split, str(label)] - size * (targets == label).mean()) < 2
+        counts = Counter(int(path.parent.name) for path in paths if path.parts[-3] == split)
+        assert counts.total() == size
+        assert all(abs(counts[label] - size * (targets == label).mean()) < 2 for label in range(10))
 
 
 def test_digits_are_the_scikit_learn_images_enlarged(digits):
@@ -110,9 +111,8 @@ def test_digits_manifest_records_seed_versions_and_checksums(digits):
     manifest = json.loads((digits / "manifest.json").read_text())
     assert manifest["seed"] == 0
     assert set(manifest["versions"]) == {"python", "scikit-learn", "pillow", "numpy"}
-    assert {split: facts["images"] for split, facts in manifest["splits"].items()} == {
-        "train": 1200, "val": 297, "test": 300,
-    }  # fmt: skip
+    sizes = {split: facts["images"] for split, facts in manifest["splits"].items()}
+    assert sizes == {"train": 1200, "val": 297, "test": 300}
     whole = hashlib.sha256()
     for path in sorted(digits.glob("val/*/*.png"), key=lambda path: str(path.relative_to(digits))):
         with Image.open(path) as image:
@@ -124,21 +124,17 @@ def test_digits_manifest_records_seed_versions_and_checksums(digits):
 def test_the_split_depends_on_the_seed_and_on_nothing_else():
     names = {"a": [f"{index}" for index in range(40)], "b": [f"{index}" for index in range(20)]}
     held_out = {"val": 9, "test": 6}
-    first = prepare_data._split(names, held_out, seed=0)
-    assert first == prepare_data._split({label: names[label][::-1] for label in "ba"}, held_out, seed=0)
-    assert first != prepare_data._split(names, held_out, seed=1)
-    counts = {(label, split): 0 for label in "ab" for split in ("train", "val", "test")}
-    for (label, _), split in first.items():
-        counts[label, split] += 1
-    assert counts == {
-        ("a", "val"): 6, ("a", "test"): 4, ("a", "train"): 30, ("b", "val"): 3, ("b", "test"): 2, ("b", "train"): 15,
-    }  # fmt: skip
+    first = command._split(names, held_out, seed=0)
+    assert first == command._split({label: names[label][::-1] for label in "ba"}, held_out, seed=0)
+    assert first != command._split(names, held_out, seed=1)
+    counts = Counter(f"{label} {split}" for (label, _), split in first.items())
+    assert counts == {"a val": 6, "a test": 4, "a train": 30, "b val": 3, "b test": 2, "b train": 15}
 
 
 def test_missing_scikit_learn_names_the_pip_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"`sklearn\.datasets` is missing\. Run: python -m pip install scikit-learn"):
-        prepare_data.prepare_digits(tmp_path / "data")
+        prepare_digits(tmp_path / "data")
     assert listing(tmp_path / "data") == [".digits.lock"]
 
 
@@ -147,38 +143,38 @@ def test_missing_scikit_learn_names_the_pip_line(tmp_path, monkeypatch):
 
 def test_a_second_call_changes_nothing_and_force_makes_it_anew(archives, tmp_path, capsys):
     data = tmp_path / "data"
-    target = prepare_data.prepare_cifar10_folder(archives, data, val_images=10)
+    target = prepare_cifar10_folder(archives, data, val_images=10)
     before = snapshot(target)
     inode = target.stat().st_ino
-    assert prepare_data.prepare_cifar10_folder(archives, data, val_images=10) == target
+    assert prepare_cifar10_folder(archives, data, val_images=10) == target
     assert "already there (train 50, val 10, test 20)" in capsys.readouterr().out
     assert target.stat().st_ino == inode
-    prepare_data.prepare_cifar10_folder(archives, data, val_images=10, force=True)
+    prepare_cifar10_folder(archives, data, val_images=10, force=True)
     assert target.stat().st_ino != inode
     assert snapshot(target) == before
     assert sorted(path.name for path in data.iterdir()) == [".cifar10.lock", "cifar10"]
 
 
 def test_a_folder_made_with_another_recipe_is_refused(archives, tmp_path):
-    prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=10)
+    prepare_cifar10_folder(archives, tmp_path, val_images=10)
     with pytest.raises(ValueError, match=r"was made with seed 0, not 3\. Pass --force to make it anew"):
-        prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=10, seed=3)
+        prepare_cifar10_folder(archives, tmp_path, val_images=10, seed=3)
     with pytest.raises(ValueError, match="was made with val_images 10, not 20"):
-        prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=20)
+        prepare_cifar10_folder(archives, tmp_path, val_images=20)
     other = write_zip(tmp_path / "other.zip", members_of("test", 3))
     with pytest.raises(ValueError, match="was made with archives_sha256"):
-        prepare_data.prepare_cifar10_folder([archives[0], other], tmp_path, val_images=10)
+        prepare_cifar10_folder([archives[0], other], tmp_path, val_images=10)
 
 
 def test_a_folder_with_lost_images_or_a_damaged_manifest_is_refused(archives, tmp_path):
-    target = prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=10)
+    target = prepare_cifar10_folder(archives, tmp_path, val_images=10)
     next((target / "val").rglob("*.jpg")).unlink()
     with pytest.raises(ValueError, match=r"val must hold 10 images, got 9\. Pass --force"):
-        prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=10)
+        prepare_cifar10_folder(archives, tmp_path, val_images=10)
     (target / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged .* Pass --force"):
-        prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=10)
-    prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=10, force=True)
+        prepare_cifar10_folder(archives, tmp_path, val_images=10)
+    prepare_cifar10_folder(archives, tmp_path, val_images=10, force=True)
     assert len(list((target / "val").rglob("*.jpg"))) == 10
 
 
@@ -186,17 +182,17 @@ def test_a_folder_with_lost_images_or_a_damaged_manifest_is_refused(archives, tm
 def test_a_folder_of_somebody_else_is_left_alone(archives, tmp_path, force):
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match=r"has no manifest\.json, so this tool did not make it and leaves it alone"):
-        prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=10, force=force)
+    with pytest.raises(ValueError, match=r"has no manifest\.json, so it was not made here"):
+        prepare_cifar10_folder(archives, tmp_path, val_images=10, force=force)
     assert (tmp_path / "cifar10" / "mine.txt").read_text() == "keep"
 
 
 def test_a_failure_with_force_keeps_the_old_folder(archives, tmp_path):
     data = tmp_path / "data"
-    target = prepare_data.prepare_cifar10_folder(archives, data, val_images=10)
+    target = prepare_cifar10_folder(archives, data, val_images=10)
     before = snapshot(target)
     with pytest.raises(ValueError, match="--val-images must lie between 1 and 59"):
-        prepare_data.prepare_cifar10_folder(archives, data, val_images=60, force=True)
+        prepare_cifar10_folder(archives, data, val_images=60, force=True)
     assert snapshot(target) == before
     assert sorted(path.name for path in data.iterdir()) == [".cifar10.lock", "cifar10"]
 
@@ -209,13 +205,12 @@ def test_a_killed_run_leaves_no_target_and_the_next_call_finishes(tmp_path):
     data = tmp_path / "data"
     slow = (
         "import pathlib, sys, time\n"
-        f"sys.path.insert(0, {str(TOOL.parent)!r})\n"
-        "import prepare_data\n"
-        "read = prepare_data._read_image\n"
-        "prepare_data._read_image = lambda entry: (time.sleep(0.02), read(entry))[1]\n"
-        f"prepare_data.prepare_cifar10_folder(sys.argv[1:], pathlib.Path({str(data)!r}), val_images=100)\n"
+        "from ikl_plugins.commands import data\n"
+        "read = data._read_image\n"
+        "data._read_image = lambda entry: (time.sleep(0.02), read(entry))[1]\n"
+        f"data.prepare_cifar10_folder(sys.argv[1:], pathlib.Path({str(data)!r}), val_images=100)\n"
     )
-    run = subprocess.Popen([sys.executable, "-c", slow, *map(str, archives)], stderr=subprocess.DEVNULL)
+    run = subprocess.Popen([sys.executable, "-c", slow, *map(str, archives)], env=ENVIRONMENT)
     partial = data / ".cifar10.partial"
     deadline = time.monotonic() + 60
     while len(list(partial.rglob("*.jpg"))) < 5:
@@ -226,23 +221,24 @@ def test_a_killed_run_leaves_no_target_and_the_next_call_finishes(tmp_path):
     run.wait()
     assert not (data / "cifar10").exists()
     assert list(partial.rglob("*.jpg"))
-    target = prepare_data.prepare_cifar10_folder(archives, data, val_images=100)
+    target = prepare_cifar10_folder(archives, data, val_images=100)
     assert len(listing(target)) == 420 + 1
     assert not partial.exists()
 
 
 def test_a_data_set_moved_aside_by_a_killed_run_returns(archives, tmp_path):
-    target = prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=10)
+    target = prepare_cifar10_folder(archives, tmp_path, val_images=10)
     target.rename(tmp_path / ".cifar10.old")
     with pytest.raises(ValueError, match="--val-images must lie"):
-        prepare_data.prepare_cifar10_folder(archives, tmp_path, val_images=0, force=True)
+        prepare_cifar10_folder(archives, tmp_path, val_images=0, force=True)
     assert len(listing(target)) == 80 + 1
 
 
 def test_two_processes_at_once_make_one_folder(archives, tmp_path):
     data = tmp_path / "data"
-    command = [sys.executable, str(TOOL), "cifar10-folder", "--from", *map(str, archives), "--val-images", "10"]
-    runs = [subprocess.Popen([*command, "--data", str(data)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    line = [sys.executable, "-m", "ikl_plugins", "data", "cifar10-folder", "--from", *map(str, archives)]
+    line += ["--val-images", "10", "--data", str(data)]
+    runs = [subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for run in runs:
         _, err = run.communicate(timeout=60)
         assert (run.returncode, err) == (0, "")
@@ -266,24 +262,22 @@ def test_a_full_or_read_only_disk_is_named_and_nothing_stays(archives, tmp_path,
 
     monkeypatch.setattr(Path, "write_bytes", failing)
     with pytest.raises(OSError, match=rf"cannot write .*cifar10 \({os.strerror(code)}\); nothing .* {way_out}"):
-        prepare_data.prepare_cifar10_folder(archives, data, val_images=10)
+        prepare_cifar10_folder(archives, data, val_images=10)
     assert len(written) == 7
     assert listing(data) == [".cifar10.lock"]
 
 
-def test_a_target_that_cannot_be_a_folder_is_named(archives, tmp_path, capsys):
-    blocker = tmp_path / "file"
-    blocker.write_text("")
-    command = ["cifar10-folder", "--from", *map(str, archives), "--data", str(blocker / "data")]
-    with pytest.raises(SystemExit, match=r"error: prepare_data: cannot write .*data/cifar10 \(Not a directory\)"):
-        prepare_data.main(command)
+def test_a_target_that_cannot_be_a_folder_is_named(archives, tmp_path, ikl):
+    (tmp_path / "file").write_text("")
+    done = ikl("data", "cifar10-folder", "--from", *archives, "--data", tmp_path / "file" / "data")
+    assert re.match(r"error: ikl data: cannot write .*data/cifar10 \(Not a directory\)", done.status)
 
 
 # --- CIFAR-10 archives -----------------------------------------------------------------------------------------------
 
 
 def test_images_arrive_unchanged_and_validation_is_held_out_of_training(archives, tmp_path, capsys):
-    target = prepare_data.prepare_cifar10_folder(archives, tmp_path / "data", val_images=20)
+    target = prepare_cifar10_folder(archives, tmp_path / "data", val_images=20)
     out = capsys.readouterr().out
     assert "a.zip: 60 images of train" in out
     assert "b.zip: 20 images of test" in out
@@ -309,102 +303,107 @@ def test_the_split_comes_from_the_layout_or_from_the_archive_s_name(archives, tm
     if prefix:
         members[prefix] = b""
     train = write_zip(tmp_path / name, members)
-    target = prepare_data.prepare_cifar10_folder([train, archives[1]], tmp_path / "data", val_images=10)
+    target = prepare_cifar10_folder([train, archives[1]], tmp_path / "data", val_images=10)
     assert len(list((target / "train").rglob("*.jpg"))) == 20
 
 
 def test_one_archive_may_hold_both_splits(tmp_path):
     both = write_zip(tmp_path / "cifar.zip", {**members_of("train", 3), **members_of("test", 1)})
-    target = prepare_data.prepare_cifar10_folder([both], tmp_path / "data", val_images=10)
+    target = prepare_cifar10_folder([both], tmp_path / "data", val_images=10)
     assert len(list((target / "test").rglob("*.jpg"))) == 10
 
 
-def refused(members, archives, tmp_path, match, name="images.zip"):
+def entry(name, content=None):
+    """Two images of each class and one more."""
+    return {**members_of("train", 2), name: jpeg(0) if content is None else content}
+
+
+def two_of(classes=CLASSES, prefix=None):
+    return members_of("train", 2, classes=classes, prefix=prefix)
+
+
+NUMBERED = [f"n{index:02d}" for index in range(10)]
+OUTSIDE = "` leads out of the target folder"
+REFUSED = [
+    ("images.zip", entry("../../evil.jpg"), OUTSIDE),
+    ("images.zip", entry("/train/cat/evil.jpg"), OUTSIDE),
+    ("images.zip", entry("train/cat/..\\..\\evil.jpg"), OUTSIDE),
+    ("images.zip", entry("C:/a/evil.jpg"), OUTSIDE),
+    ("images.zip", entry("train/cat/huge.jpg", b"\xff\xd8\xff" + bytes(2**20)), "has 1,048,579 bytes, too many"),
+    ("images.zip", entry("train/cat/x.jpg", b"GIF89a.."), "starts with b'GIF89a..'"),
+    (
+        "images.zip",
+        two_of(CLASSES[:9]),
+        r"train images must lie in the ten class folders airplane, .*, got 9: airplane",
+    ),
+    ("images.zip", two_of(NUMBERED), r"ten class folders .*, got 10: n00, n01"),
+    ("images.zip", {"train/cat/readme.txt": b"hello"}, r"`train/cat/readme.txt` is no image \(\.jpg"),
+    ("images.zip", {"train/": b""}, "must hold images in class folders, but holds none"),
+    ("images.zip", two_of(prefix=""), r"fits neither <split>/<class>/<image> nor"),
+    ("train_and_test.zip", two_of(prefix=""), r"fits neither <split>/<class>/<image> nor"),
+    ("train.zip", two_of(prefix="a/b/"), r"fits neither <split>/<class>/<image> nor"),
+]
+
+
+@pytest.mark.parametrize(("name", "members", "message"), REFUSED, ids=[f"{row[0]}: {row[2]}" for row in REFUSED])
+def test_archives_that_are_no_cifar10_are_refused(archives, tmp_path, name, members, message):
     train = write_zip(tmp_path / name, members)
-    data = tmp_path / "data"
-    with pytest.raises(ValueError, match=match):
-        prepare_data.prepare_cifar10_folder([train, archives[1]], data, val_images=10)
+    with pytest.raises(ValueError, match=rf"^ikl data: .*{message}"):
+        prepare_cifar10_folder([train, archives[1]], tmp_path / "data", val_images=10)
     assert listing(tmp_path / "data") == [".cifar10.lock"]
-
-
-@pytest.mark.parametrize("name", ["../../evil.jpg", "/train/cat/evil.jpg", "train/cat/..\\..\\evil.jpg", "C:/a/b.jpg"])
-def test_paths_that_lead_out_of_the_target_are_refused(archives, tmp_path, name):
-    members = {**members_of("train", 2), name: jpeg(0)}
-    refused(members, archives, tmp_path, r"` leads out of the target folder\. Do not trust this archive")
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_links_encrypted_entries_and_huge_entries_are_refused(archives, tmp_path):
-    link = zipfile.ZipInfo("train/cat/link.jpg")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    path = write_zip(tmp_path / "images.zip", members_of("train", 2))
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(link, "/etc/passwd")
-    with pytest.raises(ValueError, match=r"`train/cat/link\.jpg` is a symbolic link"):
-        prepare_data.prepare_cifar10_folder([path, archives[1]], tmp_path / "data", val_images=10)
-
-    huge = {**members_of("train", 2), "train/cat/huge.jpg": b"\xff\xd8\xff" + bytes(2**20)}
-    refused(huge, archives, tmp_path, r"`train/cat/huge.jpg` has 1,048,579 bytes, too many for a 32x32 image")
-
-    path = write_zip(tmp_path / "locked.zip", members_of("train", 2))
-    content = bytearray(path.read_bytes())
-    central = content.index(b"PK\x01\x02")
-    content[central + 8] |= 1  # the flag of the first entry in the central directory
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"is encrypted\. Pass an archive without a password"):
-        prepare_data.prepare_cifar10_folder([path, archives[1]], tmp_path / "data", val_images=10)
-
-
-def test_what_is_no_cifar10_is_refused(archives, tmp_path):
-    nine = members_of("train", 2, classes=CLASSES[:9])
-    refused(nine, archives, tmp_path, r"train images must lie in the ten class folders airplane, .*, got 9: airplane")
-    others = members_of("train", 2, classes=[f"n{index:02d}" for index in range(10)])
-    refused(others, archives, tmp_path, r"ten class folders .*, got 10: n00, n01")
-    refused({"train/cat/readme.txt": b"hello"}, archives, tmp_path, r"`train/cat/readme.txt` is no image \(\.jpg")
-    refused({"train/": b""}, archives, tmp_path, "must hold images in class folders, but holds none")
-    refused({**members_of("train", 2), "train/cat/x.jpg": b"GIF89a.."}, archives, tmp_path, "starts with b'GIF89a..'")
+def damaged(name, whole):
+    """An archive of 60 images with one fault."""
+    content = bytearray(whole)
+    if name == "cut off":
+        return content[: len(whole) // 2]
+    if name == "flipped":
+        content[200] ^= 0xFF  # inside the first image
+    if name == "encrypted":
+        content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag of the first entry in the central directory
+    if name == "link":
+        with zipfile.ZipFile(stream := io.BytesIO(content), "a") as archive:
+            link = zipfile.ZipInfo("train/cat/link.jpg")
+            link.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(link, "/etc/passwd")
+        return stream.getvalue()
+    if name == "deflated":
+        with zipfile.ZipFile(stream := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, image in two_of().items():
+                archive.writestr(member, image)
+        content = bytearray(stream.getvalue())
+        content[30 + len("train/airplane/0000.jpg")] |= 0b110  # the first block gets a kind that deflate does not have
+    return content
 
 
-def test_a_layout_without_a_split_is_refused(archives, tmp_path):
-    flat = members_of("train", 2, prefix="")
-    refused(flat, archives, tmp_path, r"does not fit the layout <split>/<class>/<image> .* Repack or rename")
-    refused(flat, archives, tmp_path, "does not fit the layout", name="train_and_test.zip")
-    refused(members_of("train", 2, prefix="a/b/"), archives, tmp_path, "does not fit the layout", name="train.zip")
+DAMAGED = {
+    "cut off": "broken.zip must be a whole zip archive",
+    "flipped": "reading it gave: Bad CRC-32",
+    "encrypted": "is encrypted",
+    "link": r"`train/cat/link\.jpg` is a symbolic link",
+    "deflated": "reading it gave: Error -3",
+}
 
 
-def test_a_missing_split_and_an_image_given_twice_are_refused(archives, tmp_path):
-    with pytest.raises(ValueError, match="--from must give both splits, but no archive holds 'test'"):
-        prepare_data.prepare_cifar10_folder(archives[:1], tmp_path / "data", val_images=10)
-    with pytest.raises(ValueError, match=r"each image must come once, but test/airplane/0000.jpg is in .*b.zip and"):
-        prepare_data.prepare_cifar10_folder([*archives, archives[1]], tmp_path / "data", val_images=10)
-
-
-def test_truncated_damaged_and_missing_archives_are_refused(archives, tmp_path):
-    whole = archives[0].read_bytes()
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_archives_are_refused(archives, tmp_path, name):
     broken = tmp_path / "broken.zip"
-    broken.write_bytes(whole[: len(whole) // 2])
-    message = "broken.zip must be a whole zip archive, but reading it gave: .* truncated or damaged; fetch it again"
-    with pytest.raises(ValueError, match=message):
-        prepare_data.prepare_cifar10_folder([broken, archives[1]], tmp_path / "data", val_images=10)
-
-    flipped = bytearray(whole)
-    flipped[200] ^= 0xFF  # inside the first image
-    broken.write_bytes(flipped)
-    with pytest.raises(ValueError, match=r"broken.zip must be a whole zip archive, but reading it gave: Bad CRC-32"):
-        prepare_data.prepare_cifar10_folder([broken, archives[1]], tmp_path / "data", val_images=10)
+    broken.write_bytes(damaged(name, archives[0].read_bytes()))
+    with pytest.raises(ValueError, match=DAMAGED[name]):
+        prepare_cifar10_folder([broken, archives[1]], tmp_path / "data", val_images=10)
     assert listing(tmp_path / "data") == [".cifar10.lock"]
 
-    with zipfile.ZipFile(broken, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members_of("train", 2).items():
-            archive.writestr(name, content)
-    flipped = bytearray(broken.read_bytes())
-    flipped[30 + len("train/airplane/0000.jpg")] |= 0b110  # the first block gets a kind that deflate does not have
-    broken.write_bytes(flipped)
-    with pytest.raises(ValueError, match=r"broken.zip must be a whole zip archive, but reading it gave: Error -3"):
-        prepare_data.prepare_cifar10_folder([broken, archives[1]], tmp_path / "data", val_images=10)
 
-    with pytest.raises(ValueError, match=r"--from nowhere.zip cannot be read \(No such file or directory\)"):
-        prepare_data.prepare_cifar10_folder(["nowhere.zip", archives[1]], tmp_path / "data")
+def test_archives_that_do_not_go_together_are_refused(archives, tmp_path):
+    for paths, message in (
+        (archives[:1], "--from must give both splits, but no archive holds 'test'"),
+        ([*archives, archives[1]], "each image must come once, but test/airplane/0000.jpg is in .*b.zip and"),
+        (["nowhere.zip", archives[1]], r"--from nowhere.zip cannot be read \(No such file or directory\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare_cifar10_folder(paths, tmp_path / "data", val_images=10)
 
 
 # --- the command and the real archives -------------------------------------------------------------------------------
@@ -412,20 +411,22 @@ def test_truncated_damaged_and_missing_archives_are_refused(archives, tmp_path):
 
 def test_the_data_folder_is_the_environment_s_or_data(monkeypatch):
     monkeypatch.setenv("IKL_PLUGINS_DATA", "/somewhere")
-    assert prepare_data.data_folder() == Path("/somewhere")
+    assert data_folder() == Path("/somewhere")
     monkeypatch.delenv("IKL_PLUGINS_DATA")
-    assert prepare_data.data_folder() == Path("data")
+    assert data_folder() == Path("data")
 
 
-def test_the_command_ends_with_one_line_on_an_error(archives, tmp_path):
-    command = [sys.executable, str(TOOL), "cifar10-folder", "--from", str(archives[0])]
-    environment = {**os.environ, "IKL_PLUGINS_DATA": str(tmp_path / "data")}
-    run = subprocess.run([*command, "--val-images", "5"], capture_output=True, text=True, env=environment)
-    assert run.returncode == 1
-    assert run.stderr.startswith("error: prepare_data cifar10-folder: --from must give both splits")
-    assert len(run.stderr.splitlines()) == 1
+def test_the_command(archives, tmp_path, monkeypatch, ikl):
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path / "data"))
+    done = ikl("data", "cifar10-folder", "--from", archives[0], "--val-images", 5)
+    assert done.status.startswith("error: ikl data: --from must give both splits")
+    done = ikl("data", "cifar10-folder", "--from", *archives, "--val-images", 10, "--seed", 3)
+    assert done.status is None
+    manifest = json.loads((tmp_path / "data" / "cifar10" / "manifest.json").read_text())
+    assert (manifest["seed"], manifest["val_images"]) == (3, 10)
 
 
+@pytest.mark.slow
 def test_the_real_archives(tmp_path):
     folder = os.environ.get("IKL_PLUGINS_DOWNLOADS")
     if not folder:
@@ -433,7 +434,7 @@ def test_the_real_archives(tmp_path):
     archives = [Path(folder) / f"cifar10-jpeg-{split}.zip" for split in ("train", "test")]
     if not all(path.is_file() for path in archives):
         pytest.skip(f"{folder} does not hold cifar10-jpeg-train.zip and cifar10-jpeg-test.zip")
-    target = prepare_data.prepare_cifar10_folder(archives, tmp_path)
+    target = prepare_cifar10_folder(archives, tmp_path)
     splits = json.loads((target / "manifest.json").read_text())["splits"]
     for split, per_class in (("train", 4500), ("val", 500), ("test", 500)):
         assert splits[split]["per_class"] == dict.fromkeys(CLASSES, per_class)
