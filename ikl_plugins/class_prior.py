@@ -90,7 +90,7 @@ class ClassPrior(nn.Module):
 
         Raises:
             TypeError: ``probabilities`` is not a floating tensor or ``targets`` not an integer tensor.
-            ValueError: shapes do not fit, or a label is outside [0, C).
+            ValueError: shapes or devices do not fit, or a label is outside [0, C).
         """
         caller = "ClassPrior.observe"
         check.check_targets(caller, targets, self.num_classes)
@@ -100,6 +100,11 @@ class ClassPrior(nn.Module):
             raise ValueError(
                 f"{caller}: `probabilities` must have shape {expected} for targets of shape {tuple(targets.shape)}, "
                 f"got {tuple(probabilities.shape)}. Set `num_classes` to that of the logits."
+            )
+        if probabilities.device != self.sums.device:
+            raise ValueError(
+                f"{caller}: `probabilities` must be on the prior's device, got {probabilities.device} and "
+                f"{self.sums.device}. Move one with `.to(...)`."
             )
         self.add(probabilities, targets)
 

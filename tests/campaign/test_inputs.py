@@ -86,9 +86,9 @@ def operator_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     operator = native.operator()
     calls = [0]
 
-    def counted(*arguments: object) -> object:
+    def counted(*arguments: object, **more: object) -> object:
         calls[0] += 1
-        return operator(*arguments)
+        return operator(*arguments, **more)
 
     monkeypatch.setattr(native, "_operator", counted)
     yield calls

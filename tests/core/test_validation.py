@@ -218,6 +218,12 @@ def labels_rows() -> list[Row]:
         ("observe-list", lambda: observe([[1.0]], LABELS), TypeError, "`probabilities` must be a torch.Tensor"),
         ("observe-int", lambda: observe(T.long(), LABELS), TypeError, "at least 16 bits, got torch.int64"),
         (
+            "observe-device",
+            lambda: observe(T.to("meta"), LABELS),
+            ValueError,
+            "on the prior's device, got meta and cpu",
+        ),
+        (
             "observe-float8",
             lambda: observe(T.to(EIGHT_BITS[0]), LABELS),
             TypeError,
