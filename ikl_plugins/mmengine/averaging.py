@@ -49,8 +49,8 @@ class WarmupEMA(BaseAveragedModel):  # type: ignore[misc]
     ) -> None:
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 < momentum < 1:
             raise ValueError(
-                f"WarmupEMA: `momentum` must be a number between 0 and 1, 1 - the final decay, got {momentum!r}. "
-                f"For a decay of 0.995 write 0.005."
+                f"WarmupEMA: `momentum` must be a number between 0 and 1, got {momentum!r}. "
+                f"For a final decay of 0.995 write 0.005."
             )
         super().__init__(model, interval, device, update_buffers)
         self.momentum = momentum
@@ -58,13 +58,7 @@ class WarmupEMA(BaseAveragedModel):  # type: ignore[misc]
         self.steps: Tensor = self.steps.fill_(1)
 
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
-        """Updates one tensor of the average in place.
-
-        Args:
-            averaged_param: of the average.
-            source_param: of the model.
-            steps: the count of steps, 1 in the first.
-        """
+        """Updates one tensor of the average in place; ``steps`` is 1 in the first."""
         averaged_param.lerp_(source_param, 1 - self.decay(int(steps) - 1))
 
     def decay(self, step: int) -> float:

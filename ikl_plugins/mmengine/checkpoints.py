@@ -9,18 +9,21 @@ loader would go on to run the file. The reading itself is in :mod:`ikl_plugins.c
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mmengine.runner.checkpoint
 import torch.serialization
-from mmengine.logging import HistoryBuffer  # noqa: F401  # the list has the real one, which must be imported for that
+from mmengine.logging import HistoryBuffer, MMLogger  # noqa: F401  # the list has the real buffer where it is imported
 
 from .. import checkpoints
 from ..checkpoints import load_content, load_weights
 
-__all__ = ["allow_mmengine_checkpoints", "load_content", "load_weights", "verify"]
+__all__ = ["allow_mmengine_checkpoints", "cut_off", "load_content", "load_weights", "newest_whole", "verify"]
+
+_ZIP = b"PK\x03\x04"  # how torch.save begins a file
 
 
 def allow_mmengine_checkpoints() -> bool:
@@ -63,9 +66,8 @@ def verify(path: Path | str, *, resume: bool = False) -> None:
     scheme = re.match(r"[\w+.-]+(?=://)", str(path))
     if scheme:
         raise ValueError(
-            f"verify: a checkpoint must be a file or an http(s) address to be checked before it is loaded, got {path}. "
-            f"Fetch it and name the file, or trust what {scheme[0]}:// gives: "
-            f"custom_hooks = [dict(type='IKLHook', verify_checkpoints=False)]."
+            f"verify: a checkpoint must be a file or an http(s) address, got {path}. Fetch it and name the file, or "
+            f"trust {scheme[0]}://: custom_hooks = [dict(type='IKLHook', verify_checkpoints=False)]."
         )
     _check_run(load_content(path), path, resume)
 
@@ -75,6 +77,40 @@ def _check_run(content: Any, path: Path | str, resume: bool) -> None:
     if resume and missing:
         raise ValueError(
             f"verify: the checkpoint {path} must be one of MMEngine's for a run to go on from it, but lacks "
-            f"{', '.join(map(repr, missing))}. To start from its weights, name it in `load_from` and leave `resume` "
-            f"out."
+            f"{', '.join(map(repr, missing))}. For its weights alone name it in `load_from` without `resume`."
         )
+
+
+def cut_off(path: str, work_dir: str) -> bool:
+    """Whether MMEngine was stopped in the middle of writing ``path``, or its name: '' in the file `last_checkpoint`.
+
+    MMEngine writes in place: the name behind each checkpoint, and the last checkpoint a second time behind a validation
+    that was the best so far. What is damaged in another way, or was not written by this run, is refused and not passed
+    over.
+    """
+    if path == "":
+        return True
+    file = Path(path)
+    if not file.is_file() or file.parent.resolve() != Path(work_dir).resolve() or zipfile.is_zipfile(file):
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(_ZIP)) in (_ZIP, b"")
+
+
+def newest_whole(named: str, work_dir: str) -> str:
+    """The newest checkpoint of a run that was written to its end."""
+    found = [path for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(?:epoch|iter)_\d+", path.stem)]
+    whole = [path for path in found if not cut_off(str(path), work_dir)]
+    note = Path(work_dir, "last_checkpoint")
+    if not whole:
+        what = f"names {named}, which was not written to its end" if named else "is empty"
+        raise ValueError(
+            f"IKLHook: {note} must name the checkpoint to go on from, but {what}, and there is no whole one beside it. "
+            f"Start anew, without --resume."
+        )
+    # By time and not by number: the folder may have checkpoints of a longer run that was there before.
+    newest = max(whole, key=lambda path: path.stat().st_mtime_ns)
+    MMLogger.get_current_instance().warning(
+        "IKLHook: the run was stopped while it wrote %s; going on from %s.", named or note, newest
+    )
+    return str(newest)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -14,20 +11,17 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook, SyncBuffersHook
-from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import find_latest_checkpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .checkpoints import verify
+from .checkpoints import cut_off, newest_whole, verify
 from .dry_run import dry_run
 from .epochs import EpochModel, class_priors, end_epoch
 
 __all__ = ["IKLHook"]
-
-_ZIP = b"PK\x03\x04"  # how torch.save begins a file
 
 
 class IKLHook(Hook):  # type: ignore[misc]
@@ -81,8 +75,8 @@ class IKLHook(Hook):  # type: ignore[misc]
         path = runner._load_from
         if path is None and runner._resume:
             path = find_latest_checkpoint(runner.work_dir)
-            if path is not None and _cut_off(path, runner.work_dir):
-                path = runner._load_from = _newest_whole(path, runner.work_dir)
+            if path is not None and cut_off(path, runner.work_dir):
+                path = runner._load_from = newest_whole(path, runner.work_dir)
         if path is not None:
             verify(path, resume=runner._resume)
 
@@ -178,41 +172,6 @@ class IKLHook(Hook):  # type: ignore[misc]
         torch.manual_seed(tensor)
 
 
-def _cut_off(path: str, work_dir: str) -> bool:
-    """Whether MMEngine was stopped in the middle of writing ``path``, or its name: '' in the file `last_checkpoint`.
-
-    MMEngine writes in place: the name behind each checkpoint, and the last checkpoint a second time behind a validation
-    that was the best so far. What is damaged in another way, or was not written by this run, is refused and not passed
-    over.
-    """
-    if path == "":
-        return True
-    file = Path(path)
-    if not file.is_file() or file.parent.resolve() != Path(work_dir).resolve() or zipfile.is_zipfile(file):
-        return False
-    with file.open("rb") as opened:
-        return opened.read(len(_ZIP)) in (_ZIP, b"")
-
-
-def _newest_whole(named: str, work_dir: str) -> str:
-    """The newest checkpoint of a run that was written to its end."""
-    found = [path for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(?:epoch|iter)_\d+", path.stem)]
-    whole = [path for path in found if not _cut_off(str(path), work_dir)]
-    note = Path(work_dir, "last_checkpoint")
-    if not whole:
-        what = f"names {named}, which was not written to its end" if named else "is empty"
-        raise ValueError(
-            f"IKLHook: {note} must name the checkpoint to go on from, but {what}, and there is no whole one beside it. "
-            f"Start anew, without --resume."
-        )
-    # By time and not by number: the folder may have checkpoints of a longer run that was there before.
-    newest = max(whole, key=lambda path: path.stat().st_mtime_ns)
-    MMLogger.get_current_instance().warning(
-        "IKLHook: the run was stopped while it wrote %s; going on from %s.", named or note, newest
-    )
-    return str(newest)
-
-
 def _unwrap(model: Any) -> nn.Module:
     module: nn.Module = model.module if is_model_wrapper(model) else model
     return module
@@ -240,19 +199,18 @@ def _check_ranks(runner: Any, by_iteration: bool) -> None:
         return
     if not is_model_wrapper(runner.model):
         raise ValueError(
-            f"IKLHook: the model of {get_world_size()} ranks must be wrapped, or each trains for itself on its share "
-            f"of the data, but it is not. Start mmpretrain's tools/train.py with --launcher pytorch."
+            f"IKLHook: the model of {get_world_size()} ranks must be wrapped, or each trains for itself. "
+            f"Start the training with --launcher pytorch."
         )
     if not class_priors(_unwrap(runner.model)):
         return
     if getattr(runner.model, "broadcast_buffers", False):
         raise ValueError(
             "IKLHook: `model_wrapper_cfg` must have broadcast_buffers=False, or rank 0's class statistics replace "
-            "those of the others in every iteration. Use model_wrapper_cfg = dict(type='MMDistributedDataParallel', "
-            "broadcast_buffers=False)."
+            "those of the others. Use dict(type='MMDistributedDataParallel', broadcast_buffers=False)."
         )
     if by_iteration and any(isinstance(hook, SyncBuffersHook) for hook in runner.hooks):
         raise ValueError(
-            "IKLHook: a SyncBuffersHook must not be there in an iteration-based loop, as it averages the class "
-            "statistics of the ranks in the middle of an epoch. Take it out of `custom_hooks`."
+            "IKLHook: a SyncBuffersHook must not be there in an iteration-based loop, where it averages the ranks' "
+            "class statistics in the middle of an epoch. Take it out of `custom_hooks`."
         )

@@ -26,8 +26,8 @@ class _OneCycle(OneCycleParamScheduler):  # type: ignore[misc]
     def _get_value(self) -> list[float]:
         if self._schedule_phases[0]["end_step"] == 0:
             raise ValueError(
-                f"{type(self).__name__}: `pct_start` of `total_steps` must not be exactly one step, which leaves the "
-                f"rise without a length, but there are {self.total_steps} steps. Change pct_start a little."
+                f"{type(self).__name__}: `pct_start` of `total_steps` must not be exactly one step, got that of "
+                f"{self.total_steps} steps. Change pct_start a little."
             )
         values: list[float] = super()._get_value()
         return values
@@ -87,16 +87,14 @@ class _OneCycleMomentumValues(_OneCycle):
         self.total_steps = end - begin if total_steps is None else total_steps
         if self.total_steps < 1 or self.total_steps >= INF:
             raise ValueError(
-                f"{caller}: `total_steps` must be the number of steps of the cycle, at least 1, got "
-                f"{total_steps}. Give it, or `end`; a runner of MMEngine takes it from the length of the training."
+                f"{caller}: `total_steps` must be the number of steps of the cycle, got {total_steps}. "
+                f"Give it, or `end`; MMEngine's runner knows the length of the training."
             )
+        ends = (pct_start * self.total_steps - 1, self.total_steps - 1)
+        ways = (("max_momentum", "base_momentum"), ("base_momentum", "max_momentum"))
         self._schedule_phases = [
-            {
-                "end_step": pct_start * self.total_steps - 1,
-                "start_momentum": "max_momentum",
-                "end_momentum": "base_momentum",
-            },
-            {"end_step": self.total_steps - 1, "start_momentum": "base_momentum", "end_momentum": "max_momentum"},
+            {"end_step": end_step, "start_momentum": start, "end_momentum": target}
+            for end_step, (start, target) in zip(ends, ways, strict=True)
         ]
         if last_step == -1:
             for group in optimizer.param_groups:
@@ -161,8 +159,8 @@ class BatchNormMomentumHook(Hook):  # type: ignore[misc]
         for name, value in (("momentum", momentum), ("first_momentum", first_momentum)):
             if check.check_number("BatchNormMomentumHook", name, value) > 1:
                 raise ValueError(
-                    f"BatchNormMomentumHook: `{name}` must be from 0 to 1, got {value}. It is the share of the new "
-                    f"batch, as in torch.nn.BatchNorm2d."
+                    f"BatchNormMomentumHook: `{name}` must be from 0 to 1, got {value}. "
+                    f"It is the share of the new batch."
                 )
         self.momentum = momentum
         self.first_momentum = first_momentum
@@ -174,8 +172,8 @@ class BatchNormMomentumHook(Hook):  # type: ignore[misc]
         self._layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if not self._layers:
             raise ValueError(
-                "BatchNormMomentumHook: the model must have batch normalisation, but it has none. Take the hook out of "
-                "`custom_hooks`."
+                "BatchNormMomentumHook: the model must have batch normalisation, but it has none. "
+                "Take the hook out of `custom_hooks`."
             )
         self._set(self.first_momentum if runner.iter == 0 else self.momentum)
 

@@ -34,8 +34,8 @@ class AdversarialClassifier(EpochClassifier):
 
     Args:
         backbone: as in ``ImageClassifier``.
-        neck: as in ``ImageClassifier``.
-        head: as in ``ImageClassifier``; its loss is the natural cross entropy.
+        neck: likewise.
+        head: likewise; its loss is the natural cross entropy.
         attack: keywords of :class:`ikl_plugins.adversarial.PGD`, in pixel units whatever the data preprocessor does:
             the inner maximisation of the training. The objective ``'ikl'`` is weighed by the class prior of the robust
             loss if it has one.
@@ -54,9 +54,9 @@ class AdversarialClassifier(EpochClassifier):
         channels_last: lays weights and images out channels last, which makes convolutions faster on CPUs and under
             mixed precision on GPUs. Checkpoints are the same.
         pretrained: as in ``ImageClassifier``.
-        train_cfg: as in ``ImageClassifier``.
-        data_preprocessor: as in ``ImageClassifier``; mean, std and channel order are read from it.
-        init_cfg: as in ``ImageClassifier``.
+        train_cfg: likewise.
+        data_preprocessor: likewise; mean, std and channel order are read from it.
+        init_cfg: likewise.
 
     Raises:
         TypeError: a number that is none, or an unknown keyword.
@@ -136,10 +136,6 @@ class AdversarialClassifier(EpochClassifier):
         Returns:
             ``loss_ce`` and ``loss_robust``; beside them ``weighted_mse`` and ``soft_cross_entropy``, the two parts of
             the robust loss (of the first view), ``eps``, and where labels are hard ``adversarial_accuracy`` in percent.
-
-        Raises:
-            ValueError: no hook tells the epochs; views and ``augmented_weight`` do not fit; labels that are not hard
-                where hard ones are needed; images that are no pixels behind the preprocessor.
         """
         self.check_epochs()
         self._restore()
@@ -168,15 +164,8 @@ class AdversarialClassifier(EpochClassifier):
         return {**self._losses(*batch, observe=True), "eps": natural.new_tensor(strength.eps)}
 
     def predict(self, inputs: Tensor, data_samples: list[Any] | None = None, **kwargs: Any) -> list[Any]:
-        """Predictions of natural images, and under ``val_attack`` of adversarial ones.
-
-        Args:
-            inputs: what the data preprocessor hands on, shape (N, C, H, W).
-            data_samples: one for each image; without labels there is no attack.
-            **kwargs: those of the head.
-
-        Returns:
-            Data samples with ``pred_score`` and ``pred_label``, and under attack ``robust_pred_score``.
+        """Predictions of natural images, and of adversarial ones as ``robust_pred_score`` where ``val_attack`` and
+        labels are given.
         """
         inputs = self._arranged(inputs)
         attacked = self.val_attack is not None and data_samples is not None and "gt_label" in data_samples[0]
@@ -197,14 +186,7 @@ class AdversarialClassifier(EpochClassifier):
         return predictions
 
     def attach(self, runner: Any) -> None:
-        """Prepares for a run: weights that AWP has perturbed are restored before the optimizer's step.
-
-        Args:
-            runner: MMEngine's runner.
-
-        Raises:
-            ValueError: AWP with several optimizers; ``RobustAccuracy`` without ``val_attack``.
-        """
+        """Prepares for a run: weights that AWP has perturbed are restored before the optimizer's step."""
         super().attach(runner)
         metrics = [] if runner.val_loop is None else runner.val_loop.evaluator.metrics
         if self.val_attack is None and any(isinstance(metric, RobustAccuracy) for metric in metrics):
@@ -223,7 +205,7 @@ class AdversarialClassifier(EpochClassifier):
         optimizer.register_step_pre_hook(lambda *_: self._restore())
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Starts an epoch; see :class:`EpochClassifier`. Warns of an ``awp`` that this training never reaches."""
+        """Starts an epoch; warns of an ``awp`` that this training never reaches."""
         super().begin_epoch(epoch, epochs)
         if epoch == 1 and self.awp is not None and not self.awp.active(epochs):
             MMLogger.get_current_instance().warning(
@@ -238,7 +220,7 @@ class AdversarialClassifier(EpochClassifier):
         self._restore()
 
     def epoch_reasons(self) -> list[str]:
-        """Why this model must know where epochs begin."""
+        """The class prior, an attack that changes, and AWP."""
         reasons = super().epoch_reasons()
         if self.attack.changes:
             reasons.append("an `attack` that changes over the epochs")

@@ -70,16 +70,9 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
     def head_losses(
         self, feats: Any, logits: Tensor, data_samples: Sequence[Any], weight: float = 1.0
     ) -> dict[str, Any]:
-        """The head's own losses and accuracies, from logits that are already there wherever the head allows that.
+        """The head's own losses, times ``weight``, and accuracies; its key ``loss`` becomes ``loss_ce``.
 
-        Args:
-            feats: the features.
-            logits: the head's output for them.
-            data_samples: one ``DataSample`` per image.
-            weight: factor of every loss; accuracies keep their value.
-
-        Returns:
-            The head's dict, its key ``loss`` renamed to ``loss_ce``.
+        They come from logits that are already there wherever the head allows that.
         """
         # A head with its own way from features to a loss, one with margins for example, is asked for the whole way.
         if type(self.head).loss is ClsHead.loss:
@@ -94,19 +87,7 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
     def hard_labels(
         self, data_samples: Sequence[Any] | None, needed_by: str, instead: str = "set global_info=False"
     ) -> Tensor:
-        """The class index of every sample, for whatever needs exactly one.
-
-        Args:
-            data_samples: one ``DataSample`` per image, with ``gt_label``.
-            needed_by: what needs them, for the message.
-            instead: how to do without them, for the message.
-
-        Returns:
-            Shape (N,), integer.
-
-        Raises:
-            ValueError: labels are missing, are scores in training (one-hot, mixup, CutMix), or are several per sample.
-        """
+        """The class index (N,) of every sample, for what needs exactly one; messages name it and how to do without."""
         if not data_samples or any("gt_label" not in sample for sample in data_samples):
             raise ValueError(
                 f"{self._name}: every data sample must have a `gt_label`, which {needed_by} needs. "
@@ -127,19 +108,7 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         return torch.cat([label.reshape(1) for label in labels])
 
     def build_loss(self, key: str, loss: Mapping[str, Any] | nn.Module) -> Any:
-        """A loss between two sets of logits, from its config, with the head's class count filled in.
-
-        Args:
-            key: the key of the model's config, for messages.
-            loss: config dict or module.
-
-        Returns:
-            The module: ``loss(student_logits, teacher_logits, targets)``.
-
-        Raises:
-            TypeError: neither a dict nor a module.
-            ValueError: not such a loss, or its class count is not the head's.
-        """
+        """The loss between two sets of logits of the config's ``key``, with the head's class count filled in."""
         classes = getattr(self.head, "num_classes", None)
         if isinstance(loss, Mapping):
             config = dict(loss)
@@ -175,16 +144,9 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
 
 
 def term_scalars(loss: Any, scale: float = 1.0) -> dict[str, Tensor]:
-    """The terms of a loss's last value for the log, as they enter the total.
+    """``weighted_mse`` and ``soft_cross_entropy`` of a loss's last value, as they enter the total times ``scale``.
 
     MMEngine adds up every entry whose name contains "loss", so these names do not.
-
-    Args:
-        loss: a loss of this package; one without terms gives an empty dict.
-        scale: the factor with which its value enters the total.
-
-    Returns:
-        ``weighted_mse`` and ``soft_cross_entropy``, detached, 0-dim.
     """
     terms = loss.last_terms
     return {} if terms is None else {name: scale * term.detach().mean() for name, term in terms._asdict().items()}

@@ -101,11 +101,7 @@ class DistillationClassifier(EpochClassifier):
         self.teacher = build_teacher(teacher, teacher_ckpt, student=self)
 
     def attach(self, runner: Any) -> None:
-        """Logs the teacher's accuracy on the first validation batches, if ``teacher_val_batches`` asks for it.
-
-        Args:
-            runner: the runner that trains this model. Neither its state nor any random number generator is changed.
-        """
+        """Logs the teacher's accuracy on the first validation batches; no random number generator moves."""
         super().attach(runner)
         if self.teacher_val_batches == 0:
             return
@@ -131,18 +127,11 @@ class DistillationClassifier(EpochClassifier):
             )
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any]) -> dict[str, Any]:
-        """The losses of one batch.
-
-        Args:
-            inputs: shape (N, C, H, W), from the data preprocessor.
-            data_samples: one ``DataSample`` per image, with labels.
+        """The losses of one batch, of inputs (N, C, H, W) and one ``DataSample`` with labels per image.
 
         Returns:
             ``loss_ce`` and ``loss_distill``, which add up to the total; ``weighted_mse`` and ``soft_cross_entropy``,
             the terms of the latter; accuracies, if the head computes them.
-
-        Raises:
-            ValueError: nobody says where epochs begin; labels or class counts that do not fit.
         """
         prior = self.distill_loss.class_prior
         self.check_epochs()

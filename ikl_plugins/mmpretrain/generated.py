@@ -39,11 +39,11 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
             ``'rgb'`` that of MMPretrain's ``CIFAR10`` and ``CIFAR100``; the data preprocessor's ``to_rgb`` must fit.
         indices: the images to take: the first n; with -n the last n; or a list of positions. None for all.
         pipeline: transforms, without one that loads an image.
-        metainfo: as in MMPretrain's ``BaseDataset``.
-        classes: as in MMPretrain's ``BaseDataset``.
-        test_mode: as in MMPretrain's ``BaseDataset``.
+        metainfo: as in MMPretrain's ``BaseDataset``, like all that follow.
+        classes: see there.
+        test_mode: see there.
         lazy_init: opens the files at the first use.
-        max_refetch: as in MMPretrain's ``BaseDataset``.
+        max_refetch: see there.
 
     Raises:
         ValueError: a file is missing, damaged or compressed, or holds something else; images of several sizes; an
@@ -109,8 +109,8 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
         )
         if any(isinstance(transform, LoadImageFromFile) for transform in self.pipeline.transforms):
             raise ValueError(
-                f"{_CALLER}: `pipeline` must not load images, which are there already, but it has a LoadImageFromFile. "
-                f"Take that one out, for instance with pipeline=train_pipeline[1:]."
+                f"{_CALLER}: `pipeline` must not load images, but it has a LoadImageFromFile. "
+                f"Take it out: pipeline=train_pipeline[1:]."
             )
 
     def full_init(self) -> None:
@@ -122,8 +122,8 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
         sizes = {images.shape[1:3] for images, _ in self._parts}
         if len(sizes) > 1:
             raise ValueError(
-                f"{_CALLER}: all files of `data_file` must have images of one size, got {sorted(sizes)}. Make a data "
-                f"set of each, with a pipeline that resizes."
+                f"{_CALLER}: all files of `data_file` must have images of one size, got {sorted(sizes)}. "
+                f"Make a data set of each."
             )
         self._ends = list(itertools.accumulate(len(images) for images, _ in self._parts))
         self._positions = range(self._ends[-1])
@@ -136,17 +136,7 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
         return len(self._positions)
 
     def get_data_info(self, idx: int) -> dict[str, Any]:
-        """One sample before the pipeline.
-
-        Args:
-            idx: its number; from the end if negative.
-
-        Returns:
-            'img', uint8 (H, W, 3); 'img_shape' and 'ori_shape', (H, W); 'gt_label'; 'sample_idx'.
-
-        Raises:
-            IndexError: there is no such sample.
-        """
+        """One sample before the pipeline, from the end if ``idx`` is negative."""
         images, labels, row = self._place(idx)
         image = images[row]
         if self.channel_order == "bgr":

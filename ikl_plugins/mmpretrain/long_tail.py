@@ -88,31 +88,19 @@ class ManyMediumFew(BaseMetric):  # type: ignore[misc]
             self.train_counts = _given(train_counts)
 
     def process(self, data_batch: Any, data_samples: Sequence[Mapping[str, Any]]) -> None:
-        """Collects one batch.
-
-        Args:
-            data_batch: not used.
-            data_samples: what the model predicted, with 'pred_score' or 'pred_label', and 'gt_label'.
-        """
+        """Collects one batch of predictions, with 'pred_score' or 'pred_label', and 'gt_label'."""
         for sample in data_samples:
             predicted = sample["pred_score"].argmax() if "pred_score" in sample else sample["pred_label"]
             self.results.append((int(predicted), int(sample["gt_label"])))
 
     def compute_metrics(self, results: list[tuple[int, int]]) -> dict[str, float]:
-        """The accuracies of what all ranks have collected.
-
-        Args:
-            results: pairs (predicted class, class).
-
-        Returns:
-            'all', 'many', 'medium' and 'few', in percent.
-        """
+        """'all', 'many', 'medium' and 'few' in percent, of the pairs (predicted class, class) of all ranks."""
         predicted, labels = numpy.array(results, dtype=numpy.int64).reshape(-1, 2).T
         counts = self.train_counts
         if labels.size and labels.max() >= len(counts):
             raise ValueError(
                 f"{_CALLER}: `train_counts` must have every class of the test images, but it has {len(counts)} and "
-                f"there is a label {labels.max()}. Name the list file of the same data set, or give the counts."
+                f"there is a label {labels.max()}. Name the list file of the same data set."
             )
         images = numpy.bincount(labels, minlength=len(counts))
         right = numpy.bincount(labels[predicted == labels], minlength=len(counts))
@@ -158,7 +146,7 @@ def _given(counts: Any) -> numpy.ndarray[Any, Any]:
     )
     if not whole or not len(counts):
         raise TypeError(
-            f"{_CALLER}: `train_counts` must be a list of numbers of images, one for each class, or the path of a list "
-            f"file, got {counts!r}. Write train_counts=[500, 480, ...]."
+            f"{_CALLER}: `train_counts` must be a list of image counts by class, or the path of a list file, got "
+            f"{counts!r}. Write train_counts=[500, 480, ...]."
         )
     return numpy.array(counts, dtype=numpy.int64)

@@ -35,12 +35,7 @@ class RobustAccuracy(Accuracy):  # type: ignore[misc]
     default_prefix = "robust"
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        """Collects one batch.
-
-        Args:
-            data_batch: not used.
-            data_samples: what the model predicted, with 'robust_pred_score' and 'gt_label'.
-        """
+        """Collects one batch of predictions, with 'robust_pred_score' and 'gt_label'."""
         if any(ROBUST_SCORE not in sample for sample in data_samples):
             raise ValueError(
                 "RobustAccuracy: the model must predict adversarial images, but its predictions hold none. Use "

@@ -65,21 +65,11 @@ def build_robustbench_network(
     It gives logits, so its head is ``dict(type='LogitsClsHead', num_classes=...)``. Checkpoints have RobustBench's own
     names behind 'backbone.'.
 
-    Args:
-        architecture: see :func:`ikl_plugins.models.robustbench_zoo.robustbench_network`.
-        num_classes: number of logits.
-        dataset: whose mean and std a network that normalises its inputs has.
-        mean: in their place, of the three channels in [0, 1].
-        std: likewise.
+    Arguments and errors are those of :func:`ikl_plugins.models.robustbench_zoo.robustbench_network`.
 
     Returns:
         An instance of RobustBench's class. It takes images in [0, 1] of 32x32, so that what is submitted gets
         ``data_preprocessor = dict(mean=[0.0] * 3, std=[255.0] * 3, to_rgb=True)``.
-
-    Raises:
-        ImportError: RobustBench is not installed.
-        TypeError: a name or number that is none.
-        ValueError: as :func:`ikl_plugins.models.robustbench_zoo.robustbench_network`.
     """
     return robustbench_network(architecture, num_classes, dataset=dataset, mean=mean, std=std)
 
@@ -112,22 +102,12 @@ class LogitsClsHead(ClsHead):  # type: ignore[misc]  # the base class has no typ
         self.num_classes = num_classes
 
     def pre_logits(self, feats: Any) -> Tensor:
-        """The logits, as the backbone gives them.
-
-        Args:
-            feats: shape (N, num_classes), or a tuple that ends with such a tensor.
-
-        Returns:
-            Shape (N, num_classes).
-
-        Raises:
-            ValueError: the backbone gives something else.
-        """
+        """The logits (N, num_classes) of the backbone, which may be the last of several outputs."""
         logits = feats[-1] if isinstance(feats, (tuple, list)) and feats else feats
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] != self.num_classes:
             what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(
-                f"LogitsClsHead: the backbone must give logits of shape (N, {self.num_classes}), got {what}. Give both "
-                f"the same num_classes, or take LinearClsHead for a backbone that gives features."
+                f"LogitsClsHead: the backbone must give logits of shape (N, {self.num_classes}), got {what}. "
+                f"Give both the same num_classes, or use LinearClsHead."
             )
         return logits

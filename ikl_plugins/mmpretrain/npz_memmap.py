@@ -26,17 +26,11 @@ _CHUNK = 16 * 2**20
 
 
 class MappedArray:
-    """A NumPy array inside a file, of which no more than the rows that are asked for is read.
+    """A NumPy array that begins ``offset`` bytes into a file, of which no more than the rows asked for is read.
 
     The file is mapped at the first read. Every 2,048 reads the pages that they have touched are given back (where the
     operating system has ``madvise``), as otherwise a process that reads at random keeps ever more of the file in its
     resident memory. A pickle or a copy holds the place of the array and maps the file anew.
-
-    Args:
-        path: the file.
-        offset: where in the file the data of the array begins, in bytes.
-        shape: of the array.
-        dtype: of the array.
     """
 
     def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> None:
@@ -81,23 +75,11 @@ class MappedArray:
 
 
 def map_images(data_file: Path, label_file: Path | None = None) -> tuple[MappedArray, MappedArray]:
-    """The images of a file and their labels.
-
-    Args:
-        data_file: an .npz file with the arrays 'image' and 'label', not compressed; or an .npy file of images.
-        label_file: of an .npy file of images, that of their labels; else None.
-
-    Returns:
-        Images (N, H, W, 3) of type uint8, and N integer labels.
-
-    Raises:
-        ValueError: a file is missing, damaged or compressed, or holds something else.
-    """
+    """The images (N, H, W, 3) of type uint8 and N integer labels of an .npz file, or of two .npy files."""
     if (data_file.suffix == ".npy") != (label_file is not None):
         raise ValueError(
             f"{_CALLER}: `label_file` goes with `data_file` of type .npy, got {data_file.name} and "
-            f"{None if label_file is None else label_file.name}. Give an .npz file with the arrays 'image' and 'label' "
-            f"as data_file alone, or two .npy files."
+            f"{None if label_file is None else label_file.name}. Give an .npz file alone, or two .npy files."
         )
     for file in (data_file, label_file):
         if file is not None and not file.is_file():
@@ -187,8 +169,8 @@ def _member(path: Path, members: Mapping[str, zipfile.ZipInfo], key: str) -> zip
         )
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(
-            f"{_CALLER}: `data_file` must not be compressed, as images are read at random from where they lie, but "
-            f"'{key}' in {path} is. Write it anew once: python -c \"from ikl_plugins.mmpretrain import unpack_npz; "
+            f"{_CALLER}: `data_file` must not be compressed, but '{key}' in {path} is. Write it anew: python -c \""
+            f"from ikl_plugins.mmpretrain import unpack_npz; "
             f"unpack_npz('{path}', '{path.with_suffix('.unpacked.npz')}')\""
         )
     return member
@@ -213,8 +195,8 @@ def _array(path: Path, member: zipfile.ZipInfo | None = None) -> MappedArray:
     if fortran_order or dtype.hasobject or not shape:
         what = "one in Fortran order" if fortran_order else "objects" if dtype.hasobject else "a single value"
         raise ValueError(
-            f"{_CALLER}: {name} must hold an array row by row, got {what}. Save it with "
-            f"numpy.save(path, numpy.ascontiguousarray(array)), images as uint8, labels as int64."
+            f"{_CALLER}: {name} must hold an array row by row, got {what}. "
+            f"Save it with numpy.save(path, numpy.ascontiguousarray(array))."
         )
     end = offset + int(numpy.prod(shape, dtype=object)) * dtype.itemsize
     if end > min(size, path.stat().st_size):

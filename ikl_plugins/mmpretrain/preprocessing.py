@@ -39,21 +39,12 @@ class TwoViewDataPreprocessor(ClsDataPreprocessor):  # type: ignore[misc]
         super().__init__(**kwargs)
         if self.batch_augments is not None:
             raise ValueError(
-                "TwoViewDataPreprocessor: `batch_augments` must be None, as both views must show one image with one "
-                "label, got augmentations that mix images. Remove `train_cfg: augments` from the model."
+                "TwoViewDataPreprocessor: `batch_augments` must be None, got augmentations that mix images. "
+                "Remove `train_cfg: augments` from the model."
             )
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """A batch as the model takes it.
-
-        Args:
-            data: 'inputs' of one or two views, collated by ``pseudo_collate`` or ``default_collate``, and
-                'data_samples', one for each image.
-            training: whether this is a training batch.
-
-        Returns:
-            'inputs', shape (N, C, H, W), or a list of two such tensors; 'data_samples'.
-        """
+        """A collated batch of one or two views: 'inputs' become a tensor (N, C, H, W), or a list of two."""
         inputs = data["inputs"]
         if not _has_views(inputs):
             return super().forward(data, training)  # type: ignore[no-any-return]

@@ -72,8 +72,8 @@ class GeneratedBatchSampler(Sampler[list[int]]):
         fraction = check.check_number(_CALLER, "fraction", fraction)
         if fraction >= 1:
             raise ValueError(
-                f"{_CALLER}: `fraction` must be below 1, got {fraction}. To train on generated images alone give the "
-                f"dataloader that data set and no batch_sampler."
+                f"{_CALLER}: `fraction` must be below 1, got {fraction}. For generated images alone use that data set "
+                f"and no batch_sampler."
             )
         self.sampler = sampler
         self.batch_size = _whole("batch_size", batch_size)
@@ -101,11 +101,7 @@ class GeneratedBatchSampler(Sampler[list[int]]):
             yield numpy.concatenate([real, generated])[self.rank :: self.world_size].tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch comes next, as MMEngine does at the sampler itself.
-
-        Args:
-            epoch: its number, 0 for the first.
-        """
+        """Sets the next epoch, 0 for the first, as MMEngine does at the sampler itself."""
         self.sampler.set_epoch(epoch)
 
 
@@ -119,15 +115,9 @@ def _whole(name: str, value: object) -> int:
 def _sizes(sampler: Any) -> tuple[int, int]:
     """How many real and how many generated images the sampler's data set has."""
     if not all(hasattr(sampler, name) for name in ("dataset", "seed", "epoch", "set_epoch")):
-        raise ValueError(
-            f"{_CALLER}: `sampler` must be a DefaultSampler, whose seed and epoch are used, got "
-            f"{type(sampler).__name__}. {_WAY_OUT}."
-        )
+        raise ValueError(f"{_CALLER}: `sampler` must be a DefaultSampler, got {type(sampler).__name__}. {_WAY_OUT}.")
     if not getattr(sampler, "shuffle", True):
-        raise ValueError(
-            f"{_CALLER}: `sampler` must have shuffle=True, as real images are drawn in random order, got False. "
-            f"{_WAY_OUT}."
-        )
+        raise ValueError(f"{_CALLER}: `sampler` must have shuffle=True, got False. {_WAY_OUT}.")
     dataset = sampler.dataset
     if not isinstance(dataset, ConcatDataset) or len(dataset.datasets) < 2:
         what = type(dataset).__name__
@@ -156,7 +146,6 @@ def _check_channels(real: Any, generated: Any) -> None:
     if order not in (None, generated.channel_order):
         preprocessor = "to_rgb=False" if order == "rgb" else "to_rgb=True"
         raise ValueError(
-            f"{_CALLER}: GeneratedImages must have channel_order='{order}' beside {type(real).__name__}, whose "
-            f"images the pipeline gets in that order, got '{generated.channel_order}'. Change it there, and let the "
-            f"data_preprocessor have {preprocessor}."
+            f"{_CALLER}: GeneratedImages must have channel_order='{order}' beside {type(real).__name__}, got "
+            f"'{generated.channel_order}'. Change it, and let the data_preprocessor have {preprocessor}."
         )

@@ -48,17 +48,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The teacher's logits, under the caller's autocast.
-
-        Args:
-            inputs: the student's inputs, shape (N, C, H, W).
-
-        Returns:
-            Shape (N, classes), without gradient.
-
-        Raises:
-            ValueError: the network gives something else.
-        """
+        """The teacher's logits (N, classes) of the student's inputs (N, C, H, W), under the caller's autocast."""
         if self.module.training:  # somebody else holds it as well
             self.module.eval()
         logits = self.module(inputs if self.conversion is None else self.conversion(inputs))

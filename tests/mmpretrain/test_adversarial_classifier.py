@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmpretrain.models import ImageClassifier
 from mmpretrain.structures import DataSample
@@ -351,23 +350,6 @@ def test_the_step_and_its_weight_decay_act_on_the_restored_weights():
     runner.optim_wrapper.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.data, before[name] - 0.1 * (gradients[name] + 0.1 * before[name]))
-
-
-def test_accumulated_gradients_and_averages_see_the_weights_themselves():
-    model = make(robust_loss=ikl(), awp={"gamma": 0.5, "warmup_epochs": 1}).train()
-    runner = _Runner(model, accumulative_counts=2)
-    average = ExponentialMovingAverage(model, momentum=0.5)
-    model.attach(runner)
-    model.begin_epoch(1, 4)
-    before = copy.deepcopy(model.state_dict())
-    with runner.optim_wrapper.optim_context(model):
-        runner.optim_wrapper.initialize_count_status(model, 0, 4)
-        model.train_step(batch(), runner.optim_wrapper)
-    model.end_iteration()  # what IKLHook calls, before EMAHook
-    average.update_parameters(model)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name])
-        assert torch.equal(average.module.get_parameter(name), before[name])
 
 
 def test_awp_begins_with_its_epoch():

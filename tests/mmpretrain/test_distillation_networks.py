@@ -128,19 +128,6 @@ def test_a_distilled_network_is_read_by_its_own_class_and_teaches_in_turn(tmp_pa
         torch.testing.assert_close(second.teacher(inputs), own.eval()(inputs))
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
-    save(tmp_path / "teacher.pth", "resnet14")
-    student = config(
-        "ShuffleV1", "DistillationClassifier", teacher=network("resnet14"), teacher_ckpt=str(tmp_path / "teacher.pth"),
-        distill_loss={"type": "GKLLoss", "gamma": 0.5, "global_info": True}, warmup_epochs=2,
-    )  # fmt: skip
-    for folder, epochs, resume in (("whole", 2, False), ("halves", 1, False), ("halves", 2, True)):
-        runs.runner(tmp_path / folder, student, epochs=epochs, train_dataloader=loader(), resume=resume).train()
-    whole, halves = (load_weights(tmp_path / folder / "epoch_2.pth") for folder in ("whole", "halves"))
-    assert list(whole) == list(halves)
-    assert all(torch.equal(halves[key], value) for key, value in whole.items())
-
-
 def test_another_network_s_checkpoint_is_refused(tmp_path):
     save(tmp_path / "teacher.pth", "resnet14")
     keywords = {"teacher_ckpt": str(tmp_path / "teacher.pth")}
@@ -150,17 +137,3 @@ def test_another_network_s_checkpoint_is_refused(tmp_path):
         MODELS.build(config(kind="DistillationClassifier", teacher=config("resnet14"), **keywords))
     with pytest.raises(ValueError, match=r"other shapes: fc\.weight \(3, 64\) instead of \(5, 64\)"):
         MODELS.build(config(kind="DistillationClassifier", teacher=network("resnet14", 5), **keywords))
-
-
-def test_another_class_count_is_refused(tmp_path):
-    save(tmp_path / "teacher.pth", "resnet14", classes=5)
-    model = MODELS.build(
-        config(
-            kind="DistillationClassifier", teacher=network("resnet14", 5), teacher_ckpt=str(tmp_path / "teacher.pth")
-        )
-    )
-    samples = [DataSample().set_gt_label(0)] * 2
-    with pytest.raises(
-        ValueError, match=r"`teacher` must have the class count of the student, got logits of shape \(2, 5\)"
-    ):
-        model.loss(torch.randn(2, 3, 32, 32), samples)

@@ -109,18 +109,6 @@ def test_what_is_trained_is_robustbench_s_class_key_for_key(kind, tmp_path):
         assert torch.equal(loaded(images.flip(1) / 255), logits)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, tmp_path):
-    configs = every_kind(tmp_path)
-    whole = train(tmp_path / "whole", configs[kind], epochs=2)
-    train(tmp_path / "halves", configs[kind], epochs=1)
-    train(tmp_path / "halves", configs[kind], epochs=2, resume=True)
-    ours, theirs = (weights(tmp_path / run / "epoch_2.pth") for run in ("halves", "whole"))
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert whole.epoch == 2
-
-
 def test_the_loss_is_the_cross_entropy_of_the_logits():
     classifier = MODELS.build(config())
     images = torch.rand(4, 3, 32, 32)

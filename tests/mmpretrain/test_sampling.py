@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 
 import numpy
@@ -140,16 +139,6 @@ def test_seed_and_epoch_decide(both):
     assert all(one != other for index, one in enumerate(drawn) for other in drawn[:index])
 
 
-def test_the_epoch_may_be_set_at_either(both):
-    sampler = sampler_of(both)
-    first = list(sampler)
-    sampler.set_epoch(3)
-    assert sampler.sampler.epoch == 3
-    assert list(sampler) != first
-    sampler.sampler.set_epoch(0)
-    assert list(sampler) == first
-
-
 def test_global_random_numbers_have_no_part(both):
     state = torch.get_rng_state(), numpy.random.get_state()[1].tolist()
     first = list(sampler_of(both))
@@ -278,8 +267,3 @@ def test_an_iteration_based_run_goes_through_epochs(files, tmp_path, monkeypatch
     assert seen[0] == by_epoch[0]
     assert seen[1] == by_epoch[1]
     assert seen[2] == by_epoch[2][:2]
-
-
-def test_it_goes_to_another_process(both):
-    sampler = sampler_of(both)
-    assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)  # noqa: S301 - our own
