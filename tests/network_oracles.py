@@ -113,81 +113,57 @@ def shuffled(x: Tensor, groups: int) -> Tensor:
     return x[:, [i * size + j for j in range(size) for i in range(groups)]]
 
 
-# --- thin ResNets: three stages of basic blocks ----------------------------------------------------------------------
+# --- ResNets of basic blocks or bottlenecks, thin ones of three stages and those of four ------------------------------
 
 
-def resnet_entries(blocks: int, channels: tuple[int, ...], num_classes: int) -> Shapes:
-    entries = conv("conv1", channels[0], 3, 3) | norm("bn1", channels[0])
-    before = channels[0]
-    for stage, width in enumerate(channels[1:], start=1):
-        for block in range(blocks):
-            name = f"layer{stage}.{block}"
-            entries |= conv(f"{name}.conv1", width, before, 3) | norm(f"{name}.bn1", width)
-            entries |= conv(f"{name}.conv2", width, width, 3) | norm(f"{name}.bn2", width)
-            if block == 0 and (before != width or stage > 1):
-                entries |= conv(f"{name}.downsample.0", width, before, 1) | norm(f"{name}.downsample.1", width)
-            before = width
-    return entries | linear("fc", num_classes, channels[-1])
+class Residual(NamedTuple):
+    """Channels of the stem and the stages, blocks of each stage, and the names of shortcut and last layer."""
+
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+    bottleneck: bool
+    shortcut: str
+    head: str
 
 
-def resnet_forward(blocks: int, net: Pass, images: Tensor) -> Result:
-    x = net.unit(images, "conv1", "bn1").relu()
-    feats, preact_feats = [x], [x]
-    for stage, stage_stride in ((1, 1), (2, 2), (3, 2)):
-        for block in range(blocks):
-            name, stride = f"layer{stage}.{block}", stage_stride if block == 0 else 1
-            inner = net.unit(x, f"{name}.conv1", f"{name}.bn1", stride).relu()
-            inner = net.unit(inner, f"{name}.conv2", f"{name}.bn2")
-            if f"{name}.downsample.0.weight" in net.weights:
-                x = net.unit(x, f"{name}.downsample.0", f"{name}.downsample.1", stride)
-            before = inner + x
-            x = before.relu()
-        feats.append(x)
-        preact_feats.append(before)
-    mean = pooled(x)
-    return Result(net.linear(mean, "fc"), feats, preact_feats, mean)
-
-
-# --- ResNets of four stages, with CIFAR's stem -----------------------------------------------------------------------
-
-
-def four_stage_entries(blocks: tuple[int, ...], bottleneck: bool, num_classes: int) -> Shapes:
-    entries = conv("conv1", 64, 3, 3) | norm("bn1", 64)
-    before = 64
-    for stage, (width, number) in enumerate(zip((64, 128, 256, 512), blocks, strict=True), start=1):
-        outputs = 4 * width if bottleneck else width
+def residual_entries(net: Residual, num_classes: int) -> Shapes:
+    before = net.channels[0]
+    entries = conv("conv1", before, 3, 3) | norm("bn1", before)
+    for stage, (width, number) in enumerate(zip(net.channels[1:], net.blocks, strict=True), start=1):
+        outputs = 4 * width if net.bottleneck else width
         for block in range(number):
             name = f"layer{stage}.{block}"
-            sizes = (1, 3, 1) if bottleneck else (3, 3)
-            widths = (before, width, width, outputs) if bottleneck else (before, width, width)
+            sizes = (1, 3, 1) if net.bottleneck else (3, 3)
+            widths = (before, width, width, outputs) if net.bottleneck else (before, width, width)
             for i, size in enumerate(sizes):
                 entries |= conv(f"{name}.conv{i + 1}", widths[i + 1], widths[i], size)
                 entries |= norm(f"{name}.bn{i + 1}", widths[i + 1])
             if block == 0 and (stage > 1 or before != outputs):
-                entries |= conv(f"{name}.shortcut.0", outputs, before, 1) | norm(f"{name}.shortcut.1", outputs)
+                entries |= conv(f"{name}.{net.shortcut}.0", outputs, before, 1)
+                entries |= norm(f"{name}.{net.shortcut}.1", outputs)
             before = outputs
-    return entries | linear("linear", num_classes, before)
+    return entries | linear(net.head, num_classes, before)
 
 
-def four_stage_forward(blocks: tuple[int, ...], bottleneck: bool, net: Pass, images: Tensor) -> Result:
-    x = net.unit(images, "conv1", "bn1").relu()
+def residual_forward(net: Residual, weights: Pass, images: Tensor) -> Result:
+    x = weights.unit(images, "conv1", "bn1").relu()
     feats, preact_feats = [x], [x]
-    strided = 2 if bottleneck else 1  # the 3x3 convolution of a bottleneck, the first one of a basic block
-    for stage, number in enumerate(blocks, start=1):
+    strided = 2 if net.bottleneck else 1  # the 3x3 convolution of a bottleneck, the first one of a basic block
+    for stage, number in enumerate(net.blocks, start=1):
         for block in range(number):
             name, stride = f"layer{stage}.{block}", 2 if block == 0 and stage > 1 else 1
             inner = x
-            for i in (1, 2, 3) if bottleneck else (1, 2):
+            for i in (1, 2, 3) if net.bottleneck else (1, 2):
                 inner = inner.relu()  # of an activation for i = 1: nothing
-                inner = net.unit(inner, f"{name}.conv{i}", f"{name}.bn{i}", stride if i == strided else 1)
-            if f"{name}.shortcut.0.weight" in net.weights:
-                x = net.unit(x, f"{name}.shortcut.0", f"{name}.shortcut.1", stride)
+                inner = weights.unit(inner, f"{name}.conv{i}", f"{name}.bn{i}", stride if i == strided else 1)
+            if f"{name}.{net.shortcut}.0.weight" in weights.weights:
+                x = weights.unit(x, f"{name}.{net.shortcut}.0", f"{name}.{net.shortcut}.1", stride)
             before = inner + x
             x = before.relu()
         feats.append(x)
         preact_feats.append(before)
     mean = pooled(x)
-    return Result(net.linear(mean, "linear"), feats, preact_feats, mean)
+    return Result(weights.linear(mean, net.head), feats, preact_feats, mean)
 
 
 # --- wide ResNets: three stages of pre-activation blocks -------------------------------------------------------------
@@ -304,21 +280,11 @@ def mobilenet_v2_forward(net: Pass, images: Tensor) -> Result:
 # --- MobileNetV1: depthwise separable convolutions -------------------------------------------------------------------
 
 # layer: (channels, stride), the paper's table 1 with stride 1 in the last layer
-MOBILENET_V1 = {
-    1: (64, 1),
-    2: (128, 2),
-    3: (128, 1),
-    4: (256, 2),
-    5: (256, 1),
-    6: (512, 2),
-    7: (512, 1),
-    8: (512, 1),
-    9: (512, 1),
-    10: (512, 1),
-    11: (512, 1),
-    12: (1024, 2),
-    13: (1024, 1),
-}
+MOBILENET_V1 = dict(
+    enumerate(
+        [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)], start=1
+    )
+)
 
 
 def mobilenet_v1_entries(num_classes: int) -> Shapes:
@@ -445,12 +411,16 @@ def shuffle_v2_forward(net: Pass, images: Tensor) -> Result:
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
+def _residual(net: Residual) -> Published:
+    return Published(partial(residual_entries, net), partial(residual_forward, net))
+
+
 def _resnet(blocks: int, *channels: int) -> Published:
-    return Published(partial(resnet_entries, blocks, channels), partial(resnet_forward, blocks))
+    return _residual(Residual(channels, (blocks,) * 3, bottleneck=False, shortcut="downsample", head="fc"))
 
 
 def _four_stage(*blocks: int, bottleneck: bool) -> Published:
-    return Published(partial(four_stage_entries, blocks, bottleneck), partial(four_stage_forward, blocks, bottleneck))
+    return _residual(Residual((64, 64, 128, 256, 512), blocks, bottleneck, shortcut="shortcut", head="linear"))
 
 
 def _wrn(blocks: int, width: int) -> Published:

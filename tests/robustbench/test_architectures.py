@@ -77,7 +77,11 @@ def test_a_network_is_an_instance_of_the_zoo_s_class(name):
     if tensors is not None:
         assert len(list(network.parameters())) == tensors
         assert sum(parameter.numel() for parameter in network.parameters()) == parameters
-    assert parse_architecture(name).name == name
+    architecture = parse_architecture(name)
+    assert architecture.name == name
+    layers = [entry for entry, shape in shapes(network).items() if len(shape) == 4 and "shortcut" not in entry]
+    if architecture.family in ("ResNet", "PreActResNet"):
+        assert len(layers) + 1 == architecture.depth
 
 
 def test_the_networks_of_the_published_results_load_into_the_zoo_s_entries():

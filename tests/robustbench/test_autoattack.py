@@ -36,11 +36,8 @@ def _few_queries(attack: pyautoattack.AutoAttack) -> None:
 
 def test_has_the_arguments_of_the_original_in_its_order() -> None:
     # Of https://github.com/fra31/auto-attack, autoattack/autoattack.py.
-    wanted = [
-        "self", "model", "norm", "eps", "seed", "verbose", "attacks_to_run", "version", "is_tf_model", "device",
-        "log_path",
-    ]  # fmt: skip
-    assert list(inspect.signature(AutoAttack.__init__).parameters) == wanted
+    wanted = "self, model, norm, eps, seed, verbose, attacks_to_run, version, is_tf_model, device, log_path"
+    assert ", ".join(inspect.signature(AutoAttack.__init__).parameters) == wanted
     method = inspect.signature(AutoAttack.run_standard_evaluation).parameters
     assert list(method)[:6] == ["self", "x_orig", "y_orig", "bs", "return_labels", "state_path"]
 
@@ -101,7 +98,9 @@ def test_prints_and_logs_for_the_time_of_a_run(
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
 
 
-def test_leaves_a_debugger_in_place(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def test_leaves_a_debugger_in_place_and_prints_nothing_when_not_verbose(
+    model: nn.Module, batch: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
     def tracer(*_: object) -> None: ...
 
     before = sys.gettrace()
@@ -113,18 +112,11 @@ def test_leaves_a_debugger_in_place(model: nn.Module, batch: tuple[Tensor, Tenso
     finally:
         sys.settrace(before)
     assert after is tracer
-
-
-def test_prints_nothing_when_not_verbose(
-    model: nn.Module, batch: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
-) -> None:
-    attack = AutoAttack(model, eps=EPS, seed=0, verbose=False, attacks_to_run=["apgd-ce"], version="custom")
-    attack.run_standard_evaluation(*batch, bs=6)
     assert capsys.readouterr().out == ""
 
 
 def test_refuses_models_of_tensorflow(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"^AutoAttack: `is_tf_model` must be False, .*, got True. Install the orig"):
+    with pytest.raises(ValueError, match=r"^AutoAttack: `is_tf_model` must be False"):
         AutoAttack(model, is_tf_model=True)
 
 
