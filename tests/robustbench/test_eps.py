@@ -17,6 +17,7 @@ from ikl_plugins.robustbench.eps import Eps, parse_eps
         ("7.5/255", "7.5/255", Fraction(15, 510)),
         ("0.5", "0.5", Fraction(1, 2)),
         ("0.03", "0.03", Fraction(3, 100)),  # far from grey levels
+        ("0.0002", "0.0002", Fraction(1, 5000)),  # near none but black
         (0.5, "0.5", Fraction(1, 2)),
         (8 / 255, "8/255", Fraction(8, 255)),
         (Fraction(4, 255), "4/255", Fraction(4, 255)),
@@ -33,7 +34,8 @@ def test_keeps_what_was_written(value, text, exact, norm):
 
 
 @pytest.mark.parametrize(
-    ("value", "levels"), [("0.031", "7.905"), (0.031, "7.905"), ("0.0314", "8.007"), (0.01569, "4.001")]
+    ("value", "levels"),
+    [("0.031", "7.905"), (0.031, "7.905"), ("0.0314", "8.007"), (0.01569, "4.001"), ("0.0039", "0.9945")],
 )
 def test_warns_of_a_decimal_close_to_grey_levels_and_does_not_round(value, levels):
     with pytest.warns(
