@@ -1,0 +1,172 @@
+"""The check of the gradients that an attack would follow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .subject import GREY_LEVELS, Finding, Subject
+
+__all__ = ["gradient_error", "gradients"]
+
+_DEAD = 0.1  # share of images whose gradient may be zero: single ones lie where every unit is off
+# Steps along the gradient, in grey levels. The small ones stay below the levels of a quantiser for most images.
+_STEPS = (1.0, 0.2, 0.02, 0.002, 0.0005)
+_NOISE = 1e-5  # of an image's largest logit: changes below are rounding, and tell nothing about a gradient
+_ULPS = 32  # a predicted change of so many roundings shows in float32, unless the function is constant
+_BAND = 20.0  # times: how far the median change may be from the one that the gradient predicts
+
+
+def gradients(subject: Subject) -> Finding:
+    """Finite, not zero and true, at the images and within the radius."""
+    if subject.logits.shape[1] < 2:
+        return None, "One class: there is nothing to attack."
+    images = subject.images
+    targets = subject.logits.argmax(dim=1) if subject.labels is None else subject.labels.long()
+    radius = float(subject.radius) if subject.radius is not None else 4 / GREY_LEVELS
+    inside, ball = _moved(images, radius, subject.norm), f"points inside the ball of {radius:.4g}"
+    zero = []
+    for place, points in (("the images", images), (ball, inside)):
+        for words, loss in (("the cross entropy", _cross_entropy), ("the margin", _margin)):
+            try:
+                size = _gradient_sizes(subject, loss, points, targets)
+            except RuntimeError as error:
+                return False, f"No gradient reaches the images: {str(error).splitlines()[0]}"
+            if size is None:
+                return False, "No gradient reaches the images: the logits do not depend on them."
+            bad = int((~torch.isfinite(size)).sum())
+            if bad:
+                return False, f"The gradient of {words} at {place} is inf or nan for {bad} of {len(size)}."
+            dead = int((size == 0).sum())
+            if dead:
+                zero.append(f"{dead} of {len(size)} for {words} at {place}")
+            if dead > _DEAD * len(size):
+                return False, (
+                    f"The gradient of {words} at {place} is zero for {dead} of {len(size)}: attacks have nothing to "
+                    f"follow. Remove what has no derivative (rounding, thresholds), or scale the logits down."
+                )
+    note = f" Zero: {'; '.join(zero)}." if zero else ""
+    if not subject.deterministic:  # two forwards then differ by more than the step
+        return True, f"Finite and not zero (steps along them not compared), at the images and within the radius.{note}"
+    grey = (images * GREY_LEVELS).round() / GREY_LEVELS  # as in a file, and where quantisers have their levels
+    longest = min(radius, 1.0) if subject.norm == "Linf" else None
+    first = slice(subject.batch_size)  # one batch tells: this is about the model and not about single images
+    for place, points in (("the images", grey), (ball, inside)):
+        with _without_tf32():
+            why = gradient_error(subject.model, points[first], targets[first], longest)
+        if why:
+            return False, f"At {place}, {why}"
+    return True, f"Finite, not zero and true, at the images and within the radius.{note}"
+
+
+def _moved(images: Tensor, radius: float, norm: str) -> Tensor:
+    """A random point in the ball of each image; the generator is its own, as the user's random numbers stay."""
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 2 - 1
+    if norm == "L2":
+        noise = noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return (images + radius * noise.to(images.device, images.dtype)).clamp(0, 1)
+
+
+def _gradient_sizes(
+    subject: Subject, loss: Callable[[Tensor, Tensor], Tensor], points: Tensor, targets: Tensor
+) -> Tensor | None:
+    """The largest entry of each image's gradient; None if the loss does not depend on the images."""
+    sizes = []
+    size = subject.batch_size
+    for batch, target in zip(torch.split(points, size), torch.split(targets, size), strict=True):
+        with torch.enable_grad():
+            leaf = batch.detach().clone().requires_grad_()
+            value = loss(subject.model(leaf).float(), target)
+            gradient: Tensor | None = torch.autograd.grad(value, leaf, allow_unused=True)[0]
+        if gradient is None:
+            return None
+        sizes.append(gradient.flatten(1).abs().amax(dim=1))
+    return torch.cat(sizes)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def _margin(logits: Tensor, targets: Tensor) -> Tensor:
+    return _margins(logits, targets).sum()
+
+
+def _margins(logits: Tensor, targets: Tensor) -> Tensor:
+    own = logits.gather(1, targets[:, None])
+    others = logits.scatter(1, targets[:, None], -torch.inf)
+    return others.amax(dim=1) - own[:, 0]
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Float32 on a GPU too: TF32, which convolutions use by default, is a quantiser of its own for small steps."""
+    cudnn: Any = torch.backends.cudnn
+    legacy = (cudnn, torch.backends.cuda.matmul)
+    places: list[tuple[Any, str, Any]] = [(place, "allow_tf32", False) for place in legacy]
+    try:
+        before = [getattr(place, name) for place, name, _ in places]
+    except RuntimeError:  # the caller uses `fp32_precision`, which torch lets nobody mix with the flags
+        kernels = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+        places = [(kernel, "fp32_precision", "ieee") for kernel in kernels]
+        before = [getattr(place, name) for place, name, _ in places]
+    for place, name, value in places:
+        setattr(place, name, value)
+    try:
+        yield
+    finally:
+        for (place, name, _), value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
+def gradient_error(model: nn.Module, points: Tensor, targets: Tensor, radius: float | None) -> str:
+    """What is wrong with the gradients of the margin, judged by steps along their signs; empty if nothing is.
+
+    Margins, as the cross entropy is flat where a model is sure. A gradient is true if the median change is about the
+    predicted one for some step: long steps leave the linear range of a network, short ones drown in rounding. A short
+    step that changes far more than predicted has met a jump.
+    """
+    with torch.enable_grad():
+        leaf = points.detach().clone().requires_grad_()
+        logits = model(leaf).float()
+        (gradient,) = torch.autograd.grad(_margin(logits, targets), leaf)
+    # Against the same kernels: a forward that records gradients may round in another way.
+    logits = model(points.clone()).float()
+    before = _margins(logits, targets)
+    largest = logits.double().abs().amax(dim=1)
+    steps = [step / GREY_LEVELS for step in _STEPS] + ([] if radius is None else [radius])
+    # A model may clamp: steps stay among the images, even where these are not in [0, 1], which has a check of its own.
+    low, high = min(0.0, float(points.min())), max(1.0, float(points.max()))
+    medians: dict[float, float] = {}
+    for step in steps:
+        moved = (points + step * gradient.sign()).clamp(low, high)
+        # Of the step that was made, after clamping and rounding.
+        predicted = (gradient.double() * (moved.double() - points.double())).flatten(1).sum(dim=1)
+        actual = _margins(model(moved.clone()).float(), targets).double() - before.double()
+        visible = predicted > _ULPS * torch.finfo(torch.float32).eps * largest
+        still = int((actual[visible] == 0).sum())
+        if int(visible.sum()) > len(points) / 4 and still > int(visible.sum()) / 2:
+            return (
+                f"a step of {step * GREY_LEVELS:.4g}/{GREY_LEVELS} along the gradient changes nothing for {still} of "
+                f"{int(visible.sum())}: the model is constant in steps, and its gradient is made up. Remove the "
+                f"quantiser."
+            )
+        judged = torch.maximum(predicted.abs(), actual.abs()) > _NOISE * largest
+        if int(judged.sum()) > len(points) / 2:
+            # A prediction of exactly 0 would make the ratio infinite or, without a change, no number.
+            ratios = actual[judged] / predicted[judged].clamp(min=torch.finfo(torch.float64).tiny)
+            medians[step] = float(ratios.median())
+    jumps = [median for step, median in medians.items() if step < steps[0] and median > _BAND]
+    true = [median for median in medians.values() if 1 / _BAND <= median <= _BAND]
+    if jumps or (medians and not true):
+        nearest = jumps[0] if jumps else min(medians.values(), key=lambda median: abs(median - 1))
+        return (
+            f"steps along the gradient change the margin by {nearest:.2g} times what it predicts: attacks would follow "
+            f"another function. Remove what masks the gradient."
+        )
+    return ""

@@ -1,0 +1,108 @@
+"""All checks in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .claims import claim, radius
+from .forward import batch, deterministic, eval_mode, output
+from .gradients import gradients
+from .inputs import inputs, logits, normalisation
+from .optimisation import optimisation
+from .result import Check, Preflight
+from .subject import Finding, Subject, as_it_was
+
+__all__ = ["CHECKS", "preflight"]
+
+# Each looks at the model, images and claims, and says whether it passed (None: not checked) and why.
+_TABLE: dict[str, Callable[[Subject], Finding]] = {
+    "eval mode": eval_mode,
+    "output": output,  # keeps the logits for those below
+    "deterministic": deterministic,
+    "batch": batch,
+    "gradients": gradients,
+    "logits": logits,
+    "inputs": inputs,
+    "normalisation": normalisation,
+    "optimisation": optimisation,
+    "eps": radius,
+    "claim": claim,
+}
+_OF_LOGITS = ("deterministic", "batch", "gradients", "logits", "normalisation")
+CHECKS = tuple(_TABLE)
+
+
+def preflight(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    eps: object = None,
+    norm: str = "Linf",
+    claimed: float | None = None,
+    measured: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 32,
+    number_forward_passes: int = 1,
+) -> Preflight:
+    """Checks a model against the rules of RobustBench and the usual mistakes.
+
+    The checks work on copies of the model. One that cannot be copied is left as it was in its parameters, buffers,
+    gradients and the mode of each module. All checks but 'eval mode' see it in eval mode, and without the caller's
+    autocast. The generators of random numbers are put back too.
+
+    Args:
+        model: of images in [0, 1], returning logits (N, C).
+        images: images in [0, 1], shape (N, channels, H, W), at least 2, on the device of the model. They are all used;
+            32 to 200 are enough.
+        labels: their class indices (N,). Without them the input range is judged by the structure of the model alone.
+        eps: radius of the threat model, preferably as text such as '8/255'; None for corruptions.
+        norm: 'Linf' or 'L2'.
+        claimed: robust accuracy of the claim, in percent.
+        measured: robust accuracy that the evaluation gave, in percent.
+        mean: normalisation that the model was trained with, one value per channel, for images in [0, 1]. Without it
+            those in common use are tried.
+        std: the same.
+        batch_size: images per forward, at least 1.
+        number_forward_passes: how often one prediction may pass the network, at least 1, as the leaderboard states it.
+            A network that shares weights between layers calls the same layer more than once, and needs that number
+            here too.
+
+    Returns:
+        The checks: 'eval mode', 'output' (parameters, logits and what is computed between are float32, logits finite
+        and of shape (N, C)), 'deterministic' (also whatever batches came before), 'batch' (an image's logits depend on
+        no other image), 'gradients' (finite, not zero, and true: small steps along them change the margin as they
+        predict), 'logits' (not probabilities), 'inputs' (in [0, 1]), 'normalisation' (once), 'optimisation' (none in
+        the forward, and no more passes of the network than stated), 'eps' (exact) and 'claim' (not above what was
+        measured).
+
+    Raises:
+        TypeError: the model is no module, images or labels are no tensors of the right kind.
+        ValueError: shapes that do not fit each other, fewer than 2 images, labels that the model has no class for, an
+            accuracy that is not in 0 to 100, only one of ``mean`` and ``std``, or a number of passes below 1.
+    """
+    subject = Subject(
+        user=model,
+        images=images,
+        labels=labels,
+        eps=eps,
+        norm=norm,
+        claimed=claimed,
+        measured=measured,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        number_forward_passes=number_forward_passes,
+    )
+    found = []
+    with as_it_was(subject.model), torch.no_grad():
+        for name, check in _TABLE.items():
+            if name in _OF_LOGITS and not len(subject.logits):
+                found.append(Check(name, None, "The model gives no finite logits of shape (N, C)."))
+            else:
+                found.append(Check(name, *check(subject)))
+    return Preflight(tuple(found))

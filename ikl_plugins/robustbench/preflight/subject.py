@@ -1,0 +1,231 @@
+"""What the checks look at: a copy of the model in eval mode, images, and what is claimed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ... import _validation as check
+from ..eps import Eps, parse_eps
+
+__all__ = [
+    "GREY_LEVELS",
+    "Finding",
+    "Subject",
+    "as_it_was",
+    "copied",
+    "distance",
+    "first_names",
+    "named_tensors",
+    "stop_autocast",
+    "tolerance",
+]
+
+Finding = tuple[bool | None, str]  # whether it passed, None where it could not be checked; and why
+
+GREY_LEVELS = 255
+_CALLER = "preflight"
+_SHOWN = 4  # names in a message
+_RELATIVE = 1e-4  # of the largest logit: what the order of float32 sums may change, with room
+_AUTOCAST = ("cpu", "cuda")
+
+
+@dataclass
+class Subject:
+    """The arguments of :func:`~ikl_plugins.robustbench.preflight.preflight`, checked, and what later checks need.
+
+    Attributes:
+        model: a copy of ``user`` where there can be one.
+        training: names of the modules that were in training mode.
+        radius: ``eps`` as a fraction.
+        logits: of all images, once 'output' has found them usable; before, and where it has not, of none.
+        deterministic: whether 'deterministic' has passed.
+    """
+
+    user: nn.Module
+    images: Tensor
+    labels: Tensor | None
+    eps: object
+    norm: str
+    claimed: float | None
+    measured: float | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    batch_size: int
+    number_forward_passes: int
+    model: nn.Module = field(init=False)
+    training: tuple[str, ...] = field(init=False)
+    radius: Eps | None = field(init=False)
+    logits: Tensor = field(init=False)
+    deterministic: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._check_model_and_images()
+        self._check_labels()
+        self._check_numbers()
+        self._check_statistics()
+        named = self.user.named_modules()
+        self.training = tuple(name or type(self.user).__name__ for name, module in named if module.training)
+        self.model = copied(self.user) or self.user
+        self.logits = torch.empty(0, 0)
+
+    @property
+    def batch(self) -> Tensor:
+        """The first images, as many as a batch has."""
+        return self.images[: self.batch_size]
+
+    def forward(self, images: Tensor, batch_size: int | None = None) -> Tensor:
+        """The logits of images; on copies, as a model that writes into its input must not spoil the other checks."""
+        return torch.cat([self.model(batch.clone()) for batch in torch.split(images, batch_size or self.batch_size)])
+
+    def _check_model_and_images(self) -> None:
+        model, images = self.user, self.images
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{_CALLER}: `model` must be a torch.nn.Module, got {type(model).__name__}. Wrap a function in one."
+            )
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            raise TypeError(
+                f"{_CALLER}: `images` must be a tensor of floats in [0, 1], got {_kind(images)}. "
+                f"Divide 8-bit images by 255."
+            )
+        if images.dim() != 4 or len(images) < 2:
+            raise ValueError(
+                f"{_CALLER}: `images` must have shape (N, channels, H, W) with N of at least 2, got "
+                f"{tuple(images.shape)}. Pass a batch."
+            )
+        if not torch.isfinite(images).all():
+            raise ValueError(f"{_CALLER}: `images` must be finite, got inf or nan. Pass images in [0, 1].")
+
+    def _check_labels(self) -> None:
+        labels = self.labels
+        if labels is None:
+            return
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"{_CALLER}: `labels` must be a tensor of class indices, got {_kind(labels)}. Pass long integers."
+            )
+        if labels.shape != self.images.shape[:1] or int(labels.min()) < 0:
+            lowest = f" with {int(labels.min())}" if labels.numel() else ""
+            raise ValueError(
+                f"{_CALLER}: `labels` must be {len(self.images)} class indices from 0, got shape "
+                f"{tuple(labels.shape)}{lowest}. Pass those of the images."
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("batch_size", "number_forward_passes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{_CALLER}: `{name}` must be an integer of at least 1, got {value!r}.")
+        for name in ("claimed", "measured"):
+            value = getattr(self, name)
+            if value is not None and check.check_number(_CALLER, name, value) > 100:
+                raise ValueError(f"{_CALLER}: `{name}` must be in percent, 0 to 100, got {value}. Pass 57.09.")
+        # As for L2, which sets no bound and warns of nothing: the check of eps says it.
+        self.radius = None if self.eps is None else parse_eps(_CALLER, self.eps, norm="L2")
+
+    def _check_statistics(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"{_CALLER}: `mean` and `std` must be given together. Pass both, or neither.")
+        channels = self.images.shape[1]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != channels:
+                raise ValueError(f"{_CALLER}: `{name}` must have one value per channel, {channels}, got {values!r}.")
+
+    def check_classes(self) -> None:
+        """Refuses labels that the model has no logit for."""
+        if self.labels is not None and int(self.labels.max()) >= self.logits.shape[1]:
+            raise ValueError(
+                f"{_CALLER}: `labels` must be below {self.logits.shape[1]}, the number of logits, got "
+                f"{int(self.labels.max())}. Pass images of the model's classes."
+            )
+
+
+def _kind(value: object) -> str:
+    return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def copied(model: nn.Module) -> nn.Module | None:
+    """A copy that shares no state; None for a model that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except (TypeError, ValueError, AttributeError, RuntimeError, copy.Error, pickle.PicklingError):
+        return None
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Eval mode by the flags alone, no autocast; afterwards modes, tensors, autocast and random numbers as before."""
+    modes = {module: module.training for module in model.modules()}
+    # The tensors themselves, as `half` and its like put other buffers into a module. TorchScript has no such tables.
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (table, dict(table))
+        for module in modes
+        for table in (module._parameters, module._buffers)
+        if isinstance(table, dict)
+    ]
+    tensors = [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(model)]
+    cuda = sorted({tensor.device.index for tensor, _ in tensors if tensor.device.type == "cuda"})
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    autocast = {device: torch.is_autocast_enabled(device) for device in _AUTOCAST}
+    stop_autocast()
+    for module in modes:
+        module.training = False
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        for device, enabled in autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+        for module, training in modes.items():
+            module.training = training
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
+        with torch.no_grad():
+            for tensor, value in tensors:
+                if tensor.dtype != value.dtype or tensor.shape != value.shape:
+                    tensor.data = value
+                elif not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def stop_autocast() -> tuple[str, ...]:
+    """Turns autocast off; the devices it was on for."""
+    on = tuple(device for device in _AUTOCAST if torch.is_autocast_enabled(device))
+    for device in on:
+        torch.set_autocast_enabled(device, False)
+    return on
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def tolerance(logits: Tensor) -> float:
+    return _RELATIVE * max(1.0, float(logits.abs().max()))
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    """The largest difference; infinite between different shapes and where one of them is no number."""
+    if first.shape != second.shape:
+        return float("inf")
+    largest = float((first.double() - second.double()).abs().max())
+    return largest if largest == largest else float("inf")
+
+
+def first_names(names: Sequence[str]) -> str:
+    """As many names as one can read."""
+    return check.first_names(names, _SHOWN)

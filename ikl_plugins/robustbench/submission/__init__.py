@@ -1,0 +1,7 @@
+"""A folder with everything that RobustBench asks for when a model is submitted, checked before it is written."""
+
+from .entry import model_info
+from .name import check_name
+from .write import DEMONSTRATION, write_submission
+
+__all__ = ["DEMONSTRATION", "check_name", "model_info", "write_submission"]

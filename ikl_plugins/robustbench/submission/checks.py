@@ -1,0 +1,245 @@
+"""What makes a submission one that RobustBench would take. Each check raises with the way out."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ... import _validation as check
+from ...models.robustbench_zoo import Architecture, class_count, nearest_architecture
+from ..eps import as_fraction
+from ..evaluation_log import Evaluation, weights_sha256
+from ..leaderboard import board_eps, entries, table_origin
+from ..loading import DATASET_CLASSES, HostClassifier, Normalised
+from ..preflight import Preflight
+from .entry import same_eps
+
+__all__ = ["check_always", "check_benchmark", "check_dataset", "check_paper", "check_place", "check_preflight"]
+__all__ += ["read_log", "warn_of_taken_name", "weights_to_save"]
+
+CALLER = "write_submission"
+OUR_FILES = ("SHA256SUMS", "zoo_entry.py", "new_models_form.md")
+_DATASETS = ("cifar10", "cifar100")
+_IMAGES = 10000  # of the test sets of CIFAR-10 and CIFAR-100
+_CORRUPTIONS = 15 * 5  # corruptions and severities of CIFAR-10-C and CIFAR-100-C
+_ROUNDING = 0.005  # points: accuracies are stated with two decimals
+_FORCE = "allow_failed_preflight=True"
+
+
+def check_paper(
+    *,
+    authors: str | Sequence[str],
+    link: str,
+    licence: str,
+    footnote: str | None,
+    additional_data: object,
+    generated_data: object,
+    number_forward_passes: object,
+    **texts: str,
+) -> list[str]:
+    """The authors, one by one, after every rule on what is said of the paper, the data and the model."""
+    texts.update(link=link, licence=licence)
+    if footnote is not None:
+        texts["footnote"] = footnote
+    for argument, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"{CALLER}: `{argument}` must be text, got {type(text).__name__}. Write it out.")
+        if not text.strip() or len(text.splitlines()) > 1:
+            raise ValueError(f"{CALLER}: `{argument}` must be one line of text, got {text!r}. Write it out.")
+    if licence != "MIT" and "://" not in licence:
+        raise ValueError(f"{CALLER}: `licence` must be 'MIT' or the address of another one, got {licence!r}.")
+    for argument, value in (("additional_data", additional_data), ("generated_data", generated_data)):
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"{CALLER}: `{argument}` must be declared with True or False, got {value!r}. Say what was trained on."
+            )
+    if generated_data and footnote is None:
+        raise ValueError(
+            f"{CALLER}: `footnote` must say what generated images were trained on, got None. "
+            f"Write 'It uses additional 1M synthetic images in training.'"
+        )
+    people = [person.strip() for person in (authors.split(",") if isinstance(authors, str) else authors)]
+    if not people or not all(people):
+        raise ValueError(f"{CALLER}: `authors` must name at least one person, got {authors!r}. Write them out.")
+    if not re.match(r"https?://\S", link):
+        raise ValueError(f"{CALLER}: `link` must be an http(s) address, got {link!r}. Write https://arxiv.org/abs/...")
+    passes = number_forward_passes
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        kind = ValueError if isinstance(passes, int) and not isinstance(passes, bool) else TypeError
+        raise kind(f"{CALLER}: `number_forward_passes` must be an integer of at least 1, got {passes!r}.")
+    return people
+
+
+def read_log(evaluation: object) -> dict[str, Any]:
+    """The log of an evaluation, which may be given as its file."""
+    if isinstance(evaluation, (str, Path)):
+        if not Path(evaluation).is_file():
+            raise ValueError(
+                f"{CALLER}: `evaluation` must be the file of a log, but there is none at {evaluation}. "
+                f"Run ikl evaluate first."
+            )
+        evaluation = Evaluation.load(evaluation)
+    if isinstance(evaluation, Evaluation):
+        evaluation = evaluation.log
+    if not isinstance(evaluation, Mapping):
+        raise TypeError(
+            f"{CALLER}: `evaluation` must be an Evaluation, its log or its file, got {type(evaluation).__name__}."
+        )
+    return dict(evaluation)
+
+
+def check_dataset(dataset: str, threat_model: str) -> None:
+    """Refuses what has no leaderboard, and ImageNet."""
+    if dataset == "imagenet" or threat_model == "corruptions_3d":
+        raise ValueError(
+            f"{CALLER}: `dataset` must be 'cifar10' or 'cifar100', got 'imagenet', whose networks are those of timm. "
+            f"Fill RobustBench's form by hand, with model_info(...)."
+        )
+    if dataset not in _DATASETS:
+        raise ValueError(check.unknown_name_message(CALLER, "data set", dataset, _DATASETS))
+    entries(dataset, threat_model)
+
+
+def check_benchmark(log: Mapping[str, Any], dataset: str) -> None:
+    """Refuses an evaluation that is not the benchmark's: all images, all attacks, the radius of the leaderboard."""
+    corrupted = log["threat_model"] == "corruptions"
+    data = (log["data"] or {}).get("name")
+    classes = DATASET_CLASSES[dataset]
+    wrong = None
+    if corrupted and (log["dataset"] != dataset or len(log["corruptions"]) != _CORRUPTIONS):
+        found = f"{len(log['corruptions'])} of {log['dataset']}"
+        wrong = f"have all {_CORRUPTIONS} corruptions and severities of {dataset}, got {found}"
+    elif not corrupted and not log["standard"]:
+        attacks = ", ".join(log["attacks"])
+        wrong = f"be of standard AutoAttack, got version {log['version']!r} with {attacks}"
+    elif data != dataset:
+        wrong = f"be on the test images of {dataset}, got {data!r}"
+    elif log["n_examples"] < _IMAGES:
+        wrong = f"have all {_IMAGES} test images, got {log['n_examples']}"
+    elif log["n_classes"] != classes:
+        wrong = f"be of a model with {classes} classes, got {log['n_classes']}"
+    elif not corrupted and not same_eps(log, dataset):
+        wrong = f"be at eps {board_eps(dataset, log['threat_model'])}, that of the leaderboard, got {log['eps']}"
+    if wrong is not None:
+        raise ValueError(f"{CALLER}: `evaluation` must {wrong}. Evaluate again, or pass demonstration=True.")
+
+
+def check_always(log: Mapping[str, Any], reported: float | None, allow_failed: bool) -> None:
+    """Refuses what not even a demonstration may be."""
+    if not log["finished"]:
+        raise ValueError(f"{CALLER}: `evaluation` must be finished, but was interrupted. Run it again to go on.")
+    natural, robust = log["natural_accuracy"], log["robust_accuracy"]
+    if natural is None or robust is None:
+        raise ValueError(
+            f"{CALLER}: `evaluation` must have the natural and the robust accuracy, got {natural} and {robust}. "
+            f"Evaluate on natural images too."
+        )
+    if log["threat_model"] == "Linf" and (as_fraction(log["eps"]) * 255).denominator != 1:
+        raise ValueError(
+            f"{CALLER}: `evaluation` must be at a radius of whole grey levels, got eps {log['eps']}. "
+            f"Evaluate again with --eps 8/255."
+        )
+    if reported is not None:
+        claimed = check.check_number(CALLER, "reported", reported)
+        if claimed > 100:
+            raise ValueError(f"{CALLER}: `reported` must be in percent, 0 to 100, got {reported}. Pass 57.09.")
+        if claimed > robust + _ROUNDING and not allow_failed:
+            raise ValueError(
+                f"{CALLER}: `reported` must not be above the measured {robust:.2f} %, got {claimed:.2f} %. "
+                f"Claim the measured one, or pass {_FORCE}."
+            )
+
+
+def check_preflight(preflight: object, allow_failed: bool) -> None:
+    """Refuses a preflight that failed or left something unchecked, unless that is allowed."""
+    if not isinstance(preflight, Preflight):
+        raise TypeError(
+            f"{CALLER}: `preflight` must be the result of preflight, got {type(preflight).__name__}. Run it first."
+        )
+    if allow_failed:
+        return
+    if preflight.failed:
+        reasons = " ".join(f"{name}: {preflight[name].why}" for name in preflight.failed)
+        raise ValueError(f"{CALLER}: `preflight` must have passed, but failed. {reasons} Mend it, or pass {_FORCE}.")
+    unchecked = [name for name in preflight.unchecked if name not in ("eps", "claim")]  # the log tells these
+    if unchecked:
+        raise ValueError(
+            f"{CALLER}: `preflight` must have made its checks, but not: {', '.join(unchecked)}. "
+            f"Mend what its report names, or pass {_FORCE}."
+        )
+
+
+def warn_of_taken_name(name: str, dataset: str, threat_model: str) -> None:
+    if any(entry.id == name for entry in entries(dataset, threat_model)):
+        warnings.warn(
+            f"{CALLER}: `name` {name} is that of an entry for {dataset} and {threat_model} (table of "
+            f"{table_origin()['date']}). Unless this replaces it, add _ and what tells the models apart.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def weights_to_save(
+    model: object,
+    architecture: Architecture,
+    dataset: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    log: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The state dict to save, of exactly this architecture and with exactly the weights that were evaluated."""
+    if isinstance(model, (Normalised, HostClassifier)):
+        raise ValueError(
+            f"{CALLER}: `model` must be a network of RobustBench's own class, got a {type(model).__name__} around one. "
+            f"Train a DMWideResNet, which normalises itself, or without normalisation."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{CALLER}: `model` must be the network that was evaluated, got {type(model).__name__}. "
+            f"Pass what load_checkpoint returned."
+        )
+    state = model.state_dict()
+    network = architecture.build(class_count(state) or DATASET_CLASSES[dataset], dataset=dataset, mean=mean, std=std)
+    own = network.state_dict()
+    missing = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected:
+        nearest = nearest_architecture(state)
+        raise ValueError(
+            f"{CALLER}: `model` must be a {architecture.name} of RobustBench's own class, got other entries "
+            f"(missing or of another shape: {check.first_names(missing) or 'none'}; unexpected: "
+            f"{check.first_names(unexpected) or 'none'}). "
+            f"{f'It looks like {nearest}: name that' if nearest else 'Name its own architecture'}."
+        )
+    if type(model) is not type(network):
+        raise ValueError(
+            f"{CALLER}: `model` must be an instance of RobustBench's {type(network).__name__}, got "
+            f"{type(model).__name__}. Load the checkpoint with load_checkpoint."
+        )
+    found = weights_sha256(state)
+    if found != log["weights_sha256"]:
+        raise ValueError(
+            f"{CALLER}: `model` must have the weights of the evaluation, whose checksum is "
+            f"{log['weights_sha256'][:12]}, got {found[:12]}. Evaluate this checkpoint, or pass the evaluated one."
+        )
+    return {key: state[key].detach().cpu().contiguous().clone() for key in own}
+
+
+def check_place(folder: Path, force: bool) -> None:
+    """Refuses a folder that is there; one that is no submission also with ``force``."""
+    if not os.path.lexists(folder):
+        return
+    if not force:
+        raise ValueError(
+            f"{CALLER}: `folder` must be a new one, but {folder} is there. Name another, or pass force=True."
+        )
+    if folder.is_symlink() or not all((folder / file).is_file() for file in OUR_FILES):
+        raise ValueError(
+            f"{CALLER}: `folder` must be new or a submission, but {folder} is something else. Name another."
+        )

@@ -1,0 +1,80 @@
+"""The entry of a result as RobustBench keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..eps import as_fraction
+from ..evaluation_log import Evaluation
+from ..leaderboard import board_eps
+
+__all__ = ["model_info", "same_eps"]
+
+
+def model_info(
+    evaluation: Evaluation | Mapping[str, Any],
+    *,
+    architecture: str,
+    dataset: str,
+    title: str,
+    link: str,
+    authors: str | Sequence[str],
+    venue: str,
+    additional_data: bool,
+    footnote: str | None = None,
+    reported: float | None = None,
+    number_forward_passes: int = 1,
+) -> dict[str, Any]:
+    """The entry of a result as RobustBench keeps it in ``model_info/<dataset>/<threat model>/<name>.json``.
+
+    Args:
+        evaluation: of :func:`~ikl_plugins.robustbench.evaluation.evaluate` or ``evaluate_corruptions``, or its log.
+        architecture: as the leaderboard words it, such as 'WideResNet-28-10'.
+        dataset: 'cifar10' or 'cifar100'.
+        title: of the paper.
+        link: to the paper.
+        authors: of the paper, as one text or one each.
+        venue: where it appeared, such as 'NeurIPS 2024' or 'arXiv, May 2023'.
+        additional_data: whether more images than the data set's own were trained on. Generated images do not count;
+            the footnote names them.
+        footnote: what a reader of the leaderboard must know; left out if None.
+        reported: robust accuracy that the paper states, in percent; None for the measured one.
+        number_forward_passes: of networks per prediction.
+
+    Returns:
+        The fields in the order of RobustBench's own files; accuracies are text, in percent with two decimals.
+    """
+    log = evaluation.log if isinstance(evaluation, Evaluation) else evaluation
+    robust = f"{log['robust_accuracy']:.2f}"
+    entry = {
+        "link": link,
+        "name": title,
+        "authors": authors if isinstance(authors, str) else ", ".join(authors),
+        "additional_data": additional_data,
+        "number_forward_passes": number_forward_passes,
+        "dataset": dataset,
+        "venue": venue,
+        "architecture": architecture,
+        "eps": board_eps(dataset, log["threat_model"]) if same_eps(log, dataset) else log["eps"],
+        "clean_acc": f"{log['natural_accuracy']:.2f}",
+        "reported": robust if reported is None else f"{reported:.2f}",
+    }
+    if log["threat_model"] == "corruptions":
+        entry["corruptions_acc"] = robust
+        if log.get("corruptions_mce") is not None:
+            entry["corruptions_mce"] = f"{log['corruptions_mce']:.2f}"
+    else:
+        entry["autoattack_acc"] = robust
+        entry["unreliable"] = False
+    if footnote is not None:
+        entry["footnote"] = footnote
+    return entry
+
+
+def same_eps(log: Mapping[str, Any], dataset: str) -> bool:
+    """Whether the radius is the leaderboard's, however it is written."""
+    board = board_eps(dataset, log["threat_model"])
+    if board is None or log["eps"] is None:
+        return board is None and log["eps"] is None
+    return as_fraction(log["eps"]) == as_fraction(board)

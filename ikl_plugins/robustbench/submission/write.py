@@ -1,0 +1,258 @@
+"""Writing a submission, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import runpy
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._files import naming
+from ..._robustbench_import import import_robustbench
+from ...models.robustbench_zoo import class_count, parse_architecture
+from ..data import file_sha256
+from ..evaluation_log import Evaluation, weights_sha256
+from ..loading import DATASET_CLASSES
+from ..preflight import Preflight
+from .checks import (
+    CALLER,
+    check_always,
+    check_benchmark,
+    check_dataset,
+    check_paper,
+    check_place,
+    check_preflight,
+    read_log,
+    warn_of_taken_name,
+    weights_to_save,
+)
+from .entry import model_info
+from .form import Facts, form, zoo_entry
+from .name import name_checked
+
+__all__ = ["DEMONSTRATION", "write_submission"]
+
+DEMONSTRATION = "Demonstration, not for submission."
+_MARK = "_demonstration"
+
+
+def write_submission(
+    folder: Path | str,
+    *,
+    name: str,
+    model: nn.Module,
+    architecture: str,
+    dataset: str,
+    evaluation: Evaluation | Mapping[str, Any] | Path | str,
+    preflight: Preflight,
+    title: str,
+    link: str,
+    authors: str | Sequence[str],
+    venue: str,
+    additional_data: bool,
+    generated_data: bool,
+    licence: str,
+    footnote: str | None = None,
+    reported: float | None = None,
+    number_forward_passes: int = 1,
+    checkpoint_link: str | None = None,
+    code_link: str | None = None,
+    gdrive_id: str | None = None,
+    model_zoo: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    demonstration: bool = False,
+    allow_failed_preflight: bool = False,
+    force: bool = False,
+) -> Path:
+    """Writes a submission to RobustBench as a folder, whole or not at all.
+
+    The folder has ``model_info/<dataset>/<threat model>/<name>.json``, the filled form ``new_models_form.md``, the
+    entry of the model zoo ``zoo_entry.py``, the checkpoint ``models/<dataset>/<threat model>/<name>.pt``, which was
+    read back as ``robustbench.load_model`` does, ``evaluation.json``, ``preflight.md``, ``preflight.json`` and
+    ``SHA256SUMS``.
+
+    Args:
+        folder: where it shall be.
+        name: of the entry; see :func:`check_name`.
+        model: the network that was evaluated, of RobustBench's own class.
+        architecture: its name, such as 'WideResNet-34-10'; see
+            :func:`ikl_plugins.models.robustbench_zoo.parse_architecture`.
+        dataset: 'cifar10' or 'cifar100'.
+        evaluation: the evaluation, its log, or the file of the log. It says what the threat model is.
+        preflight: the checks of the same model.
+        title: of the paper.
+        link: to the paper.
+        authors: of the paper, as one text with commas or one each.
+        venue: where it appeared, such as 'NeurIPS 2024'.
+        additional_data: whether more real images than the data set's own were trained on, be it by the model, its
+            teacher, or a network that labelled or generated images for it.
+        generated_data: whether generated images were trained on; the footnote must then say how many.
+        licence: 'MIT', or the address of another one.
+        footnote: for the leaderboard, such as 'It uses additional 50M synthetic images in training.'.
+        reported: robust accuracy that the paper states, in percent; None for the measured one.
+        number_forward_passes: of networks per prediction.
+        checkpoint_link: where the checkpoint lies; None leaves a line to fill in.
+        code_link: where the code lies; likewise.
+        gdrive_id: Google Drive's id of the checkpoint; likewise.
+        model_zoo: whether the model shall be in RobustBench's zoo too.
+        mean: normalisation of an architecture that normalises, if not the data set's.
+        std: the same.
+        demonstration: accept few images, other data and attacks that are not standard, and mark each file by its name
+            or its text. '_demonstration' is added to the name.
+        allow_failed_preflight: accept failed checks, and name them in the form.
+        force: replace a submission that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: an argument of the wrong type, such as undeclared data.
+        ValueError: the name, the data set or the architecture is not RobustBench's; the network is of another
+            architecture or gives other logits, or its weights are not those of the evaluation; the evaluation is
+            unfinished, not standard, on other or too few images, or at another radius than the leaderboard's; the
+            preflight failed; the claim is above what was measured; generated data without a footnote; the folder
+            exists.
+        OSError: it cannot be written; what was there before is as it was.
+
+    Warns:
+        UserWarning: the name does not go with title or authors, or is taken by an entry of the leaderboard.
+    """
+    folder = Path(folder)
+    people = check_paper(
+        title=title,
+        link=link,
+        venue=venue,
+        licence=licence,
+        name=name,
+        footnote=footnote,
+        authors=authors,
+        additional_data=additional_data,
+        generated_data=generated_data,
+        number_forward_passes=number_forward_passes,
+    )
+    name_checked(CALLER, name, title, people)
+    log = read_log(evaluation)
+    threat_model = log["threat_model"]
+    parsed = parse_architecture(architecture, caller=CALLER)
+    check_dataset(dataset, threat_model)
+    if not demonstration:
+        check_benchmark(log, dataset)
+        warn_of_taken_name(name, dataset, threat_model)
+    check_always(log, reported, allow_failed_preflight)
+    check_preflight(preflight, allow_failed_preflight)
+    weights = weights_to_save(model, parsed, dataset, mean, std, log)
+    check_place(folder, force)
+
+    mark = DEMONSTRATION if demonstration else ""
+    facts = Facts(
+        name=name + _MARK if demonstration else name,
+        architecture=parsed,
+        dataset=dataset,
+        num_classes=class_count(weights) or DATASET_CLASSES[dataset],
+        mean=mean,
+        std=std,
+        generated_data=generated_data,
+        licence=licence,
+        checkpoint_link=checkpoint_link,
+        code_link=code_link,
+        gdrive_id=gdrive_id,
+        model_zoo=model_zoo,
+        mark=mark,
+        failed=preflight.failed,
+    )
+    entry = model_info(
+        log,
+        architecture=facts.worded,
+        dataset=dataset,
+        title=title,
+        link=link,
+        authors=people,
+        venue=venue,
+        additional_data=additional_data,
+        footnote=" ".join(part for part in (mark, footnote) if part) or None,
+        reported=reported,
+        number_forward_passes=number_forward_passes,
+    )
+    marked = {"demonstration": mark} if demonstration else {}
+    checks = {**json.loads(preflight.to_json()), **marked}
+    place = Path(dataset, threat_model)
+    with _folder_aside(folder) as aside:
+        _write(aside / "model_info" / place / f"{facts.name}.json", json.dumps(entry, indent=2) + "\n")
+        _write(aside / "new_models_form.md", form(facts, entry, log))
+        _write(aside / "zoo_entry.py", zoo_entry(facts, threat_model))
+        checkpoint = aside / "models" / place / f"{facts.name}.pt"
+        checkpoint.parent.mkdir(parents=True)
+        torch.save(weights, checkpoint)
+        _read_back(aside / "zoo_entry.py", checkpoint, model)
+        Evaluation({**log, **marked}).save(aside / "evaluation.json")
+        _write(aside / "preflight.json", json.dumps(checks, indent=2) + "\n")
+        _write(aside / "preflight.md", preflight.markdown() + (f"\n{mark}\n" if mark else ""))
+        _write(aside / "SHA256SUMS", _sums(aside))
+    return folder
+
+
+def _read_back(zoo_entry: Path, checkpoint: Path, model: nn.Module) -> None:
+    """Loads what was written as ``robustbench.load_model`` does, and compares with the network that was evaluated."""
+    robustbench = import_robustbench()
+    _, entry = runpy.run_path(str(zoo_entry))["ENTRY"]
+    network = entry["model"]().eval()
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    for prefix in ("module.", "model."):
+        state = robustbench.utils.rm_substr_from_state_dict(state, prefix)
+    network.load_state_dict(state, strict=True)
+    if weights_sha256(network) != weights_sha256(model):
+        raise ValueError(
+            f"{CALLER}: {checkpoint.name} must read back as it was written, but does not. Write to another disk."
+        )
+    # What no weight tells: the activation, mean and std.
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        same = torch.equal(network(images), copy.deepcopy(model).cpu().eval()(images))
+    if not same:
+        raise ValueError(
+            f"{CALLER}: `model` must give the logits of the zoo entry, but does not, although the weights fit. "
+            f"Name its activation in `architecture`, and pass its `mean` and `std`."
+        )
+
+
+def _sums(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "".join(f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _folder_aside(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name of ``folder`` once everything is written."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+            if os.path.lexists(folder):
+                os.rename(folder, old)
+            try:
+                os.rename(aside, folder)
+            except OSError:
+                if old.exists():
+                    os.rename(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
