@@ -15,128 +15,151 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from ikl_plugins.commands.model_options import (
+from .model_options import (
+    ATTACKS,
+    THREAT_MODELS,
+    VERSIONS,
     LoadedModel,
     add_data_arguments,
+    add_device_argument,
     add_model_arguments,
     images_from,
     model_from,
 )
 
-from ikl_plugins.robustbench.corruptions import evaluate_corruptions
-from ikl_plugins.robustbench.data import Images, load_images
-from ikl_plugins.robustbench.eps import Eps
-from ikl_plugins.robustbench.evaluation import ATTACKS, VERSIONS, Progress, check_radii, curve, evaluate
-from ikl_plugins.robustbench.evaluation_log import Evaluation
-from ikl_plugins.robustbench.report import require_matplotlib, write_report
+if TYPE_CHECKING:
+    from ..robustbench import Eps, Evaluation, Images
+    from ..robustbench.evaluation import Progress
 
-__all__ = ["configure", "run"]
+__all__ = ["INTERRUPTED", "LOG", "configure", "run"]
 
+CALLER = "ikl evaluate"
 INTERRUPTED = "run the same command again to go on"
-
-CALLER = "robustbench_eval"
 LOG = "evaluation.json"
-THREAT_MODELS = ("Linf", "L2", "corruptions", "corruptions_3d")
 
 
-def run(args: argparse.Namespace) -> Evaluation:
-    """Runs a parsed command line.
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--threat-model", choices=THREAT_MODELS, default="Linf", help="(default: Linf)")
+    group.add_argument("--eps", metavar="EPS", help="radius, as a fraction: 8/255")
+    group.add_argument("--version", choices=VERSIONS, default=VERSIONS[0], help="of AutoAttack (default: standard)")
+    group.add_argument("--attacks", type=_names, metavar="A,B", help=f"some of {', '.join(ATTACKS)} instead")
+    group.add_argument("--curve", type=_names, metavar="EPS,EPS", help="radii at which to measure as well")
+    group.add_argument("--batch-size", type=int, default=128, help="images per batch (default: 128)")
+    add_device_argument(group)
+    group.add_argument("--seed", type=int, default=0, help="of all attacks (default: 0)")
+    group.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
 
-    Args:
-        args: of this tool.
 
-    Returns:
-        The evaluation, which also lies in the output folder.
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
-    Raises:
-        ImportError: a package is missing.
-        OSError: the output cannot be written; what was there before is as it was.
-        RuntimeError: the model cannot run on the images, or the device has too little memory.
-        TypeError: see :func:`ikl_plugins.robustbench.evaluation.evaluate`.
-        ValueError: see there.
-    """
-    corrupted = args.threat_model.startswith("corruptions")
-    _check_together(args, corrupted)
-    require_matplotlib()  # rather now than when the attacks have run
-    loaded = model_from(args, caller=CALLER)
-    if corrupted:
-        evaluation, images = _corruptions(args, loaded)
-    else:
-        images = images_from(args, caller=CALLER)
-        _say(f"{len(images)} images of {images.name}, model {loaded.name}")
-        evaluation = _attack(args, loaded, images)
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluates, prints the accuracies and writes the report."""
+    import torch
+
+    from ..robustbench import write_report
+    from ..robustbench.figures import require_matplotlib
+
+    corrupted = arguments.threat_model.startswith("corruptions")
+    _check_together(arguments, corrupted)
+    require_matplotlib(CALLER)  # rather now than when the attacks have run
+    loaded = model_from(arguments, caller=CALLER)
+    try:
+        evaluation, images = (_corruptions if corrupted else _attack)(arguments, loaded)
+    except torch.cuda.OutOfMemoryError as error:
+        first = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"{CALLER}: {arguments.device} has too little memory ({first}). Lower --batch-size."
+        ) from error
     natural = "" if evaluation.natural_accuracy is None else f"natural accuracy {evaluation.natural_accuracy:.2f} %, "
     _say(f"{natural}robust accuracy {evaluation.robust_accuracy:.2f} % ({_what(evaluation)})")
     for warning in evaluation.log["warnings"]:
         _say(f"AutoAttack warns: {warning}")
-    _say(f"report: {write_report(evaluation, args.output, images=images)}")
-    return evaluation
+    _say(f"report: {write_report(evaluation, arguments.output, images=images)}")
 
 
-def _attack(args: argparse.Namespace, loaded: LoadedModel, images: Images) -> Evaluation:
+def _check_together(arguments: argparse.Namespace, corrupted: bool) -> None:
+    """Refuses options of attacks for corruptions, and radii that the attacks would refuse hours later."""
+    threat_model = arguments.threat_model
+    if corrupted:
+        for name in ("eps", "attacks", "curve", "version", "data"):
+            if getattr(arguments, name) not in (None, VERSIONS[0]):
+                raise ValueError(f"{CALLER}: --threat-model {threat_model} does not read --{name}. Leave it out.")
+    elif arguments.eps is None:
+        raise ValueError(f"{CALLER}: --threat-model {threat_model} needs a radius. Add --eps 8/255.")
+    elif arguments.curve is not None:
+        from ..robustbench.evaluation import check_radii
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come when the radii are used
+            check_radii(f"{CALLER} --curve", arguments.curve, threat_model)
+
+
+def _attack(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluation, Images]:
+    from ..robustbench.evaluation import curve, evaluate
+
+    images = images_from(arguments, caller=CALLER)
+    _say(f"{len(images)} images of {images.name}, model {loaded.name}")
+    data = (loaded.model, images.images, images.labels)
     options = {
-        "norm": args.threat_model,
-        "version": args.version,
-        "attacks": args.attacks,
-        "batch_size": args.batch_size,
-        "device": args.device,
-        "seed": args.seed,
+        "norm": arguments.threat_model,
+        "version": arguments.version,
+        "attacks": arguments.attacks,
+        "batch_size": arguments.batch_size,
+        "device": arguments.device,
+        "seed": arguments.seed,
         "checkpoint": loaded.checkpoint,
         "data": images,
         "model_name": loaded.name,
     }
-    log = args.output / LOG
-    evaluation = evaluate(
-        loaded.model, images.images, images.labels, eps=args.eps, log=log, progress=_Printer(), **options
-    )
-    if args.curve is not None:
+    log = arguments.output / LOG
+    evaluation = evaluate(*data, eps=arguments.eps, log=log, progress=_Printer(), **options)
+    if arguments.curve is not None:
         printer = _Printer()
-        points = curve(
-            loaded.model,
-            images.images,
-            images.labels,
-            args.curve,
-            folder=args.output / "curve",
-            progress=lambda eps, made: printer(made, eps),
-            **options,
-        )
+        folder = arguments.output / "curve"
+        points = curve(*data, arguments.curve, folder=folder, progress=lambda eps, made: printer(made, eps), **options)
         evaluation.log["curve"] = points
         evaluation.save(log)
-    return evaluation
+    return evaluation, images
 
 
-def _corruptions(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluation, Images]:
+def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluation, Images]:
+    from ..robustbench import evaluate_corruptions, load_images
+
     natural = load_images(
-        args.dataset,
-        data_dir=args.data_dir,
-        n_examples=args.n_examples,
-        offline=args.offline,
-        preprocessing=args.preprocessing,
+        arguments.dataset,
+        data_dir=arguments.data_dir,
+        n_examples=arguments.n_examples,
+        offline=arguments.offline,
+        preprocessing=arguments.preprocessing,
     )
     evaluation = evaluate_corruptions(
         loaded.model,
-        args.dataset,
-        data_dir=args.data_dir,
-        n_examples=args.n_examples,
-        threat_model=args.threat_model,
+        arguments.dataset,
+        data_dir=arguments.data_dir,
+        n_examples=arguments.n_examples,
+        threat_model=arguments.threat_model,
         natural=natural,
-        offline=args.offline,
-        batch_size=args.batch_size,
-        device=args.device,
-        seed=args.seed,
-        log=args.output / LOG,
+        offline=arguments.offline,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        seed=arguments.seed,
+        log=arguments.output / LOG,
         checkpoint=loaded.checkpoint,
         model_name=loaded.name,
         progress=lambda made: _say(
             f"{made.attack} ({made.batch}/{made.batches}): {made.standing} of {made.n_examples} right"
         ),
     )
-    note = evaluation.log["corruptions_mce_note"]
-    _say(
-        f"mean corruption error {note}" if note else f"mean corruption error {evaluation.log['corruptions_mce']:.2f} %"
-    )
+    log = evaluation.log
+    _say(f"mean corruption error {log['corruptions_mce_note'] or '{:.2f} %'.format(log['corruptions_mce'])}")
     return evaluation, natural
 
 
@@ -166,46 +189,3 @@ def _what(evaluation: Evaluation) -> str:
     version = f"part of {log['version']} AutoAttack" if log["dropped"] else f"AutoAttack {log['version']}"
     name = "standard AutoAttack" if evaluation.standard else f"{version}: {', '.join(log['attacks'])}"
     return f"{log['threat_model']}, eps {log['eps']}, {name}"
-
-
-def _check_together(args: argparse.Namespace, corrupted: bool) -> None:
-    attack_options = {
-        "--eps": args.eps is not None,
-        "--attacks": args.attacks is not None,
-        "--curve": args.curve is not None,
-        "--version": args.version != VERSIONS[0],
-        "--data": args.data is not None,
-    }
-    if corrupted:
-        for option, given in attack_options.items():
-            if given:
-                raise ValueError(
-                    f"{CALLER}: --threat-model {args.threat_model} must come without {option}, which it does not read. "
-                    f"Leave it out; --dataset names the data."
-                )
-    elif args.eps is None:
-        raise ValueError(f"{CALLER}: --threat-model {args.threat_model} needs a radius. Add --eps 8/255.")
-    elif args.curve is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come when the radii are used
-            check_radii(f"{CALLER}, --curve", args.curve, args.threat_model)
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the command."""
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--threat-model", choices=THREAT_MODELS, default="Linf", help="(default: Linf)")
-    group.add_argument("--eps", metavar="EPS", help="radius, as a fraction: 8/255")
-    group.add_argument("--version", choices=VERSIONS, default=VERSIONS[0], help="of AutoAttack (default: standard)")
-    group.add_argument("--attacks", type=_names, metavar="A,B", help=f"some of {', '.join(ATTACKS)} instead")
-    group.add_argument("--curve", type=_names, metavar="EPS,EPS", help="radii at which to measure as well")
-    group.add_argument("--batch-size", type=int, default=128, help="images per batch (default: 128)")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    group.add_argument("--seed", type=int, default=0, help="of all attacks (default: 0)")
-    group.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

@@ -170,13 +170,7 @@ def evaluate(
         record = Record(caller, fresh, None if log is None else Path(log))
         warned.extend(record.log["warnings"])
         if not record.log["progress"]:
-            # AutoAttack's own checks of the model, and no attack.
-            adversary.attacks_to_run = []
-            tracer = sys.gettrace()  # its check for dynamic defences takes the place of a debugger's
-            try:
-                adversary.run_standard_evaluation(images[:batch_size], labels[:batch_size], bs=batch_size)
-            finally:
-                sys.settrace(tracer)
+            _run_checks(adversary, images[:batch_size], labels[:batch_size])
         record.log["warnings"] = warned
         record.save()
         for attack in run:
@@ -207,12 +201,8 @@ def curve(
     the larger ones too, so that the curve never rises.
 
     Args:
-        model: see :func:`evaluate`.
-        images: see :func:`evaluate`.
-        labels: see :func:`evaluate`.
+        model, images, labels, norm, version: see :func:`evaluate`.
         radii: in any order; each once.
-        norm: see :func:`evaluate`.
-        version: see :func:`evaluate`.
         attacks: see :func:`evaluate`. Some attacks alone give a quicker, looser curve.
         folder: for a log per radius, from which an interrupted curve goes on.
         progress: called after every batch with the radius and the progress on the images that stood before it.
@@ -277,6 +267,16 @@ def _adversary(
     )
 
 
+def _run_checks(adversary: Any, images: Tensor, labels: Tensor) -> None:
+    """AutoAttack's own checks of the model, and no attack."""
+    adversary.attacks_to_run = []
+    tracer = sys.gettrace()  # its check for dynamic defences takes the place of a debugger's
+    try:
+        adversary.run_standard_evaluation(images, labels, bs=len(images))
+    finally:
+        sys.settrace(tracer)
+
+
 def _attacks(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str], list[dict[str, str]]]:
     """The attacks that can run with so many classes, and why the others cannot."""
     run, dropped = [], []
@@ -288,8 +288,8 @@ def _attacks(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str
             dropped.append({"attack": attack, "reason": f"its loss needs {least} classes, and the model has {classes}"})
     if not run:
         raise ValueError(
-            f"{caller}: of the attacks named at least one must work with {classes} classes, got "
-            f"{', '.join(wanted)}. Add apgd-ce, fab-t or square."
+            f"{caller}: of `attacks` at least one must work with {classes} classes, got {', '.join(wanted)}. "
+            f"Add apgd-ce, fab-t or square."
         )
     return run, dropped
 
@@ -365,23 +365,7 @@ def natural_predictions(
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].to(device)
         logits = model(batch)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(batch):
-            what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            way_out = "Wrap it so that its forward returns the logits alone."
-            if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) % len(batch) == 0:
-                way_out = (
-                    f"Give images of the size that it was made for: these are {batch.shape[2]}x{batch.shape[3]}, and "
-                    f"RobustBench's networks for CIFAR take 32x32."
-                )
-            raise ValueError(
-                f"{caller}: `model` must give logits of shape ({len(batch)}, C) for {len(batch)} images, got {what}. "
-                f"{way_out}"
-            )
-        if not torch.isfinite(logits).all():
-            raise ValueError(
-                f"{caller}: `model` must give finite logits, got {int((~torch.isfinite(logits)).sum())} of "
-                f"{logits.numel()} that are not, in the batch from image {start}. Check its weights."
-            )
+        _check_logits(caller, logits, batch, start)
         classes = logits.shape[1]
         found.append(logits.max(dim=1)[1].cpu())
     if classes is None or classes < 2:
@@ -389,10 +373,29 @@ def natural_predictions(
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= classes:
         raise ValueError(
-            f"{caller}: `labels` must lie in [0, {classes - 1}], as the model has {classes} classes, got values from "
-            f"{low} to {high}. Take the data that the model was trained for."
+            f"{caller}: `labels` must lie in [0, {classes - 1}], the model's classes, got values from {low} to "
+            f"{high}. Take the data that the model was trained for."
         )
     return torch.cat(found), classes
+
+
+def _check_logits(caller: str, logits: object, batch: Tensor, start: int) -> None:
+    count = len(batch)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
+        what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        way_out = "Wrap it so that its forward returns the logits alone."
+        if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) % count == 0:
+            size = f"{batch.shape[2]}x{batch.shape[3]}"
+            way_out = f"Give images of the size that it was made for, such as 32x32: these are {size}."
+        raise ValueError(
+            f"{caller}: `model` must give logits of shape ({count}, C) for {count} images, got {what}. {way_out}"
+        )
+    bad = int((~torch.isfinite(logits)).sum())
+    if bad:
+        raise ValueError(
+            f"{caller}: `model` must give finite logits, got {bad} of {logits.numel()} that are not, in the batch "
+            f"from image {start}. Check its weights."
+        )
 
 
 @contextlib.contextmanager
@@ -453,8 +456,7 @@ def _check_version(caller: str, version: str, attacks: Sequence[str] | None) -> 
         raise TypeError(f"{caller}: `attacks` must be a sequence of names, got {attacks!r}. Write [{attacks!r}].")
     if version != "standard":
         raise ValueError(
-            f"{caller}: `attacks` must be None with version={version!r}, which brings its own, got {list(attacks)}. "
-            f"Leave out one of the two."
+            f"{caller}: `attacks` must be None with version={version!r}, which brings its own, got {list(attacks)}."
         )
     for attack in attacks:
         if attack not in ATTACKS:
@@ -478,7 +480,7 @@ def check_model(caller: str, model: nn.Module, version: str) -> None:
     if training and version != "rand":
         raise ValueError(
             f"{caller}: `model` must be in eval mode, but these parts are in training mode: "
-            f"{', '.join(training[:4])}. Call `model.eval()`, or take version='rand' if they draw random numbers."
+            f"{check.first_names(training)}. Call `model.eval()`, or take version='rand' if they draw random numbers."
         )
 
 
@@ -489,28 +491,23 @@ def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
             f"{caller}: `images` must be a floating tensor of shape (N, C, H, W), got {what}. Divide uint8 by 255."
         )
     check_pixels(caller, images)
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
+    indices = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
+    if not indices or labels.dtype == torch.bool:
         what = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{caller}: `labels` must be a tensor of class indices, got {what}. Pass a long tensor (N,).")
     if labels.shape != images.shape[:1]:
         raise ValueError(
-            f"{caller}: `labels` must have shape ({len(images)},), one per image, got {tuple(labels.shape)}. "
-            f"Pass the labels of these images."
+            f"{caller}: `labels` must have shape ({len(images)},), one per image, got {tuple(labels.shape)}."
         )
     # AutoAttack takes views of gradients, which have the layout of the images.
     return images.detach().cpu().float().contiguous(), labels.detach().cpu().long()
 
 
 def check_count(caller: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{caller}: `{name}` must be an integer of at least 1, got {value!r}. Pass a number.")
-    if value < 1:
-        raise ValueError(f"{caller}: `{name}` must be an integer of at least 1, got {value}. Pass a larger one.")
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or value < 1:  # type: ignore[operator]
+        kind = ValueError if integer else TypeError
+        raise kind(f"{caller}: `{name}` must be an integer of at least 1, got {value!r}.")
 
 
 def check_seed(caller: str, seed: object) -> None:

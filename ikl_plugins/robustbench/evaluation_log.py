@@ -29,17 +29,42 @@ __all__ = ["FORMAT", "Evaluation", "Record", "class_names", "data_facts", "ident
 FORMAT = "ikl_plugins.robustbench.evaluation/1"
 # What every log has, read by reports, submissions and ranks.
 _KEYS = (
-    "versions", "weights_sha256", "threat_model", "dataset", "eps", "version", "standard", "attacks", "dropped",
-    "n_examples", "data", "labels", "natural_correct", "fell_to", "robust", "adversarial", "progress", "finished",
-    "natural_accuracy", "robust_accuracy",
-)  # fmt: skip
+    "versions",
+    "weights_sha256",
+    "threat_model",
+    "dataset",
+    "eps",
+    "version",
+    "standard",
+    "attacks",
+    "dropped",
+    "n_examples",
+    "data",
+    "labels",
+    "natural_correct",
+    "fell_to",
+    "robust",
+    "adversarial",
+    "progress",
+    "finished",
+    "natural_accuracy",
+    "robust_accuracy",
+)
 # Of the predictions on the natural images, which a GPU may give otherwise from run to run.
 _MAY_DIFFER = 0.01
 # What must be the same when a run goes on; the keys of the log.
 _SETTINGS = (
-    "threat_model", "dataset", "eps_value", "version", "attacks", "n_target_classes", "n_examples", "batch_size",
-    "seed", "device",
-)  # fmt: skip
+    "threat_model",
+    "dataset",
+    "eps_value",
+    "version",
+    "attacks",
+    "n_target_classes",
+    "n_examples",
+    "batch_size",
+    "seed",
+    "device",
+)
 _RESULTS_VERSIONS = ("torch", "robustbench", "autoattack", "pyautoattack")
 
 
@@ -78,21 +103,14 @@ class Evaluation:
         return bool(self.log["standard"])
 
     def adversarial_images(self, images: Tensor) -> Tensor:
-        """What AutoAttack returns.
-
-        Args:
-            images: those that were evaluated, shape (N, C, H, W).
-
-        Returns:
-            A copy in which the images that fell are their adversarial ones.
+        """What AutoAttack returns: a copy of the images, (N, C, H, W), those that fell as their adversarial ones.
 
         Raises:
             ValueError: the adversarial images were not kept.
         """
         if self.adversarial is None:
             raise ValueError(
-                "Evaluation.adversarial_images: the adversarial images must be beside the log, but were not kept. "
-                "Evaluate again."
+                "Evaluation.adversarial_images: the images must be beside the log, but were not kept. Evaluate again."
             )
         found = images.clone()
         for index, image in self.adversarial.items():
@@ -100,19 +118,12 @@ class Evaluation:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Writes the log as JSON; a file that cannot be written whole is left as it was.
-
-        Args:
-            path: of the file.
-        """
+        """Writes the log as JSON; a file that cannot be written whole is left as it was."""
         _write_log(self.log, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
         """Reads a log, and the adversarial images if they lie beside it.
-
-        Args:
-            path: of the file.
 
         Raises:
             ValueError: the file is missing or damaged, is no such log, or lacks some of its adversarial images.
@@ -168,8 +179,8 @@ class Record:
 
     def refusal(self, differing: str) -> ValueError:
         return ValueError(
-            f"{self._caller}: `log` must be a new file or that of the same evaluation, but {self._path} has other "
-            f"{differing}. Name another file, or remove this one."
+            f"{self._caller}: `log` must be new or of the same evaluation, but {self._path} has other {differing}. "
+            f"Name another file, or remove this one."
         )
 
     def entry(self, attack: str, batches: int, standing: int) -> dict[str, Any]:
@@ -214,11 +225,7 @@ class Record:
 def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """The checksum of a state dict: of its names, dtypes, shapes and values, in the order of the names.
 
-    Args:
-        weights: a network or a state dict.
-
-    Returns:
-        64 hexadecimal digits; the same for a network and its state dict, on any device.
+    It has 64 hexadecimal digits, the same for a network and its state dict, on any device.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()
@@ -299,17 +306,14 @@ def _read_log(caller: str, path: Path) -> dict[str, Any]:
     try:
         log = json.loads(path.read_text())
     except ValueError as error:  # no JSON, or no text
-        raise ValueError(
-            f"{caller}: {path} must be a log of this package, but is damaged ({error}). Remove it."
-        ) from error
+        raise ValueError(f"{caller}: {path} must be a log, but is damaged ({error}). Remove it.") from error
     if not isinstance(log, dict) or log.get("format") != FORMAT:
         found = log.get("format") if isinstance(log, dict) else type(log).__name__
         raise ValueError(f"{caller}: {path} must be a log of the format {FORMAT}, got {found}. Name another file.")
     missing = [key for key in _KEYS if key not in log]
     if missing:
         raise ValueError(
-            f"{caller}: {path} must be a whole log, but lacks {check.first_names(missing)}. Remove it and evaluate "
-            f"again."
+            f"{caller}: {path} must be a whole log, but lacks {check.first_names(missing)}. Remove it, evaluate again."
         )
     return log
 
@@ -332,7 +336,7 @@ def _read_adversarial(log: Mapping[str, Any], folder: Path) -> dict[int, Tensor]
             found.update({index: image for index, image in pairs if fell.get(index) == attack})
     if len(found) != len(fell):
         raise ValueError(
-            f"Evaluation: {folder} must hold the adversarial images of all {len(fell)} images that fell, but has "
-            f"{len(found)}. Bring the folder back, or remove it and the log and evaluate again."
+            f"Evaluation: {folder} must hold the adversarial images of all {len(fell)} that fell, but has "
+            f"{len(found)}. Bring it back, or remove it and the log."
         )
     return dict(sorted(found.items()))

@@ -7,13 +7,12 @@ import importlib.resources
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from .. import _validation as check
-from .._files import written_aside
-from .eps import Eps, parse_eps
+from .eps import Eps, as_fraction, parse_eps
+from .figures import new_figure, require_matplotlib, save_figure
 
 __all__ = ["Entry", "Place", "Ranking", "board_eps", "draw", "entries", "rank", "table_origin"]
 
@@ -214,11 +213,7 @@ class Ranking:
 
 
 def table_origin() -> dict[str, str]:
-    """Where the table is from.
-
-    Returns:
-        'source', 'repository', 'commit', 'date' (YYYY-MM-DD) and 'licence'.
-    """
+    """Where the table is from: 'source', 'repository', 'commit', 'date' (YYYY-MM-DD) and 'licence'."""
     return {key: value for key, value in _table().items() if key != "entries"}
 
 
@@ -240,18 +235,7 @@ def entries(dataset: str, threat_model: str) -> tuple[Entry, ...]:
 
 
 def board_eps(dataset: str, threat_model: str) -> str | None:
-    """The radius of a leaderboard.
-
-    Args:
-        dataset: as for :func:`entries`.
-        threat_model: as for :func:`entries`.
-
-    Returns:
-        Such as '8/255'; None for corruptions.
-
-    Raises:
-        ValueError: there is no such leaderboard.
-    """
+    """The radius of one of the :func:`entries`' leaderboards, such as '8/255'; None for corruptions."""
     return _radius(_entries("board_eps", dataset, threat_model))
 
 
@@ -329,16 +313,8 @@ def draw(ranking: Ranking, path: Path | str) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "draw needs matplotlib, which is missing. Run: pip install matplotlib", name=error.name
-        ) from error
-    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    require_matplotlib("draw")
+    figure, axes = new_figure(7, 5)
     for with_data, colour, marker, words in (
         (False, "tab:blue", "o", "without additional data"),
         (True, "tab:orange", "^", "with additional data"),
@@ -379,8 +355,7 @@ def draw(ranking: Ranking, path: Path | str) -> None:
     axes.set_title(f"RobustBench, {ranking.title}, entries of {ranking.date}", fontsize=10)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     axes.grid(alpha=0.2)
-    with written_aside(path) as aside:
-        figure.savefig(aside)
+    save_figure(figure, path)
 
 
 @functools.cache
@@ -407,7 +382,7 @@ def _entries(caller: str, dataset: str, threat_model: str) -> tuple[Entry, ...]:
     if not rows:
         known = sorted({f"{row['dataset']} {row['threat_model']}" for row in table})
         raise ValueError(
-            f"{caller}: `threat_model` must be one that has a leaderboard for {dataset}, got {threat_model!r}. "
+            f"{caller}: `threat_model` must have a leaderboard for {dataset}, got {threat_model!r}. "
             f"Known: {', '.join(known)}."
         )
     found = [_entry(row, fields) for row in rows]
@@ -443,19 +418,19 @@ def _radius(board: Sequence[Entry]) -> str | None:
 def _check_radius(caller: str, dataset: str, threat_model: str, eps: Eps, radius: str | None) -> None:
     if radius is None:
         raise ValueError(
-            f"{caller}: `eps` must be None for {threat_model}, got {eps}. Leave it out: corruptions have no radius."
+            f"{caller}: `eps` must be None for {threat_model}, which have no radius, got {eps}. Leave it out."
         )
-    if eps.exact != Fraction(*map(Fraction, radius.split("/"))):
+    if eps.exact != as_fraction(radius):
         raise ValueError(
             f"{caller}: `eps` must be {radius}, the radius of the leaderboard for {dataset} and {threat_model}, "
-            f"got {eps}. Evaluate at {radius}: results at different radii cannot be compared."
+            f"got {eps}. Evaluate at {radius}."
         )
 
 
 def _percent(caller: str, name: str, value: object) -> float:
     number = check.check_number(caller, name, value)
     if number > 100:
-        raise ValueError(f"{caller}: `{name}` must be in percent, 0 to 100, got {number}. Pass 57.09 for 57.09 %.")
+        raise ValueError(f"{caller}: `{name}` must be in percent, 0 to 100, got {number}. Pass 57.09.")
     return round(number, 2)
 
 

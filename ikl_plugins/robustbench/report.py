@@ -14,8 +14,9 @@ from torch import Tensor
 from .._files import written_aside
 from .data import Images
 from .evaluation_log import Evaluation
+from .figures import new_figure, require_matplotlib, save_figure
 
-__all__ = ["binomial_interval", "require_matplotlib", "write_report"]
+__all__ = ["binomial_interval", "write_report"]
 
 _Z = 1.959964  # 95 % of a normal distribution lie within as many standard deviations
 _CLASSES = 20  # rows of the table of classes; of more, the lowest
@@ -45,26 +46,14 @@ def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(
-            f"binomial_interval: `successes` must lie between 0 and `trials`, which is at least 1, got {successes} of "
-            f"{trials}. Count images."
+            f"binomial_interval: `successes` must lie in [0, `trials`], and `trials` be at least 1, got {successes} of "
+            f"{trials}."
         )
     share = successes / trials
     shrink = 1 + _Z**2 / trials
     middle = (share + _Z**2 / (2 * trials)) / shrink
     half = _Z * math.sqrt(share * (1 - share) / trials + (_Z / (2 * trials)) ** 2) / shrink
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
-
-
-def require_matplotlib() -> None:
-    """Refuses to go on without Matplotlib.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("write_report: the pictures need Matplotlib. Run: pip install matplotlib") from error
 
 
 def write_report(evaluation: Evaluation, folder: str | Path, *, images: Images | Tensor | None = None) -> Path:
@@ -83,7 +72,7 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, images: Images |
         ImportError: Matplotlib is not installed.
         ValueError: ``images`` are not as many as were evaluated.
     """
-    require_matplotlib()
+    require_matplotlib("write_report")
     folder, log = Path(folder), evaluation.log
     pixels = images.images if isinstance(images, Images) else images
     if pixels is not None and log["labels"] is not None and len(pixels) != len(log["labels"]):
@@ -180,7 +169,7 @@ def _attack_part(log: dict[str, Any]) -> str:
 def _curve_part(log: dict[str, Any], folder: Path) -> str:
     points = log["curve"]
     rows = [[point["eps"], *_share(point["robust"]), ", ".join(point["attacks"]) or "none stood"] for point in points]
-    figure, axes = _figure(6, 4)
+    figure, axes = new_figure(6, 4)
     radii = [0.0, *(point["eps_value"] for point in points)]
     values = [log["natural_accuracy"], *(point["robust_accuracy"] for point in points)]
     ends = [
@@ -200,7 +189,7 @@ def _curve_part(log: dict[str, Any], folder: Path) -> str:
         ylim=(0, 100),
     )
     axes.legend(loc="lower left")
-    _save(figure, folder / "robust_accuracy.png")
+    save_figure(figure, folder / "robust_accuracy.png")
     return (
         "## Robust accuracy against eps\n\nEach radius is attacked on the images that stand at the smaller ones. The "
         "curve may therefore lie below the result above at its radius.\n\n![robust accuracy](robust_accuracy.png)\n\n"
@@ -227,7 +216,7 @@ def _class_part(log: dict[str, Any], folder: Path) -> str:
         [_class(log, label), str(len(flags[label][0])), *(f"{share:.2f}" for share in shares[label])] for label in shown
     ]
 
-    figure, axes = _figure(max(6.0, 0.5 * len(shown)), 4)
+    figure, axes = new_figure(max(6.0, 0.5 * len(shown)), 4)
     width = 0.8 / len(kinds)
     for number, (name, _) in enumerate(kinds):
         places = [place + (number - (len(kinds) - 1) / 2) * width for place in range(len(shown))]
@@ -237,7 +226,7 @@ def _class_part(log: dict[str, Any], folder: Path) -> str:
         title=f"Accuracy per class of {_drawn(log['model'])}", xlabel="class", ylabel="accuracy (%)", ylim=(0, 100)
     )
     axes.legend(loc="lower left")
-    _save(figure, folder / "classes.png")
+    save_figure(figure, folder / "classes.png")
     return "## Classes\n\n" + note + "![accuracy per class](classes.png)\n\n" + _table(header, rows)
 
 
@@ -252,7 +241,7 @@ def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, folder: Path) ->
         return f"{text} They are not shown, since the {what}."
     # Spread over all that fell, rather than those of the first class.
     shown = [fell[(number * len(fell)) // min(_SHOWN, len(fell))] for number in range(min(_SHOWN, len(fell)))]
-    figure, grid = _figure(2.2 * len(shown), 7, rows=3, columns=len(shown))
+    figure, grid = new_figure(2.2 * len(shown), 7, rows=3, columns=len(shown))
     for column, index in enumerate(shown):
         natural, adversarial = pixels[index].float().cpu(), evaluation.adversarial[index].float().cpu()
         difference = adversarial - natural
@@ -275,7 +264,7 @@ def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, folder: Path) ->
             axes.set_axis_off()
     title = f"Natural, adversarial, and their difference, scaled ({log['threat_model']}, eps {log['eps']})"
     figure.suptitle(textwrap.fill(title, 26 * len(shown)), fontsize=10)
-    _save(figure, folder / "fallen.png")
+    save_figure(figure, folder / "fallen.png")
     rows = [
         [str(index), _class(log, log["labels"][index]), _class(log, log["predictions"][index]), log["fell_to"][index]]
         for index in shown
@@ -297,7 +286,7 @@ def _corruption_part(log: dict[str, Any], folder: Path) -> str:
         mean = sum(values.values()) / len(values)
         cells = [f"{values[severity]:.2f}" if severity in values else "-" for severity in severities]
         rows.append([name, *cells, f"{mean:.2f}"])
-    figure, axes = _figure(max(6.0, 0.6 * len(by_name)), 4)
+    figure, axes = new_figure(max(6.0, 0.6 * len(by_name)), 4)
     width = 0.8 / len(severities)
     for number, severity in enumerate(severities):
         places = [place + (number - (len(severities) - 1) / 2) * width for place in range(len(by_name))]
@@ -311,7 +300,7 @@ def _corruption_part(log: dict[str, Any], folder: Path) -> str:
         ylim=(0, 100),
     )
     axes.legend(fontsize=7)
-    _save(figure, folder / "corruptions.png")
+    save_figure(figure, folder / "corruptions.png")
     header = ["corruption (accuracy in %)", *(f"severity {severity}" for severity in severities), "mean"]
     return "## Corruptions\n\n![accuracy under corruptions](corruptions.png)\n\n" + _table(header, rows)
 
@@ -350,18 +339,3 @@ def _picture(image: Tensor) -> Any:
     """A colour image, or a single channel, as Matplotlib takes it."""
     image = image.clamp(0, 1)
     return image.permute(1, 2, 0).numpy() if len(image) == 3 else image.mean(dim=0).numpy()
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """A figure that draws into a file, whatever backend the process uses."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=rows == 1 and columns == 1)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with written_aside(path) as aside:
-        figure.savefig(aside, dpi=150)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import runpy
@@ -15,7 +14,7 @@ import warnings
 import pytest
 import torch
 
-from ikl_plugins.models.robustbench_zoo import robustbench_network
+from ikl_plugins.models.robustbench_zoo import parse_architecture, robustbench_network
 from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
 from ikl_plugins.robustbench.leaderboard import entries
 from ikl_plugins.robustbench.loading import Normalised
@@ -63,6 +62,7 @@ PAPER = {
     "venue": "arXiv, Jan 2025",
 }
 PASSED = Preflight(tuple(Check(name, True, "Fine.") for name in CHECKS))
+FAILED = Preflight((Check("output", True, "Fine."), Check("gradients", False, "All are zero.")))
 
 
 def log(network, data="cifar10", **changes):
@@ -96,9 +96,16 @@ def log(network, data="cifar10", **changes):
 
 def corruptions(network, **changes):
     options = {
-        "threat_model": "corruptions", "eps": None, "eps_value": None, "version": None, "standard": False,
-        "attacks": [], "dataset": "cifar10", "corruptions": [{}] * 75, "corruptions_mce": None,
-    }  # fmt: skip
+        "threat_model": "corruptions",
+        "eps": None,
+        "eps_value": None,
+        "version": None,
+        "standard": False,
+        "attacks": [],
+        "dataset": "cifar10",
+        "corruptions": [{}] * 75,
+        "corruptions_mce": None,
+    }
     return log(network, **{**options, **changes})
 
 
@@ -183,21 +190,13 @@ def test_the_fields_are_those_that_robustbench_writes(network):
 
     known = {field.name for field in dataclasses.fields(ModelInfo)}
     assert len(known) == 17
-    facts = {"architecture": "A", "dataset": "cifar10", **PAPER, "additional_data": False, "footnote": "f"}
-    linf = model_info(log(network), **facts)
+    facts = {"architecture": "A", "dataset": "cifar10", **PAPER, "additional_data": True, "footnote": "f"}
+    linf = model_info(log(network, robust_accuracy=57.0), **facts, reported=56.5, number_forward_passes=3)
     common = model_info(corruptions(network, corruptions_mce=10.0), **facts)
     # `unreliable` is in its files, and not in the class that its benchmark writes them with.
     assert set(linf) | set(common) == known - {"corruptions_acc_3d", "corruptions_mce_3d"} | {"unreliable"}
-
-
-def test_accuracies_have_two_decimals_and_the_paper_its_own(network):
-    entry = model_info(
-        log(network, robust_accuracy=57.0, natural_accuracy=85.3),
-        architecture="A", dataset="cifar10", **PAPER, additional_data=True, reported=56.5, number_forward_passes=3,
-    )  # fmt: skip
-    assert (entry["clean_acc"], entry["autoattack_acc"], entry["reported"]) == ("85.30", "57.00", "56.50")
-    assert (entry["additional_data"], entry["number_forward_passes"]) == (True, 3)
-    assert "footnote" not in entry
+    assert (linf["clean_acc"], linf["autoattack_acc"], linf["reported"]) == ("85.30", "57.00", "56.50")
+    assert (linf["additional_data"], linf["number_forward_passes"]) == (True, 3)
 
 
 def test_robustbench_makes_a_leaderboard_of_the_entry(write, monkeypatch, capsys):
@@ -205,8 +204,7 @@ def test_robustbench_makes_a_leaderboard_of_the_entry(write, monkeypatch, capsys
     import robustbench.utils as rb
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
 
-    folder = write()
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(write())
     monkeypatch.setitem(rb.all_models[BenchmarkDataset.cifar_10][ThreatModel.Linf], NAME, {})
     rb.list_available_models("cifar10", "Linf")
     assert f"**{NAME}**" in capsys.readouterr().out
@@ -215,35 +213,22 @@ def test_robustbench_makes_a_leaderboard_of_the_entry(write, monkeypatch, capsys
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
+def texts(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"]
+
+
 def test_the_folder_has_everything(write):
     folder = write()
-    assert files(folder) == [
-        "SHA256SUMS",
-        "evaluation.json",
-        f"model_info/cifar10/Linf/{NAME}.json",
-        f"models/cifar10/Linf/{NAME}.pt",
-        "new_models_form.md",
-        "preflight.json",
-        "preflight.md",
-        "zoo_entry.py",
-    ]
+    entry, weights = f"model_info/cifar10/Linf/{NAME}.json", f"models/cifar10/Linf/{NAME}.pt"
+    ours = ["new_models_form.md", "preflight.json", "preflight.md", "zoo_entry.py"]
+    assert files(folder) == ["SHA256SUMS", "evaluation.json", entry, weights, *ours]
     assert [path.name for path in folder.parent.iterdir()] == ["submission"]
     assert Evaluation.load(folder / "evaluation.json").log["robust_accuracy"] == 57.09
     assert json.loads((folder / "preflight.json").read_text()) == json.loads(PASSED.to_json())
     assert (folder / "preflight.md").read_text() == PASSED.markdown()
     assert not any("emonstration" in path.name or "emonstration" in path.read_text() for path in texts(folder))
-
-
-def texts(folder):
-    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"]
-
-
-def test_the_checksums_are_those_of_the_files(write):
-    folder = write()
     sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
     assert sorted(sums) == [name for name in files(folder) if name != "SHA256SUMS"]
-    for name, expected in sums.items():
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
 
 
@@ -309,11 +294,7 @@ def test_leaves_the_network_as_it_was(write, network):
 )
 def test_refuses_what_the_weights_do_not_tell_but_the_logits_do(architecture, statistics, write, tmp_path):
     net = robustbench_network("DMWideResNet-10-1-SiLU").eval()
-    with pytest.raises(
-        ValueError,
-        match=r"^write_submission: `model` must give the logits of the zoo entry, but does not, although the weights "
-        r"fit\. Name its own activation in `architecture`, and pass its `mean` and `std`\.$",
-    ):
+    with pytest.raises(ValueError, match=r"^write_submission: `model` must give the logits of the zoo entry"):
         write(model=net, architecture=architecture, evaluation=log(net), **statistics)
     assert list(tmp_path.iterdir()) == []
 
@@ -325,16 +306,20 @@ def test_takes_an_evaluation_as_object_mapping_or_file(write, network, tmp_path)
     assert (one / "evaluation.json").read_bytes() == (two / "evaluation.json").read_bytes()
 
 
-def test_the_architecture_is_worded_as_on_the_leaderboard(write, tmp_path):
-    known = {entry.architecture for entry in entries("cifar10", "Linf")}
-    for number, (name, worded) in enumerate(
-        [("DMWideResNet-10-1-SiLU", "WideResNet-10-1"), ("DMPreActResNet-18-SiLU", "PreActResNet-18")]
-    ):
-        net = robustbench_network(name)
-        folder = write(folder=tmp_path / str(number), model=net, architecture=name, evaluation=log(net))
-        entry = json.loads((folder / f"model_info/cifar10/Linf/{NAME}.json").read_text())
-        assert entry["architecture"] == worded
-    assert {"PreActResNet-18", "WideResNet-28-10"} <= known
+@pytest.mark.parametrize(
+    ("name", "worded"),
+    [
+        ("WideResNet-28-10",) * 2,
+        ("DMWideResNet-28-10-SiLU", "WideResNet-28-10"),
+        ("ResNet-50", "ResNet-50"),
+        ("DMPreActResNet-18-SiLU", "PreActResNet-18"),
+    ],
+)
+def test_the_architecture_is_worded_as_on_the_leaderboard(name, worded):
+    from ikl_plugins.robustbench.submission.form import worded as word
+
+    assert word(parse_architecture(name)) == worded
+    assert worded in {entry.architecture for board in ("Linf", "corruptions") for entry in entries("cifar10", board)}
 
 
 # --- the form --------------------------------------------------------------------------------------------------------
@@ -424,8 +409,6 @@ def test_a_demonstration_takes_little_and_marks_every_file(write, network, monke
     small = log(
         network, n_examples=20, standard=False, version="custom", attacks=["apgd-ce"], data={"name": "data/digits/test"}
     )
-    with pytest.raises(ValueError, match=r"^write_submission: `evaluation` must be of standard AutoAttack"):
-        write(evaluation=small)
     folder = write(evaluation=small, demonstration=True)
     marked = f"{NAME}_demonstration"
     assert f"models/cifar10/Linf/{marked}.pt" in files(folder)
@@ -450,36 +433,20 @@ def test_a_demonstration_keeps_the_footnote_and_other_class_counts(write):
     assert "num_classes=4" in (folder / "zoo_entry.py").read_text()
 
 
-def test_a_failed_preflight_is_refused_or_named(write):
-    failed = Preflight((Check("output", True, "Fine."), Check("gradients", False, "All are zero.")))
-    with pytest.raises(
-        ValueError,
-        match=r"^write_submission: `preflight` must have passed, but failed\. gradients: All are zero\. Mend the "
-        r"model, or pass allow_failed_preflight=True, which the form will say\.$",
-    ):
-        write(preflight=failed)
-    folder = write(preflight=failed, allow_failed_preflight=True)
+def test_a_failed_preflight_is_named_where_it_is_allowed(write):
+    folder = write(preflight=FAILED, allow_failed_preflight=True)
     assert "**Preflight failed: gradients; see preflight.md.**" in (folder / "new_models_form.md").read_text()
     assert "Preflight failed: gradients." in (folder / "zoo_entry.py").read_text()
     assert "# Preflight: FAILED: gradients" in (folder / "preflight.md").read_text()
 
 
-def test_checks_that_could_not_be_made_are_refused(write):
-    unchecked = Preflight((Check("batch", None, "Not."), Check("eps", None, "No radius."), Check("claim", None, "No.")))
-    with pytest.raises(
-        ValueError, match=r"^write_submission: `preflight` must have made its checks, but not: batch\. "
-    ):
-        write(preflight=unchecked)
-    write(preflight=Preflight(unchecked.checks[1:]))
+def test_what_the_log_tells_need_not_be_checked(write):
+    write(preflight=Preflight((Check("eps", None, "No radius."), Check("claim", None, "No."))))
 
 
-def test_a_claim_above_the_measured_accuracy_is_refused_unless_allowed(write):
-    with pytest.raises(
-        ValueError,
-        match=r"^write_submission: `reported` must not be above the measured 57.09 %, got 57.13 %\. Claim the measured",
-    ):
-        write(reported=57.13)
-    write(reported=57.13, allow_failed_preflight=True)
+@pytest.mark.parametrize("options", [{"reported": 57.094}, {"reported": 57.13, "allow_failed_preflight": True}])
+def test_a_claim_may_be_rounded_or_allowed(options, write):
+    write(**options)
 
 
 # --- the place -------------------------------------------------------------------------------------------------------
@@ -488,9 +455,7 @@ def test_a_claim_above_the_measured_accuracy_is_refused_unless_allowed(write):
 def test_an_existing_folder_is_left_alone_unless_forced(write, tmp_path):
     folder = write()
     before = (folder / "SHA256SUMS").read_text()
-    with pytest.raises(
-        ValueError, match=r"^write_submission: `folder` must be a new one, but .*submission is there\. "
-    ):
+    with pytest.raises(ValueError, match=r"^write_submission: `folder` must be new, but .*submission is there"):
         write(name="Doe2025Better_new")
     assert (folder / "SHA256SUMS").read_text() == before
     (folder / "left_over.txt").write_text("old")
@@ -501,14 +466,13 @@ def test_an_existing_folder_is_left_alone_unless_forced(write, tmp_path):
 
 
 def test_force_replaces_no_other_folder(write, tmp_path):
-    (tmp_path / "submission").mkdir()
-    (tmp_path / "submission" / "thesis.tex").write_text("years of work")
-    (tmp_path / "submission" / "SHA256SUMS").write_text("")
-    with pytest.raises(
-        ValueError, match=r"^write_submission: `folder` must be a new one or a submission, but .* is some"
-    ):
+    folder = tmp_path / "submission"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    (folder / "SHA256SUMS").write_text("")
+    with pytest.raises(ValueError, match=r"`folder` must be new or a submission, but .* is something else"):
         write(force=True)
-    assert files(tmp_path / "submission") == ["SHA256SUMS", "thesis.tex"]
+    assert files(folder) == ["SHA256SUMS", "thesis.tex"]
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "os.rename"])
@@ -568,197 +532,150 @@ def test_names_of_real_entries_go_with_their_papers(name, title, author):
         check_name(name, title=title, authors=[author, "Somebody Else"])
 
 
+BAD_NAMES = "cui2023Decoupled Cui23Decoupled Cui2023 Cui2023decoupled Cui2023_Decoupled Cui2023Decoupled_"
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "cui2023Decoupled",
-        "Cui23Decoupled",
-        "Cui2023",
-        "Cui2023decoupled",
-        "Cui2023_Decoupled",
-        "Cui2023Decoupled_",
-        "Cui2023Decoupled WRN",
-        "Cui2023Decoupled_WRN/28",
-        "../Cui2023Decoupled",
-        "",
-    ],
+    "name", [*BAD_NAMES.split(), "Cui2023Decoupled WRN", "Cui2023Decoupled_WRN/28", "../Cui2023Decoupled", ""]
 )
 def test_refuses_names_of_another_pattern(name):
-    with pytest.raises(
-        ValueError,
-        match=r"^check_name: `name` must be <FamilyName><Year><FirstWordOfTitle>, and may have _<What tells it apart>, "
-        rf"got '{name}'\. Write it as Cui2023Decoupled_WRN-28-10\.$",
-    ):
+    with pytest.raises(ValueError, match=f"^check_name: `name` must be <FamilyName>.* got '{name}'"):
         check_name(name)
 
 
-def test_warns_of_a_name_that_does_not_go_with_the_paper():
-    with pytest.warns(
-        UserWarning,
-        match=r"^check_name: `name` has Loss where RobustBench has the first word of the title, which is Decoupled\.$",
-    ):
-        check_name("Cui2023Loss", title="Decoupled Kullback-Leibler Divergence Loss", authors=["Jiequan Cui"])
-    with pytest.warns(
-        UserWarning,
-        match=r"^check_name: `name` has Tian where RobustBench has the family name of the first author, "
-        r"which is Cui\.$",
-    ):
-        check_name("Tian2023Decoupled", title="Decoupled Kullback-Leibler Divergence Loss", authors=["Jiequan Cui"])
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("Cui2023Loss", "`name` has Loss where RobustBench has the first word of the title, which is Decoupled"),
+        ("Tian2023Decoupled", "`name` has Tian where .* the family name of the first author, which is Cui"),
+    ],
+)
+def test_warns_of_a_name_that_does_not_go_with_the_paper(name, fragment):
+    with pytest.warns(UserWarning, match=f"^check_name: {fragment}") as caught:
+        check_name(name, title="Decoupled Kullback-Leibler Divergence Loss", authors=["Jiequan Cui"])
+    assert caught[0].filename == __file__
 
 
 def test_warns_of_a_name_that_is_taken(write):
-    with pytest.warns(
-        UserWarning,
-        match=r"^write_submission: `name` Cui2023Decoupled_WRN-34-10 is that of an entry for cifar10 and Linf "
-        r"\(table of 2025-03-31\)\. Unless this replaces it, add _ and what tells the models apart\.$",
-    ):
-        write(
-            name="Cui2023Decoupled_WRN-34-10",
-            title="Decoupled Kullback-Leibler Divergence Loss",
-            authors=["Jiequan Cui", "Zhuotao Tian"],
-        )
+    name = "Cui2023Decoupled_WRN-34-10"
+    with pytest.warns(UserWarning, match=f"`name` {name} is that of an entry for cifar10 and Linf"):
+        write(name=name, title="Decoupled Loss", authors=["Jiequan Cui", "Zhuotao Tian"])
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "error", "fragment"),
     [
-        ({"name": "mine"}, ValueError, r"`name` must be <FamilyName><Year><FirstWordOfTitle>, .* got 'mine'\."),
-        ({"title": " "}, ValueError, r"`title` must be one line of text, got ' '\. Write it out\."),
-        ({"venue": "a\nb"}, ValueError, r"`venue` must be one line of text, got 'a\\nb'\."),
-        ({"link": None}, TypeError, r"`link` must be text, got NoneType\. Write it out\."),
-        ({"licence": "GPL"}, ValueError, r"`licence` must be 'MIT' or the address of another one, got 'GPL'\."),
+        ({"name": "mine"}, ValueError, "`name` .* got 'mine'"),
+        ({"name": None}, TypeError, "`name` must be text, got NoneType"),
+        ({"title": " "}, ValueError, "`title` must be one line of text, got ' '"),
+        ({"venue": "a\nb"}, ValueError, r"`venue` must be one line of text, got 'a\\nb'"),
+        ({"footnote": ""}, ValueError, "`footnote` must be one line of text, got ''"),
+        ({"link": None}, TypeError, "`link` must be text, got NoneType"),
+        ({"link": "arxiv"}, ValueError, r"`link` must be an http\(s\) address, got 'arxiv'"),
+        ({"licence": "GPL"}, ValueError, "`licence` .* got 'GPL'"),
+        ({"authors": ""}, ValueError, "`authors` must name at least one person, got ''"),
+        ({"authors": []}, ValueError, r"`authors` must name at least one person, got \[\]"),
+        ({"authors": "Jane Doe,"}, ValueError, "`authors` must name at least one person, got 'Jane Doe,'"),
+        ({"additional_data": None}, TypeError, "`additional_data` must be declared .* got None"),
+        ({"generated_data": "no"}, TypeError, "`generated_data` must be declared .* got 'no'"),
+        ({"generated_data": True}, ValueError, "`footnote` must say what generated images"),
+        ({"number_forward_passes": 0}, ValueError, "`number_forward_passes` .* got 0"),
+        ({"number_forward_passes": "2"}, TypeError, "`number_forward_passes` .* got '2'"),
+        ({"number_forward_passes": True}, TypeError, "`number_forward_passes` .* got True"),
+        ({"dataset": "cifar11"}, ValueError, "unknown data set `cifar11`. Did you mean `cifar10`"),
+        ({"dataset": "imagenet"}, ValueError, "`dataset` must be 'cifar10' or 'cifar100', got 'imagenet'"),
+        ({"architecture": "WRN-10-1"}, ValueError, "unknown architecture `WRN-10-1`"),
+        ({"evaluation": 3}, TypeError, "`evaluation` .* got int"),
+        ({"evaluation": "no.json"}, ValueError, "`evaluation` .* there is none at no.json. Run ikl evaluate"),
+        ({"preflight": None}, TypeError, "`preflight` must be the result of preflight, got NoneType"),
+        ({"preflight": FAILED}, ValueError, "`preflight` must have passed, but failed. gradients: All are zero."),
         (
-            {"additional_data": None},
-            TypeError,
-            r"`additional_data` must be declared with True or False, got None\. Say what was trained on\.",
-        ),
-        ({"generated_data": "no"}, TypeError, r"`generated_data` must be declared with True or False, got 'no'\."),
-        (
-            {"generated_data": True},
+            {"preflight": Preflight((Check("batch", None, "Not."), Check("eps", None, "No.")))},
             ValueError,
-            r"`footnote` must say what generated images were trained on, got None\. Write 'It uses additional 1M",
+            "`preflight` must have made its checks, but not: batch. ",
         ),
-        ({"dataset": "cifar11"}, ValueError, r"unknown data set `cifar11`\. Did you mean `cifar10`\? Known: cifar10, "),
-        (
-            {"dataset": "imagenet"},
-            ValueError,
-            r"`dataset` must be 'cifar10' or 'cifar100', got 'imagenet'\. RobustBench",
-        ),
-        ({"architecture": "WRN-10-1"}, ValueError, r"unknown architecture `WRN-10-1`\."),
-        ({"evaluation": 3}, TypeError, r"`evaluation` must be an Evaluation, its log or its file, got int\."),
-        (
-            {"evaluation": "missing.json"},
-            ValueError,
-            r"`evaluation` must be the file of a log, but there is none at missing.json\. Run tools/robustbench_eval",
-        ),
-        ({"preflight": None}, TypeError, r"`preflight` must be the result of preflight, got NoneType\. Run it first\."),
-        ({"model": {}}, TypeError, r"`model` must be the network that was evaluated, got dict\. Pass what load_ch"),
-        ({"reported": 5709}, ValueError, r"`reported` must be in percent, 0 to 100, got 5709\. Pass 57.09\."),
+        ({"model": {}}, TypeError, "`model` must be the network that was evaluated, got dict"),
+        ({"reported": 5709}, ValueError, "`reported` must be in percent, 0 to 100, got 5709"),
+        ({"reported": 57.10}, ValueError, "`reported` must not be above the measured 57.09 %, got 57.10 %"),
     ],
 )
-def test_refuses_bad_input(changes, error, message, write, tmp_path):
-    with pytest.raises(error, match=rf"^write_submission: {message}"):
+def test_refuses_bad_input(changes, error, fragment, write, tmp_path):
+    with pytest.raises(error, match=f"^write_submission: {fragment}"):
         write(**changes)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "fragment"),
     [
-        ({"data": {"name": "./cifar10"}}, r"be on the test images of cifar10, got './cifar10'"),
-        ({"data": None}, r"be on the test images of cifar10, got None"),
-        ({"n_examples": 1000}, r"have all 10000 test images, got 1000"),
-        ({"standard": False}, r"be of standard AutoAttack, got version 'standard' with apgd-ce, apgd-t, fab-t, square"),
-        ({"n_classes": 9}, r"be of a model with 10 classes, got 9"),
-        ({"eps": "4/255"}, r"be at eps 8/255, that of the leaderboard, got 4/255"),
+        ({"data": {"name": "./cifar10"}}, "be on the test images of cifar10, got './cifar10'"),
+        ({"data": None}, "be on the test images of cifar10, got None"),
+        ({"n_examples": 9999}, "have all 10000 test images, got 9999"),
+        ({"standard": False}, "be of standard AutoAttack, got version 'standard' with apgd-ce, apgd-t, fab-t, square"),
+        ({"n_classes": 9}, "be of a model with 10 classes, got 9"),
+        ({"eps": "4/255"}, "be at eps 8/255, that of the leaderboard, got 4/255"),
+        ({"corruptions": [{}] * 74}, "have all 75 corruptions and severities of cifar10, got 74 of cifar10"),
+        ({"dataset": "cifar100"}, "have all 75 corruptions and severities of cifar10, got 75 of cifar100"),
     ],
 )
-def test_refuses_an_evaluation_that_is_not_the_benchmark(changes, message, write, network):
-    evaluation = log(network, **changes)
-    with pytest.raises(
-        ValueError,
-        match=rf"^write_submission: `evaluation` must {message}\. Evaluate again, or pass demonstration=True\.$",
-    ):
+def test_an_evaluation_that_is_not_the_benchmark_is_for_demonstrations(changes, fragment, write, network):
+    make = corruptions if {"corruptions", "dataset"} & set(changes) else log
+    evaluation = make(network, **{"data": "cifar10", **changes})
+    with pytest.raises(ValueError, match=f"^write_submission: `evaluation` must {fragment}. .*demonstration=True"):
         write(evaluation=evaluation)
     write(evaluation=evaluation, demonstration=True)
 
 
-def test_refuses_corruptions_that_are_not_all_there(write, network):
-    for changes, got in (({"corruptions": [{}] * 74}, "74 of cifar10"), ({"dataset": "cifar100"}, "75 of cifar100")):
-        with pytest.raises(
-            ValueError,
-            match=r"^write_submission: `evaluation` must have all 75 corruptions and severities of cifar10, "
-            rf"got {got}\.",
-        ):
-            write(evaluation=corruptions(network, **changes))
-
-
 @pytest.mark.parametrize("demonstration", [False, True])
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "fragment"),
     [
-        ({"finished": False}, r"`evaluation` must be finished, but was interrupted\. Run the same evaluation again"),
-        (
-            {"eps": "0.031"},
-            r"`evaluation` must be at (a radius of whole grey levels, got eps 0.031|eps 8/255, .* got 0.031)\.",
-        ),
-        (
-            {"natural_accuracy": None},
-            r"`evaluation` must have the natural and the robust accuracy, got None and 57.09\.",
-        ),
-        (
-            {"weights_sha256": "0" * 64},
-            r"`model` must have the weights of the evaluation, whose checksum is 000000000000, got [0-9a-f]{12}\. ",
-        ),
+        ({"finished": False}, "`evaluation` must be finished"),
+        ({"eps": "0.031"}, "`evaluation` must be at (a radius of whole grey levels|eps 8/255).* got .*0.031"),
+        ({"natural_accuracy": None}, "`evaluation` must have the natural and the robust .* got None and 57.09"),
+        ({"robust_accuracy": None}, "`evaluation` must have the natural and the robust .* got 85.3 and None"),
+        ({"weights_sha256": "0" * 64}, "`model` must have the weights of the evaluation, .* 000000000000, got "),
     ],
 )
-def test_refuses_in_a_demonstration_too(changes, message, demonstration, write, network):
-    with pytest.raises(ValueError, match=rf"^write_submission: {message}"):
+def test_refuses_in_a_demonstration_too(changes, fragment, demonstration, write, network):
+    with pytest.raises(ValueError, match=f"^write_submission: {fragment}"):
         write(evaluation=log(network, **changes), demonstration=demonstration)
 
 
-def test_refuses_weights_of_another_architecture_and_names_the_nearest(write, tmp_path):
-    net = robustbench_network("DMWideResNet-16-2-SiLU")
-    with pytest.raises(
-        ValueError,
-        match=r"^write_submission: `model` must be a WideResNet-10-1 of RobustBench's own class, but has other "
-        r"entries; missing or of another shape: conv1.weight, block1\.[^ ]+, [^ ]+ and \d+ more; unexpected: "
-        r"init_conv.weight, [^ ]+, [^ ]+ and \d+ more\. It looks like DMWideResNet-16-2-SiLU\. "
-        r"Evaluate and submit what load_checkpoint gives ",
-    ):
-        write(model=net, evaluation=log(net))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_refuses_a_network_inside_a_normalisation(write, network):
-    wrapped = Normalised(network, (0.5,) * 3, (0.25,) * 3)
-    with pytest.raises(
-        ValueError,
-        match=r"^write_submission: `model` must be a network of RobustBench's own class, got a Normalised around one\. "
-        r"Train a DMWideResNet, which normalises itself, or without normalisation;",
-    ):
-        write(model=wrapped, evaluation=log(wrapped))
-
-
-def test_refuses_a_subclass_that_may_do_something_else(write, network):
+def defended(network):
     class Defended(type(network)):
         def forward(self, x):
             return super().forward(x.round())
 
-    net = Defended(depth=10, num_classes=10, widen_factor=1, sub_block1=False)
-    with pytest.raises(
-        ValueError,
-        match=r"^write_submission: `model` must be an instance of RobustBench's WideResNet, got Defended\. Load the",
-    ):
+    return Defended(depth=10, num_classes=10, widen_factor=1, sub_block1=False)
+
+
+@pytest.mark.parametrize(
+    ("other", "fragment"),
+    [
+        (
+            lambda network: robustbench_network("DMWideResNet-16-2-SiLU"),
+            r"a WideResNet-10-1 .* conv1.weight, block1.* and \d+ more; unexpected: init_conv.weight, .*looks like DMWide",
+        ),
+        (lambda network: robustbench_network("WideResNet-10-2"), "a WideResNet-10-1 .*looks like WideResNet-10-2"),
+        (lambda network: Normalised(network, (0.5,) * 3, (0.25,) * 3), "a network of .* got a Normalised around one"),
+        (defended, "an instance of RobustBench's WideResNet, got Defended"),
+    ],
+    ids=["architecture", "width", "normalisation", "subclass"],
+)
+def test_refuses_another_network(other, fragment, write, network, tmp_path):
+    net = other(network)
+    with pytest.raises(ValueError, match=f"^write_submission: `model` must be {fragment}"):
         write(model=net, evaluation=log(net))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refuses_a_threat_model_without_leaderboard(write):
     net = robustbench_network("WideResNet-10-1", 100)
-    with pytest.raises(ValueError, match=r"`threat_model` must be one that has a leaderboard for cifar100, got 'L2'\."):
+    with pytest.raises(ValueError, match="`threat_model` must have a leaderboard for cifar100, got 'L2'"):
         write(model=net, dataset="cifar100", evaluation=log(net, "cifar100", threat_model="L2", eps="0.5"))
 
 
@@ -767,22 +684,3 @@ def test_the_radius_counts_however_it_is_written(eps, network, write):
     folder = write(evaluation=log(network, eps=eps))
     (path,) = (folder / "model_info").rglob("*.json")
     assert json.loads(path.read_text())["eps"] == "8/255"
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "text"),
-    [
-        ({"number_forward_passes": 0}, ValueError, "`number_forward_passes` must be an integer of at least 1, got 0"),
-        (
-            {"number_forward_passes": "2"},
-            TypeError,
-            "`number_forward_passes` must be an integer of at least 1, got '2'",
-        ),
-        ({"authors": ""}, ValueError, "`authors` must name at least one person, got ''"),
-        ({"authors": []}, ValueError, "`authors` must name at least one person, got \\[\\]"),
-        ({"link": "arxiv"}, ValueError, "`link` must be an http\\(s\\) address, got 'arxiv'"),
-    ],
-)
-def test_refuses_what_no_entry_has(changes, kind, text, write):
-    with pytest.raises(kind, match=f"^write_submission: {text}"):
-        write(**changes)

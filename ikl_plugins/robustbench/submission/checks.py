@@ -237,7 +237,7 @@ def check_place(folder: Path, force: bool) -> None:
         return
     if not force:
         raise ValueError(
-            f"{CALLER}: `folder` must be a new one, but {folder} is there. Name another, or pass force=True."
+            f"{CALLER}: `folder` must be new, but {folder} is there. Name another, or pass force=True."
         )
     if folder.is_symlink() or not all((folder / file).is_file() for file in OUR_FILES):
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ...models.robustbench_zoo import Architecture
 
-__all__ = ["Facts", "form", "zoo_entry"]
+__all__ = ["Facts", "form", "worded", "zoo_entry"]
 
 TO_FILL = "TO BE FILLED IN"
 _ZOO_LISTS = {"Linf": "linf", "L2": "l2", "corruptions": "common_corruptions"}
@@ -37,11 +37,11 @@ class Facts(NamedTuple):
     def expression(self) -> str:
         return self.architecture.expression(self.dataset, self.num_classes, mean=self.mean, std=self.std)
 
-    @property
-    def worded(self) -> str:
-        """The architecture as the leaderboard words it: without the class's DM and the activation."""
-        parts = (self.architecture.family.removeprefix("DM"), self.architecture.depth, self.architecture.width)
-        return "-".join(str(part) for part in parts if part)
+
+def worded(architecture: Architecture) -> str:
+    """As the leaderboard words it: without the class's DM and the activation."""
+    parts = (architecture.family.removeprefix("DM"), architecture.depth, architecture.width)
+    return "-".join(str(part) for part in parts if part)
 
 
 def form(facts: Facts, entry: Mapping[str, Any], log: Mapping[str, Any]) -> str:

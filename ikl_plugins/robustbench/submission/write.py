@@ -35,7 +35,7 @@ from .checks import (
     weights_to_save,
 )
 from .entry import model_info
-from .form import Facts, form, zoo_entry
+from .form import Facts, form, worded, zoo_entry
 from .name import name_checked
 
 __all__ = ["DEMONSTRATION", "write_submission"]
@@ -171,7 +171,7 @@ def write_submission(
     )
     entry = model_info(
         log,
-        architecture=facts.worded,
+        architecture=worded(parsed),
         dataset=dataset,
         title=title,
         link=link,
