@@ -484,7 +484,7 @@ def test_a_model_of_the_zoo_that_is_not_there(zoo, tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AssertionError, match="this would download"):
         model_from(zoo_arguments("Small2024Test", tmp_path), caller="ikl x")
-    with pytest.raises(ValueError, match="unknown cifar10 Linf model .* Did you mean `Cui2023Decoupled_WRN-28-10`"):
+    with pytest.raises(ValueError, match=r"unknown cifar10 Linf model .* Did you mean `Cui2023Decoupled_WRN-28-10`"):
         model_from(zoo_arguments("Cui2023Decoupled_WRN-28-11", tmp_path, threat_model="Linf"), caller="ikl x")
     name = "Diffenderfer2021Winning_LRR_CARD_Deck"
     args = zoo_arguments(name, tmp_path, "--offline", threat_model="corruptions")
