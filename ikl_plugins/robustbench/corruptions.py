@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def evaluate_corruptions(
     """Accuracy under common corruptions (Hendrycks and Dietterich, ICLR 2019), read by RobustBench's own loaders.
 
     Args:
-        model: see :func:`~ikl_plugins.robustbench.evaluation.evaluate`.
+        model: this, ``checkpoint`` and ``model_name`` as in :func:`~ikl_plugins.robustbench.evaluation.evaluate`.
         dataset: 'cifar10', 'cifar100' or 'imagenet'.
         data_dir: the folder that has ``CIFAR-10-C``, ``CIFAR-100-C``, ``ImageNet-C`` or ``ImageNet-3DCC``.
         n_examples: images per corruption and severity, the first ones; None for 10,000, of ImageNet 5,000.
@@ -59,8 +60,8 @@ def evaluate_corruptions(
         device: where to compute.
         seed: of what the model itself draws.
         log: a JSON file, written after every severity of a corruption, from which an interrupted evaluation goes on.
-        checkpoint: see :func:`~ikl_plugins.robustbench.evaluation.evaluate`.
-        model_name: see :func:`~ikl_plugins.robustbench.evaluation.evaluate`.
+        checkpoint: see ``model``.
+        model_name: see ``model``.
         progress: called after every severity of a corruption.
 
     Returns:
@@ -73,7 +74,7 @@ def evaluate_corruptions(
         ValueError: an unknown data set or threat model, missing files, too few images, or as there.
     """
     caller = "evaluate_corruptions"
-    corruptions = _check_corruptions(caller, dataset, threat_model)
+    source = _source(caller, dataset, threat_model, Path(data_dir))
     check_model(caller, model, "standard")
     n_examples = (5000 if dataset == "imagenet" else 10000) if n_examples is None else n_examples
     check_count(caller, "n_examples", n_examples)
@@ -81,8 +82,8 @@ def evaluate_corruptions(
     check_seed(caller, seed)
     device = torch.device(device)
     model = model.to(device)
-    pairs = [(corruption, severity) for corruption in corruptions for severity in _SEVERITIES]
-    _check_corruption_files(caller, dataset, threat_model, Path(data_dir), corruptions, offline)
+    pairs = [(corruption, severity) for corruption in source.corruptions for severity in _SEVERITIES]
+    source.check_files(offline)
 
     natural_log: dict[str, Any] = {"labels": None, "natural_predictions": None, "natural_correct": None}
     with quiet(device), torch.no_grad():
@@ -129,9 +130,7 @@ def evaluate_corruptions(
             if 0 < number < len(done):
                 continue
             started = time.perf_counter()
-            images, labels = _load_corruption(
-                caller, dataset, threat_model, Path(data_dir), corruption, severity, n_examples
-            )
+            images, labels = source.load(corruption, severity, n_examples)
             digest = content_sha256(images, labels)
             if number < len(done):  # the first one stands for the data of an interrupted run
                 if done[number]["sha256"] != digest:
@@ -160,54 +159,60 @@ def evaluate_corruptions(
     return Evaluation(record.log)
 
 
-def _check_corruptions(caller: str, dataset: str, threat_model: str) -> tuple[str, ...]:
-    """The names of the corruptions."""
-    kinds = {kind.value: table for kind, table in _robustbench.data.CORRUPTIONS_DICT.items()}
+@dataclass(frozen=True)
+class _Source:
+    """The corrupted images of a data set, as RobustBench finds and reads them."""
+
+    caller: str
+    dataset: Any  # RobustBench's enumeration, as the next
+    threat_model: Any
+    corruptions: tuple[str, ...]
+    data_dir: Path
+
+    def check_files(self, offline: bool) -> None:
+        """Refuses a folder that lacks one of the files, unless the loader fetches them all."""
+        root = self.data_dir / _robustbench.data.CORRUPTIONS_DIR_NAMES[self.dataset][self.threat_model]
+        name = self.dataset.value
+        if name == "imagenet":
+            wanted = [root / corruption / str(severity) for corruption in self.corruptions for severity in _SEVERITIES]
+        elif not root.exists() and not offline:
+            return
+        else:
+            wanted = [root / "labels.npy", *(root / f"{corruption}.npy" for corruption in self.corruptions)]
+        missing = [str(path) for path in wanted if not path.exists()]
+        if missing:
+            link = _robustbench.data.ZENODO_CORRUPTIONS_LINKS.get(self.dataset)
+            source = f" ({', '.join(link[1])} of https://zenodo.org/records/{link[0]})" if link else ""
+            raise ValueError(
+                f"{self.caller}: the corrupted images of {name} must lie in {root}, but {check.first_names(missing)} "
+                f"missing. Unpack them there{source}, or name the folder above with data_dir."
+            )
+
+    def load(self, corruption: str, severity: int, n_examples: int) -> tuple[Tensor, Tensor]:
+        """The first images of one corruption and severity, and their labels."""
+        loader = _robustbench.data.CORRUPTION_DATASET_LOADERS[self.dataset][self.threat_model]
+        geometry = _robustbench.data.PREPROCESSINGS["Res224"]  # what RobustBench gives corrupted images of ImageNet
+        # By position: RobustBench calls its CIFAR loaders with a keyword that they do not have.
+        images, labels = loader(n_examples, severity, str(self.data_dir), False, [corruption], geometry)
+        if len(images) != n_examples:
+            raise ValueError(
+                f"{self.caller}: `n_examples` must be at most {len(images)}, as many images as {corruption} has with "
+                f"severity {severity}, got {n_examples}. Lower it."
+            )
+        check_pixels(self.caller, images)
+        return images, labels
+
+
+def _source(caller: str, dataset: str, threat_model: str, data_dir: Path) -> _Source:
+    kinds = {kind.value: kind for kind in _robustbench.data.CORRUPTIONS_DICT}
     if dataset not in kinds:
         raise ValueError(check.unknown_name_message(caller, "data set", dataset, kinds))
-    threats = {threat.value: names for threat, names in kinds[dataset].items()}
+    kind = kinds[dataset]
+    threats = {threat.value: threat for threat in _robustbench.data.CORRUPTIONS_DICT[kind]}
     if threat_model not in threats:
         raise ValueError(check.unknown_name_message(caller, f"threat model of {dataset}", threat_model, threats))
-    return tuple(threats[threat_model])
-
-
-def _check_corruption_files(
-    caller: str, dataset: str, threat_model: str, data_dir: Path, corruptions: Sequence[str], offline: bool
-) -> None:
-    kind, threat = _robustbench.data.BenchmarkDataset(dataset), _robustbench.data.ThreatModel(threat_model)
-    root = data_dir / _robustbench.data.CORRUPTIONS_DIR_NAMES[kind][threat]
-    if dataset == "imagenet":
-        wanted = [root / corruption / str(severity) for corruption in corruptions for severity in _SEVERITIES]
-    else:
-        if not root.exists() and not offline:
-            return  # the loader fetches it
-        wanted = [root / "labels.npy", *(root / f"{corruption}.npy" for corruption in corruptions)]
-    missing = [path for path in wanted if not path.exists()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        link = _robustbench.data.ZENODO_CORRUPTIONS_LINKS.get(kind)
-        source = f" ({', '.join(link[1])} of https://zenodo.org/records/{link[0]})" if link else ""
-        raise ValueError(
-            f"{caller}: the corrupted images of {dataset} must lie in {root}, but {', '.join(map(str, missing[:3]))}"
-            f"{more} missing. Unpack them there{source}, or name the folder above with data_dir."
-        )
-
-
-def _load_corruption(
-    caller: str, dataset: str, threat_model: str, data_dir: Path, corruption: str, severity: int, n_examples: int
-) -> tuple[Tensor, Tensor]:
-    kind, threat = _robustbench.data.BenchmarkDataset(dataset), _robustbench.data.ThreatModel(threat_model)
-    loader = _robustbench.data.CORRUPTION_DATASET_LOADERS[kind][threat]
-    geometry = _robustbench.data.PREPROCESSINGS["Res224"]  # what RobustBench gives corrupted images of ImageNet
-    # By position: RobustBench calls its CIFAR loaders with a keyword that they do not have.
-    images, labels = loader(n_examples, severity, str(data_dir), False, [corruption], geometry)
-    if len(images) != n_examples:
-        raise ValueError(
-            f"{caller}: `n_examples` must be at most {len(images)}, as many images as {corruption} has with severity "
-            f"{severity}, got {n_examples}. Lower it."
-        )
-    check_pixels(caller, images)
-    return images, labels
+    threat = threats[threat_model]
+    return _Source(caller, kind, threat, tuple(_robustbench.data.CORRUPTIONS_DICT[kind][threat]), data_dir)
 
 
 def _mean_corruption_error(

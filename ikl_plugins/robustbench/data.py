@@ -109,7 +109,7 @@ def load_images(
     if path.suffix == ".npz":
         return _load_npz(path, n_examples, preprocessing)
     raise ValueError(
-        f"{_CALLER}: `source` must be {', '.join(map(repr, DATASETS))}, a class folder or an .npz file, got "
+        f"{_CALLER}: `source` must be {', '.join(map(repr, DATASETS))}, a folder of class folders or an .npz file, got "
         f"{str(source)!r}, which is none (seen from {Path.cwd()}). Check the name."
     )
 

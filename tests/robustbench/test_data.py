@@ -340,7 +340,7 @@ def test_imagenet_that_is_not_whole_is_refused(imagenet, tmp_path):
             "cifar11",
             {},
             ValueError,
-            "`source` must be 'cifar10', 'cifar100', 'imagenet', a class folder or an .npz file",
+            "`source` must be 'cifar10', 'cifar100', 'imagenet', a folder of class folders",
         ),
         ("none.npz", {}, ValueError, "there is none at none.npz (seen from "),
         ("a.npz", {"preprocessing": "Res224"}, ValueError, "must be None for an .npz file, got 'Res224'"),

@@ -709,19 +709,18 @@ def driver_accuracy(path, network):
     return 100 * (logits.argmax(1) == labels).double().mean().item(), logits
 
 
-@pytest.mark.parametrize("role", ["student_model", "model"])
 @pytest.mark.parametrize(
-    "steps",
+    ("role", "steps"),
     [
-        ("tensor", "normalize"),
-        ("resize", "tensor", "normalize"),
-        ("tensor", "crop", "normalize"),
-        ("tensor",),
-        ("bytes", "float", "normalize"),
-        ("bytes", "resize", "float"),
+        ("student_model", ("tensor", "normalize")),
+        ("model", ("resize", "tensor", "normalize")),
+        ("student_model", ("tensor", "crop", "normalize")),
+        ("student_model", ("tensor",)),
+        ("model", ("bytes", "float", "normalize")),
+        ("student_model", ("bytes", "resize", "float")),
     ],
 )
-def test_torchdistill_s_own_test_gives_the_same(steps, role, torchdistill_config, folder):
+def test_torchdistill_s_own_test_gives_the_same(role, steps, torchdistill_config, folder):
     path, checkpoint, network = torchdistill_config(*steps, role=role)
     model = from_torchdistill(path, checkpoint)
     assert not model.training
