@@ -2,7 +2,7 @@
 
 import random
 
-from demo import adversarial as demo_adversarial
+from demo import adversarial
 
 
 def made_up_adversarial_results(images=300):
@@ -12,16 +12,16 @@ def made_up_adversarial_results(images=300):
     def picture():
         return bytes(draw.randrange(256) for _ in range(12)).hex()
 
-    methods = list(demo_adversarial.METHODS)
+    methods = list(adversarial.METHODS)
     scores = ("accuracy/top1", "robust/top1", "robust/top1")
-    eps = [fraction * 16 / 255 for fraction in demo_adversarial.FRACTIONS]
+    eps = [fraction * 16 / 255 for fraction in adversarial.FRACTIONS]
     digits = [
         {
             "label": label,
             "natural": picture(),
             "models": {
                 method: {"natural_prediction": label, "prediction": (label + place) % 10, "adversarial": picture()}
-                for place, method in enumerate(demo_adversarial.SHOWN, start=1)
+                for place, method in enumerate(adversarial.SHOWN, start=1)
             },
         }
         for label in (3, 8)

@@ -23,8 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from demo.report import sha256
-from evidence.bench import processor
+from evidence.cache import processor, sha256
 
 import ikl_plugins
 from campaign.tables import NAMES, render

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like, and writes what it measured."""
+"""The benchmark of the losses compares like with like; the command writes what was measured, and the page says it."""
 
 import csv
 import itertools
@@ -6,144 +6,230 @@ import subprocess
 import sys
 from pathlib import Path
 
-from evidence import bench
 import pytest
 import torch
+from evidence import bench
+from evidence import bench_losses as losses
+from evidence.cache import TOOLS
 
 from ikl_plugins import _fused, native
 
 
-def test_the_compared_forms_are_one_loss() -> None:
-    student, teacher = bench.logits(5, 7)
-    forms = {name: bench.METHODS[name](student, teacher) for name in ("IKL", "IKL composed")}
-    forms["pairwise"] = bench.pairwise(student, teacher)
-    for value in forms.values():
-        torch.testing.assert_close(value, forms["pairwise"], rtol=1e-5, atol=0)
-
-
-def test_the_steps_are_one_loss() -> None:
-    """Each step but the first of the table; what is compiled and what is built have tests of their own."""
-    student, teacher = bench.logits(5, 7)
-    # Weights and soft labels are tempered, the weighted MSE is not.
-    difference, weights = teacher - student, torch.softmax(teacher / 4, 1)
+def plain(student, teacher, temperature):
+    """IKL by pairs; weights and soft labels are tempered, the weighted MSE is not."""
+    difference, weights = teacher - student, torch.softmax(teacher / temperature, 1)
     gaps = difference[:, :, None] - difference[:, None, :]
-    mse = 0.25 * (weights[:, :, None] * weights[:, None, :] * gaps**2).sum() / 5
-    expected = mse - (weights * torch.log_softmax(student / 4, 1)).sum() / 5
-    names = bench.without_operator(bench.STEPS, built=False)
-    for name in names[1:]:
-        if "torch.compile" not in name:
-            torch.testing.assert_close(bench.STEPS[name](student, teacher), expected, rtol=1e-5, atol=0)
-    assert len(names) == 6
+    mse = 0.25 * (weights[:, :, None] * weights[:, None, :] * gaps**2).sum() / len(student)
+    return mse - (weights * torch.log_softmax(student / temperature, 1)).sum() / len(student)
 
 
-def test_a_step_leaves_the_block_size_as_it_was() -> None:
+FORMS = {
+    "pairwise": (losses.pairwise, 1.0),
+    **{name: (losses.METHODS[name], 1.0) for name in ("IKL", "IKL composed")},
+    # What is compiled and what is built have tests of their own.
+    **{name: (losses.STEPS[name], 4.0) for name in list(losses.STEPS)[1:-1] if name != losses.COMPILED},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_compared_forms_are_one_loss(name):
+    form, temperature = FORMS[name]
+    student, teacher = losses.logits(5, 7)
+    torch.testing.assert_close(form(student, teacher), plain(student, teacher, temperature), rtol=1e-5, atol=0)
+
+
+def test_the_baseline_is_kl_divergence():
+    student, teacher = losses.logits(5, 7)
+    p, q = torch.softmax(teacher.double(), 1), torch.softmax(student.double(), 1)
+    expected = (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(losses.kl(student, teacher).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_step_leaves_the_block_size_as_it_was():
     before = _fused._BLOCK_ELEMENTS_CPU
+    seen = []
 
-    def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        assert before < _fused._BLOCK_ELEMENTS_CPU
-        return student.sum()
+    def loss(student, teacher):
+        seen.append(_fused._BLOCK_ELEMENTS_CPU)
+        raise RuntimeError
 
-    bench.in_one_block(loss)(torch.zeros(1, 2), torch.zeros(1, 2))
-    assert before == _fused._BLOCK_ELEMENTS_CPU
+    with pytest.raises(RuntimeError):
+        losses.in_one_block(loss)(torch.zeros(1, 2), torch.zeros(1, 2))
+    assert seen[0] > before == _fused._BLOCK_ELEMENTS_CPU
 
 
-def test_both_ways_to_the_weights_agree() -> None:
-    _, teacher = bench.logits(5, 7)
+def test_both_ways_to_the_weights_agree():
+    _, teacher = losses.logits(5, 7)
     powers = torch.softmax(teacher.double() / 4, 1) ** 0.5
-    for way in bench.WEIGHTS.values():
+    for way in losses.WEIGHTS.values():
         weights, mass = way(teacher)
         torch.testing.assert_close(mass.double(), powers.sum(1, keepdim=True), rtol=1e-5, atol=0)
         torch.testing.assert_close((weights * mass).double(), powers, rtol=1e-5, atol=0)
 
 
-def test_the_operator_is_on_inside_its_method_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operator_is_on_inside_its_method_alone(monkeypatch):
     switched = []
     monkeypatch.setattr(native, "enable", lambda: switched.append("on"))
     monkeypatch.setattr(native, "disable", lambda: switched.append("off"))
 
-    def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def loss(student, teacher):
         assert switched == ["on"]
         return student.sum()
 
-    assert bench.by_operator(loss)(torch.ones(1, 2), torch.ones(1, 2)) == 2
+    assert losses.by_operator(loss)(torch.ones(1, 2), torch.ones(1, 2)) == 2
     assert switched == ["on", "off"]
-    names = bench.without_operator(bench.METHODS, built=False)
-    assert set(bench.METHODS) - set(names) == {"IKL, C++ operator", "GKL gamma 0.5, C++ operator"}
-    assert bench.without_operator(bench.METHODS, built=True) == list(bench.METHODS)
+    left = bench.runnable(losses.METHODS, built=False)
+    assert set(losses.METHODS) - set(left) == {"IKL, C++ operator", "GKL gamma 0.5, C++ operator"}
+    assert bench.runnable(losses.METHODS, built=True) == list(losses.METHODS)
 
 
-def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def build() -> None:
+def test_without_a_compiler_it_says_so(monkeypatch, capsys):
+    def build():
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(native, "build", build)
-    assert not bench.can_build("Measured")
-    assert capsys.readouterr().out == "Measured without the C++ operator: no compiler\n"
+    assert not bench.can_build()
+    assert "no compiler" in capsys.readouterr().out
 
 
-def test_shapes_reach_from_a_hundred_classes_to_a_vocabulary() -> None:
-    classes = [classes for _, classes in bench.SHAPES]
-    assert min(classes) == 100
-    assert max(classes) == 128256
-    assert all(one <= 13 * other for other, one in itertools.pairwise(sorted(classes)))
+def test_shapes_reach_from_a_hundred_classes_to_a_vocabulary():
+    classes = sorted(classes for _, classes in losses.SHAPES)
+    assert classes[0] == 100
+    assert classes[-1] == 128256
+    assert all(one <= 13 * other for other, one in itertools.pairwise(classes))
 
 
-def test_the_baseline_is_kl_divergence() -> None:
-    student, teacher = bench.logits(5, 7)
-    p, q = torch.softmax(teacher.double(), 1), torch.softmax(student.double(), 1)
-    expected = (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(bench.kl(student, teacher).double(), expected, rtol=1e-5, atol=0)
+# Three tensors are held and the gradient is one more; the sum's own is an expanded scalar.
+LOGITS_TENSORS = """
+from evidence import bench_losses as losses
+import torch
+losses.MEMORY_SHAPE = (512, 8192)
+held = []
+def three(student, teacher):
+    held.extend(torch.ones_like(student) for _ in range(3))
+    return student.sum()
+losses.METHODS["IKL"] = three
+print(losses.peak("IKL"))
+"""
+MEBIBYTES = """
+from evidence import bench_training as training
+import torch
+training.MEMORY_CASE = training.CASES[0]._replace(size=8, batch=2)
+plain = training.peak(training.NOTHING)
+held = torch.ones(400 * 2**18)
+print(training.peak(training.NOTHING) - plain)
+"""
 
 
-def test_peak_memory_counts_logits_tensors() -> None:
+@pytest.mark.parametrize(("code", "least", "most"), [(LOGITS_TENSORS, 2.8, 5.2), (MEBIBYTES, 380, 440)])
+def test_peak_memory_is_counted(code, least, most):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the system does not tell a process its peak memory")
     # In a process of its own, as the benchmark does it: here memory that earlier tests have freed would be used again.
-    code = """
-import bench, torch
-bench.MEMORY_SHAPE = (512, 8192)
-held = []
-
-def three_tensors(student, teacher):
-    held.extend(torch.ones_like(student) for _ in range(3))
-    return student.sum()  # its gradient is an expanded scalar, made full by the leaf: one more
-
-bench.METHODS["IKL"] = three_tensors
-print(bench.peak_memory("IKL"))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(bench.__file__).parent, capture_output=True, text=True, check=True
-    )
-    assert 2.8 < float(done.stdout) < 5.2
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, capture_output=True, text=True, check=True)
+    assert least < float(done.stdout.split()[-1]) < most
 
 
-def test_a_run_writes_table_and_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SHAPES", [(4, 3), (2, 50)])
-    monkeypatch.setattr(bench, "PAIRWISE_SHAPE", (2, 10))
-    monkeypatch.setattr(bench, "LINEAR_CLASSES", [10, 20])
-    monkeypatch.setattr(bench, "STEP_SHAPES", [(3, 4)])
-    monkeypatch.setattr(bench, "can_build", lambda what: False)  # neither the operator nor torch.compile
-    monkeypatch.setattr(bench, "peak_memory_of", lambda name: 1.25)
-    monkeypatch.setattr(bench, "import_milliseconds", lambda: 3.0)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--output", str(tmp_path / "out"), "--seconds", "0"])
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _threads():
     threads = torch.get_num_threads()
-    try:
-        bench.main()
-    finally:
-        torch.set_num_threads(threads)
-    with (tmp_path / "out" / "losses.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    timed = [row for row in rows if row["kind"] == "time"]
-    assert {(row["rows"], row["classes"]) for row in timed} == {("4", "3"), ("2", "50")}
-    assert {row["method"] for row in timed} == set(bench.without_operator(bench.METHODS, built=False))
-    assert all(float(row["seconds"]) > 0 and row["torch"] == torch.__version__ for row in timed)
-    for row in timed:
-        base = next(r for r in timed if r["method"] == "KL" and r["classes"] == row["classes"])
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_a_run_writes_table_and_csv(tmp_path, monkeypatch):
+    for name, value in {
+        "SHAPES": [(4, 3), (2, 50)],
+        "PAIRWISE_SHAPE": (2, 10),
+        "LINEAR_CLASSES": [10, 20],
+        "STEP_SHAPES": [(3, 4)],
+        "import_seconds": lambda: 0.003,
+    }.items():
+        monkeypatch.setattr(losses, name, value)
+    monkeypatch.setattr(bench, "can_build", lambda: False)  # neither the operator nor torch.compile
+    monkeypatch.setattr(bench, "peak_of", lambda *asked, **options: 1.25)
+    bench.main(["losses", "--output", str(tmp_path / "out"), "--seconds", "0", "--threads", "1"])
+    rows = list(csv.DictReader((tmp_path / "out" / "losses.csv").read_text().splitlines()))
+    assert all(row["torch"] == torch.__version__ and row["threads"] == "1" and row["processor"] for row in rows)
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("time", "step", "weights")}
+    assert {(row["rows"], row["classes"]) for row in kinds["time"]} == {("4", "3"), ("2", "50")}
+    assert {row["method"] for row in kinds["time"]} == set(bench.runnable(losses.METHODS, built=False))
+    for row in kinds["time"]:
+        base = next(r for r in kinds["time"] if r["method"] == "KL" and r["classes"] == row["classes"])
+        assert float(row["seconds"]) > 0
         assert float(row["ratio"]) == pytest.approx(float(row["seconds"]) / float(base["seconds"]), rel=1e-3, abs=1e-4)
-    steps = [row for row in rows if row["kind"] == "step"]
-    assert {row["method"] for row in steps} == set(bench.STEPS) - {"C++ operator", "plain code through torch.compile"}
-    assert {row["method"] for row in rows if row["kind"] == "weights"} == set(bench.WEIGHTS)
+    assert {row["method"] for row in kinds["step"]} == set(losses.STEPS) - {"C++ operator", losses.COMPILED}
+    assert {row["method"] for row in kinds["weights"]} == set(losses.WEIGHTS)
     table = (tmp_path / "out" / "losses.md").read_text()
     assert "| (4, 3) | 1 (" in table
-    assert torch.__version__ in table
+    assert "`import ikl_plugins` after `import torch`: 3 ms." in table
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["losses.csv", "losses.md"]
+
+
+def test_without_a_name_each_benchmark_has_a_process_of_its_own(monkeypatch):
+    called = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: called.append(command[1:]))
+    bench.main(["--threads", "3"])
+    assert called == [[str(TOOLS / "bench.py"), name, "--threads", "3"] for name in bench.NAMES]
+
+
+def test_memory_is_that_of_processes_of_their_own(monkeypatch):
+    called = []
+
+    def run(command, env, text):
+        called.append((command[1:], env))
+        return f"some line\n{2654.5 + len(called)}\n"
+
+    monkeypatch.setattr(subprocess, "check_output", run)
+    assert bench.peak_of("training", "IKLLoss", runs=3, env={"A": "B"}) == 2656.5
+    arguments = ["training", "--memory-of", "IKLLoss", "--threads", str(torch.get_num_threads())]
+    assert called == [([str(TOOLS / "bench.py"), *arguments], {"A": "B"})] * 3
+
+
+PAGE = """# Benchmarks
+
+before
+
+<!-- bench: losses -->
+old
+<!-- /bench -->
+
+between | 1.0 |
+
+<!-- bench: training -->
+<!-- /bench -->
+after
+"""
+
+
+def test_the_page_takes_all_tables_or_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "rendered", lambda name, table: f"| {name} \\1 {table.strip()} |")
+    page, results, source = tmp_path / "page.md", tmp_path / "results", tmp_path / "measured"
+    page.write_text(PAGE)
+    source.mkdir()
+    (source / "losses.csv").write_text("kind\n")
+    command = ["docs", "--output", str(source), "--page", str(page), "--results", str(results)]
+    with pytest.raises(SystemExit, match=r"error: bench: .*training\.csv must be there"):
+        bench.main(command)
+    assert page.read_text() == PAGE
+    assert not results.exists()
+    (source / "training.csv").write_text("kind\n")
+    bench.main(command)
+    text = page.read_text()
+    assert "before\n\n<!-- bench: losses -->\n\n| losses \\1 kind |\n\n<!-- /bench -->\n\nbetween | 1.0 |" in text
+    assert text.endswith("<!-- bench: training -->\n\n| training \\1 kind |\n\n<!-- /bench -->\nafter\n")
+    assert (results / "bench_losses.csv").read_text() == "kind\n"
+    bench.main([*command, "--check"])
+    (results / "bench_losses.csv").write_text("other\n")
+    with pytest.raises(SystemExit, match=r"page\.md: missing or not as generated"):
+        bench.main([*command, "--check"])
+    capsys.readouterr()
+
+
+def test_the_shipped_page_has_a_block_for_each_benchmark():
+    text = (bench.ROOT / "docs" / "benchmarks.md").read_text()
+    assert bench.names(text) == list(bench.NAMES)

@@ -1,12 +1,12 @@
 """Both ways of a step of adversarial training are one computation, and the benchmark writes what it measured."""
 
 import csv
-import sys
 from pathlib import Path
 
-from evidence import bench_adversarial as bench
 import pytest
 import torch
+from evidence import bench_adversarial as bench
+from evidence.bench import main
 
 OURS = [bench.DEFAULT_FORMAT, bench.CHANNELS_LAST]
 
@@ -84,26 +84,19 @@ def test_deviations_see_other_gradients_and_other_images(monkeypatch: pytest.Mon
         assert found[name].rounding < 1e-3
 
 
-def test_speed_up_is_the_median_of_the_rounds_ratios() -> None:
+def test_a_part_has_its_median_and_the_median_of_the_rounds_ratios() -> None:
     times = {
         bench.OFFICIAL: [{"step": value} for value in (3.0, 30.0, 4.0)],
         "ours": [{"step": value} for value in (2.0, 10.0, 2.0)],
     }
-    assert bench.speed_up(times, "ours", "step") == 2.0
-    assert bench.median_seconds(times, bench.OFFICIAL, "step") == 4.0
+    assert bench.part_of(times, "ours", "step") == (2.0, 2.0)
+    assert bench.part_of(times, bench.OFFICIAL, "step") == (4.0, 1.0)
 
 
 def test_a_run_writes_table_and_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LEAST_ROUNDS", 1)
-    arguments = ["--output", str(tmp_path / "out"), "--seconds", "0", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["bench_adversarial.py", *arguments])
-    threads = torch.get_num_threads()
-    try:
-        bench.main()
-    finally:
-        torch.set_num_threads(threads)
-    with (tmp_path / "out" / "adversarial.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    main(["adversarial", "--output", str(tmp_path / "out"), "--seconds", "0", "--threads", "1"])
+    rows = list(csv.DictReader((tmp_path / "out" / "adversarial.csv").read_text().splitlines()))
     assert all(row["torch"] == torch.__version__ and row["threads"] == "1" and row["processor"] for row in rows)
     timed = [row for row in rows if row["kind"] == "time"]
     cases = {(row["classes"], row["objective"], row["awp"]) for row in timed}

@@ -2,14 +2,11 @@
 
 import csv
 import itertools
-import subprocess
-import sys
-from pathlib import Path
+import pathlib
 
-from evidence import bench
-from evidence import bench_training
 import pytest
 import torch
+from evidence import bench, bench_training
 from torchdistill.core.distillation import DistillationBox
 from torchdistill.losses.mid_level import KDLoss
 
@@ -116,57 +113,19 @@ def test_the_operator_is_on_for_its_method_alone(monkeypatch: pytest.MonkeyPatch
     assert switched[-1] == "off"
 
 
-def test_a_ratio_is_the_median_of_the_rounds() -> None:
-    times = {bench_training.KD: [2.0, 10.0, 2.0], "own": [1.0, 30.0, 2.0]}
-    assert bench_training.ratio(times, "own") == 1.0
+def test_memory_is_that_of_a_c_library_that_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "peak_of", lambda *asked, env: (*asked, int(env["MALLOC_MMAP_THRESHOLD_"])))
+    assert bench_training.peak_of(bench_training.NOTHING) == ("training", bench_training.NOTHING, 2**20)
 
 
-@pytest.mark.parametrize("command", [bench_training.NOTHING])
-def test_memory_is_that_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    called = []
-
-    def run(arguments: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
-        called.append(arguments[1:])
-        assert int(env["MALLOC_MMAP_THRESHOLD_"]) == 2**20
-        return subprocess.CompletedProcess(arguments, 0, stdout="some line\n2654.5\n")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert bench_training.peak_of(command, 3) == 2654.5
-    assert called == [[bench_training.__file__, "--memory-of", command, "--threads", "3"]]
-
-
-def test_peak_memory_counts_mebibytes() -> None:
-    if not Path("/proc/self/status").exists():
-        pytest.skip("the system does not tell a process its peak memory")
-    code = """
-import bench_training, torch
-bench_training.MEMORY_CASE = bench_training.CASES[0]._replace(size=8, batch=2)
-plain = bench_training.peak_mebibytes(bench_training.NOTHING)
-held = torch.ones(400 * 2**18)
-print(bench_training.peak_mebibytes(bench_training.NOTHING) - plain)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(bench_training.__file__).parent, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    assert 380 < float(done.stdout.split()[-1]) < 440
-
-
-def test_a_run_writes_table_and_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_writes_table_and_csv(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_training, "CASES", SMALL[:1])
     monkeypatch.setattr(bench_training, "LEAST_ROUNDS", 1)
-    monkeypatch.setattr(bench, "can_build", lambda what: True)
+    monkeypatch.setattr(bench, "can_build", lambda: True)
     peaks = dict(zip(bench_training.MEASURED, (2000.0, 2001.0, 2002.0, 2003.0, 3000.0), strict=True))
-    monkeypatch.setattr(bench_training, "peak_of", lambda method, threads: peaks[method])
-    arguments = ["--output", str(tmp_path / "out"), "--seconds", "0", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["bench_training.py", *arguments])
-    threads = torch.get_num_threads()
-    try:
-        bench_training.main()
-    finally:
-        torch.set_num_threads(threads)
-    with (tmp_path / "out" / "training.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    monkeypatch.setattr(bench_training, "peak_of", peaks.__getitem__)
+    bench.main(["training", "--output", str(tmp_path / "out"), "--seconds", "0", "--threads", "1"])
+    rows = list(csv.DictReader((tmp_path / "out" / "training.csv").read_text().splitlines()))
     assert all(row["torch"] == torch.__version__ and row["threads"] == "1" and row["processor"] for row in rows)
     timed = [row for row in rows if row["kind"] == "time"]
     assert [(row["part"], row["method"]) for row in timed] == [

@@ -4,48 +4,44 @@ import re
 import shutil
 import sys
 
-from demo import adversarial as demo_adversarial
-from ikl_plugins.commands import data as prepare_data
 import pytest
+import torch
+from demo import adversarial
+from demo.parts import Parts
 from demo_adversarial_results import made_up_adversarial_results
 
-torch = pytest.importorskip("torch")
-for package, extra in (("mmpretrain", "mmpretrain"), ("matplotlib", "demo")):
-    pytest.importorskip(package, reason=f"tools/demo.py needs {package} (extra `{extra}`)")
+from ikl_plugins.commands.data import prepare_digits
 
 
 def test_the_report_has_the_numbers_and_says_what_they_are():
-    report = demo_adversarial.markdown(made_up_adversarial_results(), threads=1)
+    report = adversarial.markdown(made_up_adversarial_results(), threads=1)
     rows = [line for line in report.splitlines() if re.match(r"\| (natural|TRADES|IKL) ", line)]
     cells = [[cell.strip() for cell in row.split("|")[3:-1]] for row in rows]
     # The fifth radius is that of the training: 15, 10 and 5 points less for each radius.
     assert cells == [["99.00", "39.00", "10"], ["98.00", "58.00", "11"], ["97.00", "77.00", "12"]]
-    assert "PGD-20: 20 steps of 0.25 eps up the cross entropy" in report
-    assert "eps = 16/255, that of the training, on 300 test images" in report
+    assert "eps = 16/255" in report
     assert "(accuracy/top1 for natural, robust/top1 for TRADES and IKL)" in report
-    assert "upper bound of the robust accuracy" in report
-    assert "no AutoAttack" in report
     # The widest of the margins is that of 58 %: 1.96 sqrt(.58 * .42 / 300) = 5.59 %.
     assert "One seed on 300 test images orders nothing that lies closer than about ±5.6 points" in report
 
 
 def test_the_pictures_are_images(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    for draw in (demo_adversarial.draw_images, demo_adversarial.draw_robust_accuracy):
+    from PIL import Image
+
+    for draw in (adversarial.draw_images, adversarial.draw_robust_accuracy):
         path = tmp_path / f"{draw.__name__}.png"
         draw(made_up_adversarial_results(), path)
-        with image.open(path) as drawn:
+        with Image.open(path) as drawn:
             assert drawn.format == "PNG"
             assert drawn.height > 400
             assert len(drawn.convert("RGB").getcolors(2**24)) > 20
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_log_of_a_training_is_its_progress(tmp_path):
     lines = ["Epoch(train) [1][ 5/10] loss: 1", "Epoch(val) [1][1/1] accuracy/top1: 50", "Epoch(train) [2][10/10]"]
     code = f"for line in {lines!r}: print(line)"
     seen = []
-    ended = demo_adversarial._follow(
+    ended = adversarial._follow(
         [sys.executable, "-c", code], {}, tmp_path / "log", 2, lambda step, total, text: seen.append((step, total))
     )
     assert ended == 0
@@ -53,39 +49,10 @@ def test_the_log_of_a_training_is_its_progress(tmp_path):
     assert (tmp_path / "log").read_text().splitlines() == lines
 
 
-def test_a_training_that_fails_names_its_log(tmp_path, monkeypatch):
-    (tmp_path / "digits").mkdir()
-    runs = demo_adversarial.AdversarialRuns(tmp_path / "out", tmp_path / "digits", {})
-    monkeypatch.setattr(demo_adversarial, "_follow", lambda *args: 1)
-    with pytest.raises(ValueError, match=r"training of natural failed: its process ended with 1\. Its log is .*\.log"):
-        runs.run({}, lambda name: lambda *args: None, lambda *args: None)
-    assert [path for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(demo_adversarial.metadata, "packages_distributions", dict)
-    with pytest.raises(ImportError, match="mmengine is missing"):
-        demo_adversarial.package_versions()
-
-
-def test_all_methods_train_one_network_and_the_first_without_an_attack():
-    from mmengine.config import Config
-
-    configs = {
-        name: Config.fromfile(demo_adversarial.CONFIGS / f"{name}.py", import_custom_modules=False)
-        for name in demo_adversarial.METHODS
-    }
-    natural = configs[demo_adversarial.NATURAL]
-    assert natural.model.type == "ImageClassifier"
-    for config in configs.values():
-        assert config.model.backbone == natural.model.backbone
-        assert config.model.head == natural.model.head
-
-
 def test_pictures_survive_their_text_form():
     pixels = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    text = demo_adversarial._to_hex(pixels)
-    drawn = torch.from_numpy(demo_adversarial._from_hex(text, [3, 4, 5]).copy())
+    text = adversarial._to_hex(pixels)
+    drawn = torch.from_numpy(adversarial._from_hex(text, [3, 4, 5]).copy())
     torch.testing.assert_close(drawn.permute(2, 0, 1).float(), pixels, rtol=0, atol=0.5 / 255 + 1e-6)
 
 
@@ -98,71 +65,70 @@ class FakeRuns:
     def __init__(self, monkeypatch, folder):
         self.folder = folder
         self.calls = []
-        self.lines = []
 
-        def train(runs, method, config, progress):
+        def train(runs, method, place, progress):
             self.calls.append(method)
-            (folder / "out" / method).mkdir(parents=True, exist_ok=True)
-            (folder / "out" / method / "best.pth").write_bytes(b"")
-            return {"checkpoint": f"{method}/best.pth", "best_score": 90.0, "score": "accuracy/top1"}
+            (place / "best.pth").write_bytes(b"")
+            return {"checkpoint": "best.pth", "best_score": 90.0, "score": "accuracy/top1"}
 
         def evaluate(configs, checkpoints, data, eps, progress):
             self.calls.append("attack")
+            assert all(path.is_file() for path in checkpoints.values())
             return {"eps": eps}
 
-        monkeypatch.setattr(demo_adversarial.AdversarialRuns, "_train", train)
-        monkeypatch.setattr(demo_adversarial, "evaluate", evaluate)
+        monkeypatch.setattr(adversarial.AdversarialRuns, "_train", train)
+        monkeypatch.setattr(adversarial, "evaluate", evaluate)
 
-    def __call__(self, kept, common=None, epochs=None):
+    def __call__(self, common=None, epochs=None):
         self.calls.clear()
-        self.lines.clear()
-        runs = demo_adversarial.AdversarialRuns(
-            self.folder / "out", self.folder / "digits", common or {"data": "a"}, epochs=epochs
-        )
-        runs.run(kept, lambda name: lambda *args: None, lambda line, found: self.lines.append((line, found)))
+        with Parts(self.folder / "out", adversarial.PARTS, fresh=False) as parts:
+            runs = adversarial.AdversarialRuns(parts, self.folder / "digits", common or {"data": "a"}, epochs=epochs)
+            self.found = runs.run()
         return list(self.calls)
 
 
-def test_nothing_but_the_demo_s_own_lines_is_printed(tmp_path, monkeypatch, capfd):
+def test_finished_runs_are_kept_until_what_decides_them_changes(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))  # MMEngine logs that a config reads it
-    FakeRuns(monkeypatch, tmp_path)({})
-    assert capfd.readouterr() == ("", "")
-
-
-def test_finished_runs_are_kept_until_what_decides_them_changes(tmp_path, monkeypatch):
     fake = FakeRuns(monkeypatch, tmp_path)
-    everything = [*demo_adversarial.METHODS, "attack"]
-    kept = {}
-    assert fake(kept) == everything
-    assert kept["evaluation"]["eps"] == "16/255"
-    assert [found for _, found in fake.lines] == [False] * demo_adversarial.PARTS
-    assert fake(kept) == []
-    assert [found for _, found in fake.lines] == [True] * demo_adversarial.PARTS
-    assert fake(kept, epochs=1) == everything
-    assert fake(kept, epochs=1, common={"data": "b"}) == everything
+    everything = [*adversarial.METHODS, "attack"]
+    assert fake() == everything
+    assert fake.found["evaluation"]["eps"] == "16/255"
+    out, err = capfd.readouterr()
+    assert (len(out.splitlines()), err) == (adversarial.PARTS, "")  # nothing but the demo's own lines
+    assert fake() == []
+    assert fake(epochs=1) == everything
+    assert fake({"data": "b"}, epochs=1) == everything
 
     # A checkpoint that is gone is made anew, and so is what was found with all of them only if a run differs.
-    (tmp_path / "out/adversarial_ikl/best.pth").unlink()
-    assert fake(kept, epochs=1, common={"data": "b"}) == ["adversarial_ikl"]
+    (tmp_path / "out/adversarial/adversarial_ikl/best.pth").unlink()
+    assert fake({"data": "b"}, epochs=1) == ["adversarial_ikl"]
 
     configs = tmp_path / "configs"
-    shutil.copytree(demo_adversarial.CONFIGS.parent, configs)
-    monkeypatch.setattr(demo_adversarial, "CONFIGS", configs / "digits")
-    assert fake(kept, epochs=1, common={"data": "b"}) == []  # the same settings elsewhere
+    shutil.copytree(adversarial.CONFIGS.parent, configs)
+    monkeypatch.setattr(adversarial, "CONFIGS", configs / "digits")
+    assert fake({"data": "b"}, epochs=1) == []  # the same settings elsewhere
     base = configs / "_base_/digits_adversarial.py"
     assert base.read_text().count("gamma=5e-3") == 1
     base.write_text(base.read_text().replace("gamma=5e-3", "gamma=4e-3"))
-    assert fake(kept, epochs=1, common={"data": "b"}) == ["adversarial_trades", "adversarial_ikl", "attack"]
-
-
-def test_different_radii_are_refused(tmp_path, monkeypatch):
-    configs = tmp_path / "configs"
-    shutil.copytree(demo_adversarial.CONFIGS.parent, configs)
-    monkeypatch.setattr(demo_adversarial, "CONFIGS", configs / "digits")
+    assert fake({"data": "b"}, epochs=1) == ["adversarial_trades", "adversarial_ikl", "attack"]
     with (configs / "digits/adversarial_ikl.py").open("a") as config:
         config.write('\nmodel["attack"] = dict(eps="8/255")\n')
-    with pytest.raises(ValueError, match=r"must attack with the same eps, got 16/255, 8/255\. Make them equal"):
-        demo_adversarial.AdversarialRuns(tmp_path / "out", tmp_path / "digits", {})
+    with pytest.raises(ValueError, match=r"must attack with the same eps, got 16/255, 8/255"):
+        fake()
+
+
+def test_a_training_that_fails_names_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(adversarial, "_follow", lambda *args: 1)
+    with Parts(tmp_path / "out", adversarial.PARTS, fresh=False) as parts:
+        runs = adversarial.AdversarialRuns(parts, tmp_path / "digits", {})
+        with pytest.raises(ValueError, match=r"training of natural failed: its process ended with 1\. Its log is "):
+            runs.run()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(adversarial.metadata, "packages_distributions", dict)
+    with pytest.raises(ImportError, match="mmengine is missing"):
+        adversarial.package_versions()
 
 
 # --- the attack ------------------------------------------------------------------------------------------------------
@@ -170,18 +136,17 @@ def test_different_radii_are_refused(tmp_path, monkeypatch):
 
 def test_the_plain_network_gives_what_the_trained_classifier_gives(tmp_path, monkeypatch):
     """Without training, but with statistics and a class prior of its own; natural accuracy is mmpretrain's."""
-    pytest.importorskip("sklearn", reason="the digits come from scikit-learn (extra `data`)")
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
     from mmengine.runner import Runner
     from mmpretrain.evaluation import Accuracy
     from mmpretrain.registry import MODELS
 
-    data = prepare_data.prepare_digits(tmp_path)
+    data = prepare_digits(tmp_path)
     monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))
-    monkeypatch.setattr(demo_adversarial, "FRACTIONS", (0.0, 1.0))
-    monkeypatch.setattr(demo_adversarial, "STEPS", 1)
-    configs = {name: Config.fromfile(demo_adversarial.CONFIGS / f"{name}.py") for name in demo_adversarial.METHODS}
+    monkeypatch.setattr(adversarial, "FRACTIONS", (0.0, 1.0))
+    monkeypatch.setattr(adversarial, "STEPS", 1)
+    configs = {name: Config.fromfile(adversarial.CONFIGS / f"{name}.py") for name in adversarial.METHODS}
     checkpoints, expected = {}, {}
     for name, config in configs.items():
         config.model.pop("val_attack", None)
@@ -206,7 +171,7 @@ def test_the_plain_network_gives_what_the_trained_classifier_gives(tmp_path, mon
     assert any("class_prior" in name for name in torch.load(checkpoints["adversarial_ikl"])["state_dict"])
 
     steps = []
-    found = demo_adversarial.evaluate(configs, checkpoints, data, "16/255", lambda *seen: steps.append(seen[:2]))
+    found = adversarial.evaluate(configs, checkpoints, data, "16/255", lambda *seen: steps.append(seen[:2]))
     assert found["images"] == len(labels) == 300
     assert steps == [(step, 6) for step in range(1, 7)]
     assert found["training_eps"] == found["eps"][1] == pytest.approx(16 / 255)
@@ -215,10 +180,10 @@ def test_the_plain_network_gives_what_the_trained_classifier_gives(tmp_path, mon
         assert found["accuracy"][name][1] <= found["accuracy"][name][0]
     shape = found["examples"]["shape"]
     for digit in found["examples"]["digits"]:
-        natural = demo_adversarial._from_hex(digit["natural"], shape)
-        for name in demo_adversarial.SHOWN:
-            adversarial = demo_adversarial._from_hex(digit["models"][name]["adversarial"], shape)
-            assert 0 < abs(adversarial - natural).max() <= (16 + 1) / 255  # each is rounded to 1/255
+        natural = adversarial._from_hex(digit["natural"], shape)
+        for name in adversarial.SHOWN:
+            attacked = adversarial._from_hex(digit["models"][name]["adversarial"], shape)
+            assert 0 < abs(attacked - natural).max() <= (16 + 1) / 255  # each is rounded to 1/255
 
 
 def test_the_examples_are_of_different_classes_and_fall_where_there_are_such():
@@ -227,9 +192,9 @@ def test_the_examples_are_of_different_classes_and_fall_where_there_are_such():
     fallen = torch.tensor([0, 8, 8, 8, 8, 2, 2])  # 1, 2 and 3 fall; 4 was wrong before
     pixels = torch.arange(7 * 3).reshape(7, 3, 1, 1) / 255
     seen = {}
-    for method in demo_adversarial.SHOWN:
+    for method in adversarial.SHOWN:
         seen |= {f"{method}/0": (natural, pixels), f"{method}/1": (fallen, pixels)}
-    examples = demo_adversarial._examples(labels, seen)
+    examples = adversarial._examples(labels, seen)
     order = [bytes.fromhex(digit["natural"])[0] // 3 for digit in examples["digits"]]
     assert order == [1, 3, 2, 0, 4, 5]
     assert examples["fall"] == 3

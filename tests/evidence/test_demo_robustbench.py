@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
-from demo import robustbench as demo_robustbench
 import numpy
 import pytest
 import torch
+from demo import robustbench
+from demo.parts import Parts
 from PIL import Image
 
 from ikl_plugins.models.robustbench_zoo import robustbench_network
@@ -43,63 +43,45 @@ def checkpoint(tmp_path):
     return path
 
 
-def run(folder, data, config, checkpoint, kept):
-    lines, shares = [], []
-
-    def steps(name):
-        return lambda step, total, text: shares.append((name, step / total, text))
-
-    demo_robustbench.RobustBenchRun(folder, data, config, checkpoint).run(
-        kept, steps, lambda line, found: lines.append((line, found))
-    )
-    return lines, shares
+def run(output, data, config, checkpoint):
+    """What came of it, and whether it was there."""
+    with Parts(output, robustbench.PARTS, fresh=False) as parts:
+        return robustbench.evaluate_and_submit(parts, data, config, checkpoint), bool(parts.kept)
 
 
 def test_goes_from_a_checkpoint_to_a_submission_and_keeps_it(tmp_path, data, config, checkpoint):
-    kept: dict = {}
+    first, kept = run(tmp_path, data, config, checkpoint)
+    assert not kept
     folder = tmp_path / "robustbench"
-    lines, shares = run(folder, data, config, checkpoint, kept)
-    assert [found for _, found in lines] == [False, False]
-    assert all(0 <= share <= 1 for _, share, _ in shares)
     log = json.loads((folder / "evaluation/evaluation.json").read_text())
     assert log["eps"] == "16/255"
     assert log["standard"]
     assert [point["eps"] for point in log["curve"]] == ["4/255", "8/255", "16/255", "24/255", "32/255"]
-    assert kept["robust_accuracy"] == log["robust_accuracy"] <= kept["natural_accuracy"]
+    assert first["robust_accuracy"] == log["robust_accuracy"] <= first["natural_accuracy"]
     assert (folder / "evaluation/report.md").is_file()
     (entry,) = (folder / "submission/model_info/cifar10/Linf").glob("*.json")
     assert "Demonstration" in json.loads(entry.read_text())["footnote"]
-    text = demo_robustbench.markdown({**kept}, Path("runs/demo/robustbench"))
+    text = robustbench.markdown(first, folder)
     assert f"robust accuracy {log['robust_accuracy']:.2f} %" in text
     assert "One image is 5 points" in text
 
     before = entry.stat().st_mtime_ns
-    lines, _ = run(folder, data, config, checkpoint, kept)
-    assert [found for _, found in lines] == [True, True]
+    assert run(tmp_path, data, config, checkpoint) == (first, True)
     assert entry.stat().st_mtime_ns == before
-
-
-def test_another_network_is_evaluated_anew(tmp_path, data, config, checkpoint):
-    kept: dict = {}
-    folder = tmp_path / "robustbench"
-    run(folder, data, config, checkpoint, kept)
-    first = dict(kept)
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["backbone.fc.weight"] *= 1.0001
     torch.save(content, checkpoint)
-    lines, _ = run(folder, data, config, checkpoint, kept)
-    assert [found for _, found in lines] == [False, False]
-    assert kept["fingerprint"] != first["fingerprint"]
+    assert not run(tmp_path, data, config, checkpoint)[1]  # another network
 
 
 def test_a_network_that_fails_a_check_is_not_submitted(tmp_path, data, config, checkpoint, monkeypatch):
     # It takes all images for the class that none is of, so that no attack has anything to do.
     shutil.rmtree(data / "test/9")
-    monkeypatch.setattr(demo_robustbench, "EXAMPLES", 18)
+    monkeypatch.setattr(robustbench, "EXAMPLES", 18)
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["backbone.fc.weight"].zero_()  # no gradient reaches the image
     content["state_dict"]["backbone.fc.bias"][9] = 5.0
     torch.save(content, checkpoint)
     with pytest.raises(ValueError, match=r"`preflight` must have passed, but failed\. gradients"):
-        run(tmp_path / "robustbench", data, config, checkpoint, {})
+        run(tmp_path, data, config, checkpoint)
     assert not (tmp_path / "robustbench/submission").exists()

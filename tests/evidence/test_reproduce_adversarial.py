@@ -1,4 +1,4 @@
-"""tools/reproduce_adversarial.py and what belongs to it: the plan, the jobs' small parts, tables and plots."""
+"""The adversarial part of tools/reproduce.py: the plan, the jobs' small parts, tables and plots."""
 
 import copy
 import itertools
@@ -9,24 +9,15 @@ import random
 import re
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("mmpretrain", reason="the adversarial training runs through mmpretrain (extra `mmpretrain`)")
-pytest.importorskip("matplotlib", reason="the plots need matplotlib (extra `demo`)")
-pytest.importorskip("ikl_plugins.robustbench", reason="networks and attacks are RobustBench's (extra `robustbench`)")
-
-from evidence import reproduce_adversarial_jobs
-from evidence import reproduce_adversarial_plan as plan
-from evidence import reproduce_jobs
-from evidence.reproduce import main as reproduce_main
-from evidence.reproduce_adversarial import reproduce
+from evidence import cache, reproduce_adversarial_jobs
+from evidence import reproduce_adversarial as plan
+from evidence.reproduce import DOCS, main
 from evidence.reproduce_adversarial_jobs import from_hex, read_scalars, to_hex
 from evidence.reproduce_adversarial_report import FIGURES, difference, draw, render
 
-RESULTS = Path(plan.__file__).parent.parent / "docs" / "results"
 VERSIONS = {"python": "3.11.7", "torch": "2.14.1", "processor": "a processor"}
 
 
@@ -68,8 +59,10 @@ def made_up(budget, *, robust=lambda cell: 0.3, scales=None):
         if kind == "class_prior":
             return {"matrix": [[0.4 if row == column else 0.0625 for column in range(10)] for row in range(10)]}
         if kind == "follow":
-            rows = [{"epoch": epoch, "train": [50 + place, 40 + place], "val": [40, 30 - place]}
-                    for place, epoch in enumerate(settings["epochs"])]  # fmt: skip
+            rows = [
+                {"epoch": epoch, "train": [50 + place, 40 + place], "val": [40, 30 - place]}
+                for place, epoch in enumerate(settings["epochs"])
+            ]
             return {"images": {"train": settings["images"], "val": settings["images"]}, "rows": rows}
         return {
             "images": settings["images"],
@@ -86,14 +79,7 @@ def made_up(budget, *, robust=lambda cell: 0.3, scales=None):
 
     found = ran(plan.search_jobs(budget))
     scales = scales or plan.choose_scales(budget, found)
-    for jobs in (
-        *plan.main_jobs(budget, scales).values(),
-        *plan.further_jobs(budget, scales).values(),
-        plan.ablation_jobs(budget),
-        [plan.check_job(budget, scales)],
-    ):
-        found |= ran(jobs)
-    for jobs in plan.followed_jobs(budget).values():
+    for jobs in plan.planned(budget, scales):
         found |= ran(jobs)
     content = {"quick": budget is plan.QUICK, "budget": budget._asdict(), "scales": scales, "threads": 1, "jobs": found}
     return json.loads(json.dumps(content))
@@ -122,10 +108,7 @@ def rows_of(text, first_cell):
 @pytest.mark.parametrize("budget", [plan.FULL, plan.QUICK])
 def test_no_two_jobs_share_a_name_or_differ_in_what_they_measure(budget):
     scales = dict.fromkeys(budget.methods, 2.0)
-    main, further = plan.main_jobs(budget, scales), plan.further_jobs(budget, scales)
-    followed = plan.followed_jobs(budget)
-    jobs = [*plan.search_jobs(budget), *itertools.chain(*main.values(), *further.values()), *plan.ablation_jobs(budget)]
-    jobs += [*itertools.chain(*followed.values()), plan.check_job(budget, scales)]
+    jobs = [*plan.search_jobs(budget), *itertools.chain(*plan.planned(budget, scales))]
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     assert all("/" not in name for name in names)  # each is a folder
@@ -143,6 +126,20 @@ def test_no_two_jobs_share_a_name_or_differ_in_what_they_measure(budget):
         assert name in known
 
 
+def test_the_recorded_jobs_are_those_that_the_plan_asks_for():
+    """Results that were computed once stay results."""
+    recorded = json.loads((DOCS / "results" / "adversarial.json").read_text())
+    assert recorded["budget"] == json.loads(json.dumps(plan.FULL._asdict()))
+    scales = recorded["scales"]
+    jobs = [*plan.search_jobs(plan.FULL), *itertools.chain(*plan.planned(plan.FULL, scales))]
+    assert {job.name for job in jobs} == set(recorded["jobs"])
+    for job in jobs:
+        kept = recorded["jobs"][job.name]
+        assert kept["function"] == job.function
+        if job.name != "checks":  # was recorded before its settings had all that it depends on
+            assert kept["settings"] == json.loads(json.dumps(job.settings))
+
+
 def test_the_full_plan_has_what_the_table_promises():
     cells = plan.cells(plan.FULL)
     assert {(cell.method, cell.awp) for cell in cells} == {(m, awp) for m in plan.METHODS for awp in (True, False)}
@@ -155,8 +152,10 @@ def test_the_full_plan_has_what_the_table_promises():
     }
     assert counts.pop(plan.DKL) == 0
     assert set(counts.values()) == {3}
-    ablated = {tuple(job.settings["options"][f"model.robust_loss.{key}"] for key in plan.CENTRE)
-               for job in plan.ablation_jobs(plan.FULL)}  # fmt: skip
+    ablated = {
+        tuple(job.settings["options"][f"model.robust_loss.{key}"] for key in plan.CENTRE)
+        for job in plan.ablation_jobs(plan.FULL)
+    }
     assert ablated == {
         *((5.0, 20.0, tau) for tau in (1, 2, 3, 4)),
         *((5.0, beta, 4.0) for beta in (12, 16, 20, 24)),
@@ -268,7 +267,7 @@ def test_a_training_that_ended_before_its_validation_repeats_its_last_epoch(tmp_
         (folder / "scalars.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     work.mkdir()
-    monkeypatch.setattr(reproduce_adversarial_jobs.train_mmpretrain, "main", main)
+    monkeypatch.setattr(reproduce_adversarial_jobs.mmpretrain_training, "main", main)
     settings = {"config": "adversarial_ikl", "seed": 0, "epochs": epochs, "options": {}}
     found = reproduce_adversarial_jobs.train(settings, tmp_path)
     assert calls == [0, epochs - 1]
@@ -282,7 +281,7 @@ def test_a_config_is_known_with_all_that_it_inherits(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "CONFIGS", tmp_path)
 
     def checksum():
-        plan.config_checksum.cache_clear()
+        plan._config.cache_clear()
         return plan.config_checksum("one")
 
     first = checksum()
@@ -290,7 +289,7 @@ def test_a_config_is_known_with_all_that_it_inherits(monkeypatch, tmp_path):
     assert checksum() == first
     (tmp_path / "base.py").write_text("epochs = 7\n")
     assert checksum() != first
-    plan.config_checksum.cache_clear()
+    plan._config.cache_clear()
 
 
 def test_pgd_lowers_accuracy_and_a_larger_radius_lowers_it_further():
@@ -313,24 +312,7 @@ def test_pgd_lowers_accuracy_and_a_larger_radius_lowers_it_further():
     assert robust["8/255"].sum() < robust["1/255"].sum() < 300
 
 
-def test_the_data_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"CIFAR-10 must be in .*cifar10, but there is no manifest\.json\. Run: python"
-    ):
-        reproduce(tmp_path / "runs", tmp_path / "results", quick=True, processes=1, threads=1)
-
-
 # --- tables and plots ------------------------------------------------------------------------------------------------
-
-
-def test_the_table_has_each_cell_and_the_paper_s_numbers(content):
-    rows = rows_of(render(content), "loss")
-    assert rows[0] == ["loss", "x weight", "AWP", "seeds", "natural", "PGD-20", "AutoAttack", "paper"]
-    assert [row[0] for row in rows[1:]] == 2 * list(plan.METHODS.values())
-    assert rows[1][3:] == ["3", "50.00 ± 0.00", "30.00 ± 0.00", "25.00 ± 0.00", "62.87 / 30.29"]
-    assert rows[4][-1] == "65.76 / 31.91"
-    assert rows[6][3:] == ["1", "50.00", "30.00", "25.00", "-"]
 
 
 def test_margins_are_those_of_the_images(content):
@@ -378,9 +360,8 @@ def test_the_published_weights_are_trained_where_others_were_chosen():
     scales["adversarial_dkl"] = scales["adversarial_trades"]
     found = plan.further_jobs(plan.FULL, scales)
     published, longer = found["trainings"][:2], found["trainings"][2:]
-    assert [job.name for job in published] == [
-        "train-adversarial_trades-published-0", "train-adversarial_ikl-published-0",
-    ]  # fmt: skip
+    names = [f"train-adversarial_{method}-published-0" for method in ("trades", "ikl")]
+    assert [job.name for job in published] == names
     for job in published:  # the configs are the published ones already, AWP included
         assert job.settings["options"] == {}
         assert job.settings["epochs"] == plan.FULL.epochs
@@ -408,9 +389,8 @@ def test_the_tables_of_the_further_trainings_hold_what_was_measured():
     assert longer[1][0] == "main table: 9,000 images, 6 epochs"
     prior = "all entries lie between 0.062 and 0.400, the mean of those of the own class is 0.400; 0.100 says nothing"
     assert prior in section
-    assert longer[2] == [
-        "longer: 45,000 images, 5 epochs", "50.00", "50.00", "+0.00 ± 0.00", "40.00", "45.00", "+5.00 ± 0.96",
-    ]  # fmt: skip
+    numbers = ["50.00", "50.00", "+0.00 ± 0.00", "40.00", "45.00", "+5.00 ± 0.96"]
+    assert longer[2] == ["longer: 45,000 images, 5 epochs", *numbers]
 
 
 def test_the_other_tables_hold_what_was_measured(content):
@@ -433,23 +413,17 @@ def test_the_other_tables_hold_what_was_measured(content):
 
 
 def test_the_plots_are_images_and_a_quick_run_has_tables_too(tmp_path):
-    image = pytest.importorskip("PIL.Image")
+    from PIL import Image
+
     quick = made_up(plan.QUICK)
     assert "adversarial --quick`" in render(quick)
     assert "apgd-ce (in place of AutoAttack)" in render(quick)
     draw(quick, tmp_path)
     for name in FIGURES:
-        with image.open(tmp_path / name) as drawn:
+        with Image.open(tmp_path / name) as drawn:
             assert drawn.format == "PNG"
             assert len(drawn.convert("RGB").getcolors(2**24)) > 20
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FIGURES)
-
-
-def test_the_committed_tables_are_those_of_the_committed_results():
-    file = RESULTS / "adversarial.json"
-    if not file.is_file():
-        pytest.skip("the results have not been computed")
-    assert (RESULTS / "adversarial.md").read_text() == render(json.loads(file.read_text()))
 
 
 # --- the real thing, small -------------------------------------------------------------------------------------------
@@ -458,8 +432,9 @@ def test_the_committed_tables_are_those_of_the_committed_results():
 @pytest.fixture
 def small_data(tmp_path, monkeypatch):
     """Images of noise around a colour for each class, as prepare_data leaves them."""
-    numpy = pytest.importorskip("numpy")
-    image = pytest.importorskip("PIL.Image")
+    import numpy
+    from PIL import Image
+
     noise = numpy.random.default_rng(0)
     colours = noise.integers(40, 215, (10, 1, 1, 3))
     for split, images in (("train", 40), ("val", 4), ("test", 4)):
@@ -468,7 +443,7 @@ def small_data(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             for number in range(images):
                 pixels = (colours[label] + noise.integers(-40, 40, (32, 32, 3))).astype("uint8")
-                image.fromarray(pixels).save(folder / f"{number:04}.png")
+                Image.fromarray(pixels).save(folder / f"{number:04}.png")
     (tmp_path / "data" / "cifar10" / "manifest.json").write_text('{"made": "up"}')
     monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -488,12 +463,12 @@ def training(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 3])  # the last one: between its checkpoint and the end of the validation
 def test_an_interrupted_training_goes_on_and_ends_as_one_that_was_not(small_data, epoch):
-    reproduce_jobs.run_jobs([training("whole")], small_data)
+    cache.run_jobs([training("whole")], small_data)
 
     job = training("killed")
-    reproduce_jobs._finished(job, small_data, 1, {})
+    cache._finished(job, small_data, 1, {})
     folder = small_data / job.name
-    process = reproduce_jobs._start(folder, 1)
+    process = cache._start(folder, 1)
     deadline = time.monotonic() + 300
     last = folder / "work" / "last_checkpoint"
     while not (last.is_file() and f"epoch_{epoch}.pth" in last.read_text()):
@@ -504,8 +479,8 @@ def test_an_interrupted_training_goes_on_and_ends_as_one_that_was_not(small_data
     process.wait()
     assert not (folder / "result.json").exists()
 
-    found = reproduce_jobs.run_jobs([job], small_data)["killed"]["result"]
-    whole = reproduce_jobs.read_json(small_data / "whole" / "result.json")["result"]
+    found = cache.run_jobs([job], small_data)["killed"]["result"]
+    whole = cache.read_json(small_data / "whole" / "result.json")["result"]
     assert len(list((folder / "work").glob("*/vis_data/scalars.json"))) == 2
     weights = [
         torch.load(small_data / name / "work" / "epoch_3.pth", weights_only=False)["state_dict"]
@@ -517,12 +492,6 @@ def test_an_interrupted_training_goes_on_and_ends_as_one_that_was_not(small_data
     assert timeless[0] == timeless[1]
 
 
-def test_the_quick_budget_is_the_full_one_with_smaller_numbers():
-    assert set(plan.QUICK.methods) < set(plan.FULL.methods)
-    assert plan.QUICK.epochs < plan.FULL.epochs
-    assert set(plan.QUICK.ablations) <= set(plan.FULL.ablations)
-
-
 @pytest.mark.slow
 def test_quick_runs_and_goes_on(small_data, monkeypatch, capsys):
     indices = {"train_dataloader.dataset.indices": list(range(0, 400, 4)), "val_dataloader.dataset.indices": [0, 20]}
@@ -530,7 +499,7 @@ def test_quick_runs_and_goes_on(small_data, monkeypatch, capsys):
     monkeypatch.setattr(plan, "QUICK", plan.QUICK._replace(**small))
     monkeypatch.chdir(small_data)
     arguments = ["adversarial", "--quick", "--output", "out", "--results", "results"]
-    real = reproduce_jobs.run_jobs
+    real = cache.run_jobs
     calls = []
 
     def interrupted(jobs, *args, **kwargs):
@@ -540,13 +509,13 @@ def test_quick_runs_and_goes_on(small_data, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(jobs, *args, **kwargs)
 
-    monkeypatch.setattr(reproduce_jobs, "run_jobs", interrupted)
+    monkeypatch.setattr(cache, "run_jobs", interrupted)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
-        reproduce_main(arguments)
-    monkeypatch.setattr(reproduce_jobs, "run_jobs", real)
+        main(arguments)
+    monkeypatch.setattr(cache, "run_jobs", real)
     assert not (small_data / "results").exists()
     capsys.readouterr()
-    reproduce_main(arguments)
+    main(arguments)
     said = capsys.readouterr().out
     assert "train-adversarial_trades-awp-0: begins" not in said
     assert "search-" not in said

@@ -1,7 +1,7 @@
 """The adversarial part of tools/demo.py: natural training, TRADES and IKL on the digits, attacked with PGD.
 
-Each config of configs/mmpretrain/digits is trained as `tools/train_mmpretrain.py CONFIG --work-dir FOLDER` does it, in
-a process of its own; its checkpoint with the best validation score is attacked on the test images.
+Each config of configs/mmpretrain/digits is trained as `ikl train CONFIG --work-dir FOLDER` does it, in a process of its
+own; its checkpoint with the best validation score is attacked on the test images.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from demo.report import binomial_margin, pyplot, save_figure, sha256, text_table
+from evidence.cache import TOOLS, sha256
+from evidence.report import binomial_margin, draw_with_margin, drawn, listed, text_table
 
-__all__ = ["METHODS", "AdversarialRuns", "draw_images", "draw_robust_accuracy", "markdown"]
+from demo.parts import Parts, Progress
 
-TOOLS = Path(__file__).resolve().parents[1]
 CONFIGS = TOOLS.parent / "configs" / "mmpretrain" / "digits"
 # The configs in the order of the table, and what the table calls them.
 NATURAL = "natural"
@@ -55,12 +54,12 @@ LOGGED = re.compile(r"Epoch\((train|val)\)\s*\[(\d+)\]\[\s*(\d+)/(\d+)\]")
 
 
 class AdversarialRuns:
-    """Trains the three configs and attacks what came of them, unless an earlier call has done so.
+    """Trains the three configs and attacks what came of them.
 
     Args:
-        folder: for the work folders and logs of the trainings.
-        data: the digits, as prepare_data leaves them.
-        common: whatever else decides an outcome, for the fingerprints.
+        parts: does and keeps each training, and the attacks.
+        data: the digits, as `ikl data digits` leaves them.
+        common: whatever else decides an outcome.
         epochs: instead of those of the configs; None for theirs.
         threads: of each training.
 
@@ -70,9 +69,9 @@ class AdversarialRuns:
     """
 
     def __init__(
-        self, folder: Path, data: Path, common: dict[str, Any], *, epochs: int | None = None, threads: int = 1
+        self, parts: Parts, data: Path, common: dict[str, Any], *, epochs: int | None = None, threads: int = 1
     ) -> None:
-        versions = package_versions()
+        self.versions = package_versions()
         with _quiet():
             from mmengine.config import Config
 
@@ -80,97 +79,78 @@ class AdversarialRuns:
             self.configs = {
                 method: Config.fromfile(CONFIGS / f"{method}.py", import_custom_modules=False) for method in METHODS
             }
-        self.folder = folder
+        self.parts = parts
         self.data = data.resolve()
         self.epochs = epochs
         self.threads = threads
-        self.versions = versions
-        self._checkpoints: dict[str, str] = {}
-        self._common = {**common, "versions": {**common.get("versions", {}), **versions}}
+        self._checkpoints: dict[str, Path] = {}
+        self._common = {**common, "versions": {**common.get("versions", {}), **self.versions}}
         radii = {str(config.model.attack.eps) for config in self.configs.values() if "attack" in config.model}
         if len(radii) != 1:
             raise ValueError(
                 f"demo: the configs of {CONFIGS} must attack with the same eps, got {', '.join(sorted(radii))}. "
-                f"Make them equal, or their robust accuracies cannot be compared."
+                f"Make them equal."
             )
         (self.eps,) = radii
 
-    def run(
-        self,
-        kept: dict[str, Any],
-        steps: Callable[[str], Callable[[float, int, str], None]],
-        done: Callable[[str, bool], None],
-    ) -> None:
-        """Does whatever ``kept`` does not hold yet.
-
-        Args:
-            kept: what earlier calls have found; filled here.
-            steps: the progress of a part, by its name.
-            done: is told the line of each finished part, and whether it was there already.
+    def run(self) -> dict[str, Any]:
+        """What the report tells: 'versions', 'runs' by method, 'evaluation'.
 
         Raises:
             ValueError: a training fails, or leaves no best checkpoint; the message names its log.
         """
-        kept["versions"] = self.versions
-        runs = kept.setdefault("runs", {})
+        runs, asked = {}, {}
         for method, config in self.configs.items():
-            fingerprint = self._fingerprint(config)
-            run = runs.get(method, {})
-            found = run.get("fingerprint") == fingerprint and (self.folder / run["checkpoint"]).is_file()
-            if not found:
-                runs[method] = run = {"fingerprint": fingerprint, **self._train(method, config, steps(METHODS[method]))}
-            self._checkpoints[method] = run["checkpoint"]
-            done(f"{METHODS[method]:8} {run['best_score']:15.2f} %  ({run['score']} on validation images)", found)
-        wanted = {method: run["fingerprint"] for method, run in runs.items()}
-        fingerprint = sha256([wanted, STEPS, RELATIVE_STEP, FRACTIONS, ATTACK_SEED, EXAMPLES])
-        found = kept.get("evaluation", {}).get("fingerprint") == fingerprint
-        if not found:
-            checkpoints = {method: self.folder / runs[method]["checkpoint"] for method in METHODS}
-            evaluation = evaluate(self.configs, checkpoints, self.data, self.eps, steps(f"PGD-{STEPS}"))
-            kept["evaluation"] = {"fingerprint": fingerprint, **evaluation}
-        done("robust accuracy", found)
+            asked[method] = self._asked(config)
+            place = self.parts.output / "adversarial" / method
+            runs[method] = self.parts(
+                f"adversarial/{method}",
+                asked[method],
+                lambda folder, progress, method=method: self._train(method, folder, progress),
+                title=METHODS[method],
+                line=lambda run: f"{run['best_score']:6.2f} %  ({run['score']} on validation images)",
+                valid=lambda run, place=place: (place / run["checkpoint"]).is_file(),
+            )
+            self._checkpoints[method] = place / runs[method]["checkpoint"]
+        evaluation = self.parts(
+            "adversarial/attacks",
+            [sha256(asked), STEPS, RELATIVE_STEP, FRACTIONS, ATTACK_SEED, EXAMPLES],
+            lambda folder, progress: evaluate(self.configs, self._checkpoints, self.data, self.eps, progress),
+            title=f"PGD-{STEPS}",
+            line=lambda found: "robust accuracy",
+        )
+        return {"versions": self.versions, "runs": runs, "evaluation": evaluation}
 
     def trained(self, method: str) -> tuple[Any, Path]:
         """The config of a training, and its checkpoint with the best validation score."""
-        return self.configs[method], self.folder / self._checkpoints[method]
+        return self.configs[method], self._checkpoints[method]
 
-    def _fingerprint(self, config: Any) -> str:
+    def _asked(self, config: Any) -> dict[str, Any]:
         # All settings, those of the bases included. Where the data lies decides nothing, what it is `common` tells.
         settings = json.dumps(config.to_dict(), sort_keys=True, default=str).replace(config.data_root, "digits")
-        return sha256({**self._common, "config": settings, "epochs": self.epochs, "threads": self.threads})
+        return {**self._common, "config": sha256(settings), "epochs": self.epochs, "threads": self.threads}
 
-    def _train(self, method: str, config: Any, progress: Callable[[float, int, str], None]) -> dict[str, Any]:
+    def _train(self, method: str, folder: Path, progress: Progress) -> dict[str, Any]:
         """Trains one config in a process of its own; returns what is kept of it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f".{method}.*"):  # by a call that was interrupted
-            shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{method}.", dir=self.folder))
-        log = self.folder / f"{method}.log"
-        command = [sys.executable, str(TOOLS / "train_mmpretrain.py"), str(CONFIGS / f"{method}.py")]
-        command += ["--work-dir", str(work)]
+        config = self.configs[method]
+        work, log = folder / "work", folder / "log.txt"
+        shutil.rmtree(work, ignore_errors=True)  # of a call that was interrupted
+        command = [sys.executable, "-m", "ikl_plugins", "train", str(CONFIGS / f"{method}.py"), "--work-dir", str(work)]
         epochs = config.train_cfg.max_epochs if self.epochs is None else self.epochs
         if self.epochs is not None:
             command += ["--cfg-options", f"train_cfg.max_epochs={self.epochs}"]
         begin = time.perf_counter()
-        try:
-            code = _follow(command, self._environment(), log, epochs, progress)
-            seconds = time.perf_counter() - begin
-            best = sorted(work.glob("best_*.pth"))
-            if code != 0 or len(best) != 1:
-                reason = f"its process ended with {code}" if code else f"it left {len(best)} best checkpoints"
-                raise ValueError(f"demo: the training of {METHODS[method]} failed: {reason}. Its log is {log}.")
-            folder = self.folder / method
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(work, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        checkpoint = folder / best[0].name
-        with _quiet():
-            from ikl_plugins.mmengine.checkpoints import load_content
-        content = load_content(checkpoint)
+        code = _follow(command, self._environment(), log, epochs, progress)
+        seconds = time.perf_counter() - begin
+        best = sorted(work.glob("best_*.pth"))
+        if code != 0 or len(best) != 1:
+            reason = f"its process ended with {code}" if code else f"it left {len(best)} best checkpoints"
+            raise ValueError(f"demo: the training of {METHODS[method]} failed: {reason}. Its log is {log}.")
+        from ikl_plugins.checkpoints import load_content
+
+        content = load_content(best[0])
         return {
-            "checkpoint": str(checkpoint.relative_to(self.folder)),
+            "checkpoint": str(best[0].relative_to(folder)),
             "best_epoch": content["meta"]["epoch"],
             "best_score": content["message_hub"]["runtime_info"]["best_score"],
             "score": config.default_hooks.checkpoint.save_best,
@@ -206,7 +186,7 @@ def _follow(
     environment: dict[str, str],
     log: Path,
     epochs: int,
-    progress: Callable[[float, int, str], None],
+    progress: Progress,
 ) -> int:
     """Runs a training, writes what it says to a log and tells its progress; returns the exit code."""
     progress(0.0, epochs, "starts")
@@ -252,11 +232,7 @@ _Seen = tuple[Any, Any]  # predictions (N,) and pixels (N, C, H, W) in [0, 1]
 
 
 def evaluate(
-    configs: dict[str, Any],
-    checkpoints: dict[str, Path],
-    data: Path,
-    eps: str,
-    progress: Callable[[float, int, str], None],
+    configs: dict[str, Any], checkpoints: dict[str, Path], data: Path, eps: str, progress: Progress
 ) -> dict[str, Any]:
     """Accuracy on the test images, natural and under PGD of growing strength, and some of its images.
 
@@ -275,36 +251,29 @@ def evaluate(
 
     with _quiet():
         from ikl_plugins.adversarial import PGD
+        from ikl_plugins.robustbench import from_mmpretrain, load_images
 
     training_eps = PGD(eps=eps, steps=1, step_size=0.1).eps
     radii = [fraction * training_eps for fraction in FRACTIONS]
+    found = load_images(data / "test")
+    images, labels = found.images, found.labels
     accuracy: dict[str, list[float]] = {method: [] for method in METHODS}
     seen: dict[str, _Seen] = {}
     for place, method in enumerate(METHODS):
-        model, space, batches = _network(configs[NATURAL].model, configs[method], checkpoints[method], data)
-        labels = torch.cat([label for _, label in batches])
+        with _quiet():
+            model = from_mmpretrain(configs[method], checkpoints[method])
         for index, radius in enumerate(radii):
-            # The same start for all models and radii, but for its scale.
-            generator = torch.Generator().manual_seed(ATTACK_SEED)
-            predictions, attacked = [], []
-            for inputs, label in batches:
-                if radius > 0:
-                    pgd = PGD(eps=radius, steps=STEPS, step_size=RELATIVE_STEP * radius, random_start="uniform")
-                    pixels = pgd(
-                        model,
-                        space.to_pixels(inputs),
-                        forward=lambda images, model=model, space=space: model(space.to_inputs(images)),
-                        labels=label,
-                        generator=generator,
-                    )
-                    inputs = space.to_inputs(pixels)
-                attacked.append(space.to_pixels(inputs))
-                with torch.no_grad():
-                    predictions.append(model(inputs).argmax(1))
-            predicted = torch.cat(predictions)
+            attacked = images
+            if radius > 0:
+                pgd = PGD(eps=radius, steps=STEPS, step_size=RELATIVE_STEP * radius, random_start="uniform")
+                # The same start for all models and radii, but for its scale.
+                generator = torch.Generator().manual_seed(ATTACK_SEED)
+                attacked = pgd(model, images, labels=labels, generator=generator)
+            with torch.no_grad():
+                predicted = model(attacked).argmax(1)
             accuracy[method].append(100 * (predicted == labels).double().mean().item())
             if FRACTIONS[index] in (0.0, 1.0):
-                seen[f"{method}/{FRACTIONS[index]:g}"] = predicted, torch.cat(attacked)
+                seen[f"{method}/{FRACTIONS[index]:g}"] = predicted, attacked
             progress(place * len(radii) + index + 1, len(METHODS) * len(radii), f"{METHODS[method]}, eps {radius:.3f}")
     return {
         "training_eps": training_eps,
@@ -315,34 +284,6 @@ def evaluate(
         "relative_step": RELATIVE_STEP,
         "examples": _examples(labels, seen),
     }
-
-
-def _network(plain: Any, config: Any, checkpoint: Path, data: Path) -> tuple[Any, Any, list[tuple[Any, Any]]]:
-    """The plain classifier with the checkpoint's weights, its pixel space, and the test batches it is to see.
-
-    What the config adds to the keys of ``plain``, the model of the natural training, serves training alone.
-    """
-    import torch
-
-    with _quiet():
-        import mmpretrain.datasets
-        import mmpretrain.models  # noqa: F401
-        from mmengine.registry import MODELS, DefaultScope
-        from mmengine.runner import Runner
-
-        from ikl_plugins.mmpretrain import load_weights, pixel_space
-    loading = config.test_dataloader.copy()
-    loading.dataset.data_root = str(data)
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        model = MODELS.build({**{key: config.model[key] for key in plain}, "type": plain.type}).eval()
-        loader = Runner.build_dataloader(loading)
-    weights = load_weights(checkpoint)
-    model.load_state_dict({name: value for name, value in weights.items() if "class_prior" not in name.split(".")})
-    batches = []
-    for batch in loader:
-        ready = model.data_preprocessor(batch, training=False)
-        batches.append((ready["inputs"], torch.cat([sample.gt_label for sample in ready["data_samples"]])))
-    return model, pixel_space(model.data_preprocessor), batches
 
 
 def _examples(labels: Any, seen: dict[str, _Seen]) -> dict[str, Any]:
@@ -434,7 +375,6 @@ def markdown(results: dict[str, Any], threads: int) -> str:
     widest = max(binomial_margin([value], images) for method in METHODS for value in _accuracies(evaluation, method))
     epochs = sorted({run["epochs"] for run in runs.values()})
     seeds = sorted({run["seed"] for run in runs.values()})
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return "\n".join(
         [
             "# Digits: the same network under attack",
@@ -452,7 +392,7 @@ def markdown(results: dict[str, Any], threads: int) -> str:
             f"no AutoAttack. One seed on {images} test images orders nothing that lies closer than about "
             f"±{widest:.1f} points, which the choice of the test images alone leaves open (95 %).",
             "",
-            f"{versions}.",
+            f"{listed(results['versions'])}.",
             "",
         ]
     )
@@ -469,92 +409,100 @@ def _listed(numbers: list[int], unit: str, *, after: bool = True) -> str:
 
 def draw_robust_accuracy(results: dict[str, Any], path: Path) -> None:
     """Accuracy under attack against its strength, a curve for each method."""
-    plots = pyplot()
     evaluation = results["evaluation"]
     images = evaluation["images"]
     eps = [255 * radius for radius in evaluation["eps"]]
     trained = 255 * evaluation["training_eps"]
-    figure, axes = plots.subplots(figsize=(8, 5), layout="constrained")
-    for method, name in METHODS.items():
-        values, colour = evaluation["accuracy"][method], COLOURS[method]
-        axes.plot(eps, values, color=colour, marker=MARKERS[method], label=name, lw=1.8, zorder=3, clip_on=False)
-        margins = [binomial_margin([value], images) for value in values]
-        low = [max(value - half, 0) for value, half in zip(values, margins, strict=True)]
-        high = [min(value + half, 100) for value, half in zip(values, margins, strict=True)]
-        axes.fill_between(eps, low, high, color=colour, alpha=0.12, lw=0)
-    axes.axvline(trained, color="black", lw=1, ls=":", label=f"eps of the training, {trained:g}/255")
-    axes.set_xlabel("eps of the attack, L-infinity [1/255 of the range from black to white]")
-    axes.set_ylabel(f"accuracy under PGD-{evaluation['steps']} [%]")
-    axes.set_xticks(eps)
-    axes.set_xlim(0, max(eps))
-    axes.set_ylim(0, 101)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.set_title(
-        f"Robust accuracy on {images} test digits, an upper bound; one seed\n"
-        "band: what the choice of the test images leaves open (95 %)",
-        loc="left",
-        fontsize=10,
-    )
-    save_figure(figure, path)
-    plots.close(figure)
+    with drawn(path, figsize=(8, 5), layout="constrained") as (_, axes):
+        for method, name in METHODS.items():
+            values, colour = evaluation["accuracy"][method], COLOURS[method]
+            style = {
+                "color": colour,
+                "marker": MARKERS[method],
+                "label": name,
+                "lw": 1.8,
+                "zorder": 3,
+                "clip_on": False,
+            }
+            draw_with_margin(axes, eps, values, images, **style)
+        axes.axvline(trained, color="black", lw=1, ls=":", label=f"eps of the training, {trained:g}/255")
+        axes.set_xlabel("eps of the attack, L-infinity [1/255 of the range from black to white]")
+        axes.set_ylabel(f"accuracy under PGD-{evaluation['steps']} [%]")
+        axes.set_xticks(eps)
+        axes.set_xlim(0, max(eps))
+        axes.set_ylim(0, 101)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        axes.set_title(
+            f"Robust accuracy on {images} test digits, an upper bound; one seed\n"
+            "band: what the choice of the test images leaves open (95 %)",
+            loc="left",
+            fontsize=10,
+        )
 
 
 def draw_images(results: dict[str, Any], path: Path) -> None:
     """Natural images, adversarial images and their difference, with what the models see in them."""
-    plots = pyplot()
     evaluation = results["evaluation"]
     examples, eps = evaluation["examples"], evaluation["training_eps"]
     digits = examples["digits"]
     rows = ["natural\nimage"]
     for method in SHOWN:
         rows += [f"attack on\n{METHODS[method]}\ntraining", "difference"]
-    figure, panels = plots.subplots(
-        len(rows), len(digits), figsize=(1.6 * len(digits) + 2.2, 1.75 * len(rows) + 0.9), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for column, digit in enumerate(digits):
-        natural = _from_hex(digit["natural"], examples["shape"])
-        pictures = [natural]
-        titles = [[(METHODS[method], digit["models"][method]["natural_prediction"]) for method in SHOWN]]
-        for method in SHOWN:
-            seen = digit["models"][method]
-            adversarial = _from_hex(seen["adversarial"], examples["shape"])
-            difference = 255 * (adversarial - natural).mean(2)
-            pictures += [adversarial, difference]
-            titles += [[(METHODS[method], seen["prediction"])], []]
-        for row, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-            axes = panels[row][column]
-            shown = axes.imshow(picture, cmap="RdBu_r", vmin=-255 * eps, vmax=255 * eps, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for place, (name, prediction) in enumerate(title):
-                right = prediction == digit["label"]
-                x = (2 * place + 1) / (2 * len(title))
-                axes.text(
-                    x, 1.03, f"{name}: {prediction}", transform=axes.transAxes, ha="center", va="bottom", fontsize=9,
-                    color="#2a7d2a" if right else "#c62828", weight="normal" if right else "bold",
-                )  # fmt: skip
-            if column == 0:
-                axes.set_ylabel(rows[row], rotation=0, ha="right", va="center", labelpad=8)
-    # The last picture is a difference; all of them have its scale.
-    bar = figure.colorbar(
-        shown, ax=panels[2::2].ravel().tolist(), ticks=[-255 * eps, 0, 255 * eps], shrink=0.6, fraction=0.05, aspect=30
-    )
-    bar.set_label("difference [1/255 of the range from black to white]", labelpad=8)
-    bar.outline.set_visible(False)
-    which = (
-        "that natural training gets right and loses under attack"
-        if examples["fall"] == len(digits)
-        else f"{examples['fall']} of which natural training gets right and loses under attack"
-    )
-    figure.suptitle(
-        f"Test digits {which}: PGD-{evaluation['steps']}, eps = {_in_255(eps)}\n"
-        "Above each image: what the network trained so takes it for (green: right, red: wrong)\n"
-        "Difference: mean over the three colours, on the scale on the right and not that of the images",
-        x=0.01,
-        ha="left",
-        fontsize=10,
-    )
-    save_figure(figure, path)
-    plots.close(figure)
+    size = (1.6 * len(digits) + 2.2, 1.75 * len(rows) + 0.9)
+    with drawn(path, len(rows), len(digits), figsize=size, squeeze=False, layout="constrained") as (figure, panels):
+        for column, digit in enumerate(digits):
+            natural = _from_hex(digit["natural"], examples["shape"])
+            pictures = [natural]
+            titles = [[(METHODS[method], digit["models"][method]["natural_prediction"]) for method in SHOWN]]
+            for method in SHOWN:
+                seen = digit["models"][method]
+                adversarial = _from_hex(seen["adversarial"], examples["shape"])
+                difference = 255 * (adversarial - natural).mean(2)
+                pictures += [adversarial, difference]
+                titles += [[(METHODS[method], seen["prediction"])], []]
+            for row, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+                axes = panels[row][column]
+                shown = axes.imshow(picture, cmap="RdBu_r", vmin=-255 * eps, vmax=255 * eps, interpolation="nearest")
+                axes.set_xticks([])
+                axes.set_yticks([])
+                for place, (name, prediction) in enumerate(title):
+                    right = prediction == digit["label"]
+                    x = (2 * place + 1) / (2 * len(title))
+                    axes.text(
+                        x,
+                        1.03,
+                        f"{name}: {prediction}",
+                        transform=axes.transAxes,
+                        ha="center",
+                        va="bottom",
+                        fontsize=9,
+                        color="#2a7d2a" if right else "#c62828",
+                        weight="normal" if right else "bold",
+                    )
+                if column == 0:
+                    axes.set_ylabel(rows[row], rotation=0, ha="right", va="center", labelpad=8)
+        # The last picture is a difference; all of them have its scale.
+        bar = figure.colorbar(
+            shown,
+            ax=panels[2::2].ravel().tolist(),
+            ticks=[-255 * eps, 0, 255 * eps],
+            shrink=0.6,
+            fraction=0.05,
+            aspect=30,
+        )
+        bar.set_label("difference [1/255 of the range from black to white]", labelpad=8)
+        bar.outline.set_visible(False)
+        which = (
+            "that natural training gets right and loses under attack"
+            if examples["fall"] == len(digits)
+            else f"{examples['fall']} of which natural training gets right and loses under attack"
+        )
+        figure.suptitle(
+            f"Test digits {which}: PGD-{evaluation['steps']}, eps = {_in_255(eps)}\n"
+            "Above each image: what the network trained so takes it for (green: right, red: wrong)\n"
+            "Difference: mean over the three colours, on the scale on the right and not that of the images",
+            x=0.01,
+            ha="left",
+            fontsize=10,
+        )

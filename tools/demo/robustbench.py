@@ -1,23 +1,21 @@
 """The last part of tools/demo.py: the IKL model goes through AutoAttack, the checks and a submission folder.
 
-The same as tools/robustbench_eval.py and tools/robustbench_submit.py do with a checkpoint, on a few of the digits. What
-comes of it is marked as a demonstration, as RobustBench has no leaderboard of digits.
+The same as `ikl evaluate` and `ikl submit` do with a checkpoint, on a few of the digits. What comes of it is marked as
+a demonstration, as RobustBench has no leaderboard of digits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from demo.report import sha256, write_text
+from evidence.report import listed
 
-__all__ = ["PARTS", "RobustBenchRun", "markdown"]
+from demo.parts import Parts, Progress
 
-PARTS = 2  # of the demo's bar: the attacks, and what comes of them
+PARTS = 1  # of the demo's bar
 EXAMPLES = 20  # two of each digit; Square takes most of the time, and as much more for each image that stands
 CURVE = (0.25, 0.5, 1.0, 1.5, 2.0)  # of the training's eps
 CURVE_ATTACK = "apgd-ce"
@@ -33,115 +31,61 @@ PAPER = {
 FOOTNOTE = "A network for scikit-learn's digits, in the form of an entry for CIFAR-10."
 
 
-class RobustBenchRun:
-    """Evaluates a checkpoint and writes its submission folder, unless an earlier call has done so.
+def evaluate_and_submit(parts: Parts, data: Path, config: Any, checkpoint: Path) -> dict[str, Any]:
+    """Evaluates a checkpoint and writes its submission folder.
 
     Args:
-        folder: for the evaluation and the submission.
-        data: the digits, as prepare_data leaves them.
+        parts: keeps what comes of it, in the folder robustbench.
+        data: the digits, as `ikl data digits` leaves them.
         config: of the training; it names the network and the radius.
         checkpoint: of the training.
 
     Raises:
         ImportError: RobustBench is missing.
+        ValueError: a check fails.
     """
+    from ikl_plugins import robustbench as room
 
-    def __init__(self, folder: Path, data: Path, config: Any, checkpoint: Path) -> None:
-        import ikl_plugins.robustbench as robustbench
+    architecture, eps = config.model.backbone.architecture, str(config.model.attack.eps)
+    model = room.load_checkpoint(checkpoint, architecture)
+    images = room.load_images(data / "test", n_examples=EXAMPLES)
+    weights = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    options = {"seed": SEED, "data": images, "checkpoint": checkpoint, "model_name": architecture}
 
-        self.robustbench = robustbench
-        self.folder = folder
-        self.images = data / "test"
-        self.architecture = config.model.backbone.architecture
-        self.eps = str(config.model.attack.eps)
-        self.checkpoint = checkpoint
-
-    def run(
-        self,
-        kept: dict[str, Any],
-        steps: Callable[[str], Callable[[float, int, str], None]],
-        done: Callable[[str, bool], None],
-    ) -> None:
-        """Does whatever ``kept`` does not hold yet.
-
-        Args:
-            kept: what earlier calls have found; filled here.
-            steps: the progress of a part, by its name.
-            done: is told the line of each finished part, and whether it was there already.
-
-        Raises:
-            ValueError: a check fails.
-        """
-        room = self.robustbench
-        model = room.load_checkpoint(self.checkpoint, self.architecture)
-        images = room.load_images(self.images, n_examples=EXAMPLES)
-        weights = hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
-        fingerprint = sha256([weights, images.sha256, self.eps, CURVE, CURVE_ATTACK, SEED, PAPER, FOOTNOTE])
-        finished = kept.get("fingerprint") == fingerprint and (self.folder / "submission").is_dir()
-        if not finished:
-            begin = time.perf_counter()
-            evaluation = self._evaluate(model, images, fingerprint, steps("AutoAttack"))
-            kept.update(
-                fingerprint=fingerprint,
-                architecture=self.architecture,
-                eps=self.eps,
-                images=len(images),
-                natural_accuracy=evaluation.natural_accuracy,
-                robust_accuracy=evaluation.robust_accuracy,
-                attacks=evaluation.log["attacks"],
-                seconds=time.perf_counter() - begin,
-                versions=evaluation.log["versions"],
-            )
-        done(f"AutoAttack {kept['robust_accuracy']:13.2f} %", finished)
-        if not finished:
-            kept["checks"] = self._submit(model, evaluation, steps("submission"))
-        done("submission", finished)
-
-    def _evaluate(self, model: Any, images: Any, fingerprint: str, progress: Callable[[float, int, str], None]) -> Any:
-        room = self.robustbench
-        log = self.folder / "evaluation" / "evaluation.json"
-        marker = log.with_name("fingerprint.txt")
-        if not marker.is_file() or marker.read_text() != fingerprint:  # what lies there is of another network
-            shutil.rmtree(log.parent, ignore_errors=True)
-            log.parent.mkdir(parents=True)
-            write_text(marker, fingerprint)
-        options = {"seed": SEED, "data": images, "checkpoint": self.checkpoint, "model_name": self.architecture}
-        pixels, labels = images.images, images.labels
-        attacks = 4
+    def attack(folder: Path, progress: Progress) -> Any:
+        attacks = {"apgd-ce": 0, "apgd-t": 1, "fab-t": 2, "square": 3}
+        steps = len(attacks) + 2  # the curve and the submission are one each
 
         def attacked(made: Any) -> None:
-            place = {"apgd-ce": 0, "apgd-t": 1, "fab-t": 2, "square": 3}[made.attack]
-            share = place + made.batch / made.batches
-            progress(share, attacks + 1, f"{made.attack}, {made.standing} of {made.n_examples} standing")
+            share = attacks[made.attack] + made.batch / made.batches
+            progress(share, steps, f"{made.attack}, {made.standing} of {made.n_examples} standing")
 
-        progress(0, attacks + 1, "starts")
-        evaluation = room.evaluate(model, pixels, labels, eps=self.eps, log=log, progress=attacked, **options)
-        numerator, _, denominator = self.eps.partition("/")
+        progress(0, steps, "starts")
+        log = folder / "evaluation" / "evaluation.json"
+        pixels, labels = images.images, images.labels
+        evaluation = room.evaluate(model, pixels, labels, eps=eps, log=log, progress=attacked, **options)
+        numerator, _, denominator = eps.partition("/")
         radii = [f"{float(numerator) * share:g}/{denominator}" for share in CURVE]
+
+        def at_radius(radius: Any, made: Any) -> None:
+            progress(len(attacks), steps, f"eps {radius}")
+
         evaluation.log["curve"] = room.curve(
-            model,
-            pixels,
-            labels,
-            radii,
-            attacks=[CURVE_ATTACK],
-            progress=lambda eps, made: progress(attacks, attacks + 1, f"eps {eps}"),
-            **options,
+            model, pixels, labels, radii, attacks=[CURVE_ATTACK], progress=at_radius, **options
         )
         evaluation.save(log)
         room.write_report(evaluation, log.parent, images=images)
+        progress(len(attacks) + 1, steps, "submission")
         return evaluation
 
-    def _submit(self, model: Any, evaluation: Any, progress: Callable[[float, int, str], None]) -> dict[str, bool]:
-        room = self.robustbench
-        progress(0, 2, "preflight")
-        images = room.load_images(self.images)
-        measured = evaluation.robust_accuracy
-        report = room.preflight(model, images.images, images.labels, eps=self.eps, claimed=measured, measured=measured)
-        progress(1, 2, "submission")
+    def submit(folder: Path, evaluation: Any) -> dict[str, bool]:
+        all_images, measured = room.load_images(data / "test"), evaluation.robust_accuracy
+        pixels, labels = all_images.images, all_images.labels
+        report = room.preflight(model, pixels, labels, eps=eps, claimed=measured, measured=measured)
         room.write_submission(
-            self.folder / "submission",
+            folder / "submission",
             model=model,
-            architecture=self.architecture,
+            architecture=architecture,
             dataset="cifar10",
             evaluation=evaluation,
             preflight=report,
@@ -155,15 +99,39 @@ class RobustBenchRun:
         )
         return {found.name: found.passed for found in report.checks}
 
+    def make(folder: Path, progress: Progress) -> dict[str, Any]:
+        begin = time.perf_counter()
+        evaluation = attack(folder, progress)
+        seconds = time.perf_counter() - begin
+        return {
+            "architecture": architecture,
+            "eps": eps,
+            "images": len(images),
+            "natural_accuracy": evaluation.natural_accuracy,
+            "robust_accuracy": evaluation.robust_accuracy,
+            "attacks": evaluation.log["attacks"],
+            "seconds": seconds,
+            "versions": evaluation.log["versions"],
+            "checks": submit(folder, evaluation),
+        }
+
+    return parts(
+        "robustbench",
+        [weights, images.sha256, eps, CURVE, CURVE_ATTACK, SEED, PAPER, FOOTNOTE],
+        make,
+        title="AutoAttack",
+        line=lambda found: f"{found['robust_accuracy']:6.2f} %, submission",
+        valid=lambda found: (parts.output / "robustbench" / "submission").is_dir(),
+    )
+
 
 def markdown(results: dict[str, Any], folder: Path) -> str:
     """The report on the results as Markdown.
 
     Args:
-        results: as :meth:`RobustBenchRun.run` fills them.
+        results: of :func:`evaluate_and_submit`.
         folder: where its files lie.
     """
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     passed = [name for name, outcome in results["checks"].items() if outcome]
     return "\n".join(
         [
@@ -179,7 +147,7 @@ def markdown(results: dict[str, Any], folder: Path) -> str:
             "",
             f"{folder}: the evaluation with its report, and the submission folder, marked as a demonstration.",
             "",
-            f"{versions}.",
+            f"{listed(results['versions'])}.",
             "",
         ]
     )

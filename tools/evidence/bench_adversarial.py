@@ -1,4 +1,4 @@
-"""Time of a step of adversarial training against the authors' way of doing it: `make bench`.
+"""Time of a step of adversarial training against the authors' way of doing it.
 
 A step is five attack steps, with or without adversarial weight perturbation (AWP), the training pass and the
 optimizer's step. The authors' step is re-enacted from their scripts: natural logits computed again, with a graph, in
@@ -11,23 +11,24 @@ shuffled order, in one process. A figure is the median over the rounds; a ratio 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
-import random
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
-from evidence import bench
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evidence import bench
+from evidence.bench import Row
+from evidence.report import narrow_table
+from evidence.timing import in_turn, median_ratio
 from ikl_plugins import IKLLoss
-from ikl_plugins.adversarial import PGD, AdversarialWeightPerturbation, frozen_statistics, model_mode
+from ikl_plugins.adversarial import PGD, AdversarialWeightPerturbation, frozen_statistics
 from ikl_plugins.models.wide_resnet import WideResNet
 
 EPS, STEPS = 8 / 255, 5
@@ -40,6 +41,9 @@ LEARNING_RATE = 0.01
 OFFICIAL = "official"
 DEFAULT_FORMAT = "ours"
 CHANNELS_LAST = "ours, channels_last"
+
+
+SECONDS = 60.0
 
 
 class Case(NamedTuple):
@@ -225,9 +229,7 @@ class OurStep(Step):
         self.memory_format = memory_format
         self.model = copy.deepcopy(start.model).to(memory_format=memory_format)
         self.optimizer = _optimizer(self.model)
-        self.pgd = PGD(
-            eps=EPS, steps=STEPS, step_size=STEP_SIZE, random_start="normal", objective=case.objective
-        )  # fmt: skip
+        self.pgd = PGD(eps=EPS, steps=STEPS, step_size=STEP_SIZE, random_start="normal", objective=case.objective)
         self.criterion = IKLLoss(
             alpha=ALPHA, beta=BETA, weight_temperature=PRIOR_TEMPERATURE, global_info=True, num_classes=case.classes
         ).to(start.prior.dtype)
@@ -246,12 +248,12 @@ class OurStep(Step):
     def perturb(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         if self.awp is not None:
             # Neither the running statistics nor the class prior may count this pass.
-            with frozen_statistics(self.model), model_mode(self.criterion, "eval"):
-                loss = self._loss(self.model(adversarial), self.model(images), labels)
+            with frozen_statistics(self.model):
+                loss = self._loss(self.model(adversarial), self.model(images), labels, observe=False)
             self.awp.perturb(self.model, loss)
 
     def backward(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
-        loss = self._loss(self.model(adversarial), self.model(images), labels)
+        loss = self._loss(self.model(adversarial), self.model(images), labels, observe=True)
         self.optimizer.zero_grad()
         loss.backward()
 
@@ -260,8 +262,8 @@ class OurStep(Step):
             self.awp.restore()
         self.optimizer.step()
 
-    def _loss(self, adversarial: Tensor, natural: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(natural, labels) + self.criterion(adversarial, natural, labels)
+    def _loss(self, adversarial: Tensor, natural: Tensor, labels: Tensor, *, observe: bool) -> Tensor:
+        return F.cross_entropy(natural, labels) + self.criterion(adversarial, natural, labels, observe=observe)
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -279,29 +281,15 @@ Times = dict[str, list[dict[str, float]]]  # seconds of each method's parts, rou
 
 
 def interleaved(case: Case, start: Problem, seconds: float) -> Times:
-    """Steps of all methods in turn, in shuffled order; the first two rounds warm up and do not count."""
-    steps = {name: method(start, case) for name, method in METHODS.items()}
-    times: Times = {name: [] for name in steps}
-    order = random.Random(0)  # noqa: S311 - an order, not a secret
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < LEAST_ROUNDS + 2 or time.perf_counter() < end:
-        for name in order.sample(list(steps), len(steps)):
-            parts = steps[name](start.images, start.labels)
-            if rounds >= 2:
-                times[name].append(parts)
-        rounds += 1
-    return times
+    """Steps of all methods in turn."""
+    steps = {name: partial(method(start, case), start.images, start.labels) for name, method in METHODS.items()}
+    return in_turn(steps, seconds, least=LEAST_ROUNDS)
 
 
-def median_seconds(times: Times, method: str, part: str) -> float:
-    return statistics.median(parts[part] for parts in times[method])
-
-
-def speed_up(times: Times, method: str, part: str) -> float:
-    """How many times faster than the authors' a part is: the median of the rounds' ratios."""
-    rounds = zip(times[OFFICIAL], times[method], strict=True)
-    return statistics.median(official[part] / ours[part] for official, ours in rounds)
+def part_of(times: Times, method: str, part: str) -> tuple[float, float]:
+    """Median seconds of a part, and how many times faster than the authors' it is."""
+    official, ours = ([parts[part] for parts in times[name]] for name in (OFFICIAL, method))
+    return statistics.median(ours), median_ratio(official, ours)
 
 
 class Deviation(NamedTuple):
@@ -349,62 +337,58 @@ def gradients(step: Step, start: Problem, adversarial: Tensor | None = None) -> 
     return torch.cat([gradient.reshape(-1) for gradient in found if gradient is not None]), adversarial
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/bench"), help="folder for adversarial.csv and adversarial.md"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60.0, help="least time spent on each case")
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
-    network = f"WRN-{DEPTH}-{WIDTH}, batch {BATCH}, {SIZE}x{SIZE} pixels"
-    rows: list[dict[str, object]] = []
-    lines = [f"Measured with `make bench`: {bench.describe(args.threads)}; {network}.", ""]
-    lines += [f"A training step with {STEPS} attack steps, times faster than the authors' (its time in brackets):", ""]
-    lines += [f"| case | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
+def measure(seconds: float) -> Iterator[Row]:
+    """Rows of the CSV file."""
     for case in CASES:
-        start = problem(case.classes)
-        times = interleaved(case, start, args.seconds)
-        cells = []
+        times = interleaved(case, problem(case.classes), seconds)
         for name in METHODS:
-            cells.append(f"{speed_up(times, name, 'step'):.2f} ({1e3 * median_seconds(times, name, 'step'):.0f} ms)")
             for part in PARTS:
-                seconds = median_seconds(times, name, part)
-                row = _row("time", case, name) | {"part": part, "seconds": f"{seconds:.6g}"}
                 if part != "awp" or case.awp:
-                    rows.append(row | {"faster": f"{speed_up(times, name, part):.4f}"})
-        lines.append(f"| {case.label} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-
-    lines += [
-        "",
-        "How far parameter gradients lie from those of the authors' step, norm of the difference / norm, at batch "
-        f"{GRADIENT_BATCH}.",
-        "The attacks follow the signs of gradients from the same random start. Close to the natural images these are",
-        "so small that rounding decides some signs in float32, and with them the adversarial images. What rounding",
-        "does, to the authors' own step as well, is in the column 'float32, same images', against float64. With",
-        "channels last it does more: there PyTorch's batch normalisation in training mode rounds more on a CPU.",
-        "",
-        "| case | method | float64 | float32, same images | float32 | pixels that end apart in float32 |",
-        "|---|---|---|---|---|---|",
-    ]
+                    spent, faster = part_of(times, name, part)
+                    figures = {"seconds": f"{spent:.6g}", "faster": f"{faster:.4f}"}
+                    yield {"kind": "time", **case._asdict(), "method": name, "part": part, **figures}
     for case in CASES:
-        for name, (double, rounding, single, pixels) in deviations(case).items():
-            cells = [f"{double:.1e}", f"{rounding:.1e}", f"{single:.1e}", f"{100 * pixels:.1f} %"]
-            lines.append(f"| {case.label} | {name} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-            values = zip(Deviation._fields, (double, rounding, single, pixels), strict=True)
-            rows.append(_row("gradients", case, name) | {field: f"{value:.3g}" for field, value in values})
-
-    fields = ["kind", "classes", "objective", "awp", "method", "part", "seconds", "faster", *Deviation._fields]
-    bench.write_results(args.output, "adversarial", fields, rows, lines)
+        for name, deviation in deviations(case).items():
+            figures = {field: f"{value:.3g}" for field, value in deviation._asdict().items()}
+            yield {"kind": "gradients", **case._asdict(), "method": name, **figures}
 
 
-def _row(kind: str, case: Case, method: str) -> dict[str, object]:
-    return {"kind": kind, **case._asdict(), "method": method}
+def render(rows: list[Row]) -> str:
+    """The tables from the rows of the CSV file."""
+
+    def label(row: Row) -> str:
+        return Case(int(row["classes"]), row["objective"], row["awp"] == "True").label
+
+    def cell(row: Row) -> str:
+        return f"{float(row['faster']):.2f} ({1e3 * float(row['seconds']):.0f} ms)"
+
+    steps = bench.by_kind([row for row in rows if row["part"] == "step"], label)["time"]
+    names = list(next(iter(steps.values())))
+    apart = [
+        [
+            case,
+            name,
+            *(f"{float(row[field]):.1e}" for field in ("double", "rounding", "single")),
+            f"{100 * float(row['pixels']):.1f} %",
+        ]
+        for case, line in bench.by_kind(rows, label)["gradients"].items()
+        for name, row in line.items()
+    ]
+    header = ["case", "method", "float64", "float32, same images", "float32", "pixels that end apart in float32"]
+    return "\n\n".join(
+        [
+            f"{bench.describe(rows[0])}; WRN-{DEPTH}-{WIDTH}, batch {BATCH}, {SIZE}x{SIZE} pixels.",
+            f"A training step with {STEPS} attack steps, times faster than the authors' (its time in brackets):",
+            narrow_table(["case", *names], [[case, *map(cell, line.values())] for case, line in steps.items()]),
+            _READING.format(batch=GRADIENT_BATCH),
+            narrow_table(header, apart),
+        ]
+    )
 
 
-if __name__ == "__main__":
-    main()
+_READING = """\
+How far parameter gradients lie from those of the authors' step, norm of the difference / norm, at batch {batch}.
+The attacks follow the signs of gradients from the same random start. Close to the natural images these are
+so small that rounding decides some signs in float32, and with them the adversarial images. What rounding
+does, to the authors' own step as well, is in the column 'float32, same images', against float64. With
+channels last it does more: there PyTorch's batch normalisation in training mode rounds more on a CPU."""

@@ -1,4 +1,4 @@
-"""Time and memory of a training step of torchdistill with IKLLoss against its own KDLoss: `make bench`.
+"""Time and memory of a training step of torchdistill with IKLLoss against its own KDLoss.
 
 The boxes, criteria and processes are torchdistill's, their settings those of the shipped configs; images and labels are
 random. What is compared runs in one process with the same networks, weights and batches, in turn, round after round in
@@ -11,19 +11,16 @@ that of a process which trains for two steps, one process for each method.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import gc
+import itertools
 import os
-import random
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evidence import bench
 import torch
 import torch.nn.functional as F
 import yaml
@@ -36,8 +33,13 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 import ikl_plugins.torchdistill  # noqa: F401 - registers losses, networks and processes
+from evidence import bench
+from evidence.bench import Row
+from evidence.report import narrow_table
+from evidence.timing import in_turn, median_ratio, timed
 from ikl_plugins import native
 
+SECONDS = 120.0
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill"
 EPOCH = 16  # batches; the class prior is rolled behind the last of them
 MEMORY_STEPS = 2
@@ -137,9 +139,10 @@ class Training:
         labels = torch.arange(len(images)) % case.classes
         train = config["train"]
         train["train_data_loader"] = {
-            "dataset_id": "train", "sampler": {"class_or_func": SequentialSampler},
+            "dataset_id": "train",
+            "sampler": {"class_or_func": SequentialSampler},
             "kwargs": {"batch_size": case.batch, "num_workers": 0},
-        }  # fmt: skip
+        }
         train.pop("val_data_loader")
         # Low: random labels are not to be learnt, and no figure depends on it.
         train["optimizer"]["kwargs"]["lr"] = 0.001
@@ -157,55 +160,36 @@ class Training:
 
     def step(self) -> float:
         """One training step; its seconds, those of loading the batch not among them."""
-        images, labels, extra = next(self.batches)
+        batch = next(self.batches)
         with switched(self.method):
-            start = time.perf_counter()
-            loss = self.box.forward_process(images, labels, extra)
-            self.box.post_forward_process(loss=loss)
-            return time.perf_counter() - start
+            return timed(lambda: self._step(*batch))()
+
+    def _step(self, images: Tensor, labels: Tensor, extra: Any) -> None:
+        loss = self.box.forward_process(images, labels, extra)
+        self.box.post_forward_process(loss=loss)
 
 
-class switched:  # noqa: N801 - used like a function
+@contextlib.contextmanager
+def switched(method: str) -> Iterator[None]:
     """The C++ operator on for its method and off for the others."""
-
-    def __init__(self, method: str) -> None:
-        self.method = method
-
-    def __enter__(self) -> None:
-        native.enable() if self.method == OPERATOR else native.disable()
-
-    def __exit__(self, *_: object) -> None:
+    native.enable() if method == OPERATOR else native.disable()
+    try:
+        yield
+    finally:
         native.disable()
 
 
-# --- time ------------------------------------------------------------------------------------------------------------
-
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 Times = dict[str, list[float]]
 
 
-def in_turn(methods: dict[str, Any], seconds: float, least: int) -> Times:
-    """Seconds of each method, round after round in shuffled order; the first two rounds warm up and do not count."""
-    times: Times = {name: [] for name in methods}
-    order = random.Random(0)  # noqa: S311 - an order, not a secret
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < least + 2 or time.perf_counter() < end:
-        for name in order.sample(list(methods), len(methods)):
-            spent = methods[name]()
-            if rounds >= 2:
-                times[name].append(spent)
-        rounds += 1
-    return times
-
-
-def ratio(times: Times, name: str) -> float:
-    """How long a method takes relative to KDLoss: the median of the rounds' ratios."""
-    return statistics.median(own / kd for own, kd in zip(times[name], times[KD], strict=True))
-
-
 def time_steps(case: Case, names: list[str], seconds: float) -> Times:
-    return in_turn({name: Training(case, name).step for name in names}, seconds, LEAST_ROUNDS)
+    return in_turn({name: Training(case, name).step for name in names}, seconds, least=LEAST_ROUNDS)
+
+
+def _descend(criterion: nn.Module, io_dict: dict[str, Any], labels: Tensor) -> None:
+    criterion(io_dict, {}, labels).backward()
 
 
 def time_criteria(case: Case, names: list[str], seconds: float) -> Times:
@@ -214,26 +198,21 @@ def time_criteria(case: Case, names: list[str], seconds: float) -> Times:
     student, teacher = (3 * torch.randn(case.batch, case.classes, generator=generator) for _ in range(2))
     labels = torch.arange(case.batch) % case.classes
 
-    def timed(training: Training) -> float:
-        if next(counters[training.method]) % EPOCH == 0:
-            training.box.pre_epoch_process(epoch=0)  # out of the time; the roll of the class prior is in it
-        leaf = student.clone().requires_grad_()
-        io_dict = {"student": {".": {"output": leaf}}, "teacher": {".": {"output": teacher}}}
-        with switched(training.method):
-            start = time.perf_counter()
-            training.box.criterion(io_dict, {}, labels).backward()
-            return time.perf_counter() - start
+    def calls(training: Training) -> Iterator[float]:
+        for number in itertools.count():
+            if number % EPOCH == 0:
+                training.box.pre_epoch_process(epoch=0)  # out of the time; the roll of the class prior is in it
+            leaf = student.clone().requires_grad_()
+            io_dict = {"student": {".": {"output": leaf}}, "teacher": {".": {"output": teacher}}}
+            with switched(training.method):
+                yield timed(partial(_descend, training.box.criterion, io_dict, labels))()
 
-    trainings = {name: Training(case, name) for name in names}
-    counters = {name: iter(range(sys.maxsize)) for name in names}
-    return in_turn({name: lambda one=one: timed(one) for name, one in trainings.items()}, seconds, 20)
+    methods = {name: calls(Training(case, name)).__next__ for name in names}
+    return in_turn(methods, seconds, least=20)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def peak_mebibytes(method: str) -> float:
-    """Peak resident memory of this process after it has trained. Run in a fresh one."""
+def peak(method: str) -> float:
+    """Peak resident memory of this process in MiB after it has trained. Run in a fresh one."""
     training = Training(MEMORY_CASE, method, MEMORY_STEPS)
     for _ in range(MEMORY_STEPS):
         training.step()
@@ -241,91 +220,73 @@ def peak_mebibytes(method: str) -> float:
     return bench.status("VmHWM") / 2**10
 
 
-def peak_of(method: str, threads: int) -> float:
-    """:func:`peak_mebibytes` in a process of its own.
+def peak_of(method: str) -> float:
+    """:func:`peak` in a process of its own.
 
     Its C library gives each tensor of more than a mebibyte back when it is freed. It would otherwise keep some for
     later, and what it keeps differs by more from run to run than most losses take.
     """
-    command = [sys.executable, __file__, "--memory-of", method, "--threads", str(threads)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return float(done.stdout.split()[-1])
+    return bench.peak_of("training", method, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)})
 
 
-def pairs_mebibytes(case: Case) -> float:
-    """One float32 tensor over all pairs of classes of a batch."""
-    return case.batch * case.classes**2 * 4 / 2**20
+def measure(seconds: float) -> Iterator[Row]:
+    """Rows of the CSV file."""
+    built = bench.can_build()
 
+    def row(kind: str, case: Case, part: str, method: str) -> Row:
+        place = {"networks": case.name, "classes": case.classes, "batch": case.batch, "pixels": case.size}
+        return {"kind": kind, **place, "part": part, "method": method}
 
-def memory_table(rows: list[dict[str, object]], methods: list[str], threads: int) -> list[str]:
-    """Peak memory of each method, as lines; the figures are appended to ``rows``."""
-    case = MEMORY_CASE
-    peaks = {name: peak_of(name, threads) for name in methods}
-    lines = [
-        f"Peak memory of a process that trains {case.name}, {case.classes} classes, batch {case.batch}, "
-        f"{case.size}x{case.size} pixels. What it has above `{NOTHING}`, where the teacher runs for nothing, is the "
-        f"loss's share. One tensor over all pairs of classes takes {pairs_mebibytes(case):.0f} MiB.",
-        "",
-        "| method | peak, MiB | the loss's share, MiB | of the peak |",
-        "|---|---|---|---|",
-    ]
-    for name, peak in peaks.items():
-        share = peak - peaks[NOTHING]
-        rows.append({"kind": "memory", "networks": case.name, "classes": case.classes, "batch": case.batch,
-                     "pixels": case.size, "part": "step", "method": name, "mebibytes": f"{peak:.1f}",
-                     "share": f"{share / peak:.4f}"})  # fmt: skip
-        lines.append(f"| {name} | {peak:.0f} | {share:.0f} | {100 * share / peak:.1f} % |")
-        print(lines[-1], flush=True)
-    return lines
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/bench"), help="folder for training.csv and training.md"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=120.0, help="least time spent on each pair of networks")
-    parser.add_argument("--memory-of", choices=MEASURED, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    native.disable()  # but where a method has it in its name
-    if args.memory_of:
-        print(peak_mebibytes(args.memory_of))
-        return
-
-    built = bench.can_build("Measured")
-    timed, measured = ([name for name in names if built or name != OPERATOR] for names in (TIMED, MEASURED))
-    rows: list[dict[str, object]] = []
-    lines = [f"Measured with `make bench`: {bench.describe(args.threads)}; batch {CASES[0].batch}.", ""]
-    lines += ["A training step of torchdistill, relative to KDLoss (its median time in brackets):", ""]
-    lines += [f"| networks, part | {' | '.join(timed)} |", "|---" * (len(timed) + 1) + "|"]
     for case in CASES:
-        label = f"{case.name}, {case.classes} classes, {case.size}x{case.size} pixels"
-        for part, measure, share in (("step", time_steps, 1.0), ("criterion alone", time_criteria, 0.1)):
-            times = measure(case, timed, share * args.seconds)
-            cells = []
-            for name in timed:
-                seconds, relative = statistics.median(times[name]), ratio(times, name)
-                rows.append({"kind": "time", "networks": case.name, "classes": case.classes, "batch": case.batch,
-                             "pixels": case.size, "part": part, "method": name, "seconds": f"{seconds:.6g}",
-                             "ratio": f"{relative:.4f}", "rounds": len(times[name])})  # fmt: skip
-                cells.append(f"{relative:.3f} ({1e3 * seconds:.2f} ms)")
-            lines.append(f"| {label}: {part} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
+        for part, time_part, share in (("step", time_steps, 1.0), ("criterion alone", time_criteria, 0.1)):
+            times = time_part(case, bench.runnable(TIMED, built=built), share * seconds)
+            for name, values in times.items():
+                figures = {"seconds": f"{statistics.median(values):.6g}", "rounds": len(values)}
+                yield {**row("time", case, part, name), **figures, "ratio": f"{median_ratio(values, times[KD]):.4f}"}
             gc.collect()
-
     if Path("/proc/self/status").exists():
-        lines += ["", *memory_table(rows, measured, args.threads)]
+        peaks: dict[str, float] = {}
+        for name in bench.runnable(MEASURED, built=built):
+            peaks[name] = peak_of(name)
+            share = (peaks[name] - peaks[NOTHING]) / peaks[name]
+            figures = {"mebibytes": f"{peaks[name]:.1f}", "share": f"{share:.4f}"}
+            yield {**row("memory", MEMORY_CASE, "step", name), **figures}
 
-    fields = ["kind", "networks", "classes", "batch", "pixels", "part", "method", "seconds", "ratio", "rounds",
-              "mebibytes", "share"]  # fmt: skip
-    bench.write_results(args.output, "training", fields, rows, lines)
+
+# --- telling ---------------------------------------------------------------------------------------------------------
 
 
-if __name__ == "__main__":
-    main()
+def render(rows: list[Row]) -> str:
+    """The tables from the rows of the CSV file."""
+    kinds = bench.by_kind(
+        rows, lambda row: "{networks}, {classes} classes, {pixels}x{pixels} pixels: {part}".format(**row)
+    )
+
+    def cell(row: Row) -> str:
+        return f"{float(row['ratio']):.3f} ({1e3 * float(row['seconds']):.2f} ms)"
+
+    times = kinds["time"]
+    parts = [
+        f"{bench.describe(rows[0])}; batch {rows[0]['batch']}.",
+        "A training step of torchdistill, relative to KDLoss (its median time in brackets):",
+        narrow_table(
+            ["networks, part", *next(iter(times.values()))],
+            [[label, *map(cell, line.values())] for label, line in times.items()],
+        ),
+    ]
+    for line in kinds.get("memory", {}).values():
+        case = line[NOTHING]
+        peaks = {name: float(row["mebibytes"]) for name, row in line.items()}
+        pairs = int(case["batch"]) * int(case["classes"]) ** 2 * 4 / 2**20
+        cells = [
+            [name, f"{one:.0f}", f"{one - peaks[NOTHING]:.0f}", f"{100 * float(line[name]['share']):.1f} %"]
+            for name, one in peaks.items()
+        ]
+        parts += [
+            "Peak memory of a process that trains {networks}, {classes} classes, batch {batch}, {pixels}x{pixels} "
+            "pixels. What it has above ".format(**case)
+            + f"`{NOTHING}`, where the teacher runs for nothing, is the loss's share. One tensor over all pairs of "
+            f"classes takes {pairs:.0f} MiB.",
+            narrow_table(["method", "peak, MiB", "the loss's share, MiB", "of the peak"], cells),
+        ]
+    return "\n\n".join(parts)

@@ -18,9 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from ikl_plugins._files import written_aside
-
-__all__ = ["differences", "render", "write"]
+from evidence.report import settle
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill"
 FOLDERS = ("cifar100", "imagenet", "imagenet_lt", "cifar10")
@@ -83,96 +81,71 @@ test:
     kwargs: *test_kwargs
 """)
 
-_CIFAR_DATA = Template("""\
-$dataset/train: !import_call
-  key: 'torchvision.datasets.$cls'
-  init:
-    kwargs:
-      root: 'data/$dataset'
-      train: True
-      download: True
-      transform: !import_call
-        key: 'torchvision.transforms.Compose'
-        init:
-          kwargs:
-            transforms:
-              - !import_call
-                key: 'torchvision.transforms.RandomCrop'
-                init:
-                  kwargs:
-                    size: 32
-                    padding: 4
-              - !import_call
-                key: 'torchvision.transforms.RandomHorizontalFlip'
-$tensor
-$dataset/test: !import_call
-  key: 'torchvision.datasets.$cls'
-  init:
-    kwargs:
-      root: 'data/$dataset'
-      train: False
-      download: True
-      transform: !import_call
-        key: 'torchvision.transforms.Compose'
-        init:
-          kwargs:
-            transforms: $again
-""")
 
-_IMAGENET_DATA = Template("""\
-$dataset/train: !import_call
-  key: '$key'
-  init:
-    kwargs:
-$train_place
-      transform: !import_call
-        key: 'torchvision.transforms.Compose'
-        init:
-          kwargs:
-            transforms:
-              - !import_call
-                key: 'torchvision.transforms.RandomResizedCrop'
-                init:
-                  kwargs:
-                    size: 224
-              - !import_call
-                key: 'torchvision.transforms.RandomHorizontalFlip'
-$tensor
-$dataset/$test: !import_call
-  key: '$key'
-  init:
-    kwargs:
-$test_place
-      transform: !import_call
-        key: 'torchvision.transforms.Compose'
-        init:
-          kwargs:
-            transforms:
-              - !import_call
-                key: 'torchvision.transforms.Resize'
-                init:
-                  kwargs:
-                    size: 256
-              - !import_call
-                key: 'torchvision.transforms.CenterCrop'
-                init:
-                  kwargs:
-                    size: 224
-              - *to_tensor
-              - *normalize
-""")
+def _call(key: str, anchor: str = "", **kwargs: object) -> str:
+    """An item of a list that calls something."""
+    lines = [f"- {anchor}!import_call", f"  key: '{key}'"]
+    if kwargs:
+        lines += ["  init:", "    kwargs:", *(f"      {name}: {value}" for name, value in kwargs.items())]
+    return "\n".join(lines)
 
-_TO_TENSOR = """\
-              - &to_tensor !import_call
-                key: 'torchvision.transforms.ToTensor'"""
 
-_NORMALIZE = Template("""\
-              - &normalize !import_call
-                key: 'torchvision.transforms.Normalize'
-                init:
-                  kwargs:
-                    mean: $mean
-                    std: $std""")
+def _dataset(name: str, key: str, place: str, transforms: list[str] | str) -> str:
+    """A data set, and what its images go through: a list, or a flow sequence of anchors."""
+    listed = transforms if isinstance(transforms, str) else "\n" + textwrap.indent("\n".join(transforms), " " * 14)
+    return textwrap.indent(
+        f"{name}: !import_call\n"
+        f"  key: '{key}'\n"
+        f"  init:\n"
+        f"    kwargs:\n"
+        f"{textwrap.indent(place, ' ' * 6)}\n"
+        f"      transform: !import_call\n"
+        f"        key: 'torchvision.transforms.Compose'\n"
+        f"        init:\n"
+        f"          kwargs:\n"
+        f"            transforms:{listed if listed.startswith(chr(10)) else ' ' + listed}",
+        "  ",
+    )
+
+
+_TORCHVISION = "torchvision.transforms."
+_FLIP = _call(_TORCHVISION + "RandomHorizontalFlip")
+_TO_TENSOR = _call(_TORCHVISION + "ToTensor", "&to_tensor ")
+
+
+def _normalize(mean: list[float], std: list[float]) -> str:
+    return _call(_TORCHVISION + "Normalize", "&normalize ", mean=mean, std=std)
+
+
+def _cifar_data(dataset: str, *normalize: str) -> str:
+    key = f"torchvision.datasets.{dataset.upper()}"
+    crop = _call(_TORCHVISION + "RandomCrop", size=32, padding=4)
+    again = "[*to_tensor, *normalize]" if normalize else "[*to_tensor]"
+
+    def place(train: bool) -> str:
+        return f"root: 'data/{dataset}'\ntrain: {train}\ndownload: True"
+
+    return "\n".join(
+        [
+            _dataset(f"{dataset}/train", key, place(True), [crop, _FLIP, _TO_TENSOR, *normalize]),
+            _dataset(f"{dataset}/test", key, place(False), again),
+        ]
+    )
+
+
+def _imagenet_data(dataset: str, test: str, key: str, place: str) -> str:
+    """Both splits; ``place`` names each with braces."""
+    normalize = _normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    cropped = _call(_TORCHVISION + "RandomResizedCrop", size=224)
+    whole = [_call(_TORCHVISION + name, size=size) for name, size in (("Resize", 256), ("CenterCrop", 224))]
+    again = ["- *to_tensor", "- *normalize"]
+    return "\n".join(
+        [
+            _dataset(f"{dataset}/train", key, place.format("train"), [cropped, _FLIP, _TO_TENSOR, normalize]),
+            _dataset(f"{dataset}/{test}", key, place.format(test), [*whole, *again]),
+        ]
+    )
+
 
 _PAIR = Template("""\
   teacher_model:
@@ -271,6 +244,10 @@ _SOURCES = {
     "ikl": "IKL, values of the authors' code (Cui et al., NeurIPS 2024)",
     "gkl": "GKL, values of the authors' code (Cui et al., TPAMI 2026)",
 }
+_FROZEN = "the teacher stays in eval mode; epochs for the loss; several processes"
+_BEST = "as in the official code, which reports the best epoch; ..._last.pt holds the last"
+_NO_FACTOR = "of the cross entropy alone; no factor temperature**2"
+_T2_LEFT_ALONE = "T2, a default that the official {} leave alone: nearly uniform weights"
 
 
 class Setting(NamedTuple):
@@ -308,18 +285,25 @@ def _kd(temperature: float, alpha: float, beta: float, no_factor: str = "") -> l
     ]
 
 
+class Weights(NamedTuple):
+    """alpha, beta, gamma of a published run; IKL has no gamma."""
+
+    alpha: float
+    beta: float
+    gamma: float | None = None
+
+
 def _decoupled(
-    alpha: float,
-    beta: float,
+    weights: Weights,
     *,
-    gamma: float | None = None,
-    temperature: tuple[float, str],
-    weight_temperature: tuple[float, str],
-    global_info: tuple[bool, str],
-    classes: int,
-    ramp: tuple[int, str] | None,
+    temperature: tuple[float, str] = (1.0, ""),
+    weight_temperature: tuple[float, str] = (1.0, "T2"),
+    global_info: tuple[bool, str] = (True, "GI"),
+    classes: int = 1000,
+    ramp: tuple[int, str] | None = None,
 ) -> list[Setting]:
     """IKL, or GKL with a gamma."""
+    alpha, beta, gamma = weights
     settings = [
         Setting("ce_weight", 1.0),
         Setting("alpha", float(alpha), _ALPHA),
@@ -336,7 +320,7 @@ def _decoupled(
     return settings
 
 
-def _header(title: str, path: str, processes: int, notes: str = "") -> str:
+def _header(title: str, path: str, processes: int, notes: str) -> str:
     """The comment that a file begins with: what it is, how it is run, what is to be known about it as a whole."""
     lines = [f"# {line}" for line in textwrap.wrap(title, 118)]
     lines += ["#", f"# ikl train torchdistill/{path}"]
@@ -366,8 +350,20 @@ def _destination(folder: str, name: str) -> str:
     return f"runs/torchdistill/{folder}/{name}/{name}.pt"
 
 
-_FROZEN = "the teacher stays in eval mode; epochs for the loss; several processes"
-_BEST = "as in the official code, which reports the best epoch; ..._last.pt holds the last"
+def _file(name: str, title: str, notes: str, processes: int, *parts: dict[str, object]) -> tuple[str, str]:
+    """Path and text of a config; the last part has the last word."""
+    filled: dict[str, object] = {}
+    for part in parts:
+        filled |= part
+    path = f"{filled['dataset']}/{name}.yaml"
+    return path, _WHOLE.substitute(filled, header=_header(title, path, processes, notes))
+
+
+def _students(dataset: str, name: str, classes: int, **networks: str) -> dict[str, object]:
+    """The blocks of a frozen teacher and its student."""
+    dst_ckpt = _destination(dataset, name)
+    models = _PAIR.substitute({"teacher_ckpt": "", **networks}, classes=classes, dst_ckpt=dst_ckpt)
+    return {"models": models, "roles": _PAIR_ROLES, "process": _FROZEN}
 
 
 # --- CIFAR-100 -------------------------------------------------------------------------------------------------------
@@ -379,105 +375,82 @@ class CifarPair(NamedTuple):
     teacher: str
     student: str
     lr: float
-    ikl: tuple[float, float]  # alpha, beta
-    gkl: tuple[float, float, float, bool]  # alpha, beta, gamma, class prior
+    ikl: Weights
+    gkl: Weights
+    gkl_prior: bool
 
 
 CIFAR100 = (
-    CifarPair("resnet56", "resnet20", 0.05, (1, 4), (1, 4, 0.2, True)),
-    CifarPair("resnet110", "resnet32", 0.05, (1, 12), (1, 4, 0.1, False)),
-    CifarPair("resnet32x4", "resnet8x4", 0.05, (1, 8), (1, 16, 0.05, True)),
-    CifarPair("wrn_40_2", "wrn_16_2", 0.05, (3, 12), (3, 20, 0.3, False)),
-    CifarPair("wrn_40_2", "wrn_40_1", 0.05, (1, 8), (1, 12, 0.3, False)),
-    CifarPair("vgg13", "vgg8", 0.05, (1, 12), (1, 8, 0.2, True)),
-    CifarPair("resnet32x4", "ShuffleV1", 0.01, (1, 8), (1, 8, 0.0, True)),
-    CifarPair("wrn_40_2", "ShuffleV1", 0.01, (1, 4), (1, 8, 0.0, False)),
-    CifarPair("vgg13", "MobileNetV2", 0.01, (4, 12), (4, 12, 0.1, True)),
-    CifarPair("ResNet50", "MobileNetV2", 0.01, (1, 12), (1, 8, 0.05, True)),
-    CifarPair("resnet32x4", "ShuffleV2", 0.01, (3, 12), (3, 12, 0.1, True)),
+    CifarPair("resnet56", "resnet20", 0.05, Weights(1, 4), Weights(1, 4, 0.2), True),
+    CifarPair("resnet110", "resnet32", 0.05, Weights(1, 12), Weights(1, 4, 0.1), False),
+    CifarPair("resnet32x4", "resnet8x4", 0.05, Weights(1, 8), Weights(1, 16, 0.05), True),
+    CifarPair("wrn_40_2", "wrn_16_2", 0.05, Weights(3, 12), Weights(3, 20, 0.3), False),
+    CifarPair("wrn_40_2", "wrn_40_1", 0.05, Weights(1, 8), Weights(1, 12, 0.3), False),
+    CifarPair("vgg13", "vgg8", 0.05, Weights(1, 12), Weights(1, 8, 0.2), True),
+    CifarPair("resnet32x4", "ShuffleV1", 0.01, Weights(1, 8), Weights(1, 8, 0.0), True),
+    CifarPair("wrn_40_2", "ShuffleV1", 0.01, Weights(1, 4), Weights(1, 8, 0.0), False),
+    CifarPair("vgg13", "MobileNetV2", 0.01, Weights(4, 12), Weights(4, 12, 0.1), True),
+    CifarPair("ResNet50", "MobileNetV2", 0.01, Weights(1, 12), Weights(1, 8, 0.05), True),
+    CifarPair("resnet32x4", "ShuffleV2", 0.01, Weights(3, 12), Weights(3, 12, 0.1), True),
 )
+_CIFAR100: dict[str, object] = {
+    "dataset": "cifar100",
+    "datasets": _cifar_data("cifar100", _normalize([0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761])),
+    "epochs": 240,
+    "test": "test",
+    "train_kwargs": _train_kwargs(64, 2),
+    "test_batch_size": 64,
+    "workers": 2,
+    "selection": _BEST,
+    "weight_decay": "0.0005  # of all parameters, as in the official code",
+    "scheduler": _STEPS.substitute(milestones=[150, 180, 210]),
+}
 
 
 def _cifar100_loss(pair: CifarPair, kind: str) -> list[Setting]:
     if kind == "kd":
         return _kd(4.0, 0.1, 0.9)
-    temperature = (4.0, "of the cross entropy alone; no factor temperature**2")
-    ramp = (20, "the cross entropy to the labels is not scaled")
+    shared = {
+        "temperature": (4.0, _NO_FACTOR),
+        "classes": 100,
+        "ramp": (20, "the cross entropy to the labels is not scaled"),
+    }
     if kind == "ikl":
         return _decoupled(
-            *pair.ikl,
-            temperature=temperature,
-            weight_temperature=(100.0, "T2, a default that the official files leave alone: nearly uniform weights"),
+            pair.ikl,
+            weight_temperature=(100.0, _T2_LEFT_ALONE.format("files")),
             global_info=(False, "GI, likewise: no class prior on CIFAR-100, which the paper does not say"),
-            classes=100,
-            ramp=ramp,
+            **shared,
         )
-    alpha, beta, gamma, prior = pair.gkl
     return _decoupled(
-        alpha,
-        beta,
-        gamma=gamma,
-        temperature=temperature,
+        pair.gkl,
         weight_temperature=(4.0, "T2"),
-        global_info=(prior, "GI, set for each pair in the official files"),
-        classes=100,
-        ramp=ramp,
+        global_info=(pair.gkl_prior, "GI, set for each pair in the official files"),
+        **shared,
     )
 
 
 def _cifar100() -> Iterator[tuple[str, str]]:
-    mean, std = [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761]
+    notes = "The paper has the mean of three runs on one GPU; its IKL code sets no seed, its GKL code 0."
     for pair in CIFAR100:
+        student = f"'ikl_plugins.{pair.student}'"
+        if pair.student.startswith("wrn"):
+            student += "  # mdistiller's updates the statistics of three BatchNorms twice a step, this one once"
+        weights = f"download_ckpts/cifar_teachers/{pair.teacher}_vanilla/ckpt_epoch_240.pth"
         for kind in ("kd", "ikl", "gkl"):
             name = f"{pair.student}_from_{pair.teacher}-{kind}"
-            path = f"cifar100/{name}.yaml"
-            student = f"'ikl_plugins.{pair.student}'"
-            if pair.student.startswith("wrn"):
-                student += "  # mdistiller's updates the statistics of three BatchNorms twice a step, this one once"
-            yield (
-                path,
-                _WHOLE.substitute(
-                    header=_header(
-                        f"CIFAR-100, {pair.teacher} -> {pair.student}: {_SOURCES[kind]}.",
-                        path,
-                        1,
-                        "The paper has the mean of three runs on one GPU; its IKL code sets no seed, its GKL code 0.",
-                    ),
-                    datasets=_cifar_data("cifar100", "CIFAR100", mean, std),
-                    models=_PAIR.substitute(
-                        teacher=f"'ikl_plugins.{pair.teacher}'",
-                        teacher_kwargs="      num_classes: 100",
-                        teacher_ckpt=f"    src_ckpt: 'download_ckpts/cifar_teachers/{pair.teacher}_vanilla/"
-                        f"ckpt_epoch_240.pth'  # mdistiller's\n",
-                        student=student,
-                        classes=100,
-                        dst_ckpt=_destination("cifar100", name),
-                    ),
-                    epochs=240,
-                    dataset="cifar100",
-                    test="test",
-                    train_kwargs=_train_kwargs(64, 2),
-                    test_batch_size=64,
-                    workers=2,
-                    selection=_BEST,
-                    roles=_PAIR_ROLES,
-                    lr=pair.lr,
-                    weight_decay="0.0005  # of all parameters, as in the official code",
-                    scheduler=_STEPS.substitute(milestones=[150, 180, 210]),
-                    process=_FROZEN,
-                    term=kind,
-                    loss=_loss(kind, _cifar100_loss(pair, kind)),
-                ),
+            networks = _students(
+                "cifar100",
+                name,
+                100,
+                teacher=f"'ikl_plugins.{pair.teacher}'",
+                teacher_kwargs="      num_classes: 100",
+                teacher_ckpt=f"    src_ckpt: '{weights}'  # mdistiller's\n",
+                student=student,
             )
-
-
-def _cifar_data(dataset: str, cls: str, mean: list[float] | None = None, std: list[float] | None = None) -> str:
-    tensor, again = _TO_TENSOR, "[*to_tensor]"
-    if mean is not None:
-        tensor += "\n" + _NORMALIZE.substitute(mean=mean, std=std)
-        again = "[*to_tensor, *normalize]"
-    data = _CIFAR_DATA.substitute(dataset=dataset, cls=cls, tensor=tensor, again=again)
-    return textwrap.indent(data.rstrip(), "  ")
+            own = {"lr": pair.lr, "term": kind, "loss": _loss(kind, _cifar100_loss(pair, kind))}
+            title = f"CIFAR-100, {pair.teacher} -> {pair.student}: {_SOURCES[kind]}."
+            yield _file(name, title, notes, 1, _CIFAR100, networks, own)
 
 
 # --- ImageNet --------------------------------------------------------------------------------------------------------
@@ -489,87 +462,57 @@ class ImageNetPair(NamedTuple):
     teacher: str
     student: str
     key: str
-    ikl: tuple[float, float]  # alpha, beta
-    gkl: tuple[float, float, float]  # alpha, beta, gamma
+    ikl: Weights
+    gkl: Weights
 
 
 IMAGENET = (
-    ImageNetPair("resnet34", "resnet18", "resnet18", (1, 0.5), (1, 0.5, 0.6)),
-    ImageNetPair("resnet50", "MobileNetV1", "ikl_plugins.MobileNetV1", (4, 1), (4, 1, 0.5)),
+    ImageNetPair("resnet34", "resnet18", "resnet18", Weights(1, 0.5), Weights(1, 0.5, 0.6)),
+    ImageNetPair("resnet50", "MobileNetV1", "ikl_plugins.MobileNetV1", Weights(4, 1), Weights(4, 1, 0.5)),
 )
-_IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_IMAGENET: dict[str, object] = {
+    "dataset": "imagenet",
+    "datasets": _imagenet_data("imagenet", "val", "ikl_plugins.torchdistill.image_folder", "split_dir: 'imagenet/{}'"),
+    "epochs": 100,
+    "test": "val",
+    "train_kwargs": _train_kwargs(512, 8, 8),
+    "test_batch_size": 256,
+    "workers": 8,
+    "selection": _BEST,
+    "lr": 0.2,
+    "weight_decay": 0.0001,
+    "scheduler": _STEPS.substitute(milestones=[30, 60, 90]),
+}
 
 
 def _imagenet_loss(pair: ImageNetPair, kind: str) -> list[Setting]:
     if kind == "kd":
         return _kd(1.0, 0.5, 0.5)
-    ramp = (1, "no ramp") if kind == "ikl" else (5, "the GKL code's default, which its ImageNet files leave alone")
-    alpha, beta, *gamma = pair.ikl if kind == "ikl" else pair.gkl
-    return _decoupled(
-        alpha,
-        beta,
-        gamma=gamma[0] if gamma else None,
-        temperature=(1.0, ""),
-        weight_temperature=(1.0, "T2"),
-        global_info=(True, "GI"),
-        classes=1000,
-        ramp=ramp,
-    )
+    if kind == "ikl":
+        return _decoupled(pair.ikl, ramp=(1, "no ramp"))
+    return _decoupled(pair.gkl, ramp=(5, "the GKL code's default, which its ImageNet files leave alone"))
 
 
 def _imagenet() -> Iterator[tuple[str, str]]:
     for pair in IMAGENET:
         for kind in ("kd", "ikl", "gkl"):
             name = f"{pair.student}_from_{pair.teacher}-{kind}"
-            path = f"imagenet/{name}.yaml"
-            yield (
-                path,
-                _WHOLE.substitute(
-                    header=_header(
-                        f"ImageNet, {pair.teacher} -> {pair.student}: {_SOURCES[kind]}.",
-                        path,
-                        8,
-                        "The official code runs 8 GPUs in one process, 64 images each for BatchNorm"
-                        + (", with one normaliser of the weights per GPU" if kind == "gkl" else "")
-                        + "; 8 processes come closest to it. Class folders are read from $IKL_PLUGINS_DATA/imagenet, "
-                        "or from data/imagenet.",
-                    ),
-                    datasets=_imagenet_data(
-                        dataset="imagenet",
-                        key="ikl_plugins.torchdistill.image_folder",
-                        train_place="      split_dir: 'imagenet/train'",
-                        test_place="      split_dir: 'imagenet/val'",
-                        test="val",
-                    ),
-                    models=_PAIR.substitute(
-                        teacher=f"'{pair.teacher}'  # torchvision's",
-                        teacher_kwargs="      num_classes: 1000\n      weights: 'IMAGENET1K_V1'",
-                        teacher_ckpt="",
-                        student=f"'{pair.key}'",
-                        classes=1000,
-                        dst_ckpt=_destination("imagenet", name),
-                    ),
-                    epochs=100,
-                    dataset="imagenet",
-                    test="val",
-                    train_kwargs=_train_kwargs(512, 8, 8),
-                    test_batch_size=256,
-                    workers=8,
-                    selection=_BEST,
-                    roles=_PAIR_ROLES,
-                    lr=0.2,
-                    weight_decay=0.0001,
-                    scheduler=_STEPS.substitute(milestones=[30, 60, 90]),
-                    process=_FROZEN,
-                    term=kind,
-                    loss=_loss(kind, _imagenet_loss(pair, kind)),
-                ),
+            networks = _students(
+                "imagenet",
+                name,
+                1000,
+                teacher=f"'{pair.teacher}'  # torchvision's",
+                teacher_kwargs="      num_classes: 1000\n      weights: 'IMAGENET1K_V1'",
+                student=f"'{pair.key}'",
             )
-
-
-def _imagenet_data(**places: str) -> str:
-    tensor = f"{_TO_TENSOR}\n{_NORMALIZE.substitute(mean=_IMAGENET_MEAN, std=_IMAGENET_STD)}"
-    return textwrap.indent(_IMAGENET_DATA.substitute(places, tensor=tensor).rstrip(), "  ")
+            normaliser = ", with one normaliser of the weights per GPU" if kind == "gkl" else ""
+            notes = (
+                f"The official code runs 8 GPUs in one process, 64 images each for BatchNorm{normaliser}; 8 processes "
+                f"come closest to it. Class folders are read from $IKL_PLUGINS_DATA/imagenet, or from data/imagenet."
+            )
+            title = f"ImageNet, {pair.teacher} -> {pair.student}: {_SOURCES[kind]}."
+            own = {"term": kind, "loss": _loss(kind, _imagenet_loss(pair, kind))}
+            yield _file(name, title, notes, 8, _IMAGENET, networks, own)
 
 
 # --- ImageNet-LT -----------------------------------------------------------------------------------------------------
@@ -581,140 +524,127 @@ class LongTailPair(NamedTuple):
     teacher: str
     student: str
     kl: float
-    ikl: tuple[float, float]  # alpha, beta
-    gkl: tuple[float, float, float] | None  # alpha, beta, gamma; None where the authors have no script
+    ikl: Weights
+    gkl: Weights | None  # None where the authors have no script
 
 
 IMAGENET_LT_TEACHERS = ("resnet18", "resnet50", "resnext101_32x4d")
 IMAGENET_LT = (
-    LongTailPair("resnet18", "resnet18", 4.0, (1, 0.5), None),
-    LongTailPair("resnet50", "resnet50", 1.0, (1, 1), (1, 1, 0.3)),
-    LongTailPair("resnext101_32x4d", "resnet18", 4.0, (4, 4), (4, 4, 0.3)),
-    LongTailPair("resnext101_32x4d", "resnet50", 3.0, (3, 4), (3, 4, 0.3)),
+    LongTailPair("resnet18", "resnet18", 4.0, Weights(1, 0.5), None),
+    LongTailPair("resnet50", "resnet50", 1.0, Weights(1, 1), Weights(1, 1, 0.3)),
+    LongTailPair("resnext101_32x4d", "resnet18", 4.0, Weights(4, 4), Weights(4, 4, 0.3)),
+    LongTailPair("resnext101_32x4d", "resnet50", 3.0, Weights(3, 4), Weights(3, 4, 0.3)),
 )
 _LONG_TAIL_NETWORKS = {
-    "resnet18": ("'resnet18'", "num_classes: 1000"),
-    "resnet50": ("'resnet50'", "num_classes: 1000"),
+    "resnet18": ("'resnet18'", "      num_classes: 1000"),
+    "resnet50": ("'resnet50'", "      num_classes: 1000"),
     "resnext101_32x4d": (
         "'resnet101'  # with these groups and widths torchvision's builds resnext101_32x4d",
-        "num_classes: 1000\ngroups: 32\nwidth_per_group: 4",
+        "      num_classes: 1000\n      groups: 32\n      width_per_group: 4",
     ),
 }
 _LONG_TAIL_NOTE = (
     "The official code runs 4 processes, without a seed. Lists and images are read from $IKL_PLUGINS_DATA/imagenet_lt "
     "and $IKL_PLUGINS_DATA/imagenet, or from data/."
 )
+_LONG_TAIL: dict[str, object] = {
+    "dataset": "imagenet_lt",
+    "datasets": _imagenet_data(
+        "imagenet_lt",
+        "test",
+        "ikl_plugins.torchdistill.ImageList",
+        "list_file: 'imagenet_lt/ImageNet_LT_{}.txt'\nimage_dir: 'imagenet'",
+    ),
+    "epochs": 90,
+    "test": "test",
+    "train_kwargs": _train_kwargs(128, 8, 4, drop_last="as in the official code"),
+    "test_batch_size": 256,
+    "workers": 8,
+    "selection": _BEST,
+    "lr": 0.05,
+    "weight_decay": 0.0005,
+    "scheduler": _WARMUP_COSINE.substitute(
+        epochs=90, warmup=10, formula="the official formula: no scheduler of torch has it"
+    ),
+}
 
 
 def _long_tail_loss(pair: LongTailPair, kind: str) -> list[Setting]:
     if kind == "kl":
         return _kd(1.0, 1.0, pair.kl, "of the KL divergence")
-    if kind == "gkl":
-        alpha, beta, gamma = pair.gkl or (0, 0, 0)
-        return _decoupled(
-            alpha,
-            beta,
-            gamma=gamma,
-            temperature=(1.0, ""),
-            weight_temperature=(1.0, "T2"),
-            global_info=(True, "GI"),
-            classes=1000,
-            ramp=None,
-        )
+    if kind == "gkl" and pair.gkl is not None:
+        return _decoupled(pair.gkl)
     return _decoupled(
-        *pair.ikl,
-        temperature=(1.0, ""),
-        weight_temperature=(100.0, "T2, a default that the official scripts leave alone: nearly uniform weights"),
+        pair.ikl,
+        weight_temperature=(100.0, _T2_LEFT_ALONE.format("scripts")),
         global_info=(False, "GI, likewise: no class prior, which the paper does not say"),
-        classes=1000,
-        ramp=None,
     )
 
 
 def _imagenet_lt() -> Iterator[tuple[str, str]]:
     for teacher in IMAGENET_LT_TEACHERS:
         key, kwargs = _LONG_TAIL_NETWORKS[teacher]
-        path = f"imagenet_lt/{teacher}.yaml"
-        yield (
-            path,
-            _long_tail(
-                header=_header(
-                    f"ImageNet-LT, {teacher} trained on the labels: the baseline, and the teacher of other files here.",
-                    path,
-                    4,
-                    _LONG_TAIL_NOTE,
-                ),
-                models=_ALONE.substitute(
-                    model=key, kwargs=textwrap.indent(kwargs, " " * 6), dst_ckpt=_destination("imagenet_lt", teacher)
-                ),
-                roles=_ALONE_ROLES,
-                process="several processes",
-                term="ce",
-                loss=_CROSS_ENTROPY,
-            ),
-        )
+        place = _destination("imagenet_lt", teacher)
+        own = {
+            "models": _ALONE.substitute(model=key, kwargs=kwargs, dst_ckpt=place),
+            "roles": _ALONE_ROLES,
+            "process": "several processes",
+            "term": "ce",
+            "loss": _CROSS_ENTROPY,
+        }
+        title = f"ImageNet-LT, {teacher} trained on the labels: the baseline, and the teacher of other files here."
+        yield _file(teacher, title, _LONG_TAIL_NOTE, 4, _LONG_TAIL, own)
     for pair in IMAGENET_LT:
+        key, kwargs = _LONG_TAIL_NETWORKS[pair.teacher]
         for kind in ("kl", "ikl", "gkl") if pair.gkl else ("kl", "ikl"):
             name = f"{pair.student}_from_{pair.teacher}-{kind}"
-            path = f"imagenet_lt/{name}.yaml"
-            key, kwargs = _LONG_TAIL_NETWORKS[pair.teacher]
-            yield (
-                path,
-                _long_tail(
-                    header=_header(
-                        f"ImageNet-LT, {pair.teacher} -> {pair.student}: {_SOURCES[kind]}.", path, 4, _LONG_TAIL_NOTE
-                    ),
-                    models=_PAIR.substitute(
-                        teacher=key,
-                        teacher_kwargs=textwrap.indent(kwargs, " " * 6),
-                        teacher_ckpt=f"    src_ckpt: '{_destination('imagenet_lt', pair.teacher)}'\n",
-                        student=f"'{pair.student}'",
-                        classes=1000,
-                        dst_ckpt=_destination("imagenet_lt", name),
-                    ),
-                    roles=_PAIR_ROLES,
-                    process=_FROZEN,
-                    term=kind,
-                    loss=_loss(kind, _long_tail_loss(pair, kind)),
-                ),
+            networks = _students(
+                "imagenet_lt",
+                name,
+                1000,
+                teacher=key,
+                teacher_kwargs=kwargs,
+                teacher_ckpt=f"    src_ckpt: '{_destination('imagenet_lt', pair.teacher)}'\n",
+                student=f"'{pair.student}'",
             )
-
-
-def _long_tail(**parts: str) -> str:
-    listed = "      list_file: 'imagenet_lt/ImageNet_LT_{}.txt'\n      image_dir: 'imagenet'"
-    return _WHOLE.substitute(
-        parts,
-        datasets=_imagenet_data(
-            dataset="imagenet_lt",
-            key="ikl_plugins.torchdistill.ImageList",
-            train_place=listed.format("train"),
-            test_place=listed.format("test"),
-            test="test",
-        ),
-        epochs=90,
-        dataset="imagenet_lt",
-        test="test",
-        train_kwargs=_train_kwargs(128, 8, 4, drop_last="as in the official code"),
-        test_batch_size=256,
-        workers=8,
-        selection=_BEST,
-        lr=0.05,
-        weight_decay=0.0005,
-        scheduler=_WARMUP_COSINE.substitute(
-            epochs=90, warmup=10, formula="the official formula: no scheduler of torch has it"
-        ),
-    )
+            title = f"ImageNet-LT, {pair.teacher} -> {pair.student}: {_SOURCES[kind]}."
+            own = {"term": kind, "loss": _loss(kind, _long_tail_loss(pair, kind))}
+            yield _file(name, title, _LONG_TAIL_NOTE, 4, _LONG_TAIL, networks, own)
 
 
 # --- adversarial training on CIFAR-10 --------------------------------------------------------------------------------
 
 _NATURAL = "the natural images' logits"
 _ADVERSARIAL = "the adversarial images' logits"
-_TRADES_DROPS = "in the authors' TRADES script, not in that of IKL"
 _CIFAR10_TITLES = {
     "ikl": "IKL, values of the authors' script (Cui et al., NeurIPS 2024)",
     "gkl": "GKL, values of the authors' second script (Cui et al., TPAMI 2026)",
     "trades": "TRADES, the baseline, with the authors' attack and schedule",
+}
+_CIFAR10_NOTES = (
+    "Without the adversarial weight perturbation and the weight averaging of the published runs, for which "
+    "torchdistill has no place, so their numbers are not to be expected: configs/mmpretrain has both."
+)
+_CIFAR10: dict[str, object] = {
+    "dataset": "cifar10",
+    "datasets": _cifar_data("cifar10"),
+    "epochs": 200,
+    "test": "test",
+    "train_kwargs": _train_kwargs(128, 2, 4),
+    "test_batch_size": 128,
+    "workers": 2,
+    "selection": "natural images, and so not what to choose by: take the last checkpoint, ..._last.pt",
+    "roles": _ATTACKED_ROLES,
+    "lr": 0.2,
+    "weight_decay": 0.0005,
+    "scheduler": _WARMUP_COSINE.substitute(
+        epochs=200, warmup=0, formula="0.1 * (1 + cos(pi * epoch / 201)), epochs from 1"
+    ),
+    "process": "epochs for the loss and for the ramp of eps; several processes",
+}
+_TRADES: dict[str, object] = {
+    "scheduler": _COSINE,
+    "train_kwargs": _train_kwargs(128, 2, 4, drop_last="in the authors' TRADES script, not in that of IKL"),
 }
 
 
@@ -729,81 +659,37 @@ def _cifar10_loss(kind: str) -> list[Setting]:
             Setting("num_classes", 10),
         ]
     lost = "; the script's 1 gets lost in a missing line continuation" if kind == "gkl" else ""
-    return _decoupled(
-        4,
-        20,
-        gamma=0.2 if kind == "gkl" else None,
-        temperature=(1.0, ""),
-        weight_temperature=(4.0, f"T of the class prior{lost}"),
-        global_info=(True, "GI"),
-        classes=10,
-        ramp=None,
-    )
+    weights = Weights(4, 20, 0.2 if kind == "gkl" else None)
+    return _decoupled(weights, weight_temperature=(4.0, f"T of the class prior{lost}"), classes=10)
 
 
 def _cifar10() -> Iterator[tuple[str, str]]:
     for kind, title in _CIFAR10_TITLES.items():
         name = f"wrn_34_10-{kind}"
-        path = f"cifar10/{name}.yaml"
-        notes = (
-            "Without the adversarial weight perturbation and the weight averaging of the published runs, for which "
-            "torchdistill has no place, so their numbers are not to be expected: configs/mmpretrain has both."
-        )
-        if kind == "ikl":
-            notes += " The published checkpoint is named after alpha 3; the script says 4."
-        yield (
-            path,
-            _WHOLE.substitute(
-                header=_header(f"CIFAR-10, adversarial training of WRN-34-10: {title}.", path, 4, notes),
-                datasets=_cifar_data("cifar10", "CIFAR10"),
-                models=_ALONE.substitute(
-                    model="'ikl_plugins.robustbench_network'  # RobustBench's class: it loads the checkpoint as it is",
-                    kwargs="      architecture: 'WideResNet-34-10'\n      num_classes: 10",
-                    dst_ckpt=_destination("cifar10", name),
-                ),
-                epochs=200,
-                dataset="cifar10",
-                test="test",
-                train_kwargs=_train_kwargs(128, 2, 4, drop_last=_TRADES_DROPS if kind == "trades" else ""),
-                test_batch_size=128,
-                workers=2,
-                selection="natural images, and so not what to choose by: take the last checkpoint, ..._last.pt",
-                roles=_ATTACKED_ROLES,
-                lr=0.2,
-                weight_decay=0.0005,
-                scheduler=_COSINE
-                if kind == "trades"
-                else _WARMUP_COSINE.substitute(
-                    epochs=200, warmup=0, formula="0.1 * (1 + cos(pi * epoch / 201)), epochs from 1"
-                ),
-                process="epochs for the loss and for the ramp of eps; several processes",
-                term=kind,
-                loss=_loss(kind, _cifar10_loss(kind), _ADVERSARIAL, _NATURAL),
+        named = " The published checkpoint is named after alpha 3; the script says 4." if kind == "ikl" else ""
+        own = {
+            "models": _ALONE.substitute(
+                model="'ikl_plugins.robustbench_network'  # RobustBench's class: it loads the checkpoint as it is",
+                kwargs="      architecture: 'WideResNet-34-10'\n      num_classes: 10",
+                dst_ckpt=_destination("cifar10", name),
             ),
-        )
+            "term": kind,
+            "loss": _loss(kind, _cifar10_loss(kind), _ADVERSARIAL, _NATURAL),
+        }
+        title = f"CIFAR-10, adversarial training of WRN-34-10: {title}."
+        yield _file(name, title, _CIFAR10_NOTES + named, 4, _CIFAR10, _TRADES if kind == "trades" else {}, own)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 def render() -> dict[str, str]:
-    """Every config.
-
-    Returns:
-        The text of each file by its path under configs/torchdistill.
-    """
+    """The text of every config by its path under configs/torchdistill."""
     return {path: text for family in (_cifar100, _imagenet, _imagenet_lt, _cifar10) for path, text in family()}
 
 
 def differences(folder: Path = CONFIGS) -> list[str]:
-    """What is not as the tables say.
-
-    Args:
-        folder: where the configs lie.
-
-    Returns:
-        A line for each file that is missing, differs, or comes from no table.
-    """
+    """A line for each file of a folder of configs that is missing, differs, or comes from no table."""
     rendered = render()
     found = []
     for path, text in rendered.items():
@@ -814,25 +700,6 @@ def differences(folder: Path = CONFIGS) -> list[str]:
             found.append(f"{path} differs")
     shipped = [file.relative_to(folder) for name in FOLDERS for file in sorted((folder / name).rglob("*.yaml"))]
     return found + [f"{path} comes from no table" for path in shipped if path.as_posix() not in rendered]
-
-
-def write(folder: Path = CONFIGS) -> int:
-    """Writes the configs; files that are as they should be are left alone.
-
-    Args:
-        folder: where they go.
-
-    Returns:
-        How many were written.
-    """
-    written = 0
-    for path, text in render().items():
-        file = folder / path
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            with written_aside(file) as aside:
-                aside.write_text(text, encoding="utf-8")
-            written += 1
-    return written
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -849,10 +716,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit("\n".join([*found, "run: python tools/make_configs.py"]))
         return
     try:
-        print(f"{write(args.configs)} of {len(render())} files written under {args.configs}")
+        texts = {args.configs / path: text for path, text in render().items()}
+        print(f"{len(settle(texts))} of {len(texts)} files written under {args.configs}")
     except OSError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the jobs of tools/reproduce_adversarial.py do: train with a shipped config, and attack what came of it.
+"""What the jobs of reproduce_adversarial do: train with a shipped config, and attack what came of it.
 
 Each function takes the settings of a job and its folder, and returns what is worth keeping, as JSON can hold it. It
 goes on where an earlier call in the same folder was interrupted.
@@ -12,29 +12,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from evidence import reproduce_jobs
-from ikl_plugins.commands import evaluate as robustbench_eval
 import torch
-from ikl_plugins.mmpretrain import training as train_mmpretrain
-from evidence.reproduce_adversarial_plan import CONFIGS, EPS
 from torch import Tensor, nn
 
+from evidence import cache
+from evidence.reproduce_adversarial import CONFIGS, EPS
 from ikl_plugins import dkl_loss
 from ikl_plugins.adversarial import PGD
 from ikl_plugins.checkpoints import load_content, load_weights
-
-__all__ = [
-    "attack",
-    "autoattack",
-    "check",
-    "class_prior",
-    "follow",
-    "from_hex",
-    "read_scalars",
-    "spread",
-    "to_hex",
-    "train",
-]
+from ikl_plugins.commands.main import main as ikl
+from ikl_plugins.mmpretrain import training as mmpretrain_training
 
 WORK = "work"  # the folder of a training inside that of its job
 STEPS, STEP_SIZE = 20, 0.25  # of the PGD that measures, the second relative to eps: 2/255 at 8/255
@@ -42,15 +29,23 @@ BATCH = 250
 SCORES = ("accuracy/top1", "robust/top1")
 # What is kept of a line of the log, where it is there.
 LOGGED = (
-    "loss", "loss_ce", "loss_robust", "weighted_mse", "soft_cross_entropy", "adversarial_accuracy", "eps", "lr", "time",
-)  # fmt: skip
+    "loss",
+    "loss_ce",
+    "loss_robust",
+    "weighted_mse",
+    "soft_cross_entropy",
+    "adversarial_accuracy",
+    "eps",
+    "lr",
+    "time",
+)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
 def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Trains a shipped config with mmpretrain's own script, as tools/train_mmpretrain.py does it.
+    """Trains a shipped config with mmpretrain's own script, as `ikl train` does it.
 
     Args:
         settings: 'config', 'seed', 'epochs', and 'options': what else goes behind --cfg-options, by its key.
@@ -72,11 +67,11 @@ def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     work = folder / WORK
     command = [str(CONFIGS / f"{settings['config']}.py"), "--work-dir", str(work), "--resume", "--cfg-options"]
     command += [f"{key}={_option(value)}" for key, value in options.items()]
-    train_mmpretrain.main(command)
+    mmpretrain_training.main(command)
     log, validation, seconds = read_scalars(work)
     if not any(row["epoch"] == epochs for row in validation):
         _forget_epoch(work, epochs)
-        train_mmpretrain.main(command)
+        mmpretrain_training.main(command)
         log, validation, seconds = read_scalars(work)
     checkpoint = work / f"epoch_{epochs}.pth"
     return {
@@ -151,7 +146,7 @@ def attack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     from ikl_plugins.robustbench import load_images
 
-    images = load_images(reproduce_jobs.data_folder() / settings["split"], n_examples=settings["images"])
+    images = load_images(cache.data_folder() / settings["split"], n_examples=settings["images"])
     model = _network(settings["config"], folder.parent / settings["training"] / WORK, settings["epoch"])
     natural, robust = _right(model, images.images, images.labels, settings["radii"])
     return {
@@ -176,7 +171,7 @@ def follow(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     sets = {name: _config_images(settings, f"{name}_dataloader", settings["images"]) for name in ("train", "val")}
     kept = folder / "rows.json"
-    rows = reproduce_jobs.read_json(kept) if kept.is_file() else []
+    rows = cache.read_json(kept) if kept.is_file() else []
     for epoch in settings["epochs"][len(rows) :]:
         model = _network(settings["config"], folder.parent / settings["training"] / WORK, epoch)
         row: dict[str, Any] = {"epoch": epoch}
@@ -184,7 +179,7 @@ def follow(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
             natural, robust = _right(model, images, labels, [EPS])
             row[name] = [_percent(natural), _percent(robust[EPS])]
         rows.append(row)
-        reproduce_jobs.write_json(kept, rows)
+        cache.write_json(kept, rows)
     return {"images": {name: len(labels) for name, (_, labels) in sets.items()}, "rows": rows}
 
 
@@ -204,7 +199,7 @@ def class_prior(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def autoattack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Standard AutoAttack, as tools/robustbench_eval.py runs it.
+    """Standard AutoAttack, as `ikl evaluate` runs it.
 
     Args:
         settings: 'training', 'config', 'epoch', 'images', 'batch_size' and 'attacks', None for standard AutoAttack.
@@ -214,13 +209,13 @@ def autoattack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         Accuracies in percent, how many images stood after each attack, which images fell to what and the seconds.
     """
     checkpoint = folder.parent / settings["training"] / WORK / f"epoch_{settings['epoch']}.pth"
-    command = ["--mmpretrain", str(CONFIGS / f"{settings['config']}.py"), "--checkpoint", str(checkpoint)]
-    command += ["--data", str(reproduce_jobs.data_folder() / "test"), "--n-examples", str(settings["images"])]
+    command = ["evaluate", "--mmpretrain", str(CONFIGS / f"{settings['config']}.py"), "--checkpoint", str(checkpoint)]
+    command += ["--data", str(cache.data_folder() / "test"), "--n-examples", str(settings["images"])]
     command += ["--eps", EPS, "--batch-size", str(settings["batch_size"]), "--output", str(folder / "evaluation")]
     if settings["attacks"] is not None:
         command += ["--attacks", ",".join(settings["attacks"])]
-    robustbench_eval.main(command)
-    log = reproduce_jobs.read_json(folder / "evaluation" / robustbench_eval.LOG)
+    ikl(command)
+    log = cache.read_json(folder / "evaluation" / "evaluation.json")
     fell = log["fell_to"]
     standing, left = {}, sum(log["natural_correct"])
     for name in log["attacks"]:

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import reproduce_adversarial_plan as plan
-from demo.report import binomial_margin, pyplot, save_figure, text_table
+from evidence import reproduce_adversarial as plan
+from evidence.cache import all_versions
+from evidence.report import binomial_margin, draw_with_margin, drawn, listed, spread, text_table, with_margin
+from evidence.reproduce_adversarial import CENTRE, DKL, EPS, IKL, METHODS, SEVERAL, TRADES, Budget, Cell
 from evidence.reproduce_adversarial_jobs import STEPS, from_hex
-from evidence.reproduce_adversarial_plan import CENTRE, DKL, EPS, IKL, METHODS, SEVERAL, TRADES, Budget, Cell
-from evidence.reproduce_jobs import all_versions
-
-__all__ = ["FIGURES", "difference", "draw", "render"]
 
 FIGURES = ("adversarial_test.png", "adversarial_radii.png", "adversarial_epochs.png")
 COLOURS = {TRADES: "#1f77b4", IKL: "#d62728"}
@@ -50,12 +48,11 @@ def render(content: dict[str, Any]) -> str:
         content: what ``reproduce_adversarial.reproduce`` writes into adversarial.json.
     """
     budget = _budget(content)
-    versions = all_versions(content["jobs"].values())
     lines = [
         "# Adversarial training: measured",
         "",
         f"`python tools/reproduce.py adversarial{' --quick' if content['quick'] else ''}`, {content['threads']} "
-        f"thread(s) a run. {', '.join(f'{key} {value}' for key, value in versions.items())}.",
+        f"thread(s) a run. {listed(all_versions(content['jobs'].values()))}.",
         "",
         *_differences_to_the_paper(content),
         "",
@@ -275,11 +272,6 @@ def _attacks(content: dict[str, Any]) -> str:
     return "standard AutoAttack" if attacks is None else f"{', '.join(attacks)} (in place of AutoAttack)"
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
 def _accuracy_table(content: dict[str, Any]) -> str:
     header = ["loss", "x weight", "AWP", "seeds", *MEASURES.values(), "paper"]
     rows = []
@@ -292,7 +284,7 @@ def _accuracy_table(content: dict[str, Any]) -> str:
                     f"{content['scales'][method]:g}",
                     "yes" if awp else "no",
                     str(len(_seeds(content, method, awp))),
-                    *(_spread(_accuracies(content, measure, method, awp)) for measure in MEASURES),
+                    *(spread(_accuracies(content, measure, method, awp)) for measure in MEASURES),
                     "-" if published is None else f"{published[0]:.2f} / {published[1]:.2f}",
                 ]
             )
@@ -305,7 +297,7 @@ def _comparison_table(content: dict[str, Any]) -> str:
     def compare(name: str, awp: str, ours: tuple[str, bool], theirs: tuple[str, bool]) -> None:
         pair = _pair(content, ours, theirs)
         found = [difference(content, measure, *pair) for measure in MEASURES]
-        rows.append([name, awp, str(len(pair[0])), *(f"{mean:+.2f} ± {half:.2f}" for mean, half in found)])
+        rows.append([name, awp, str(len(pair[0])), *(with_margin(*one) for one in found)])
 
     for awp in (True, False):
         for ours, theirs in _compared(content, COMPARED):
@@ -350,14 +342,13 @@ def _published_table(content: dict[str, Any]) -> str:
     """The main table with AWP, as it is with the published weights."""
     labels = {
         method: plan.published_label(_budget(content), content["scales"], method)
-        for method in _budget(content).methods
-        if method != DKL
+        for method in plan.searched(_budget(content))
     }
     rows = []
     for method, label in labels.items():
         accuracies = [f"{_accuracy(content, measure, label):.2f}" for measure in ("natural", "pgd")]
         ahead = (difference(content, measure, [label], [labels[TRADES]]) for measure in ("natural", "pgd"))
-        differences = ["-", "-"] if method == TRADES else [f"{mean:+.2f} ± {half:.2f}" for mean, half in ahead]
+        differences = ["-", "-"] if method == TRADES else [with_margin(*one) for one in ahead]
         processor = content["jobs"][f"train-{label}"]["versions"]["processor"]
         rows.append([METHODS[method], *accuracies, *differences, processor])
     names = [MEASURES["natural"], MEASURES["pgd"]]
@@ -379,7 +370,7 @@ def _longer_table(content: dict[str, Any]) -> str:
         for measure in ("natural", "pgd"):
             ours, theirs = (_accuracy(content, measure, label) for label in labels)
             mean, half = difference(content, measure, labels[:1], labels[1:])
-            cells += [f"{theirs:.2f}", f"{ours:.2f}", f"{mean:+.2f} ± {half:.2f}"]
+            cells += [f"{theirs:.2f}", f"{ours:.2f}", with_margin(mean, half)]
         rows.append([amount, *cells])
     names = [
         f"{MEASURES[measure]}: {what}" for measure in ("natural", "pgd") for what in ("TRADES", "IKL", "difference")
@@ -401,9 +392,7 @@ def _prior_line(content: dict[str, Any]) -> str:
 def _search_table(content: dict[str, Any]) -> str:
     budget = _budget(content)
     rows = []
-    for method in budget.methods:
-        if method == DKL:
-            continue
+    for method in plan.searched(budget):
         for scale in budget.scales:
             scores = _result(content, plan.search_name(method, scale))["validation"][-1]
             chosen = "chosen" if content["scales"][method] == scale else ""
@@ -526,55 +515,43 @@ def draw(content: dict[str, Any], folder: Path) -> None:
 
 
 def _draw_test(content: dict[str, Any], path: Path) -> None:
-    plots = pyplot()
-    figure, panels = plots.subplots(1, 2, figsize=(9.6, 4.2), sharex=True, layout="constrained")
-    for axes, measure in zip(panels, ("pgd", "autoattack"), strict=True):
-        for place, method in enumerate(_budget(content).methods):
-            for awp in (True, False):
-                natural = _accuracies(content, "natural", method, awp)
-                robust = _accuracies(content, measure, method, awp)
-                name = METHODS[method] if awp else f"{METHODS[method]}, no AWP"
-                face = f"C{place}" if awp else "none"
-                axes.plot(natural, robust, "o", color=f"C{place}", markerfacecolor=face, label=name)
-        axes.set(xlabel="natural accuracy (%)", ylabel=f"{MEASURES[measure]} (%)")
-        axes.set_title(f"one point a seed; ±{_margin(content, measure):.1f} points each", loc="left", fontsize=9)
-        axes.grid(alpha=0.25)
-    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path)
-    plots.close(figure)
+    with drawn(path, 1, 2, figsize=(9.6, 4.2), sharex=True, layout="constrained") as (_, panels):
+        for axes, measure in zip(panels, ("pgd", "autoattack"), strict=True):
+            for place, method in enumerate(_budget(content).methods):
+                for awp in (True, False):
+                    natural, robust = (_accuracies(content, one, method, awp) for one in ("natural", measure))
+                    name = METHODS[method] if awp else f"{METHODS[method]}, no AWP"
+                    face = f"C{place}" if awp else "none"
+                    axes.plot(natural, robust, "o", color=f"C{place}", markerfacecolor=face, label=name)
+            axes.set(xlabel="natural accuracy (%)", ylabel=f"{MEASURES[measure]} (%)")
+            axes.set_title(f"one point a seed; ±{_margin(content, measure):.1f} points each", loc="left", fontsize=9)
+            axes.grid(alpha=0.25)
+        panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_radii(content: dict[str, Any], path: Path) -> None:
-    plots = pyplot()
-    figure, axes = plots.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for method, result in _radii(content).items():
-        eps = [0.0, *(float(radius.partition("/")[0]) for radius in result["robust_accuracy"])]
-        values = [result["natural_accuracy"], *result["robust_accuracy"].values()]
-        axes.plot(eps, values, color=COLOURS[method], marker=MARKERS[method], label=METHODS[method])
-        margins = [binomial_margin([value], result["images"]) for value in values]
-        low = [value - half for value, half in zip(values, margins, strict=True)]
-        high = [value + half for value, half in zip(values, margins, strict=True)]
-        axes.fill_between(eps, low, high, color=COLOURS[method], alpha=0.12, lw=0)
-    axes.axvline(8, color="black", lw=1, ls=":", label="eps of the training")
-    axes.set(xlabel="eps of the attack, L-infinity (1/255)", ylabel=f"accuracy under PGD-{STEPS} (%)", ylim=(0, None))
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    save_figure(figure, path)
-    plots.close(figure)
+    with drawn(path, figsize=(6.4, 4.0), layout="constrained") as (_, axes):
+        for method, result in _radii(content).items():
+            eps = [0.0, *(float(radius.partition("/")[0]) for radius in result["robust_accuracy"])]
+            values = [result["natural_accuracy"], *result["robust_accuracy"].values()]
+            style = {"color": COLOURS[method], "marker": MARKERS[method], "label": METHODS[method]}
+            draw_with_margin(axes, eps, values, result["images"], **style)
+        axes.axvline(8, color="black", lw=1, ls=":", label="eps of the training")
+        axes.set(xlabel="eps of the attack, L-infinity (1/255)", ylabel=f"accuracy under PGD-{STEPS} (%)")
+        axes.set_ylim(0, None)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)
 
 
 def _draw_epochs(content: dict[str, Any], path: Path) -> None:
-    plots = pyplot()
-    figure, axes = plots.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for method in SEVERAL:
-        rows = _result(content, f"followed-{method}")["rows"]
-        epochs = [row["epoch"] for row in rows]
-        for part, style, name in (("train", "--", "training images"), ("val", "-", "validation images")):
-            values = [row[part][1] for row in rows]
-            label = f"{METHODS[method]}, {name}"
-            axes.plot(epochs, values, ls=style, color=COLOURS[method], marker=MARKERS[method], ms=4, label=label)
-    axes.set(xlabel="epoch", ylabel=f"accuracy under PGD-{STEPS} (%)")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    save_figure(figure, path)
-    plots.close(figure)
+    with drawn(path, figsize=(6.4, 4.0), layout="constrained") as (_, axes):
+        for method in SEVERAL:
+            rows = _result(content, f"followed-{method}")["rows"]
+            epochs = [row["epoch"] for row in rows]
+            for part, style, name in (("train", "--", "training images"), ("val", "-", "validation images")):
+                values = [row[part][1] for row in rows]
+                label = f"{METHODS[method]}, {name}"
+                axes.plot(epochs, values, ls=style, color=COLOURS[method], marker=MARKERS[method], ms=4, label=label)
+        axes.set(xlabel="epoch", ylabel=f"accuracy under PGD-{STEPS} (%)")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)

@@ -3,37 +3,31 @@
 The teacher is a ResNet-56 with public weights for CIFAR-10, adapted to the JPEG images; the student a ResNet-8. Images
 are only flipped, so that the teacher's predictions are computed once for all runs. What each loss is told is chosen on
 the validation images by as many trials for each; the test images are looked at once, by the runs of the table.
-
-    python tools/reproduce_distill.py resnet56-4bfd9763.th    # the teacher's public weights, for its config
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-import random
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from demo.report import sha256
-from evidence.reproduce_jobs import CALLER, Job, all_versions, data_checksum, run_jobs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchdistill.models.registry import register_model
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, RandomHorizontalFlip
-from ikl_plugins.torchdistill.training import DivergenceError, Trainer, last_path, load_checkpoint, load_config, run
 
+from evidence.cache import CALLER, Job, all_versions, data_checksum, run_jobs, sha256
+from evidence.timing import in_turn, median_ratio, timed
 from ikl_plugins._files import written_aside
 from ikl_plugins.checkpoints import load_weights
 from ikl_plugins.models import resnet8, resnet56
-
-__all__ = ["METHODS", "Method", "run_plan"]
+from ikl_plugins.torchdistill.training import DivergenceError, Trainer, last_path, load_checkpoint, load_config, run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill" / "cifar10_miniature"
 WEIGHTS_NAME = "resnet56-4bfd9763.th"
@@ -88,9 +82,23 @@ class Budget(NamedTuple):
 
 
 FULL = Budget(
-    None, None, teacher_epochs=3, epochs=4, probes=None, equality_steps=200, timing_rounds=40,
-)  # fmt: skip
-QUICK = Budget(64, 20, teacher_epochs=1, epochs=2, probes=1, equality_steps=10, timing_rounds=3)
+    images_per_class=None,
+    held_out_per_class=None,
+    teacher_epochs=3,
+    epochs=4,
+    probes=None,
+    equality_steps=200,
+    timing_rounds=40,
+)
+QUICK = Budget(
+    images_per_class=64,
+    held_out_per_class=20,
+    teacher_epochs=1,
+    epochs=2,
+    probes=1,
+    equality_steps=10,
+    timing_rounds=3,
+)
 
 
 class Probe(NamedTuple):
@@ -149,7 +157,7 @@ def run_plan(
     images = {"images_per_class": budget.images_per_class, "held_out_per_class": budget.held_out_per_class}
 
     # All for each job: they are one, but for the loss.
-    configs = {file.name: file.read_text() for file in CONFIGS.glob("*.yaml")}
+    configs = {file.name: _without_comments(file.read_text()) for file in CONFIGS.glob("*.yaml")}
     files = {"configs": sha256(configs), "data": data_checksum()}
     everything: list[dict[str, Any]] = []
 
@@ -221,6 +229,10 @@ def run_plan(
         "timing": timing["result"],
         "versions": all_versions(everything),
     }
+
+
+def _without_comments(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
 
 
 # --- the teacher -----------------------------------------------------------------------------------------------------
@@ -543,32 +555,23 @@ def timing(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds of a whole training step, all methods in turn on the same batch, in shuffled order."""
     trainers = _trainers(settings, folder, settings["chosen"])
     images, labels, extra = next(iter(trainers["kd"].box.train_data_loader))
-    times: dict[str, list[float]] = {method: [] for method in trainers}
-    order = random.Random(0)  # noqa: S311 - an order, not a secret
-    for number in range(settings["rounds"] + 2):
-        for method in order.sample(list(trainers), len(trainers)):
-            box = trainers[method].box
-            begin = time.perf_counter()
-            loss = box.forward_process(images, labels, extra)
-            loss.item()
-            box.post_forward_process(loss=loss)
-            if number >= 2:  # the first rounds warm up
-                times[method].append(time.perf_counter() - begin)
+
+    def step(box: Any) -> None:
+        loss = box.forward_process(images, labels, extra)
+        loss.item()
+        box.post_forward_process(loss=loss)
+
+    steps = {method: timed(partial(step, trainer.box)) for method, trainer in trainers.items()}
+    times = in_turn(steps, 0.0, least=settings["rounds"])
     return {
-        method: {
-            "seconds": statistics.median(values),
-            "relative_to_kd": statistics.median(
-                ours / theirs for ours, theirs in zip(values, times["kd"], strict=True)
-            ),
-        }
+        method: {"seconds": statistics.median(values), "relative_to_kd": median_ratio(values, times["kd"])}
         for method, values in times.items()
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help=f"{WEIGHTS_NAME}, of {WEIGHTS_FROM}")
-    shipped = load_config(CONFIGS / "teacher.yaml")
-    place = Path(shipped["models"]["model"]["src_ckpt"])
-    _write_public(_public_weights(parser.parse_args().weights), shipped, place)
-    print(f"Written: {place}")
+def write_public_teacher(weights: Path | None) -> Path:
+    """Writes the public weights to where the config of the teacher reads them; returns the place."""
+    config = load_config(CONFIGS / "teacher.yaml")
+    place = Path(config["models"]["model"]["src_ckpt"])
+    _write_public(_public_weights(weights), config, place)
+    return place

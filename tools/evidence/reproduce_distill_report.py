@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from demo.report import binomial_margin, pyplot, save_figure, text_table
-from evidence.reproduce_distill import METHODS, SEARCH_SEED
 from scipy import stats
 
-__all__ = ["FIGURES", "draw", "render"]
+from evidence.report import binomial_margin, draw_with_range, drawn, listed, spread, text_table, with_margin
+from evidence.reproduce_distill import METHODS, SEARCH_SEED
 
 FIGURES = ("distill_validation.png", "distill_test.png")
 TEST_IMAGES = 5000
@@ -47,7 +45,7 @@ def render(content: dict[str, Any]) -> str:
         f"the public weights, {content['teacher']['val_accuracy']:.2f} % after {budget['teacher_epochs']} epochs, "
         f"{content['teacher']['test_accuracy']:.2f} % of the test images.",
         "",
-        f"{', '.join(f'{key} {value}' for key, value in versions.items())}.",
+        f"{listed(versions)}.",
         "",
         "## Accuracy",
         "",
@@ -103,10 +101,6 @@ def _validated(content: dict[str, Any], key: str) -> list[float]:
     return [run["val_accuracy"] for run in content["runs"][key]]
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
 def _margin(content: dict[str, Any]) -> float:
     held_out = content["budget"]["held_out_per_class"]
     return binomial_margin(_tested(content, "kd"), TEST_IMAGES if held_out is None else 10 * held_out)
@@ -129,8 +123,8 @@ def _accuracy_table(content: dict[str, Any]) -> str:
             [
                 method.label,
                 _keywords(content["chosen"][method.key]),
-                _spread(_validated(content, method.key)),
-                _spread(tested),
+                spread(_validated(content, method.key)),
+                spread(tested),
                 " / ".join(f"{value:.2f}" for value in tested),
                 f"{content['timing'][method.key]['relative_to_kd']:.2f}",
                 *map(_number, PUBLISHED.get(method.key, (None, None))),
@@ -158,7 +152,7 @@ def _order_lines(content: dict[str, Any]) -> list[str]:
         found = "not decided" if abs(mean) <= half else "shows" if mean > 0 else "is reversed"
         published = "" if better == "gkl" else " (the paper's order)"
         lines.append(
-            f"- {_LABELS[better]} above {_LABELS[worse]}{published}: {found}; {mean:+.2f} ± {half:.2f} points, mean "
+            f"- {_LABELS[better]} above {_LABELS[worse]}{published}: {found}; {with_margin(mean, half)} points, mean "
             f"and 95 % interval over the seeds."
         )
     return lines
@@ -213,26 +207,17 @@ def _equality_table(content: dict[str, Any]) -> str:
 
 def draw(content: dict[str, Any], folder: Path) -> None:
     """Writes the plots: validation accuracy over the epochs, and the test accuracy of each run."""
-    plot = pyplot()
-    figure, axes = plot.subplots(figsize=(6.4, 4.0))
-    for method in METHODS:
-        curves = [[row["val_accuracy"] for row in run["history"]] for run in content["runs"][method.key]]
-        epochs = range(1, len(curves[0]) + 1)
-        columns = list(zip(*curves, strict=True))
-        (line,) = axes.plot(epochs, [statistics.fmean(column) for column in columns], marker="o", label=method.label)
-        axes.fill_between(epochs, list(map(min, columns)), list(map(max, columns)), alpha=0.15, color=line.get_color())
-    axes.set(xlabel="epoch", ylabel="validation accuracy (%)", xticks=list(epochs))
-    axes.legend(frameon=False)
-    save_figure(figure, folder / FIGURES[0])
-    plot.close(figure)
-
-    figure, axes = plot.subplots(figsize=(6.4, 3.2))
-    for place, method in enumerate(METHODS):
-        tested = _tested(content, method.key)
-        axes.plot(tested, [place] * len(tested), "o", alpha=0.6)
-        axes.plot([statistics.fmean(tested)], [place], "k|", markersize=14)
-    axes.set(xlabel="test accuracy (%), each seed and the mean", yticks=range(len(METHODS)))
-    axes.set_yticklabels([method.label for method in METHODS])
-    axes.invert_yaxis()
-    save_figure(figure, folder / FIGURES[1])
-    plot.close(figure)
+    with drawn(folder / FIGURES[0], figsize=(6.4, 4.0)) as (_, axes):
+        for method in METHODS:
+            curves = [[row["val_accuracy"] for row in run["history"]] for run in content["runs"][method.key]]
+            draw_with_range(axes, curves, label=method.label)
+        axes.set(xlabel="epoch", ylabel="validation accuracy (%)", xticks=range(1, len(curves[0]) + 1))
+        axes.legend(frameon=False)
+    with drawn(folder / FIGURES[1], figsize=(6.4, 3.2)) as (_, axes):
+        for place, method in enumerate(METHODS):
+            tested = _tested(content, method.key)
+            axes.plot(tested, [place] * len(tested), "o", alpha=0.6)
+            axes.plot([statistics.fmean(tested)], [place], "k|", markersize=14)
+        axes.set(xlabel="test accuracy (%), each seed and the mean", yticks=range(len(METHODS)))
+        axes.set_yticklabels([method.label for method in METHODS])
+        axes.invert_yaxis()

@@ -1,23 +1,24 @@
-"""Jobs of tools/reproduce.py: each a process of its own, whose result is a file, so that nothing is computed twice.
+"""What is done already: each piece of work keeps its result in a folder, and is not done again.
 
-A job is a name, a function of one of the tools and its settings. Its folder holds `job.json` (what is asked), `log.txt`
-(what the process says), whatever the function keeps there to go on from after an interruption, and at last
-`result.json`. A job with a result is not run again, and refused if what it was made of has changed; one that was
-interrupted is called again in the same folder.
+The folder holds `job.json` (what was asked), whatever the work keeps there to go on from after an interruption, and at
+last `result.json`. :func:`run_jobs` starts a process for each job and refuses a folder that was asked for something
+else; :func:`remembered` works in this process and makes such a folder anew.
 
-    python tools/reproduce_jobs.py FOLDER    # what run_jobs starts for each job
+    python -m evidence.cache FOLDER    # what run_jobs starts, with tools/ on PYTHONPATH
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
+import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,36 +28,66 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from demo.report import sha256
-
 from ikl_plugins._files import written_aside
 
-__all__ = [
-    "Job", "all_versions", "data_checksum", "data_folder", "ended_by_signals", "exclusive", "read_json", "run_jobs",
-    "versions", "write_json",
-]  # fmt: skip
-
 CALLER = "reproduce"
+TOOLS = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    "ikl_plugins", "torch", "torchvision", "numpy", "torchdistill", "mmengine", "mmpretrain", "robustbench",
+    "ikl_plugins",
+    "torch",
+    "torchvision",
+    "numpy",
+    "torchdistill",
+    "mmengine",
+    "mmpretrain",
+    "robustbench",
     "pyautoattack",
-)  # fmt: skip
+)
 
 
 class Job(NamedTuple):
-    """Something to compute once."""
+    """Something to compute once, in a process of its own."""
 
     name: str  # of its folder too
-    function: str  # 'module:function' of the tools, called with the settings and the folder; returns the result
+    function: (
+        str  # 'module:function', called with settings and folder; a module of this folder goes without `evidence.`
+    )
     settings: dict[str, Any]  # all that the result depends on but for files, as JSON can hold it
 
 
 Sources = Callable[[Job], dict[str, str]]
 
 
-def no_sources(job: Job) -> dict[str, str]:
-    """Of a job that depends on its settings alone."""
-    return {}
+# --- in this process -------------------------------------------------------------------------------------------------
+
+
+def remembered(
+    folder: Path, asked: Any, make: Callable[[], Any], *, valid: Callable[[Any], bool] = bool
+) -> tuple[Any, bool]:
+    """What a folder keeps of an earlier call, or what ``make`` returns now.
+
+    Args:
+        folder: of this piece of work alone. It is emptied first where it was asked for something else.
+        asked: all that the result depends on, as JSON can hold it.
+        make: works in the folder and goes on from what an interrupted call has left there.
+        valid: says of a kept result whether what it speaks of is still there.
+
+    Returns:
+        The result, and whether it was there.
+    """
+    asked = json.loads(json.dumps(asked))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: made anew
+        if read_json(folder / "job.json") != asked:
+            shutil.rmtree(folder)
+        elif valid(kept := read_json(folder / "result.json")["result"]):
+            return kept, True
+    write_json(folder / "job.json", asked)
+    result = make()
+    write_json(folder / "result.json", {"result": result})
+    return result, False
+
+
+# --- in processes of their own ---------------------------------------------------------------------------------------
 
 
 def run_jobs(
@@ -65,7 +96,7 @@ def run_jobs(
     *,
     processes: int = 1,
     threads: int = 1,
-    sources: Sources = no_sources,
+    sources: Sources = lambda job: {},
     report: Callable[[str], None] = print,
 ) -> dict[str, dict[str, Any]]:
     """Runs the jobs that have no result yet.
@@ -113,8 +144,7 @@ def run_jobs(
             process.wait()
     if failed:
         raise RuntimeError(
-            f"{CALLER}: {', '.join(failed)} failed; {folder / failed[0] / 'log.txt'} says why. The same command goes "
-            f"on from there."
+            f"{CALLER}: {', '.join(failed)} failed; {folder / failed[0] / 'log.txt'} says why. Run it again to go on."
         )
     return {job.name: read_json(folder / job.name / "result.json") for job in jobs}
 
@@ -129,44 +159,25 @@ def _finished(job: Job, folder: Path, threads: int, sources: dict[str, str]) -> 
         before = known.get("sources", {})
         differing += [key for key in {**before, **sources} if before.get(key) != sources.get(key)]
         raise ValueError(
-            f"{CALLER}: `output` must hold jobs of the same settings and files, but {file} has other "
-            f"{', '.join(differing)}. Choose another --output, or delete {file.parent}."
+            f"{CALLER}: {file} was made with other {', '.join(differing)}. Choose another --output, or delete "
+            f"{file.parent}."
         )
     write_json(file, asked)
     return (folder / job.name / "result.json").is_file()
 
 
 def _start(folder: Path, threads: int) -> subprocess.Popen[bytes]:
+    path = [str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "IKL_PLUGINS_NATIVE": "0",  # the C++ operator rounds otherwise, and results go on from one another
     }
     with (folder / "log.txt").open("ab") as log:
-        command = [sys.executable, __file__, str(folder)]
+        command = [sys.executable, "-m", "evidence.cache", str(folder)]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-
-def data_folder() -> Path:
-    """CIFAR-10 in class folders, where the configs look for it."""
-    return Path(os.environ.get("IKL_PLUGINS_DATA", "data")) / "cifar10"
-
-
-def data_checksum() -> str:
-    """Of the images, by what tools/prepare_data.py wrote about them.
-
-    Raises:
-        ValueError: there are none.
-    """
-    manifest = data_folder() / "manifest.json"
-    if not manifest.is_file():
-        raise ValueError(
-            f"{CALLER}: CIFAR-10 must be in {manifest.parent}, but there is no manifest.json. Run: python "
-            f"tools/prepare_data.py cifar10-folder --from ZIP..., or set IKL_PLUGINS_DATA to the folder above it."
-        )
-    content = read_json(manifest)
-    return sha256(content.get("splits", content))
 
 
 def _work(folder: Path) -> None:
@@ -176,18 +187,57 @@ def _work(folder: Path) -> None:
     asked = read_json(folder / "job.json")
     torch.set_num_threads(asked["threads"])
     module, function = asked["function"].split(":")
+    own = f"evidence.{module}"
     begin = time.perf_counter()
-    result = getattr(importlib.import_module(module), function)(asked["settings"], folder)
+    work = getattr(importlib.import_module(own if importlib.util.find_spec(own) else module), function)
+    result = work(asked["settings"], folder)
     seconds = time.perf_counter() - begin
     content = {**asked, "result": result, "seconds": round(seconds, 1), "versions": versions()}
     write_json(folder / "result.json", content)
 
 
+# --- what a result depends on ----------------------------------------------------------------------------------------
+
+
+def sha256(content: Any) -> str:
+    """The checksum of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def data_folder() -> Path:
+    """CIFAR-10 in class folders, where the configs look for it."""
+    return Path(os.environ.get("IKL_PLUGINS_DATA", "data")) / "cifar10"
+
+
+def data_checksum() -> str:
+    """Of the images, by what `ikl data` wrote about them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    manifest = data_folder() / "manifest.json"
+    if not manifest.is_file():
+        raise ValueError(
+            f"{CALLER}: CIFAR-10 must be in {manifest.parent}, but there is no manifest.json. Run: ikl data "
+            f"cifar10-folder --from ZIP..., or set IKL_PLUGINS_DATA to the folder above it."
+        )
+    content = read_json(manifest)
+    return sha256(content.get("splits", content))
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def versions() -> dict[str, str]:
     """Of Python, the processor and the installed packages that results depend on."""
-    from evidence import bench
-
-    found = {"python": platform.python_version(), "processor": bench.processor(), "system": platform.system()}
+    found = {"python": platform.python_version(), "processor": processor(), "system": platform.system()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -195,16 +245,15 @@ def versions() -> dict[str, str]:
 
 
 def all_versions(results: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Those of all jobs; what differs among them, as when a run goes on on another machine, is listed.
-
-    Args:
-        results: as :func:`run_jobs` returns them.
-    """
+    """Those of all jobs; what differs among them, as when a run goes on on another machine, is listed."""
     found: dict[str, dict[str, None]] = {}
     for result in results:
         for key, value in result["versions"].items():
             found.setdefault(key, {})[value] = None
     return {key: " and ".join(values) for key, values in found.items()}
+
+
+# --- files and processes ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -220,8 +269,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"{CALLER}: `output` must be free, but another process works in {folder}. Wait for it, or choose "
-                f"another --output."
+                f"{CALLER}: another process works in {folder}. Wait for it, or choose another --output."
             ) from error
         yield
 
@@ -232,8 +280,13 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file that appears whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n")
+        aside.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -251,8 +304,6 @@ def ended_by_signals() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of a job, with its job.json")
-    place = parser.parse_args().folder
+    place = Path(sys.argv[1])
     with exclusive(place):
         _work(place)
