@@ -7,9 +7,7 @@ import pytest
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
-from mmpretrain.datasets import CustomDataset, ImageNet
 from mmpretrain.evaluation import Accuracy
-from mmpretrain.registry import METRICS
 from mmpretrain.structures import DataSample
 from mmpretrain_runs import CLASSES, loader, network, runner
 from PIL import Image
@@ -94,11 +92,6 @@ def test_balanced_test_images_give_the_plain_accuracy():
     assert found["long_tail/all"] == pytest.approx(found["accuracy/top1"])
 
 
-def test_the_name_in_the_results(pairs):
-    metric = METRICS.build({"type": "ManyMediumFew", "train_counts": COUNTS, "prefix": "lt"})
-    assert set(evaluate(pairs, metric)) == {"lt/all", "lt/many", "lt/medium", "lt/few"}
-
-
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
@@ -144,23 +137,6 @@ def test_labels_that_the_counts_do_not_have():
 
 
 # --- the host ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [CustomDataset, ImageNet])
-def test_mmpretrain_reads_list_files(tmp_path, kind):
-    """ImageNet-LT needs no data set of its own: the paths are relative to the root, the labels those of the file."""
-    lines = write_images(tmp_path)
-    dataset = kind(
-        data_root=str(tmp_path), ann_file="train.txt", pipeline=[{"type": "LoadImageFromFile"}, {"type": "PackInputs"}]
-    )
-    assert len(dataset) == 6
-    assert dataset.get_gt_labels().tolist() == [0, 0, 0, 1, 2, 2]
-    for index, line in enumerate(lines):
-        sample = dataset[index]
-        assert sample["data_samples"].img_path == str(tmp_path / line.rsplit(" ", 1)[0])
-        assert sample["data_samples"].gt_label.tolist() == [int(line.rsplit(" ", 1)[1])]
-        assert sample["inputs"].shape == (3, 4, 4)
-    assert (len(dataset.CLASSES) == 1000) if kind is ImageNet else dataset.CLASSES is None
 
 
 def test_a_run_validates_with_it(tmp_path):

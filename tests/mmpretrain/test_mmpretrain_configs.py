@@ -137,15 +137,8 @@ def test_distillation_configs_name_what_the_teacher_config_makes(path, load):
     teacher = Config.fromfile(model.teacher)
     assert str(model.teacher) == str(CONFIGS / Path(path).parent / "teacher.py")
     assert model.teacher_ckpt == f"{teacher.work_dir}/epoch_{teacher.train_cfg.max_epochs}.pth"
-
-
-@pytest.mark.parametrize("folder", ["digits", "cifar10_folder"])
-def test_students_are_the_plain_network(folder, load):
-    plain = load(f"{folder}/plain.py").model
-    for name in ("distill_kd", "distill_ikl", "distill_gkl"):
-        model = load(f"{folder}/{name}.py").model
-        assert all(model[part] == plain[part] for part in ("backbone", "neck", "data_preprocessor"))
-        assert model.head.in_channels == plain.head.in_channels
+    plain = load(f"{Path(path).parent}/plain.py").model
+    assert all(model[part] == plain[part] for part in ("backbone", "neck", "data_preprocessor"))
 
 
 MINIATURE = [f"cifar10_miniature/{name}.py" for name in NAMES["cifar10_miniature"]]

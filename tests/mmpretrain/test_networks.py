@@ -6,7 +6,6 @@ import importlib.util
 import mmpretrain_runs as runs
 import pytest
 import torch
-import torch.nn.functional as F
 from mmengine.dataset import pseudo_collate
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
@@ -107,36 +106,6 @@ def test_what_is_trained_is_robustbench_s_class_key_for_key(kind, tmp_path):
     assert type(loaded) is wide_resnet.WideResNet
     with torch.no_grad():
         assert torch.equal(loaded(images.flip(1) / 255), logits)
-
-
-def test_the_loss_is_the_cross_entropy_of_the_logits():
-    classifier = MODELS.build(config())
-    images = torch.rand(4, 3, 32, 32)
-    samples = [DataSample().set_gt_label(label) for label in (0, 2, 1, 1)]
-    classifier.eval()
-    expected = F.cross_entropy(classifier.backbone(images), torch.tensor([0, 2, 1, 1]))
-    torch.testing.assert_close(classifier.loss(images, samples)["loss"], expected)
-    assert not list(classifier.head.state_dict())
-
-
-def test_settings_of_the_network_are_handed_on():
-    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    network = MODELS.build(
-        {
-            "type": "RobustBenchNetwork", "architecture": "DMWideResNet-10-1-SiLU", "num_classes": 7,
-            "dataset": "digits", "mean": mean, "std": std,
-        }
-    )  # fmt: skip
-    assert type(network).__name__ == "DMWideResNet"
-    assert network.logits.out_features == 7
-    torch.testing.assert_close(network.mean.flatten(), torch.tensor(mean))
-    torch.testing.assert_close(network.std.flatten(), torch.tensor(std))
-    cifar100 = MODELS.build(
-        {"type": "RobustBenchNetwork", "architecture": "DMWideResNet-10-1-SiLU", "dataset": "cifar100"}
-    )
-    torch.testing.assert_close(cifar100.mean.flatten(), torch.tensor((0.5071, 0.4865, 0.4409)))
-    with pytest.raises(ValueError, match=r"robustbench_network: unknown architecture `WRN`"):
-        MODELS.build({"type": "RobustBenchNetwork", "architecture": "WRN"})
 
 
 def test_the_head_takes_the_last_of_several_outputs():
