@@ -76,9 +76,11 @@ class GeneratedBatchSampler(Sampler[list[int]]):
                 f"and no batch_sampler."
             )
         self.sampler = sampler
-        self.batch_size = _whole("batch_size", batch_size)
+        self.batch_size = check.check_integer(_CALLER, "batch_size", batch_size)
         self.real_images, self.generated_images = _sizes(sampler)
-        self.epoch_size = self.real_images if epoch_size is None else _whole("epoch_size", epoch_size)
+        self.epoch_size = (
+            self.real_images if epoch_size is None else check.check_integer(_CALLER, "epoch_size", epoch_size)
+        )
         self.rank, self.world_size = get_dist_info()
         together = self.batch_size * self.world_size
         # As a decimal fraction: 0.29 of 100 are 29, though the float 0.29 is a little less.
@@ -103,13 +105,6 @@ class GeneratedBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Sets the next epoch, 0 for the first, as MMEngine does at the sampler itself."""
         self.sampler.set_epoch(epoch)
-
-
-def _whole(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        kind = ValueError if isinstance(value, int) and not isinstance(value, bool) else TypeError
-        raise kind(f"{_CALLER}: `{name}` must be an integer of at least 1, got {value!r}. Pass a number of images.")
-    return value
 
 
 def _sizes(sampler: Any) -> tuple[int, int]:

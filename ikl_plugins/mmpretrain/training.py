@@ -1,7 +1,7 @@
 """Training by mmpretrain's own tools/train.py, which is installed with it in a place that is hard to remember.
 
-All options are those of mmpretrain's script, and so is the exit code; ``--where`` prints the path of the script, which
-can be called just as well. Of a disk that is full or may not be written to one line says which one it is.
+All options are those of mmpretrain's script, and so is the exit code; ``ikl train --where`` prints the path of the
+script, which can be called just as well. Of a disk that is full or may not be written to one line says which one it is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     """Runs mmpretrain's script in this process.
 
     Args:
-        arguments: path of a config and the options of the script; or with ``--where`` for its path alone.
+        arguments: path of a config and the options of the script.
 
     Raises:
         OSError: a file of the run cannot be written. The message names the place and the way to go on.
@@ -50,9 +50,6 @@ def main(arguments: list[str]) -> None:
         ValueError: as :func:`train_script`.
     """
     script = train_script()
-    if "--where" in arguments:
-        print(script)
-        return
     sys.argv = [str(script), *arguments]
     try:
         runpy.run_path(str(script), run_name="__main__")

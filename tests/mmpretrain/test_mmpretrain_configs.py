@@ -73,7 +73,10 @@ def test_there_are_the_promised_configs():
     assert found == set(SHIPPED)
 
 
-@pytest.mark.parametrize("path", SHIPPED)
+LARGE = [path for path in SHIPPED if path.startswith("cifar10_folder/") and not path.endswith("_ikl.py")]
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, marks=[pytest.mark.slow] * (path in LARGE)) for path in SHIPPED])
 def test_each_shipped_config_trains_a_step(path, load):
     config = load(path)
     for loader in (config.train_dataloader, config.val_dataloader):

@@ -27,6 +27,8 @@ from mmpretrain_recipes import (
 from mmpretrain_runs import CONFIGS
 from PIL import Image
 
+from ikl_plugins.mmengine.losses import LOSSES
+
 # --- the files and the tables ----------------------------------------------------------------------------------------
 
 
@@ -76,6 +78,14 @@ def test_the_loss_is_the_published_one(path, load):
     assert config.get("distill_weight", 1.0) == recipe.weight
     assert config.get("warmup_epochs", 0) == recipe.ramp
     assert config.get("ce_weight", 1.0) == config.get("natural_weight", 1.0) == 1.0
+
+
+def test_the_presets_are_the_published_losses():
+    for path, recipe in RECIPES.items():
+        if recipe.loss in LOSSES:
+            loss = LOSSES[recipe.loss].preset(path.removesuffix(".py"))
+            settings = recipe.settings | {"num_classes": family_of(path).classes}
+            assert {name: getattr(loss, name) for name in settings} == settings, path
 
 
 @pytest.mark.parametrize("path", DISTILLED)
