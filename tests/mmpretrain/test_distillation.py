@@ -113,14 +113,6 @@ def test_kl_is_a_term_without_parts(make, small_batch):
     assert set(losses) == {"loss_ce", "loss_distill"}
 
 
-def test_the_gradient_reaches_the_student_alone(make, small_batch):
-    model = make()
-    inputs, samples = prepared(model, small_batch())
-    model.train().loss(inputs, samples)["loss_distill"].backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert all(parameter.grad is None for parameter in model.teacher.module.parameters())
-
-
 def test_accuracies_of_the_head_stay_as_they_are(make, small_network, small_batch):
     network = small_network()
     network["head"].update(cal_acc=True, topk=(1, 2))
@@ -246,15 +238,6 @@ def test_the_teacher_follows_the_classifier_to_a_dtype(make):
     assert not model.teacher.module.head.fc.weight.requires_grad
     model.to("meta")
     assert model.teacher.module.head.fc.weight.is_meta
-
-
-def test_modes_of_the_classifier_do_not_reach_the_teacher(make):
-    model = make()
-    for mode in (True, False, True):
-        model.train(mode)
-        assert not any(part.training for part in model.teacher.module.modules())
-    model.requires_grad_(True)
-    assert not any(parameter.requires_grad for parameter in model.teacher.module.parameters())
 
 
 # --- an ImageClassifier otherwise ------------------------------------------------------------------------------------

@@ -6,11 +6,9 @@ import numpy
 import pytest
 import torch
 from mmengine.dataset import default_collate, pseudo_collate
-from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.models import ClsDataPreprocessor
-from mmpretrain.registry import MODELS
 from PIL import Image
 
 import ikl_plugins.mmpretrain  # noqa: F401 - registers what the configs name
@@ -90,26 +88,6 @@ def test_padding_is_that_of_both_views(folder):
     batch = pseudo_collate([data[index] for index in range(4)])
     first, second = TwoViewDataPreprocessor(mean=MEAN, std=STD, pad_size_divisor=16)(batch, True)["inputs"]
     assert first.shape == second.shape == (4, 3, 16, 16)
-
-
-def test_a_step_with_two_views(folder):
-    torch.manual_seed(0)
-    model = MODELS.build({
-        "type": "AdversarialClassifier",
-        "backbone": {"type": "ResNet_CIFAR", "depth": 18, "base_channels": 4, "stem_channels": 4},
-        "neck": {"type": "GlobalAveragePooling"},
-        "head": {"type": "LinearClsHead", "num_classes": 2, "in_channels": 32},
-        "data_preprocessor": {"type": "TwoViewDataPreprocessor", "mean": MEAN, "std": STD, "to_rgb": True},
-        "attack": {"eps": "8/255", "budget": "low", "random_start": "normal", "objective": "soft_cross_entropy"},
-        "robust_loss": {"type": "IKLLoss", "alpha": 4.0, "beta": 20.0, "global_info": True},
-        "augmented_weight": 0.5,
-    })  # fmt: skip
-    model.train().begin_epoch(1, 1)
-    data = dataset(folder, "AutoAugment")
-    batch = pseudo_collate([data[index] for index in range(4)])
-    log = model.train_step(batch, OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
-    assert torch.isfinite(log["loss"])
-    assert model.robust_loss.class_prior.counts.tolist() == [2, 2]
 
 
 def test_three_views_are_refused(folder):

@@ -80,26 +80,6 @@ def test_every_batch_has_the_fraction(both, fraction, batch_size, generated):
         assert all(0 <= index < REAL + GENERATED for index in batch)
 
 
-def test_the_published_numbers():
-    """Batches of 512 and of 2,048 of 50,000 images, 1,024 of them held out."""
-
-    class Images:
-        def __init__(self, count):
-            self.count = count
-
-        def __len__(self):
-            return self.count
-
-    dataset = ConcatDataset.__new__(ConcatDataset)
-    dataset.datasets = [Images(50_000 - 1_024), Images(10**6)]
-    dataset.cumulative_sizes, dataset._fully_initialized = [48_976, 1_048_976], True
-    sampler = sampler_of(dataset, 512, epoch_size=50_000)
-    assert (len(sampler), sampler.generated_per_step, sampler.real_per_step) == (98, 358, 154)
-    sampler = sampler_of(dataset, 2048, epoch_size=50_000, fraction=0.8)
-    assert (len(sampler), sampler.generated_per_step, sampler.real_per_step) == (25, 1638, 410)
-    assert len(sampler_of(dataset, 512)) == 96
-
-
 def test_real_images_come_once_and_generated_ones_again(both):
     batches = list(sampler_of(both, 8, epoch_size=80))  # 10 steps, 3 real and 5 generated images each
     real = Counter(index for batch in batches for index in split(batch)[0])

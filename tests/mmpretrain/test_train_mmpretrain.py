@@ -211,15 +211,6 @@ def test_ranks_without_a_launcher_are_refused(world, teacher):
 
 
 @pytest.mark.slow
-def test_a_run_in_bfloat16_trains(distilled, world):
-    folder = watched(world, "bf16", "--cfg-options", "optim_wrapper.type=AutocastOptimWrapper")
-    weights = ends(folder)
-    assert not torch.equal(weights["head.fc.weight"], ends(distilled)["head.fc.weight"])
-    assert weights["backbone.conv1.weight"].dtype == torch.float32
-    torch.testing.assert_close(weights[PRIOR].sum(1), torch.ones(10))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in DIGITS.glob("*.py") if path.stem != "teacher"))
 def test_each_config_of_the_digits_trains_and_tests(name, world, teacher):
     options = ("--cfg-options", "train_cfg.max_epochs=1", "param_scheduler.T_max=1", "train_dataloader.batch_size=20")
