@@ -2,7 +2,7 @@
 
 Importing this package registers with torchdistill, once:
 
-- the mid-level losses ``DKLLoss``, ``IKLLoss``, ``GKLLoss`` and, for short, ``DKL``, ``IKL``, ``GKL``;
+- a mid-level loss for each of :data:`ikl_plugins.losses.LOSSES`, ``IKLLoss`` for one, and for short ``IKL``;
 - the pre-epoch process ``ikl_pre_epoch_process``;
 - the networks of :mod:`ikl_plugins.models`, each as ``ikl_plugins.<name>``, and those of RobustBench as
   ``ikl_plugins.robustbench_network``, with ``architecture`` and ``num_classes`` among their ``kwargs``.
@@ -21,7 +21,8 @@ except ImportError as error:
 
 from .adversarial import AdversarialForward, adversarial_forward
 from .data import ImageList, image_folder, share_of_batch
-from .losses import AdversarialLogits, DKLLoss, GKLLoss, IKLLoss, MidLevelLoss, find_losses
+from .losses import AdversarialLogits, MidLevelLoss, find_losses, mid_level_losses
+from .losses import __getattr__ as __getattr__  # a class by the name of each loss
 from .processes import ikl_pre_epoch_process
 from .registration import register
 from .schedules import WarmupCosine
@@ -29,9 +30,6 @@ from .schedules import WarmupCosine
 __all__ = [
     "AdversarialForward",
     "AdversarialLogits",
-    "DKLLoss",
-    "GKLLoss",
-    "IKLLoss",
     "ImageList",
     "MidLevelLoss",
     "WarmupCosine",
@@ -39,6 +37,7 @@ __all__ = [
     "find_losses",
     "ikl_pre_epoch_process",
     "image_folder",
+    "mid_level_losses",
     "register",
     "share_of_batch",
 ]

@@ -33,9 +33,7 @@ def dry_run(box: Any, config: dict[str, Any]) -> None:
 
 def _check_loader(where: str, config: Any, datasets: dict[str, Any]) -> None:
     if not isinstance(config, dict) or "dataset_id" not in config or not isinstance(config.get("kwargs"), dict):
-        raise ValueError(
-            f"{CALLER}: `{where}:` must name a `dataset_id:` and have `kwargs:`, got {config}."
-        )
+        raise ValueError(f"{CALLER}: `{where}:` must name a `dataset_id:` and have `kwargs:`, got {config}.")
     name = config["dataset_id"]
     if name not in datasets:
         known = ", ".join(map(repr, datasets))

@@ -21,7 +21,7 @@ from .. import losses as core
 from ..class_prior import ClassPrior
 from ..functional import LossTerms
 
-__all__ = ["AdversarialLogits", "DKLLoss", "GKLLoss", "IKLLoss", "MidLevelLoss", "find_losses"]
+__all__ = ["AdversarialLogits", "MidLevelLoss", "find_losses", "mid_level_losses"]
 
 _SELF = "."  # torchdistill's path of the model itself
 _CROSS_ENTROPY_REDUCTION = {"batchmean": "mean", "sum": "sum", "none": "none"}
@@ -36,7 +36,7 @@ class AdversarialLogits(NamedTuple):
 
 
 class MidLevelLoss(nn.Module):
-    """What the three losses share: ``ce_weight * cross entropy to the labels + ramp * core loss``.
+    """A loss of :data:`ikl_plugins.losses.LOSSES` in torchdistill: ``ce_weight * cross entropy + ramp * core loss``.
 
     In adversarial training, where the student's output is :class:`AdversarialLogits`, the adversarial logits are the
     student's, the natural ones the teacher's unless there is a teacher, and the natural ones meet the labels.
@@ -64,9 +64,17 @@ class MidLevelLoss(nn.Module):
     Note:
         A batch whose student logits require grad is a training batch: it is observed by the class prior and counted.
         torchdistill never calls ``train()`` or ``eval()`` on a criterion.
+
+    Example:
+        >>> import torch
+        >>> from ikl_plugins.torchdistill import DKLLoss
+        >>> loss = DKLLoss(".", "output", ".", "output", temperature=4.0, ce_weight=1.0)
+        >>> io_dict = {".": {"output": torch.zeros(2, 3)}}
+        >>> round(loss(io_dict, io_dict, torch.tensor([0, 2])).item(), 4)  # log 3, twice
+        2.1972
     """
 
-    core_class: ClassVar[type[core.DKLLoss | core.IKLLoss | core.GKLLoss]]
+    core_class: ClassVar[type[core.DecoupledLoss]]
 
     def __init__(
         self,
@@ -95,6 +103,7 @@ class MidLevelLoss(nn.Module):
         self.warmup_epochs = warmup_epochs
         self.core = self.core_class(**loss_keywords)
         self._epoch: int | None = None
+        self._ramp = 1.0
         self._batches_per_epoch: int | None = None
         self._batches_seen = 0
         self._record: dict[str, Any] = {}
@@ -133,27 +142,18 @@ class MidLevelLoss(nn.Module):
             TypeError: targets or logits of the wrong type.
             ValueError: no logits at a module path; targets missing or out of range; epoch boundaries missing.
         """
-        views = student_io_dict.get(_SELF, {}).get("output")
-        if isinstance(views, AdversarialLogits):
-            student, labelled = views.adversarial, views.natural
-            teacher = self._logits("teacher", teacher_io_dict) if teacher_io_dict else views.natural
-            self._check_own_places(with_teacher=bool(teacher_io_dict))
-        else:
-            student = labelled = self._logits("student", student_io_dict)
-            teacher = self._logits("teacher", teacher_io_dict)
+        student, teacher, labelled = self._views(student_io_dict, teacher_io_dict)
         training = student.requires_grad
         if training:
             self._check_boundaries()
-        self.core.train(training)
         prior = self.class_prior
         if prior is not None and prior.matrix.device != student.device:
             self.to(student.device)
 
-        loss: Tensor = self.core(student, teacher, self._labels(targets) if prior is not None else None)
+        loss: Tensor = self.core(student, teacher, targets, observe=training)
         # Factors of 1 are left out: on small logits each costs a noticeable part of the loss, forward and backward.
-        if self._epoch is not None:
-            factor = core.warmup_factor(self._epoch, self.warmup_epochs)
-            loss = loss if factor == 1 else loss * factor
+        if self._ramp != 1:
+            loss = loss * self._ramp
         if self.ce_weight > 0:
             cross_entropy = self._cross_entropy(labelled, targets)
             loss = loss + (cross_entropy if self.ce_weight == 1 else self.ce_weight * cross_entropy)
@@ -176,6 +176,7 @@ class MidLevelLoss(nn.Module):
         """
         self.core.end_epoch()  # nothing new: all rows keep their value
         self._epoch = epoch
+        self._ramp = core.warmup_factor(epoch, self.warmup_epochs)
         self._batches_per_epoch = batches
         self._batches_seen = 0
 
@@ -208,7 +209,7 @@ class MidLevelLoss(nn.Module):
         for key, buffer in prior.named_buffers():
             saved = record.get(key)
             shape = tuple(saved.shape) if isinstance(saved, Tensor) else None
-            if not isinstance(saved, Tensor) or shape != tuple(buffer.shape):
+            if shape != tuple(buffer.shape):
                 raise ValueError(
                     f"{type(self).__name__}: the checkpoint's class prior of term '{term}' must fit num_classes="
                     f"{prior.num_classes}: its `{key}` must have shape {tuple(buffer.shape)}, got {shape}. "
@@ -232,14 +233,32 @@ class MidLevelLoss(nn.Module):
         if self.class_prior is not None:
             self._record.update(self.class_prior.named_buffers())
 
+    def _views(
+        self, student_io: Mapping[str, Mapping[str, Any]], teacher_io: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's logits, the teacher's, and those that meet the labels."""
+        views = student_io.get(_SELF, {}).get("output")
+        if not isinstance(views, AdversarialLogits):
+            student = self._logits("student", student_io)
+            return student, self._logits("teacher", teacher_io), student
+        # A hook keeps the last of several forwards.
+        for role in ("student",) if teacher_io else ("student", "teacher"):
+            path, io = self._places[role]
+            if path != _SELF:
+                raise ValueError(
+                    f"{type(self).__name__}: `{role}_module_path` must be '.' in adversarial training, got '{path}' "
+                    f"({io}), which records one of several forwards. Set {role}_module_path: '.'."
+                )
+        teacher = self._logits("teacher", teacher_io) if teacher_io else views.natural
+        return views.adversarial, teacher, views.natural
+
     def _logits(self, role: str, io_dict: Mapping[str, Mapping[str, Any]]) -> Tensor:
         name = type(self).__name__
         path, io = self._places[role]
         if role == "teacher" and not io_dict:
             raise ValueError(
-                f"{name}: `teacher_module_path` must lead to a teacher, but this config trains without one. Give "
-                f"`models` a `teacher_model` and a `student_model`, and `train` a `teacher` and a `student`. For "
-                f"adversarial training give `train: model:` the forward_proc of "
+                f"{name}: `teacher_module_path` must lead to a teacher, but this config trains without one. Add a "
+                f"`teacher_model`, or for adversarial training the forward_proc of "
                 f"ikl_plugins.torchdistill.adversarial_forward."
             )
         recorded = io_dict.get(path, {})
@@ -256,55 +275,21 @@ class MidLevelLoss(nn.Module):
                 f"Set `forward_proc: 'forward_batch_only'` under `train: {role}:`."
             )
         if not isinstance(logits, Tensor):
-            what = f"a {type(logits).__name__}"
-            if isinstance(logits, Mapping):
-                what += f" with the keys {', '.join(map(repr, logits))}"
             raise ValueError(
                 f"{name}: `{role}_module_path` must name a module whose {io} is the tensor of logits, but that of "
-                f"'{path}' is {what}. Name the layer that gives the logits, here called 'fc': "
+                f"'{path}' is {shown_output(logits)}. Name the layer that gives the logits, here called 'fc': "
                 f"{role}_module_path: 'fc'. {_hook_lines(role, 'fc', 'output')}"
             )
         return logits
 
-    def _check_own_places(self, *, with_teacher: bool) -> None:
-        """Refuses a hooked module in adversarial training: it keeps the last of several forwards."""
-        for role in ("student",) if with_teacher else ("student", "teacher"):
-            path, io = self._places[role]
-            if path != _SELF:
-                raise ValueError(
-                    f"{type(self).__name__}: `{role}_module_path` must be '.' in adversarial training, got '{path}' "
-                    f"({io}): a hook records the last of several forwards alone. Set {role}_module_path: '.'."
-                )
-
-    def _labels(self, targets: Any) -> Tensor | None:
-        """The targets if they are a tensor; whoever needs them checks the rest."""
-        if targets is not None and not isinstance(targets, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: `targets` must be a tensor of class indices, got {type(targets).__name__}. "
-                f"Let the data set or the `collate_fn` of `train_data_loader` give one class index per prediction."
-            )
-        return targets
-
     def _cross_entropy(self, logits: Tensor, targets: Any) -> Tensor:
-        name = type(self).__name__
-        labels = self._labels(targets)
-        if labels is None:
-            raise ValueError(
-                f"{name}: `targets` must be given with ce_weight={self.ce_weight}, got None. "
-                f"Pass the labels of the batch, or set ce_weight: 0."
-            )
-        expected = (logits.shape[0], *logits.shape[2:])
-        soft = labels.is_floating_point() and labels.shape == logits.shape
+        soft = isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == logits.shape
         if not soft:
-            check.check_targets(name, labels, logits.shape[1])
-            if tuple(labels.shape) != expected:
-                raise ValueError(
-                    f"{name}: `targets` must have shape {expected} for logits of shape {tuple(logits.shape)}, got "
-                    f"{tuple(labels.shape)}. Pass one class index per prediction."
-                )
-            labels = labels.long()
+            if self.class_prior is None:  # else the core has checked them
+                check.check_targets(type(self).__name__, targets, logits.shape[1], logits)
+            targets = targets.long()
         wide = logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
-        return F.cross_entropy(wide, labels, reduction=_CROSS_ENTROPY_REDUCTION[self.core.reduction])
+        return F.cross_entropy(wide, targets, reduction=_CROSS_ENTROPY_REDUCTION[self.core.reduction])
 
     def _check_boundaries(self) -> None:
         name = type(self).__name__
@@ -312,43 +297,38 @@ class MidLevelLoss(nn.Module):
         if self._epoch is None and (prior is not None or self.warmup_epochs > 1):
             cause = "global_info=True" if prior is not None else f"warmup_epochs={self.warmup_epochs}"
             raise ValueError(
-                f"{name}: {cause} must know where epochs begin, but nobody has said so. Add this line to `train:` of "
-                f"the config (or to each of its stages that uses the loss):\n  {PROCESS_LINE}"
+                f"{name}: {cause} must know where epochs begin. Add this line to `train:` of the config (or to each of "
+                f"its stages that uses the loss):\n  {PROCESS_LINE}"
             )
         limit = self._batches_per_epoch
         if prior is not None and limit is not None and self._batches_seen >= limit:
             raise ValueError(
-                f"{name}: an epoch must have no more than the {limit} batches of `train_data_loader`, "
-                f"and the class prior has been rolled behind the last of them, but another one came. Call "
-                f"forward_process once per batch, and pre_epoch_process before each epoch."
+                f"{name}: an epoch must have no more than the {limit} batches of `train_data_loader`, but another one "
+                f"came. Call forward_process once per batch, and pre_epoch_process before each epoch."
             )
 
 
-class DKLLoss(MidLevelLoss):
-    """:class:`ikl_plugins.DKLLoss` as a mid-level loss, keys ``DKLLoss`` and ``DKL``; see :class:`MidLevelLoss`.
+_CLASSES: dict[str, type[MidLevelLoss]] = {}
 
-    Example:
-        >>> import torch
-        >>> from ikl_plugins.torchdistill import DKLLoss
-        >>> loss = DKLLoss(".", "output", ".", "output", temperature=4.0, ce_weight=1.0)
-        >>> io_dict = {".": {"output": torch.zeros(2, 3)}}
-        >>> round(loss(io_dict, io_dict, torch.tensor([0, 2])).item(), 4)  # log 3, twice
-        2.1972
+
+def mid_level_losses() -> dict[str, type[MidLevelLoss]]:
+    """The class of each loss in :data:`ikl_plugins.losses.LOSSES`, by the same name; also an attribute of this package.
+
+    Returns:
+        Subclasses of :class:`MidLevelLoss`, always the same ones.
     """
-
-    core_class = core.DKLLoss
-
-
-class IKLLoss(MidLevelLoss):
-    """:class:`ikl_plugins.IKLLoss` as a mid-level loss, keys ``IKLLoss`` and ``IKL``; see :class:`MidLevelLoss`."""
-
-    core_class = core.IKLLoss
+    for name, core_class in core.LOSSES.items():
+        if name not in _CLASSES or _CLASSES[name].core_class is not core_class:
+            doc = f":class:`ikl_plugins.{name}` as a mid-level loss; see :class:`MidLevelLoss`."
+            members = {"__doc__": doc, "__module__": __name__, "core_class": core_class}
+            _CLASSES[name] = type(name, (MidLevelLoss,), members)
+    return {name: _CLASSES[name] for name in core.LOSSES}
 
 
-class GKLLoss(MidLevelLoss):
-    """:class:`ikl_plugins.GKLLoss` as a mid-level loss, keys ``GKLLoss`` and ``GKL``; see :class:`MidLevelLoss`."""
-
-    core_class = core.GKLLoss
+def __getattr__(name: str) -> type[MidLevelLoss]:
+    if name in core.LOSSES:
+        return mid_level_losses()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def find_losses(criterion: nn.Module) -> dict[str, MidLevelLoss]:
@@ -377,6 +357,12 @@ def find_losses(criterion: nn.Module) -> dict[str, MidLevelLoss]:
     return found
 
 
+def shown_output(output: object) -> str:
+    """What a network has given in place of logits, for a message."""
+    keys = f" with the keys {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
+    return f"a {type(output).__name__}{keys}"
+
+
 def _keywords(cls: type) -> list[str]:
     """The named parameters of a class's constructor."""
     parameters = inspect.signature(cls).parameters.values()
@@ -385,18 +371,13 @@ def _keywords(cls: type) -> list[str]:
 
 def _place(name: str, role: str, path: str, io: str) -> tuple[str, str]:
     if not isinstance(path, str):
-        raise TypeError(
-            f"{name}: `{role}_module_path` must be a string, got {path!r} of type {type(path).__name__}. "
-            f"Name a module, or use '.' for the model itself."
-        )
+        raise TypeError(f"{name}: `{role}_module_path` must be a string, got {path!r}. Use '.' for the model itself.")
     if io not in ("input", "output"):
-        raise ValueError(
-            f"{name}: `{role}_module_io` must be 'output' or 'input', got {io!r}. Logits are mostly an 'output'."
-        )
+        raise ValueError(f"{name}: `{role}_module_io` must be 'output' or 'input', got {io!r}.")
     if path == _SELF and io == "input":
         raise ValueError(
-            f"{name}: `{role}_module_io` must be 'output' for the model itself, got 'input', which torchdistill does "
-            f"not record. Name a module in `{role}_module_path`, or use its output."
+            f"{name}: `{role}_module_io` must be 'output' for the model itself, got 'input'. "
+            f"Name a module in `{role}_module_path`, or use its output."
         )
     return path, io
 

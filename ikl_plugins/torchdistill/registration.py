@@ -15,19 +15,11 @@ from torchdistill.models.registry import MODEL_DICT, register_model
 
 from .. import models
 from ..models.robustbench_zoo import robustbench_network
-from .losses import DKLLoss, GKLLoss, IKLLoss
+from .losses import mid_level_losses
 from .processes import ikl_pre_epoch_process
 
 __all__ = ["register"]
 
-_LOSSES = {
-    "DKLLoss": DKLLoss,
-    "IKLLoss": IKLLoss,
-    "GKLLoss": GKLLoss,
-    "DKL": DKLLoss,
-    "IKL": IKLLoss,
-    "GKL": GKLLoss,
-}
 _PROCESSES = {"ikl_pre_epoch_process": ikl_pre_epoch_process}
 # The prefix keeps them apart from torchvision's: upstream's script looks there first, and finds a `vgg13`.
 _MODELS = {f"ikl_plugins.{name}": getattr(models, name) for name in models.__all__}
@@ -40,9 +32,11 @@ def register() -> None:
     Raises:
         ValueError: somebody else holds one of the keys. Nothing is registered then.
     """
+    losses = mid_level_losses()
+    losses |= {name.removesuffix("Loss"): loss for name, loss in losses.items()}
     # torchdistill overwrites in silence, so look first. A mid-level loss also hides a low-level one of its name.
     for kind, registries, entries in (
-        ("loss", (MIDDLE_LEVEL_LOSS_DICT, LOW_LEVEL_LOSS_DICT, LOSS_DICT), _LOSSES),
+        ("loss", (MIDDLE_LEVEL_LOSS_DICT, LOW_LEVEL_LOSS_DICT, LOSS_DICT), losses),
         ("pre-epoch process", (PRE_EPOCH_PROC_FUNC_DICT,), _PROCESSES),
         ("model", (MODEL_DICT,), _MODELS),
     ):
@@ -53,7 +47,7 @@ def register() -> None:
                         f"ikl_plugins.torchdistill: the {kind} key '{key}' must be free, but "
                         f"{_full_name(registry[key])} holds it. Register that one under another key."
                     )
-    for key, loss in _LOSSES.items():
+    for key, loss in losses.items():
         register_mid_level_loss(key=key)(loss)
     for key, process in _PROCESSES.items():
         register_pre_epoch_proc_func(key=key)(process)

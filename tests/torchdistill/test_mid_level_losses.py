@@ -1,6 +1,7 @@
 """The mid-level losses as torchdistill builds and calls them, against the paper's sums and by their refusals."""
 
 import copy
+import pickle
 import re
 
 import oracles
@@ -12,18 +13,16 @@ from torch import nn
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
 from torchdistill.losses.high_level import WeightedSumLoss
-from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, get_high_level_loss, get_mid_level_loss
 
+from ikl_plugins import _validation
 from ikl_plugins import losses as core
-from ikl_plugins.torchdistill import DKLLoss, GKLLoss, IKLLoss, find_losses
+from ikl_plugins.torchdistill import AdversarialLogits, DKLLoss, GKLLoss, IKLLoss, find_losses, register
 
 KEYS = {"DKLLoss": "dkl", "DKL": "dkl", "IKLLoss": "ikl", "IKL": "ikl", "GKLLoss": "gkl", "GKL": "gkl"}
-PLACES = {
-    "student_module_path": ".",
-    "student_module_io": "output",
-    "teacher_module_path": ".",
-    "teacher_module_io": "output",
-}
+ROLES = ("student", "teacher")
+PLACES = {f"{role}_module_{part}": place for role in ROLES for part, place in (("path", "."), ("io", "output"))}
+PRIOR = {"global_info": True, "num_classes": 5}
 
 
 def make(key, **kwargs):
@@ -144,7 +143,7 @@ def mean_predictions(batches, classes, temperature, previous):
 
 @pytest.mark.parametrize("key", ["IKL", "GKL"])
 def test_the_prior_rolls_behind_the_last_batch_and_weighs_the_next_epoch(key):
-    loss = make(key, global_info=True, num_classes=5, weight_temperature=2.0)
+    loss = make(key, **PRIOR, weight_temperature=2.0)
     expected = torch.full((5, 5), 0.2)
     for epoch in (1, 2, 3):
         batches = [batch(rows=4, dtype=torch.float32) for _ in range(3)]
@@ -159,19 +158,20 @@ def test_the_prior_rolls_behind_the_last_batch_and_weighs_the_next_epoch(key):
         assert loss.class_prior.counts.sum() == 0
 
 
-def test_an_epoch_cut_short_is_rolled_when_the_next_begins():
-    loss = make("IKL", global_info=True, num_classes=5)
-    batches = [batch(dtype=torch.float32) for _ in range(2)]
-    loss.begin_epoch(1, 10)
-    for one in batches:
+@pytest.mark.parametrize("batches", [10, None])
+def test_an_epoch_cut_short_or_without_a_length_is_rolled_when_the_next_begins(batches):
+    loss = make("IKL", **PRIOR)
+    some = [batch(dtype=torch.float32) for _ in range(2)]
+    loss.begin_epoch(1, batches)
+    for one in some:
         call(loss, *one)
     torch.testing.assert_close(loss.class_prior.matrix, torch.full((5, 5), 0.2))
-    loss.begin_epoch(2, 10)
-    torch.testing.assert_close(loss.class_prior.matrix, mean_predictions(batches, 5, 1.0, torch.full((5, 5), 0.2)))
+    loss.begin_epoch(2, batches)
+    torch.testing.assert_close(loss.class_prior.matrix, mean_predictions(some, 5, 1.0, torch.full((5, 5), 0.2)))
 
 
 def test_evaluation_neither_observes_nor_counts():
-    loss = make("IKL", global_info=True, num_classes=5)
+    loss = make("IKL", **PRIOR)
     student, teacher, targets = batch(dtype=torch.float32)
     call(loss, student.detach(), teacher, targets)  # before any epoch has begun
     loss.begin_epoch(1, 1)
@@ -184,30 +184,8 @@ def test_evaluation_neither_observes_nor_counts():
     assert not torch.equal(loss.class_prior.matrix, torch.full((5, 5), 0.2))
 
 
-def test_a_batch_too_many_is_refused():
-    loss = make("IKL", global_info=True, num_classes=5)
-    loss.begin_epoch(1, 2)
-    one = batch(dtype=torch.float32)
-    call(loss, *one)
-    call(loss, *one)
-    with pytest.raises(
-        ValueError, match=r"no more than the 2 batches of `train_data_loader`.*forward_process once per"
-    ):
-        call(loss, *one)
-
-
-def test_without_a_length_the_prior_waits_for_the_next_epoch():
-    loss = make("IKL", global_info=True, num_classes=5)
-    loss.begin_epoch(1, None)
-    one = batch(dtype=torch.float32)
-    call(loss, *one)
-    assert loss.class_prior.counts.sum() == 6
-    loss.begin_epoch(2, None)
-    torch.testing.assert_close(loss.class_prior.matrix, mean_predictions([one], 5, 1.0, torch.full((5, 5), 0.2)))
-
-
 def test_the_record_is_live_and_comes_back():
-    loss = make("IKL", global_info=True, num_classes=5)
+    loss = make("IKL", **PRIOR)
     record = loss.prior_record(2)
     loss.begin_epoch(1, 1)
     call(loss, *batch(dtype=torch.float32))
@@ -217,7 +195,7 @@ def test_the_record_is_live_and_comes_back():
     assert record["matrix"] is loss.class_prior.matrix
     assert loss.prior_record(2) is record
 
-    other = make("IKL", global_info=True, num_classes=5)
+    other = make("IKL", **PRIOR)
     other.restore_prior(copy.deepcopy(record), "ikl")
     torch.testing.assert_close(other.class_prior.matrix, loss.class_prior.matrix.float())
     assert other.class_prior.matrix is not record["matrix"]
@@ -228,7 +206,7 @@ def test_a_record_that_does_not_fit_is_refused(broken):
     record = dict(make("IKL", global_info=True, num_classes=7).prior_record(1))
     if broken == "missing":
         record.pop("matrix")
-    loss = make("IKL", global_info=True, num_classes=5)
+    loss = make("IKL", **PRIOR)
     found = r"got \(7, 7\)" if broken == "shape" else "got None"
     with pytest.raises(ValueError, match=rf"prior of term 'mine' must fit num_classes=5.*`matrix`.*\(5, 5\), {found}"):
         loss.restore_prior(record, "mine")
@@ -237,7 +215,7 @@ def test_a_record_that_does_not_fit_is_refused(broken):
 
 def test_the_loss_follows_the_device_of_the_logits():
     # The meta device stands for an accelerator: tensors of it and of the CPU do not mix.
-    loss = make("IKL", global_info=True, num_classes=5)
+    loss = make("IKL", **PRIOR)
     record = loss.prior_record(1)
     student = torch.randn(4, 5, device="meta")
     value = call(loss, student, student, torch.zeros(4, dtype=torch.long, device="meta"))
@@ -251,158 +229,138 @@ def test_the_loss_follows_the_device_of_the_logits():
 
 def test_student_and_teacher_may_have_their_own_places():
     student, teacher, _ = batch()
-    loss = get_mid_level_loss(
-        {
-            "key": "IKL",
-            "kwargs": {
-                "student_module_path": "head.fc",
-                "student_module_io": "output",
-                "teacher_module_path": "softmax",
-                "teacher_module_io": "input",
-            },
-        }
+    places = {"student_module_path": "head.fc", "teacher_module_path": "softmax", "teacher_module_io": "input"}
+    value = make("IKL", **places)(
+        {".": {}, "head.fc": {"output": student}}, {"softmax": {"input": teacher, "output": None}}
     )
-    value = loss({".": {}, "head.fc": {"output": student}}, {"softmax": {"input": teacher, "output": None}})
     torch.testing.assert_close(value.detach(), oracles.decoupled("ikl", student, teacher).loss("batchmean"))
 
 
-def test_a_path_that_nobody_recorded_is_refused_with_the_lines_to_add():
-    loss = make("IKL", student_module_path="fc")
-    student, teacher, _ = batch()
-    message = (
-        "IKLLoss: `student_module_path` must name a module whose output is recorded, but 'fc' is not; recorded of the "
-        "student: '.' (output); 'layer3' (input, output). Add to `train:` of the config:\n"
-        "  student:\n    forward_hook:\n      output: ['fc']"
-    )
-    recorded = {".": {"output": student}, "layer3": {"output": student, "input": student}}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        loss(recorded, {".": {"output": teacher}})
-    with pytest.raises(ValueError, match="recorded of the student: nothing"):
-        loss({".": {}}, {".": {"output": teacher}})
+def test_the_views_of_adversarial_training_take_the_places():
+    natural, adversarial, teacher = torch.randn(3, 5, 4, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    views = {".": {"output": AdversarialLogits(natural=natural, adversarial=adversarial)}}
+    loss = make("IKL", ce_weight=0.5)
+    hard = 0.5 * F.cross_entropy(natural, labels)
+    for teacher_io, reference in (({}, natural), ({".": {"output": teacher}}, teacher)):
+        soft = oracles.decoupled("ikl", adversarial, reference).loss("batchmean")
+        torch.testing.assert_close(loss(views, teacher_io, labels), soft + hard)
+    hooked = make("IKL", teacher_module_path="fc")
+    assert hooked(views, {"fc": {"output": teacher}}, labels).isfinite()  # the teacher has one forward
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("output", "what"),
+    ("key", "kwargs", "error", "message"),
     [
-        ({"out": 1, "aux": 2}, "a dict with the keys 'out', 'aux'"),
-        ((1, 2), "a tuple"),
-        (None, "a NoneType"),
+        ("IKLLoss", {"temprature": 1.0}, TypeError, "Did you mean `temperature`? Known: alpha"),
+        ("IKL", {"ce_wieght": 1.0}, TypeError, "Did you mean `ce_weight`?"),
+        ("GKL", {"warmup_epoch": 1}, TypeError, "Did you mean `warmup_epochs`?"),
+        ("IKL", {"gamma": 0.5}, TypeError, "unknown keyword `gamma`"),
+        ("DKL", {"weight_temperature": 2.0}, TypeError, "unknown keyword `weight_temperature`"),
+        ("IKL", {"loss_keywords": {}}, TypeError, "unknown keyword `loss_keywords`"),
+        ("IKL", {"ce_weight": -1.0}, ValueError, "`ce_weight` must be a finite number of at least 0, got -1.0"),
+        ("IKL", {"ce_weight": "1e-1"}, TypeError, "`ce_weight` must be a finite number of at least 0, got '1e-1'"),
+        ("IKL", {"warmup_epochs": -5}, ValueError, "`warmup_epochs` must be a finite number of at least 0, got -5"),
+        ("IKL", {"reduction": "mean"}, ValueError, "`reduction` must be one of 'batchmean', 'sum', 'none'"),
+        ("IKL", {"temperature": 0.0}, ValueError, "IKLLoss: `temperature` must be a finite number above 0"),
+        ("IKL", {"global_info": True}, ValueError, "`num_classes` must be given"),
+        ("IKL", {"student_module_path": 3}, TypeError, "`student_module_path` must be a string, got 3"),
+        ("IKL", {"teacher_module_io": "out"}, ValueError, "`teacher_module_io` must be 'output' or 'input', got 'out'"),
+        ("IKL", {"student_module_io": "input"}, ValueError, "must be 'output' for the model itself"),
     ],
 )
-def test_an_output_that_is_no_tensor_is_refused_with_the_lines_to_add(output, what):
-    _, teacher, _ = batch()
-    message = (
-        f"that of '.' is {what}. Name the layer that gives the logits, here called 'fc': teacher_module_path: 'fc'."
-    )
-    with pytest.raises(ValueError, match=re.escape(message) + r"(.|\n)*  teacher:\n    forward_hook:\n"):
-        call(make("IKL"), teacher, output)
-
-
-def test_a_config_without_a_teacher_is_refused():
-    student, *_ = batch()
-    with pytest.raises(
-        ValueError, match=r"must lead to a teacher, but this config trains without one.*`teacher_model`"
-    ):
-        make("IKL")({".": {"output": student}}, {})
-
-
-@pytest.mark.parametrize(
-    ("places", "error", "message"),
-    [
-        ({"student_module_path": 3}, TypeError, "`student_module_path` must be a string, got 3 of type int"),
-        ({"teacher_module_io": "out"}, ValueError, "`teacher_module_io` must be 'output' or 'input', got 'out'"),
-        ({"student_module_io": "input"}, ValueError, "must be 'output' for the model itself, got 'input'"),
-    ],
-)
-def test_places_that_cannot_be_are_refused(places, error, message):
+def test_settings_that_do_not_fit_are_refused(key, kwargs, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        make("IKL", **places)
-
-
-# --- keywords and targets --------------------------------------------------------------------------------------------
+        make(key, **kwargs)
 
 
 @pytest.mark.parametrize(
-    ("key", "keyword", "nearest"),
+    ("kwargs", "targets", "error", "message"),
     [
-        ("IKLLoss", "temprature", "temperature"),
-        ("IKL", "ce_wieght", "ce_weight"),
-        ("GKL", "warmup_epoch", "warmup_epochs"),
-        ("DKL", "redution", "reduction"),
-        ("IKL", "gama", None),
+        ({"ce_weight": 1.0}, None, ValueError, "IKLLoss: `targets` must be given"),
+        ({"ce_weight": 1.0}, {"labels": 1}, TypeError, "class indices, got dict"),
+        ({"ce_weight": 1.0}, (1, 2), TypeError, "class indices, got tuple"),
+        ({"ce_weight": 1.0}, torch.arange(6), ValueError, "`targets` must lie in [0, 4], got values from 0 to 5"),
+        ({"ce_weight": 1.0}, torch.tensor([0, 1]), ValueError, "must have shape (6,) for logits of shape (6, 5)"),
+        ({"ce_weight": 1.0}, torch.rand(6), TypeError, "must hold integer class indices, got torch.float32"),
+        ({**PRIOR}, None, ValueError, "IKLLoss: `targets` must be given"),
+        ({**PRIOR}, [0], TypeError, "class indices, got list"),
+        ({**PRIOR, "ce_weight": 1.0}, torch.rand(6, 5), TypeError, "must hold integer class indices"),
     ],
 )
-def test_a_misspelled_keyword_names_the_nearest(key, keyword, nearest):
-    hint = rf"Did you mean `{nearest}`\? Known: alpha" if nearest else "Known: alpha"
-    with pytest.raises(TypeError, match=f"Loss: unknown keyword `{keyword}`. {hint}"):
-        make(key, **{keyword: 1.0})
-
-
-def test_the_known_keywords_are_those_of_the_loss():
-    with pytest.raises(TypeError, match="unknown keyword `gamma`"):
-        make("IKL", gamma=0.5)
-    with pytest.raises(TypeError, match="unknown keyword `weight_temperature`"):
-        make("DKL", weight_temperature=2.0)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "message"),
-    [
-        ({"ce_weight": -1.0}, ValueError, "IKLLoss: `ce_weight` must be a finite number of at least 0, got -1.0"),
-        ({"ce_weight": "1e-1"}, TypeError, "IKLLoss: `ce_weight` must be a finite number of at least 0, got '1e-1'"),
-        ({"warmup_epochs": -5}, ValueError, "IKLLoss: `warmup_epochs` must be a finite number of at least 0, got -5"),
-        ({"reduction": "mean"}, ValueError, "IKLLoss: `reduction` must be one of 'batchmean', 'sum', 'none'"),
-        ({"temperature": 0.0}, ValueError, "IKLLoss: `temperature` must be a finite number above 0"),
-        ({"global_info": True}, ValueError, "IKLLoss: `num_classes` must be given with global_info=True"),
-    ],
-)
-def test_values_out_of_range_are_refused(kwargs, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        make("IKL", **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("targets", "error", "message"),
-    [
-        (None, ValueError, "IKLLoss: `targets` must be given with ce_weight=1.0, got None"),
-        ({"labels": 1}, TypeError, "IKLLoss: `targets` must be a tensor of class indices, got dict"),
-        ((1, 2), TypeError, "IKLLoss: `targets` must be a tensor of class indices, got tuple"),
-        (torch.tensor([0, 1, 2, 3, 4, 5]), ValueError, "IKLLoss: `targets` must lie in [0, 4], got values from 0 to 5"),
-        (torch.tensor([0, 1]), ValueError, "`targets` must have shape (6,) for logits of shape (6, 5), got (2,)"),
-        (torch.rand(6), TypeError, "IKLLoss: `targets` must hold integer class indices, got torch.float32"),
-    ],
-)
-def test_targets_that_do_not_fit_are_refused(targets, error, message):
-    student, teacher, _ = batch()
-    with pytest.raises(error, match=re.escape(message)):
-        call(make("IKL", ce_weight=1.0), student, teacher, targets)
-
-
-def test_the_prior_needs_targets():
-    loss = make("IKL", global_info=True, num_classes=5)
+def test_targets_that_do_not_fit_are_refused(kwargs, targets, error, message):
+    student, teacher, _ = batch(dtype=torch.float32)
+    loss = make("IKL", **kwargs)
     loss.begin_epoch(1, 1)
-    student, teacher, _ = batch()
-    with pytest.raises(ValueError, match="`targets` must be given"):
-        call(loss, student, teacher, None)
-    with pytest.raises(TypeError, match="`targets` must be a tensor of class indices, got list"):
-        call(loss, student, teacher, [0])
+    with pytest.raises(error, match=re.escape(message)):
+        call(loss, student, teacher, targets)
+
+
+LOGITS = torch.zeros(2, 3, requires_grad=True)
+VIEWS = AdversarialLogits(natural=LOGITS, adversarial=LOGITS)
+PLAIN = {".": {"output": LOGITS}}
+HOOKS = {role: f"Add to `train:` of the config:\n  {role}:\n    forward_hook:\n      output: ['fc']" for role in ROLES}
+TO_FC = {role: {f"{role}_module_path": "fc"} for role in ROLES}
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "cause"),
-    [({"global_info": True, "num_classes": 5}, "global_info=True"), ({"warmup_epochs": 2}, "warmup_epochs=2")],
+    ("places", "student", "teacher", "message"),
+    [
+        (
+            TO_FC["student"],
+            PLAIN,
+            PLAIN,
+            "recorded of the student: '.' (output). " + HOOKS["student"],
+        ),
+        (
+            TO_FC["teacher"],
+            PLAIN,
+            {**PLAIN, "a": {"output": LOGITS, "input": LOGITS}, "b": {}},
+            "recorded of the teacher: '.' (output); 'a' (input, output). " + HOOKS["teacher"],
+        ),
+        ({}, {".": {}}, PLAIN, "recorded of the student: nothing"),
+        ({}, PLAIN, {".": {"output": {"out": 1, "aux": 2}}}, "a dict with the keys 'out', 'aux'. Name the layer"),
+        ({}, PLAIN, {".": {"output": (1, 2)}}, "that of '.' is a tuple. "),
+        ({}, {".": {"output": None}}, PLAIN, "is a NoneType. Name the layer that gives the logits, here called 'fc'"),
+        ({}, {".": {"output": None}}, PLAIN, "student_module_path: 'fc'. " + HOOKS["student"]),
+        ({}, PLAIN, {}, "must lead to a teacher, but this config trains without one"),
+        ({}, PLAIN, {".": {"output": VIEWS}}, "a teacher must see natural images"),
+        (
+            TO_FC["student"],
+            {".": {"output": VIEWS}},
+            PLAIN,
+            "`student_module_path` must be '.' in adversar",
+        ),
+        (TO_FC["teacher"], {".": {"output": VIEWS}}, {}, "`teacher_module_path` must be '.' in adversar"),
+    ],
 )
-def test_epochs_that_nobody_announces_are_refused_with_the_line_to_add(kwargs, cause):
-    message = (
-        f"IKLLoss: {cause} must know where epochs begin, but nobody has said so. Add this line to `train:` of the "
-        "config (or to each of its stages that uses the loss):\n  pre_epoch_process: 'ikl_pre_epoch_process'"
-    )
+def test_logits_that_are_not_there_are_refused_with_the_lines_to_add(places, student, teacher, message):
     with pytest.raises(ValueError, match=re.escape(message)):
+        make("IKL", **places)(student, teacher)
+
+
+@pytest.mark.parametrize(("kwargs", "cause"), [(PRIOR, "global_info=True"), ({"warmup_epochs": 2}, "warmup_epochs=2")])
+def test_epochs_that_nobody_announces_are_refused_with_the_line_to_add(kwargs, cause):
+    line = rf"{cause} must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre_epoch_process'$"
+    with pytest.raises(ValueError, match=line):
         call(make("IKL", **kwargs), *batch(dtype=torch.float32))
 
 
 def test_without_prior_and_ramp_nobody_need_announce_epochs():
     assert call(make("IKL", warmup_epochs=1), *batch()).isfinite()
+
+
+def test_a_batch_too_many_is_refused():
+    loss = make("IKL", **PRIOR)
+    loss.begin_epoch(1, 2)
+    one = batch(dtype=torch.float32)
+    for _ in range(2):
+        call(loss, *one)
+    with pytest.raises(ValueError, match="no more than the 2 batches of `train_data_loader`"):
+        call(loss, *one)
 
 
 # --- inside a criterion ----------------------------------------------------------------------------------------------
@@ -459,11 +417,59 @@ def test_find_losses_looks_into_terms_and_wrappers():
     assert find_losses(nn.CrossEntropyLoss()) == {}
 
 
-@pytest.mark.parametrize(
-    ("adapter", "module"), [(DKLLoss, core.DKLLoss), (IKLLoss, core.IKLLoss), (GKLLoss, core.GKLLoss)]
-)
-def test_the_core_module_does_the_mathematics(adapter, module):
-    loss = adapter(".", "output", ".", "output", alpha=2.0, num_classes=5)
-    assert type(loss.core) is module
-    assert loss.core.alpha == 2.0
-    assert loss.core.num_classes == 5
+# --- the table of losses ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_class", [DKLLoss, IKLLoss, GKLLoss])
+def test_a_class_wraps_that_of_the_core_and_travels(loss_class):
+    loss = loss_class(".", "output", ".", "output", alpha=2.0, num_classes=5)
+    assert type(loss.core) is getattr(core, loss_class.__name__)
+    assert (loss.core.alpha, loss.core.num_classes) == (2.0, 5)
+    student, teacher, _ = batch(dtype=torch.float32)
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):  # noqa: S301
+        assert type(other) is loss_class
+        assert torch.equal(call(other, student, teacher), call(loss, student, teacher))
+
+
+def test_a_fourth_loss_is_one_row_of_the_table(monkeypatch):
+    class HalfLoss(core.IKLLoss):
+        """Half of IKL."""
+
+        def __init__(self, *, factor: float = 0.5, **kwargs: float) -> None:
+            super().__init__(**kwargs)
+            self.factor = factor
+
+        def forward(self, *args, **kwargs):
+            return self.factor * super().forward(*args, **kwargs)
+
+    monkeypatch.setitem(core.LOSSES, "HalfLoss", HalfLoss)
+    before = dict(MIDDLE_LEVEL_LOSS_DICT)
+    try:
+        register()
+        student, teacher, _ = batch()
+        for key in ("HalfLoss", "Half"):
+            half = make(key, factor=0.25)
+            assert find_losses(nn.Sequential(half)) == {"0": half}
+            torch.testing.assert_close(call(half, student, teacher), 0.25 * call(make("IKL"), student, teacher))
+    finally:
+        MIDDLE_LEVEL_LOSS_DICT.clear()
+        MIDDLE_LEVEL_LOSS_DICT.update(before)
+
+
+def test_each_argument_is_checked_once(monkeypatch):
+    loss = make("IKL", **PRIOR, ce_weight=1.0, warmup_epochs=4)
+    loss.begin_epoch(1, 1)
+    calls = []
+
+    def counted(name, function):
+        def check(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return check
+
+    names = ("check_logits", "check_targets", "check_class_prior")
+    for name in names:
+        monkeypatch.setattr(_validation, name, counted(name, getattr(_validation, name)))
+    call(loss, *batch(dtype=torch.float32))
+    assert sorted(calls) == sorted(names)
