@@ -18,24 +18,25 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchdistill.common.module_util import check_if_fsdp_wrapped, check_if_wrapped
 from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT, register_forward_proc_func
 
 from .. import _validation as check
-from ..adversarial import PGD, Strength
-from .losses import PROCESS_LINE, AdversarialLogits
+from ..adversarial import PGD, PixelSpace, Strength
+from ..class_prior import ClassPrior
+from .losses import PROCESS_LINE, AdversarialLogits, shown_output
 
 __all__ = ["AdversarialForward", "adversarial_forward"]
 
 _logger = logging.getLogger(__name__)
 _CALLER = "adversarial_forward"
 _GREY_LEVEL = 1 / 255  # what normalising in a narrow dtype and undoing it may lose
+_WAY_OUT = "Give `mean` and `std` of the data set's Normalize, or neither if it has none."
 
 
 def adversarial_forward(
@@ -67,7 +68,8 @@ def adversarial_forward(
             raise TypeError(check.unknown_name_message(_CALLER, "keyword", keyword, [*known, "mean", "std"]))
     if "eps" not in attack:
         raise TypeError(f"{_CALLER}: `eps` must be given, the radius of the attack. Pass a number or '8/255'.")
-    forward = AdversarialForward(PGD(**attack), mean=mean, std=std)
+    space = PixelSpace(mean, std, tolerance=_GREY_LEVEL, caller=_CALLER, way_out=_WAY_OUT)
+    forward = AdversarialForward(PGD(**attack), space)
     settings = {**attack, "mean": mean, "std": std}
     shown = ", ".join(f"{name}={settings[name]!r}" for name in sorted(settings) if settings[name] is not None)
     key = f"ikl_plugins.{_CALLER}({shown})"
@@ -90,42 +92,27 @@ class AdversarialForward:
 
     Args:
         attack: the inner maximisation, in pixel space.
-        mean: see :func:`adversarial_forward`.
-        std: see :func:`adversarial_forward`.
-
-    Raises:
-        TypeError: ``mean`` or ``std`` is no sequence of numbers.
-        ValueError: only one of them is given, their lengths differ, or a number is not one of pixels in [0, 1].
+        space: from the data set's images to pixels and back.
 
     Attributes:
-        attack: the inner maximisation.
         strength: what the attack may do in the running epoch; None before ``ikl_pre_epoch_process`` has told the epoch.
+        prior: the class prior of the loss, which weighs the objective ``'ikl'``; None without one.
     """
 
-    def __init__(self, attack: PGD, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
-        if (mean is None) != (std is None):
-            missing = "mean" if mean is None else "std"
-            raise ValueError(
-                f"{_CALLER}: `mean` and `std` must be given together, got no `{missing}`. Give both of the data set's "
-                f"Normalize, or none of them if the images are pixels in [0, 1]."
-            )
+    def __init__(self, attack: PGD, space: PixelSpace) -> None:
         self.attack = attack
+        self.space = space
         self.strength: Strength | None = None
-        self._mean = None if mean is None else _per_channel("mean", mean)
-        self._std = None if std is None else _per_channel("std", std)
-        if self._mean is not None and self._std is not None and self._mean.shape != self._std.shape:
-            raise ValueError(
-                f"{_CALLER}: `mean` and `std` must have one length, got {len(self._mean)} and {len(self._std)}. "
-                f"Give one number per channel, as in the data set's Normalize."
-            )
+        self.prior: ClassPrior | None = None
         self._first_batch = True
 
-    def in_epoch(self, epoch: int, epochs: int) -> AdversarialForward:
+    def in_epoch(self, epoch: int, epochs: int, prior: ClassPrior | None = None) -> AdversarialForward:
         """A forward process for one epoch: a box's own, as boxes of the same settings share the registered one.
 
         Args:
             epoch: number of the epoch in its stage, 1 for the first.
             epochs: how many epochs the stage has.
+            prior: the class prior of the box's loss.
 
         Returns:
             A copy with the strength of that epoch.
@@ -135,6 +122,7 @@ class AdversarialForward:
         """
         told = copy.copy(self)
         told.strength = self.attack.strength(epoch, epochs)
+        told.prior = prior if self.attack.uses_prior else None
         told._first_batch = epoch == 1
         return told
 
@@ -146,7 +134,7 @@ class AdversarialForward:
         Args:
             model: the box's model, wrapped or not.
             sample_batch: natural images as the data set gives them, shape (N, C, H, W).
-            targets: class indices (N,), needed for the objective ``'cross_entropy'``.
+            targets: class indices (N,), needed where the attack needs labels or a class prior weighs it.
             supp_dict: ignored, as other forward processes do.
             **kwargs: ignored.
 
@@ -160,14 +148,8 @@ class AdversarialForward:
         """
         if self.strength is None and self.attack.changes:
             raise ValueError(
-                f"{_CALLER}: an attack whose strength changes over the epochs must know where epochs begin, but nobody "
-                f"has said so. Add this line to `train:` of the config (or to each of its stages that uses it):\n"
-                f"  {PROCESS_LINE}"
-            )
-        if self.attack.objective == "cross_entropy" and targets is None:
-            raise ValueError(
-                f"{_CALLER}: `targets` must be given with objective='cross_entropy', got None. Let the data set give "
-                f"labels, or set objective: 'soft_cross_entropy'."
+                f"{_CALLER}: an attack that changes over the epochs must know where epochs begin. Add this line to "
+                f"`train:` of the config (or to each of its stages that uses it):\n  {PROCESS_LINE}"
             )
         if check_if_fsdp_wrapped(model):
             raise ValueError(
@@ -175,97 +157,41 @@ class AdversarialForward:
                 f"Set `wrapper: 'DistributedDataParallel'` under `train: model:`."
             )
         bare: nn.Module = model.get_submodule("module") if check_if_wrapped(model) else model
-        pixels = self._to_pixels(sample_batch)
+        pixels = self.space.to_pixels(sample_batch)
+        self._warn_once(pixels)
         adversarial = self.attack(
             bare,
             pixels,
-            forward=lambda images: _logits(bare, self._to_inputs(images)),
+            forward=lambda images: _logits(bare, self.space.to_inputs(images)),
             labels=targets,
+            class_prior=None if self.prior is None else self.prior.prior(targets),
             strength=self.strength,
+            check_values=False,
         )
-        adversarial_logits = _logits(model, self._to_inputs(adversarial))
+        adversarial_logits = _logits(model, self.space.to_inputs(adversarial))
         # A second forward through DistributedDataParallel would broadcast BatchNorm's buffers in place, under the graph
         # of the first. Its hooks are on the parameters, so that gradients are averaged all the same.
         second = bare if isinstance(model, DistributedDataParallel) else model
         return AdversarialLogits(natural=_logits(second, sample_batch), adversarial=adversarial_logits)
 
-    def _to_pixels(self, images: Tensor) -> Tensor:
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(
-                f"{_CALLER}: a batch must be a floating tensor of images, got {kind}. Let the transform of the data "
-                f"set end with ToTensor and Normalize, or with ToTensor alone."
-            )
-        pixels = images.detach()
-        if self._mean is not None and self._std is not None:
-            if images.dim() < 2 or len(self._mean) not in (1, images.shape[1]):
-                raise ValueError(
-                    f"{_CALLER}: `mean` and `std` must have one number per channel of the images, got "
-                    f"{len(self._mean)} for images of shape {tuple(images.shape)}. Give those of the data set's "
-                    f"Normalize."
-                )
-            pixels = pixels * _like(self._std, images) + _like(self._mean, images)
-        if pixels.numel() == 0:
-            return pixels  # refused by the attack
-        low, high = (bound.item() for bound in torch.aminmax(pixels))
-        if not (low >= -_GREY_LEVEL and high <= 1 + _GREY_LEVEL):
-            values = f"got values from {low:.4g} to {high:.4g}"
-            if self._mean is None:
-                raise ValueError(
-                    f"{_CALLER}: images must be pixels in [0, 1], {values}. If the data set's transform normalises, "
-                    f"give the attack the `mean` and `std` of its Normalize."
-                )
-            raise ValueError(
-                f"{_CALLER}: images must be pixels in [0, 1] once `mean` and `std` are undone, {values}. Both must be "
-                f"those of the data set's Normalize, which must come once, and behind ToTensor."
-            )
-        if self._first_batch and self._mean is not None and low >= self._mean.min() > 0:
+    def _warn_once(self, pixels: Tensor) -> None:
+        if self._first_batch and self.space.normalises and pixels.numel() and pixels.min() >= self.space.mean.min() > 0:
             _logger.warning(
                 "%s: in the first batch no pixel is darker than `mean`, once `mean` and `std` are undone. If the data "
                 "set's transform does not normalise, leave both out: the attack would be too strong.",
                 _CALLER,
             )
         self._first_batch = False
-        return pixels.clamp(0, 1)
-
-    def _to_inputs(self, pixels: Tensor) -> Tensor:
-        if self._mean is None or self._std is None:
-            return pixels
-        return (pixels - _like(self._mean, pixels)) / _like(self._std, pixels)
 
     def __repr__(self) -> str:
-        mean, std = (None if one is None else one.tolist() for one in (self._mean, self._std))
-        return f"AdversarialForward({self.attack!r}, mean={mean}, std={std})"
-
-
-def _per_channel(name: str, values: object) -> Tensor:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise TypeError(
-            f"{_CALLER}: `{name}` must be a list of numbers, one per channel, got {values!r}. "
-            f"Write it as the data set's Normalize has it, such as [0.5, 0.5, 0.5]."
-        )
-    numbers = [check.check_number(_CALLER, name, value, positive=name == "std") for value in values]
-    if max(numbers) > 1:
-        raise ValueError(
-            f"{_CALLER}: `{name}` must hold numbers of at most 1, as pixels lie in [0, 1], got {list(values)}. "
-            f"Divide those of pixels in 0..255 by 255."
-        )
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _like(numbers: Tensor, images: Tensor) -> Tensor:
-    """One number per channel, in the images' dtype and shaped to broadcast."""
-    return numbers.to(images.device, images.dtype).reshape(-1, *[1] * (images.dim() - 2))
+        return f"AdversarialForward({self.attack!r}, {self.space!r})"
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     output = model(images)
-    if isinstance(output, Tensor):
-        return output
-    what = f"a {type(output).__name__}"
-    if isinstance(output, Mapping):
-        what += f" with the keys {', '.join(map(repr, output))}"
-    raise ValueError(
-        f"{_CALLER}: the model must return the tensor of logits, got {what}. Attack a network whose forward gives the "
-        f"logits alone."
-    )
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"{_CALLER}: the model must return the tensor of logits, got {shown_output(output)}. Attack a network "
+            f"whose forward gives the logits alone."
+        )
+    return output

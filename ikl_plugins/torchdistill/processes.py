@@ -23,6 +23,7 @@ from torchdistill.core.interfaces.pre_epoch_proc import (
 )
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
+from ..class_prior import ClassPrior
 from .adversarial import AdversarialForward
 from .losses import MidLevelLoss, find_losses
 
@@ -39,7 +40,7 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
     - A frozen teacher is put in eval mode, so that its BatchNorm statistics stay as they are.
     - Each of this package's losses in the criterion is told the epoch and its number of batches, and moved to the
       device.
-    - A forward process of adversarial training is told the epoch and the number of epochs.
+    - A forward process of adversarial training is told the epoch, the number of epochs and the class prior.
     - Class priors join the optimizer's state, in ``param_groups[0]['ikl_plugins']``: whatever saves and loads the
       optimizer, upstream's script with ``--start_epoch`` for one, carries them along.
     - In distributed training a student that nobody has wrapped is wrapped in DistributedDataParallel.
@@ -54,10 +55,7 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
             ranks without a wrapper.
     """
     if isinstance(epoch, bool) or not isinstance(epoch, int):
-        raise ValueError(
-            f"{_CALLER}: `epoch` must be the number of the epoch, 0 for the first, got {epoch!r}. "
-            f"Call pre_epoch_process(epoch=...)."
-        )
+        raise ValueError(f"{_CALLER}: `epoch` must be the number of the epoch, 0 for the first, got {epoch!r}.")
     stage, first_epoch, epochs = _stage_of(box)
     epoch_of_stage = max(1, epoch - first_epoch + 1)
     with_teacher = isinstance(box, DistillationBox)
@@ -69,17 +67,27 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
         _settle_teacher(box, first=epoch_of_stage == 1)
     else:
         default_pre_epoch_process_without_teacher(box, epoch=epoch, **kwargs)
-    process = "student_forward_proc" if with_teacher else "model_forward_proc"
-    forward = getattr(box, process)
-    if isinstance(forward, AdversarialForward):
-        setattr(box, process, forward.in_epoch(epoch_of_stage, epochs))
-
     losses = find_losses(box.criterion)
     for loss in losses.values():
         loss.to(box.device)
+    process = "student_forward_proc" if with_teacher else "model_forward_proc"
+    forward = getattr(box, process)
+    if isinstance(forward, AdversarialForward):
+        setattr(box, process, forward.in_epoch(epoch_of_stage, epochs, _prior_of(losses, forward)))
     _keep_priors(box.optimizer, losses, stage, epoch_of_stage)
     for loss in losses.values():
         loss.begin_epoch(epoch_of_stage, _batches(box.train_data_loader))
+
+
+def _prior_of(losses: dict[str, MidLevelLoss], forward: AdversarialForward) -> ClassPrior | None:
+    """The class prior that weighs the attack as it weighs the loss."""
+    priors = {term: loss.class_prior for term, loss in losses.items() if loss.class_prior is not None}
+    if len(priors) > 1 and forward.attack.uses_prior:
+        raise ValueError(
+            f"{_CALLER}: the objective '{forward.attack.objective}' of the attack must have one class prior to be "
+            f"weighed by, got those of {', '.join(priors)}. Set global_info: False in all terms but one."
+        )
+    return next(iter(priors.values()), None)
 
 
 def _stage_of(box: Any) -> tuple[int, int, int]:
@@ -111,8 +119,8 @@ def _settle_teacher(box: Any, *, first: bool) -> None:
     trained = len(get_updatable_param_names(box.teacher_model)) > 0
     if box.distributed and trained and not _keeps_step(box.teacher_model):
         raise ValueError(
-            f"{_CALLER}: a teacher that is trained on several ranks must be wrapped, got an unwrapped one, whose "
-            f"replicas would drift apart. Add to `train:` of the config:\n  teacher:\n    requires_grad: False\n"
+            f"{_CALLER}: a teacher that is trained on several ranks must be wrapped, got an unwrapped one. "
+            f"Add to `train:` of the config:\n  teacher:\n    requires_grad: False\n"
             f"or, on CUDA:\n  teacher:\n    wrapper: 'DistributedDataParallel'"
         )
 
