@@ -353,9 +353,7 @@ def test_the_objective_ikl_takes_one_class_prior(tmp_path):
 def test_a_strength_that_changes_needs_the_epochs(tmp_path, process):
     train_epoch(make_box(stage(tmp_path, process=process)), 0)
     changing = make_box(stage(tmp_path, process=process, attack={**WEAK, "eps_ramp": 0.5}))
-    with pytest.raises(
-        ValueError, match=r"must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"
-    ):
+    with pytest.raises(ValueError, match=r"must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"):
         train_epoch(changing, 0)
 
 

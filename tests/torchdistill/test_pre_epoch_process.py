@@ -3,7 +3,6 @@
 import argparse
 import copy
 import logging
-import re
 
 import oracles
 import pytest
@@ -26,10 +25,9 @@ CPU = torch.device("cpu")
 OURS = "ikl_pre_epoch_process"
 DEFAULT = "default_pre_epoch_process_with_teacher"
 PLACES = {
-    "student_module_path": ".",
-    "student_module_io": "output",
-    "teacher_module_path": ".",
-    "teacher_module_io": "output",
+    f"{role}_module_{part}": place
+    for role in ("student", "teacher")
+    for part, place in (("path", "."), ("io", "output"))
 }
 UNIFORM = torch.full((CLASSES, CLASSES), 1 / CLASSES)
 PRIOR = {"global_info": True, "num_classes": CLASSES, "weight_temperature": 2.0}
@@ -57,33 +55,26 @@ def images():
     return TensorDataset(x, torch.randint(CLASSES, (IMAGES,), generator=generator))
 
 
+def loader(sampler):
+    return {
+        "dataset_id": "train",
+        "sampler": {"class_or_func": sampler, "kwargs": None},
+        "kwargs": {"batch_size": BATCH},
+    }
+
+
 def stage(key="IKLLoss", *, term="ikl", process=OURS, epochs=3, optimizer=True, accumulate=1, **kwargs):
-    loss = {"key": key, "kwargs": {**PLACES, **kwargs}}
+    loss = {"criterion": {"key": key, "kwargs": {**PLACES, **kwargs}}, "weight": 1.0}
     config = {
         "num_epochs": epochs,
-        "train_data_loader": {
-            "dataset_id": "train",
-            "sampler": {"class_or_func": RandomSampler, "kwargs": None},
-            "kwargs": {"batch_size": BATCH},
-        },
-        "val_data_loader": {
-            "dataset_id": "train",
-            "sampler": {"class_or_func": SequentialSampler, "kwargs": None},
-            "kwargs": {"batch_size": BATCH},
-        },
+        "train_data_loader": loader(RandomSampler),
+        "val_data_loader": loader(SequentialSampler),
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only"},
-        "criterion": {
-            "key": "WeightedSumLoss",
-            "kwargs": {"sub_terms": {term: {"criterion": loss, "weight": 1.0}}},
-        },
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {term: loss}}},
     }
     if optimizer:
-        config["optimizer"] = {
-            "key": "SGD",
-            "kwargs": {"lr": 0.1, "momentum": 0.9},
-            "grad_accum_step": accumulate,
-        }
+        config["optimizer"] = {"key": "SGD", "kwargs": {"lr": 0.1, "momentum": 0.9}, "grad_accum_step": accumulate}
     if process is not None:
         config["pre_epoch_process"] = process
     return config
@@ -127,20 +118,14 @@ def test_only_our_process_keeps_the_teachers_statistics(process, moves):
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     for epoch in range(2):
         train_epoch(box, epoch)
+        assert box.student_model.training
+        assert box.teacher_model.training is moves
         box.student_model.eval()  # as an evaluation between epochs does
         box.post_epoch_process()
     after = dict(teacher.named_buffers())
     assert before  # there are statistics to move
     for name, buffer in before.items():
         assert torch.equal(buffer, after[name]) is not moves, name
-
-
-def test_the_student_is_in_training_mode_again_after_an_evaluation():
-    box = make_box(stage())
-    box.student_model.eval()
-    box.pre_epoch_process(epoch=0)
-    assert box.student_model.training
-    assert not box.teacher_model.training
 
 
 def test_a_teacher_that_is_trained_along_keeps_its_mode_and_is_warned_of_once(caplog):
@@ -175,17 +160,6 @@ def test_the_prior_is_the_mean_prediction_of_each_class_when_the_epoch_is_over(a
     assert box.stage_grad_count == 2 * IMAGES // BATCH
 
 
-def test_an_epoch_that_a_script_cuts_short_still_counts():
-    box = make_box(stage(**PRIOR))
-    train_epoch(box, 0, steps=2)
-    prior = the_loss(box).class_prior
-    assert prior.counts.sum() == 2 * BATCH
-    box.post_epoch_process()
-    box.pre_epoch_process(epoch=1)
-    assert prior.counts.sum() == 0
-    assert not torch.equal(prior.matrix, UNIFORM)
-
-
 def test_a_loader_without_a_length_rolls_the_prior_at_the_next_epoch():
     class Stream(IterableDataset):
         def __iter__(self):
@@ -217,18 +191,14 @@ def test_the_ramp_follows_the_epochs():
 @pytest.mark.parametrize("kwargs", [PRIOR, {"warmup_epochs": 3}])
 def test_a_config_that_ends_no_epochs_is_refused_at_its_first_batch(process, kwargs):
     box = make_box(stage(process=process, **kwargs))
-    with pytest.raises(
-        ValueError, match=r"Add this line to `train:`(.|\n)*\n  pre_epoch_process: 'ikl_pre_epoch_process'"
-    ):
+    with pytest.raises(ValueError, match=r"must know where epochs begin"):
         train_epoch(box, 0)
 
 
 @pytest.mark.parametrize("epoch", [None, "3", True])
 def test_an_epoch_without_a_number_is_refused(epoch):
     box = make_box(stage())
-    with pytest.raises(
-        ValueError, match=re.escape(f"`epoch` must be the number of the epoch, 0 for the first, got {epoch!r}")
-    ):
+    with pytest.raises(ValueError, match=f"`epoch` must be the number of the epoch, .* got {epoch!r}"):
         box.pre_epoch_process(epoch=epoch)
 
 
@@ -278,12 +248,6 @@ def test_dict_valued_models_work_through_a_hook_and_as_plain_ones_do():
     torch.testing.assert_close(the_loss(box).class_prior.matrix, the_loss(plain).class_prior.matrix)
     for ours, theirs in zip(box.student_model.parameters(), plain.student_model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_a_dict_valued_model_without_a_hook_is_refused():
-    box = make_box(stage(), teacher=DictNet(1), student=DictNet(2))
-    with pytest.raises(ValueError, match=r"that of '\.' is a dict with the keys 'out', 'aux'"):
-        train_epoch(box, 0)
 
 
 # --- the prior through checkpoints -----------------------------------------------------------------------------------
@@ -353,13 +317,10 @@ def test_sums_of_an_unfinished_epoch_come_back_and_are_rolled(tmp_path):
 def test_a_checkpoint_of_another_number_of_classes_is_refused(tmp_path):
     box = make_box(stage(**PRIOR))
     train_epoch(box, 0)
-    record = box.optimizer.param_groups[0]["ikl_plugins"]["ikl"]
-    record.update({name: torch.zeros(9, 9) for name in ("matrix", "sums")})
+    box.optimizer.param_groups[0]["ikl_plugins"]["ikl"].update(matrix=torch.zeros(9, 9), sums=torch.zeros(9, 9))
     save_as_upstream(box, tmp_path / "nine.pt")
     resumed = resume_as_upstream(stage(**PRIOR), tmp_path / "nine.pt")
-    with pytest.raises(
-        ValueError, match=r"class prior of term 'ikl' must fit num_classes=4.*got \(9, 9\).*config that wrote"
-    ):
+    with pytest.raises(ValueError, match=r"class prior of term 'ikl' must fit num_classes=4.*got \(9, 9\)"):
         resumed.pre_epoch_process(epoch=1)
 
 
@@ -382,9 +343,9 @@ def test_a_prior_that_a_resumed_run_misses_is_warned_of_once(tmp_path, caplog, w
         for epoch in (1, 2):
             train_epoch(resumed, epoch)
     messages = [record.message for record in caplog.records]
-    assert len(messages) == (warning is not None)
-    if warning is not None:
-        assert f"goes on at epoch 2, but the checkpoint holds {warning}. It starts uniform." in messages[0]
+    assert [f"at epoch 2, but the checkpoint holds {warning}" in message for message in messages] == [True] * bool(
+        warning
+    )
 
 
 # --- several stages --------------------------------------------------------------------------------------------------
@@ -429,15 +390,6 @@ def test_a_stage_without_a_prior_leaves_none_behind():
         box.post_epoch_process()
 
 
-def test_a_later_stage_without_the_process_is_refused():
-    config = {"stage1": stage(**PRIOR, epochs=1), "stage2": stage(**PRIOR, process=None, epochs=1)}
-    box = make_box(config)
-    train_epoch(box, 0)
-    box.post_epoch_process()
-    with pytest.raises(ValueError, match="or to each of its stages that uses the loss"):
-        train_epoch(box, 1)
-
-
 def test_a_process_of_ones_own_may_call_ours():
     box = make_box(stage(process=DEFAULT, **PRIOR))
     ikl_pre_epoch_process(box, epoch=0)
@@ -447,14 +399,6 @@ def test_a_process_of_ones_own_may_call_ours():
 
 
 # --- several ranks: what one process can see of it -------------------------------------------------------------------
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")
@@ -508,9 +452,7 @@ def test_a_bare_teacher_that_is_trained_on_several_ranks_is_refused():
     config = stage()
     del config["teacher"]["requires_grad"]
     box = make_box(config, distributed=True)
-    with pytest.raises(
-        ValueError, match=r"teacher that is trained on several ranks must be wrapped(.|\n)*requires_grad: False"
-    ):
+    with pytest.raises(ValueError, match=r"on several ranks must be wrapped(.|\n)*requires_grad: False"):
         box.pre_epoch_process(epoch=0)
     box.teacher_model.requires_grad_(False)
     box.pre_epoch_process(epoch=0)

@@ -18,20 +18,11 @@ from torchdistill.models.registry import MODEL_DICT, get_model
 import ikl_plugins.torchdistill as adapter
 from ikl_plugins import models
 
-LOSSES = {
-    "DKLLoss": adapter.DKLLoss,
-    "DKL": adapter.DKLLoss,
-    "IKLLoss": adapter.IKLLoss,
-    "IKL": adapter.IKLLoss,
-    "GKLLoss": adapter.GKLLoss,
-    "GKL": adapter.GKLLoss,
-}
+LOSSES = {f"{kind}{end}": getattr(adapter, f"{kind}Loss") for kind in ("DKL", "IKL", "GKL") for end in ("Loss", "")}
 
 
-def run(statement, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", statement], capture_output=True, text=True, timeout=120, check=False, **environment
-    )
+def run(statement):
+    return subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize(
@@ -98,28 +89,13 @@ def test_a_key_of_somebody_else_is_refused_and_kept(monkeypatch, registry, kind,
 
     monkeypatch.setitem(registry, key, Foreign)
     monkeypatch.delitem(MIDDLE_LEVEL_LOSS_DICT, "DKL")
-    with pytest.raises(
-        ValueError, match=rf"the {kind} key '{key}' must be free, but .*Foreign holds it\. Register that"
-    ):
+    with pytest.raises(ValueError, match=rf"the {kind} key '{key}' must be free, but .*Foreign holds it"):
         adapter.register()
     assert registry[key] is Foreign
     assert "DKL" not in MIDDLE_LEVEL_LOSS_DICT  # nothing was registered
 
 
-def test_an_import_after_somebody_else_is_refused():
-    done = run(
-        "from torchdistill.losses.registry import register_mid_level_loss\n"
-        "@register_mid_level_loss\n"
-        "class IKLLoss: pass\n"
-        "import ikl_plugins.torchdistill"
-    )
-    assert done.returncode != 0
-    assert "the loss key 'IKLLoss' must be free, but __main__.IKLLoss holds it" in done.stderr
-
-
 def test_without_torchdistill_the_error_names_the_command():
     done = run("import sys\nsys.modules['torchdistill'] = None\nimport ikl_plugins\nimport ikl_plugins.torchdistill")
     assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: ikl_plugins.torchdistill needs torchdistill, but `torchdistill")
-    assert last.endswith("Run: pip install 'ikl_plugins[torchdistill]'")
+    assert done.stderr.strip().endswith("Run: pip install 'ikl_plugins[torchdistill]'")
