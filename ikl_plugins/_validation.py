@@ -40,12 +40,12 @@ def check_number(caller: str, name: str, value: object, *, positive: bool = Fals
     return number
 
 
-def check_integer(caller: str, name: str, value: object, way_out: str = "") -> int:
-    """``value``, refused unless it is an integer of at least 1."""
-    rule = f"{caller}: `{name}` must be an integer of at least 1, got {value!r}"
+def check_integer(caller: str, name: str, value: object, way_out: str = "", *, least: int = 1) -> int:
+    """``value``, refused unless it is an integer of at least ``least``."""
+    rule = f"{caller}: `{name}` must be an integer of at least {least}, got {value!r}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{rule} of type {type(value).__name__}.{way_out and ' ' + way_out}")
-    if value < 1:
+    if value < least:
         raise ValueError(f"{rule}.{way_out and ' ' + way_out}")
     return value
 

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
+from .. import _validation as check
+
 __all__ = ["ImageList", "image_folder", "share_of_batch"]
 
 _PREPARE = {
@@ -47,10 +49,7 @@ def image_folder(
                   split_dir: 'digits/train'
     """
     if not isinstance(split_dir, str | os.PathLike):
-        raise TypeError(
-            f"image_folder: `split_dir` must be the path of a folder, got {split_dir!r} of type "
-            f"{type(split_dir).__name__}. Write it as 'digits/train'."
-        )
+        raise TypeError(f"image_folder: `split_dir` must be the path of a folder, got {split_dir!r}.")
     folder = _data_folder() / split_dir
     try:
         return ImageFolder(folder, transform=transform, loader=_DecodedOnce() if in_memory else default_loader)
@@ -98,8 +97,8 @@ class ImageList(Dataset[tuple[Any, int]]):
         path, folder = _data_folder() / list_file, _data_folder() / image_dir
         if not path.is_file():
             raise ValueError(
-                f"ImageList: `list_file` must be a text file of images and class indices, got '{list_file}', which is "
-                f"{path}: no such file. Put it there, or set IKL_PLUGINS_DATA to the folder that holds '{list_file}'."
+                f"ImageList: `list_file` must be a text file, got '{list_file}', which is {path}: no such file. "
+                f"Put it there, or set IKL_PLUGINS_DATA to the folder that holds '{list_file}'."
             )
         self.samples = [
             (str(folder / name), label)
@@ -108,11 +107,11 @@ class ImageList(Dataset[tuple[Any, int]]):
             for name, label in [_listed(line, f"{path}, line {number}")]
         ]
         if not self.samples:
-            raise ValueError(f"ImageList: `list_file` must list images, but {path} is empty. Get the file anew.")
+            raise ValueError(f"ImageList: `list_file` must list images, but {path} is empty.")
         if not Path(self.samples[0][0]).is_file():
             raise ValueError(
                 f"ImageList: `image_dir` must be the folder that the paths of '{list_file}' start from, got "
-                f"'{image_dir}': there is no {self.samples[0][0]}. Correct it, or put the images there."
+                f"'{image_dir}': there is no {self.samples[0][0]}."
             )
         self.transform = transform
 
@@ -139,7 +138,7 @@ def share_of_batch(total: int) -> int:
         total: images in a step, over all processes; at least 1.
 
     Returns:
-        ``total`` divided by the environment variable WORLD_SIZE, which torchrun sets; ``total`` without it.
+        ``total`` divided by the environment variable WORLD_SIZE, which torchrun sets.
 
     Raises:
         TypeError: ``total`` is no integer.
@@ -155,13 +154,9 @@ def share_of_batch(total: int) -> int:
                   kwargs:
                     total: 512
     """
-    if isinstance(total, bool) or not isinstance(total, int):
-        raise TypeError(
-            f"share_of_batch: `total` must be an integer of at least 1, got {total!r} of type {type(total).__name__}. "
-            f"Pass the number of images in a step."
-        )
+    check.check_integer("share_of_batch", "total", total, "Pass the number of images in a step.")
     processes = int(os.environ.get("WORLD_SIZE") or 1)
-    if total < 1 or total % processes:
+    if total % processes:
         raise ValueError(
             f"share_of_batch: `total` must be a multiple of the number of processes, {processes}, got {total}. "
             f"Start another number of processes, or change `total` and with it the learning rate."
@@ -177,9 +172,7 @@ def _listed(line: str, where: str) -> tuple[str, int]:
     """Path and class index of a line; the path may hold blanks."""
     parts = line.rsplit(maxsplit=1)
     if len(parts) < 2 or not parts[1].isdecimal():
-        raise ValueError(
-            f"ImageList: {where}, must be a path, a blank and a class index, got {line!r}. Correct the line."
-        )
+        raise ValueError(f"ImageList: {where}, must be a path, a blank and a class index, got {line!r}.")
     return parts[0].strip(), int(parts[1])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from .. import _validation as check
+
 __all__ = ["WarmupCosine"]
 
 
@@ -41,24 +43,12 @@ class WarmupCosine:
     """
 
     def __init__(self, epochs: int, warmup_epochs: int = 0) -> None:
-        for name, value, least, rule in (
-            ("epochs", epochs, 1, "an integer of at least 1"),
-            ("warmup_epochs", warmup_epochs, 0, "an integer of at least 0"),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(
-                    f"WarmupCosine: `{name}` must be {rule}, got {value!r} of type {type(value).__name__}. "
-                    f"Pass a whole number of epochs."
-                )
-            if value < least:
-                raise ValueError(f"WarmupCosine: `{name}` must be {rule}, got {value}. Choose a value in that range.")
+        self.epochs = check.check_integer("WarmupCosine", "epochs", epochs)
+        self.warmup_epochs = check.check_integer("WarmupCosine", "warmup_epochs", warmup_epochs, least=0)
         if warmup_epochs >= epochs:
             raise ValueError(
-                f"WarmupCosine: `warmup_epochs` must be below the {epochs} epochs of the training, got "
-                f"{warmup_epochs}. Shorten the warm-up."
+                f"WarmupCosine: `warmup_epochs` must be below the {epochs} epochs of the training, got {warmup_epochs}."
             )
-        self.epochs = epochs
-        self.warmup_epochs = warmup_epochs
 
     def __call__(self, epoch: int) -> float:
         """The factor in ``epoch``, 0 for the first."""
