@@ -336,7 +336,7 @@ def test_the_class_prior_weighs_the_objective_ikl_alone(tmp_path, objective):
         pixels = x * channels(STD) + channels(MEAN)
         found.append(pgd(bare, pixels.clamp(0, 1), forward=lambda one: bare(normalise(one)), class_prior=prior))
     assert (ours - found[0]).abs().mean() < 1e-4  # a sign may differ where a gradient is nearly 0
-    assert ((found[0] - found[1]).abs().mean() > 1e-3) is (objective == "ikl")
+    assert bool((found[0] - found[1]).abs().mean() > 1e-3) is (objective == "ikl")
 
 
 def test_the_objective_ikl_takes_one_class_prior(tmp_path):
