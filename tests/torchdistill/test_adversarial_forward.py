@@ -319,7 +319,7 @@ def test_the_prior_holds_the_natural_predictions_of_the_training_forward(tmp_pat
 
 @pytest.mark.parametrize("objective", ["ikl", "soft_cross_entropy"])
 def test_the_class_prior_weighs_the_objective_ikl_alone(tmp_path, objective):
-    attack = {**WEAK, "objective": objective, "random_start": "normal"}
+    attack = {"eps": 0.2, "steps": 3, "step_size": 0.1, "objective": objective, "random_start": "normal"}
     box = make_box(stage(tmp_path, attack=attack, **PRIOR))
     train_epoch(box, 0)
     box.pre_epoch_process(epoch=1)
