@@ -60,8 +60,6 @@ type: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python tools/bench.py
-	$(BIN)/python tools/bench_training.py
-	$(BIN)/python tools/bench_adversarial.py
 
 reproduce: $(VENV)/installed
 	$(BIN)/python tools/reproduce.py distill

@@ -49,29 +49,37 @@ def run(output, data, config, checkpoint):
         return robustbench.evaluate_and_submit(parts, data, config, checkpoint), bool(parts.kept)
 
 
-def test_goes_from_a_checkpoint_to_a_submission_and_keeps_it(tmp_path, data, config, checkpoint):
+def test_goes_from_a_checkpoint_to_a_submission_and_keeps_it(tmp_path, data, config, checkpoint, monkeypatch):
+    monkeypatch.setattr(robustbench, "EXAMPLES", 10)  # one of each digit
+    monkeypatch.setattr(robustbench, "CURVE", (0.5, 1.5))
     first, kept = run(tmp_path, data, config, checkpoint)
     assert not kept
     folder = tmp_path / "robustbench"
     log = json.loads((folder / "evaluation/evaluation.json").read_text())
     assert log["eps"] == "16/255"
     assert log["standard"]
-    assert [point["eps"] for point in log["curve"]] == ["4/255", "8/255", "16/255", "24/255", "32/255"]
+    assert [point["eps"] for point in log["curve"]] == ["8/255", "24/255"]
     assert first["robust_accuracy"] == log["robust_accuracy"] <= first["natural_accuracy"]
     assert (folder / "evaluation/report.md").is_file()
     (entry,) = (folder / "submission/model_info/cifar10/Linf").glob("*.json")
     assert "Demonstration" in json.loads(entry.read_text())["footnote"]
     text = robustbench.markdown(first, folder)
     assert f"robust accuracy {log['robust_accuracy']:.2f} %" in text
-    assert "One image is 5 points" in text
+    assert "One image is 10 points" in text
 
-    before = entry.stat().st_mtime_ns
     assert run(tmp_path, data, config, checkpoint) == (first, True)
-    assert entry.stat().st_mtime_ns == before
+
+
+def test_another_network_is_another_part(data, config, checkpoint):
+    def asked(name, asked, make, **told):
+        return asked
+
+    first = robustbench.evaluate_and_submit(asked, data, config, checkpoint)
+    assert robustbench.evaluate_and_submit(asked, data, config, checkpoint) == first
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["backbone.fc.weight"] *= 1.0001
     torch.save(content, checkpoint)
-    assert not run(tmp_path, data, config, checkpoint)[1]  # another network
+    assert robustbench.evaluate_and_submit(asked, data, config, checkpoint) != first
 
 
 def test_a_network_that_fails_a_check_is_not_submitted(tmp_path, data, config, checkpoint, monkeypatch):

@@ -166,11 +166,7 @@ class AdversarialRuns:
 
 
 def package_versions() -> dict[str, str]:
-    """The installed versions of mmengine, mmpretrain and mmcv, under the names of whichever packages bring them.
-
-    Raises:
-        ImportError: one is missing.
-    """
+    """The installed versions of :data:`PACKAGES`, under the names of whichever packages bring them."""
     distributions = metadata.packages_distributions()
     versions = {}
     for package in PACKAGES:
@@ -236,16 +232,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy on the test images, natural and under PGD of growing strength, and some of its images.
 
-    Args:
-        configs: by method; the network, and what the images go through before it sees them.
-        checkpoints: by method.
-        data: the digits.
-        eps: of the training, '32/255' or a number.
-        progress: told after each attack.
-
-    Returns:
-        'training_eps' and 'eps', a list, in [0, 1]; 'accuracy', in percent for each of them, by method, the first
-        without an attack; 'images', how many there were, 'steps' and 'relative_step'; 'examples'.
+    Returns 'training_eps' and 'eps', a list, in [0, 1]; 'accuracy', in percent for each of them, by method, the first
+    without an attack; 'images', how many there were, 'steps' and 'relative_step'; 'examples'.
     """
     import torch
 
@@ -360,12 +348,7 @@ def _accuracies(evaluation: dict[str, Any], method: str) -> tuple[float, float]:
 
 
 def markdown(results: dict[str, Any], threads: int) -> str:
-    """The report on the results as Markdown.
-
-    Args:
-        results: 'runs' and 'evaluation', as :meth:`AdversarialRuns.run` fills them, and 'versions'.
-        threads: with which the trainings ran.
-    """
+    """The report on the results of :meth:`AdversarialRuns.run` as Markdown."""
     evaluation, runs = results["evaluation"], results["runs"]
     eps, steps, images = evaluation["training_eps"], evaluation["steps"], evaluation["images"]
     scores: dict[str, list[str]] = {}

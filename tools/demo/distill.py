@@ -244,14 +244,7 @@ class Row(NamedTuple):
 
 
 def summarise(results: dict[str, Any]) -> list[Row]:
-    """The table's rows.
-
-    Args:
-        results: as :meth:`Distillation.run` gives them.
-
-    Returns:
-        A row for each method that has runs.
-    """
+    """The table's rows, one for each method that has runs."""
     rows = []
     seconds = results["step_seconds"]
     for method in METHODS:

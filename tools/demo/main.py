@@ -40,14 +40,7 @@ PACKAGES = ("ikl_plugins", "torch", "torchvision", "torchdistill", "numpy")
 def run(output: Path, *, seeds: int, epochs: int | None, fresh: bool) -> dict[str, Any]:
     """Does whatever is not there yet, and writes results.json.
 
-    Args:
-        output: folder of the parts.
-        seeds: students per loss.
-        epochs: of all trainings; None for those of the configs.
-        fresh: forget what an earlier call has left.
-
-    Returns:
-        What results.json holds, and how many parts were 'done' now and 'kept'.
+    Returns what it holds, and how many parts were 'done' now and 'kept'.
     """
     import torch
 

@@ -32,17 +32,9 @@ FOOTNOTE = "A network for scikit-learn's digits, in the form of an entry for CIF
 
 
 def evaluate_and_submit(parts: Parts, data: Path, config: Any, checkpoint: Path) -> dict[str, Any]:
-    """Evaluates a checkpoint and writes its submission folder.
+    """Evaluates the checkpoint of a training and writes its submission folder, both in the folder robustbench.
 
-    Args:
-        parts: keeps what comes of it, in the folder robustbench.
-        data: the digits, as `ikl data digits` leaves them.
-        config: of the training; it names the network and the radius.
-        checkpoint: of the training.
-
-    Raises:
-        ImportError: RobustBench is missing.
-        ValueError: a check fails.
+    Raises ImportError where RobustBench is missing, ValueError where a check fails.
     """
     from ikl_plugins import robustbench as room
 
@@ -126,12 +118,7 @@ def evaluate_and_submit(parts: Parts, data: Path, config: Any, checkpoint: Path)
 
 
 def markdown(results: dict[str, Any], folder: Path) -> str:
-    """The report on the results as Markdown.
-
-    Args:
-        results: of :func:`evaluate_and_submit`.
-        folder: where its files lie.
-    """
+    """The report of :func:`evaluate_and_submit` as Markdown."""
     passed = [name for name, outcome in results["checks"].items() if outcome]
     return "\n".join(
         [

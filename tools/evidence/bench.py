@@ -138,15 +138,9 @@ def names(page: str) -> list[str]:
 
 
 def document(page: Path, results: Path, measured: Path | None) -> dict[Path, str]:
-    """The page and the CSV files beside it, as they should be: all of them, or none.
+    """The page and the CSV files beside it, as they should be: all of them, or a ValueError where one is missing.
 
-    Args:
-        page: has a block for each benchmark.
-        results: the folder of bench_NAME.csv.
-        measured: the folder of NAME.csv that takes their place; None leaves them as they are.
-
-    Raises:
-        ValueError: a CSV file of a block is missing.
+    The CSV files of ``measured``, a folder of NAME.csv, take the place of bench_NAME.csv in ``results``.
     """
     text = page.read_text(encoding="utf-8")
     kept = {name: results / f"bench_{name}.csv" for name in names(text)}

@@ -210,11 +210,7 @@ def data_folder() -> Path:
 
 
 def data_checksum() -> str:
-    """Of the images, by what `ikl data` wrote about them.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Of the images, by what `ikl data` wrote about them; a ValueError where there are none."""
     manifest = data_folder() / "manifest.json"
     if not manifest.is_file():
         raise ValueError(
@@ -258,11 +254,7 @@ def all_versions(results: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process alone.
-
-    Raises:
-        ValueError: another process holds it.
-    """
+    """Holds a folder for this process alone; a ValueError where another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:

@@ -116,22 +116,10 @@ QUICK = Budget(
 def run_plan(
     folder: Path, *, quick: bool, processes: int, threads: int, report: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Runs what has no result yet.
+    """Runs what has no result yet; what adversarial.json holds.
 
-    Args:
-        folder: of the jobs.
-        quick: the same with a few images, to see that it works; the numbers mean nothing.
-        processes: how many jobs run at once.
-        threads: of each.
-        report: told in a line what begins, ends and fails.
-
-    Returns:
-        What adversarial.json holds: 'budget', 'scales', 'data' and 'jobs', by name, as :func:`cache.run_jobs` gives
-        them.
-
-    Raises:
-        ValueError: the data is missing, or the folder holds jobs of other settings.
-        RuntimeError: a job failed; the others were finished first.
+    Raises ValueError where the data is missing or the folder holds jobs of other settings; RuntimeError where a job
+    failed, the others being finished first.
     """
     data = cache.data_checksum()
     budget = QUICK if quick else FULL

@@ -47,13 +47,8 @@ LOGGED = (
 def train(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Trains a shipped config with mmpretrain's own script, as `ikl train` does it.
 
-    Args:
-        settings: 'config', 'seed', 'epochs', and 'options': what else goes behind --cfg-options, by its key.
-        folder: of the job.
-
-    Returns:
-        'log': a row an epoch, the last line of each; 'validation': a row for each; 'step_seconds': the median;
-        'checkpoint' relative to ``folder``, and its 'sha256'.
+    'options' go behind --cfg-options. Returns the 'log', a row an epoch; each 'validation'; the median of
+    'step_seconds'; the 'checkpoint', relative to the folder, and its 'sha256'.
     """
     epochs = settings["epochs"]
     options = {
@@ -103,13 +98,9 @@ def _option(value: Any) -> str:
 
 
 def read_scalars(work: Path) -> tuple[list[dict[str, float]], list[dict[str, float]], float]:
-    """What MMEngine wrote of a training, one process after the other.
+    """The last line of each epoch, the validations, and the median seconds of a step, as MMEngine wrote them.
 
-    Args:
-        work: its work folder. What a later process did again replaces what an earlier one wrote of it.
-
-    Returns:
-        The last line of each epoch, the validations, and the median of the seconds of a step.
+    What a later process did again replaces what an earlier one wrote of it.
     """
     epochs: dict[int, dict[str, float]] = {}
     validations: dict[int, dict[str, float]] = {}
@@ -133,16 +124,10 @@ def read_scalars(work: Path) -> tuple[list[dict[str, float]], list[dict[str, flo
 
 
 def attack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Natural accuracy and accuracy under PGD on images of a split.
+    """Natural accuracy and accuracy under PGD of some 'radii' on 'images' of a 'split', as many of each class.
 
-    Args:
-        settings: 'training': the name of its job; 'config'; 'epoch' of the checkpoint; 'split' and 'images', the number
-            of them, as many of each class; 'radii', as '8/255'.
-        folder: of the job, beside that of the training.
-
-    Returns:
-        'images'; 'natural' and, by its radius, 'robust': which of the images are right, as :func:`to_hex` writes it;
-        the accuracies in percent 'natural_accuracy' and 'robust_accuracy'.
+    Returns which images are right, as :func:`to_hex` writes it, 'natural' and by the radius 'robust', and accuracies in
+    percent.
     """
     from ikl_plugins.robustbench import load_images
 
@@ -159,15 +144,10 @@ def attack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def follow(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Accuracy over the epochs of a training, on the images it was trained on and on those of the validation split.
+    """Accuracy over the epochs of a training, on as many of its own images as of the validation split.
 
-    Args:
-        settings: 'training': the name of its job; 'config'; 'epochs': of the checkpoints; 'images': how many of each;
-            'options' of the training.
-        folder: of the job, beside that of the training. What is done after each checkpoint is kept there.
-
-    Returns:
-        'images'; 'rows': for each epoch, 'train' and 'val', natural and robust accuracy in percent.
+    Returns 'images' and 'rows': for each epoch 'train' and 'val', natural and robust accuracy in percent. What is done
+    after each checkpoint is kept in the folder.
     """
     sets = {name: _config_images(settings, f"{name}_dataloader", settings["images"]) for name in ("train", "val")}
     kept = folder / "rows.json"
@@ -184,29 +164,16 @@ def follow(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def class_prior(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the class prior of a training holds: rows of probabilities, all equal where it says nothing of the class.
-
-    Args:
-        settings: 'training': the name of its job; 'epoch' of the checkpoint.
-        folder: of the job, beside that of the training.
-
-    Returns:
-        'matrix': the class-wise means of the predictions, a list for each class.
-    """
+    """The class prior of a training: rows of probabilities, all equal where it says nothing of the class."""
     path = folder.parent / settings["training"] / WORK / f"epoch_{settings['epoch']}.pth"
     # The live prior; of the averaged weights there is none.
     return {"matrix": load_content(path)["state_dict"]["robust_loss.class_prior.matrix"].tolist()}
 
 
 def autoattack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Standard AutoAttack, as `ikl evaluate` runs it.
+    """Standard AutoAttack, as `ikl evaluate` runs it, or the 'attacks' of the settings.
 
-    Args:
-        settings: 'training', 'config', 'epoch', 'images', 'batch_size' and 'attacks', None for standard AutoAttack.
-        folder: of the job, beside that of the training.
-
-    Returns:
-        Accuracies in percent, how many images stood after each attack, which images fell to what and the seconds.
+    Returns accuracies in percent, how many images stood after each attack, and which are 'robust'.
     """
     checkpoint = folder.parent / settings["training"] / WORK / f"epoch_{settings['epoch']}.pth"
     command = ["evaluate", "--mmpretrain", str(CONFIGS / f"{settings['config']}.py"), "--checkpoint", str(checkpoint)]
@@ -234,17 +201,10 @@ def autoattack(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 def check(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """DKL against TRADES, of equal gradients, and the training's attack in bfloat16 against that in float32.
 
-    Args:
-        settings: 'config' and 'options' for network and images; 'trainings': names of jobs by their config;
-            'other_seed': that of TRADES with another seed; 'epochs' of each; 'weight' of the robust loss of the first
-            two; 'images', validation images to look at.
-        folder: of the job, beside those of the trainings.
-
-    Returns:
-        'apart': for each epoch how far the averaged weights of DKL and TRADES are apart, and those of two seeds of
-        TRADES, relative to the norm of the weights; 'gradients': by the precision, likewise of the gradients of both
-        losses at the same weights and images; 'attacked': by the precision of the attack, the accuracy in percent of
-        the last IKL weights in float32.
+    Returns 'apart': for each epoch how far the averaged weights of DKL and TRADES are apart, and those of two seeds of
+    TRADES, relative to the norm of the weights; 'gradients': by the precision, likewise of the gradients of both losses
+    at the same weights and images; 'attacked': by the precision of the attack, the accuracy in percent of the last IKL
+    weights in float32.
     """
     trades, dkl, ikl = (settings["trainings"][f"adversarial_{method}"] for method in ("trades", "dkl", "ikl"))
 

@@ -42,11 +42,7 @@ ORDER = ((NO_PRIOR, TRADES), (IKL, NO_PRIOR), (IKL, TRADES))
 
 
 def render(content: dict[str, Any]) -> str:
-    """The tables, as Markdown.
-
-    Args:
-        content: what ``reproduce_adversarial.reproduce`` writes into adversarial.json.
-    """
+    """The tables as Markdown, from what adversarial.json holds."""
     budget = _budget(content)
     lines = [
         "# Adversarial training: measured",
@@ -196,16 +192,10 @@ def _margin(content: dict[str, Any], measure: str) -> float:
 def difference(
     content: dict[str, Any], measure: str, ours: Sequence[str], theirs: Sequence[str]
 ) -> tuple[float, float]:
-    """By how much some networks are ahead of others on the test images, image by image.
+    """By how much some trainings are ahead of others on the test images, image by image.
 
-    Args:
-        content: of adversarial.json.
-        measure: of :data:`MEASURES`.
-        ours: labels of trainings, of one seed each; an image counts by the share of them that gets it right.
-        theirs: likewise.
-
-    Returns:
-        The mean difference in points, and half its 95 % interval over the images.
+    An image counts by the share of the trainings, of one seed each, that gets it right. Returns the mean difference in
+    points, and half its 95 % interval over the images.
     """
     sides = []
     for labels in (ours, theirs):

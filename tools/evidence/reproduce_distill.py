@@ -110,12 +110,7 @@ class Probe(NamedTuple):
 
 
 def probes(budget: Budget, chosen: dict[str, dict[str, float]]) -> list[Probe]:
-    """What besides the trials tells where the decoupled losses stand.
-
-    Args:
-        budget: says how many.
-        chosen: keywords by the method.
-    """
+    """What besides the trials tells where the decoupled losses stand; ``chosen`` has keywords by the method."""
     heavy = dkl_of(chosen["kd"])  # its beta, the weight of the MSE, is that of the cross entropy
     alone = {"alpha": 0.0, "beta": 1.0}
     asked = {
@@ -134,23 +129,11 @@ def run_plan(
     threads: int,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Everything the table needs, from what is there already.
+    """Everything the table needs, from what is there already; what distill.json holds.
 
-    Args:
-        folder: holds the jobs.
-        weights: public weights of the teacher; None for those in the folder that IKL_PLUGINS_DOWNLOADS names.
-        quick: a few images and steps: the machinery, no numbers.
-        processes: jobs at once.
-        threads: of each.
-        report: told in a line what begins and ends.
-
-    Returns:
-        'budget', 'teacher', 'search' (a list for each method), 'chosen', 'runs' (a list for each method, one a seed),
-        'probes', 'weights', 'equality', 'timing', 'versions', as JSON can hold it.
-
-    Raises:
-        ValueError: the weights or the images are missing, or the folder holds jobs of other settings or files.
-        RuntimeError: a job failed.
+    The public weights of the teacher are by default those in the folder that IKL_PLUGINS_DOWNLOADS names. Raises
+    ValueError where weights or images are missing, or the folder holds jobs of other settings or files; RuntimeError
+    where a job failed.
     """
     budget = QUICK if quick else FULL
     weights = _public_weights(weights)
@@ -257,19 +240,12 @@ def _sha256(path: Path) -> str:
 
 
 def public_resnet56(weights: dict[str, Tensor], images: Tensor) -> nn.Module:
-    """Our ResNet-56 with the public weights.
+    """Our ResNet-56 with the public network's weights, in eval mode.
 
     The public network's shortcut between stages takes every second pixel and sets channels of zeros on both sides. As
     a convolution and a normalisation, which ours has there, that is a matrix of zeros and ones, and a normalisation
-    that gives back what it takes away: its scale and shift are the statistics of its input. In eval mode it is the same
-    function; in training mode about the same, as the statistics of a batch are about those.
-
-    Args:
-        weights: the public network's, under its names.
-        images: (N, 3, 32, 32), normalised, to take the statistics of.
-
-    Returns:
-        The network, in eval mode.
+    that gives back what it takes away: its scale and shift are the statistics of its input, here of ``images``. In
+    training mode it is about the same function, as the statistics of a batch are about those.
     """
     model = resnet56(num_classes=CLASSES).eval()
     state = model.state_dict()
@@ -394,11 +370,7 @@ def _key(image: Tensor) -> bytes:
 
 @register_model(key="reproduce.remembered_teacher")
 class RememberedTeacher(nn.Module):
-    """A teacher that knows its logits of the images it will be shown.
-
-    Args:
-        file: of :func:`predictions`.
-    """
+    """A teacher that knows its logits of the images it will be shown, from the file of :func:`predictions`."""
 
     def __init__(self, file: str) -> None:
         super().__init__()
@@ -407,11 +379,7 @@ class RememberedTeacher(nn.Module):
         self.logits = content["logits"]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C) of images (N, 3, H, W).
-
-        Raises:
-            KeyError: an image was not among those of the file.
-        """
+        """Logits (N, C) of images (N, 3, H, W); a KeyError for an image that was not among those of the file."""
         return self.logits[[self.places[_key(image)] for image in images]]
 
 

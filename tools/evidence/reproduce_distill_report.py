@@ -28,11 +28,7 @@ _LABELS = {method.key: method.label for method in METHODS}
 
 
 def render(content: dict[str, Any]) -> str:
-    """The tables, as Markdown.
-
-    Args:
-        content: what ``reproduce_distill.run_plan`` returned, or the file of it.
-    """
+    """The tables as Markdown, from what distill.json holds."""
     budget, versions = content["budget"], content["versions"]
     seeds = [run["seed"] for run in content["runs"]["kd"]]
     images = "all" if budget["images_per_class"] is None else f"{budget['images_per_class']} per class of the"
