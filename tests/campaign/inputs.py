@@ -64,7 +64,9 @@ def shapes(*, least: int) -> st.SearchStrategy[tuple[int, ...]]:
     places = st.sampled_from((2, 1, 3, 1, 2, *([] if least else [0])))
     classes = st.integers(1, 13)
     flat = st.tuples(samples, classes)
-    return st.one_of(flat, flat, st.tuples(samples, classes, places), st.tuples(samples, classes, places, places))
+    return st.one_of(
+        flat, flat, flat, flat, st.tuples(samples, classes, places), st.tuples(samples, classes, places, places)
+    )
 
 
 @st.composite

@@ -188,7 +188,8 @@ def gathered(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         elif entry["kind"] == "failure":
             failures.append(entry["failure"])
         elif entry["kind"] == "fact":
-            facts[entry["name"]] = entry["value"]
+            name, value = entry["name"], entry["value"]
+            facts[name] = {**facts.get(name, {}), **value} if isinstance(value, dict) else value
         else:
             of_group = remarks.setdefault(entry["group"], {})
             of_group.setdefault(entry["text"], {"count": 0, "example": entry["example"]})["count"] += 1

@@ -71,7 +71,7 @@ def test_inputs(subject: str, outcomes: Outcomes) -> None:
 def test_inputs_native(subject: str, outcomes: Outcomes, operator_calls: list[int]) -> None:
     """The same with the losses' C++ operator; what it does not serve goes the usual way."""
     outcomes.count(subject, examine(subject, outcomes.profile, start=outcomes.seed))
-    outcomes.fact(f"calls of the operator, {subject}", operator_calls[0])
+    outcomes.fact("calls of the operator", {subject: operator_calls[0]})
     assert operator_calls[0] or subject in ("DKLLoss", "ClassPrior", "PGD"), "the operator was not called"
 
 

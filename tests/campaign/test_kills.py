@@ -72,7 +72,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.campaign
 def test_kills(whole: Whole, number: int, points: int, outcomes: Outcomes) -> None:
     name = whole.command.name
-    outcomes.fact(f"{name}: seconds of the uninterrupted run", round(whole.life.seconds, 1))
+    outcomes.fact("seconds of the uninterrupted run", {name: round(whole.life.seconds, 1)})
     kills = attempt = 0
     while kills < points and not outcomes.failures:
         rng = random.Random(f"{outcomes.seed} {name} {number} {attempt}")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import LAYOUTS, laid_out
 from torch import Tensor
 
 import ikl_plugins._fused
 from ikl_plugins import ClassPrior, dkl_loss, gkl_loss, ikl_loss
 
 LOSSES = {"dkl": dkl_loss, "ikl": ikl_loss, "gkl": gkl_loss}
-LAYOUTS = ("contiguous", "reversed dimensions", "channels last", "every second", "offset", "expanded")
 
 shapes = st.one_of(
     st.tuples(st.integers(0, 6), st.integers(1, 40)),
@@ -26,24 +26,6 @@ weights = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.01, 50.0))
 temperatures = st.one_of(st.sampled_from([1.0, 4.0, 100.0]), st.floats(0.25, 50.0))
 gammas = st.one_of(st.sampled_from([0.0, 0.05, 0.3, 1.0]), st.floats(0.0, 2.0))
 dtypes = st.sampled_from(list(oracles.TOLERANCES))
-
-
-def _laid_out(dense: Tensor, layout: str) -> Tensor:
-    """The numbers of ``dense`` (for 'expanded': of its first sample) with the strides of ``layout``."""
-    dimensions = list(range(dense.dim()))
-    if layout == "reversed dimensions":
-        return dense.permute(dimensions[::-1]).contiguous().permute(dimensions[::-1])
-    if layout == "channels last":
-        return dense.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "every second":
-        wide = dense.new_full([2 * size for size in dense.shape], float("nan"))
-        every_second = wide[tuple(slice(None, None, 2) for _ in dimensions)]
-        return every_second.copy_(dense)
-    if layout == "offset":
-        return torch.cat([dense.new_full((3,), float("nan")), dense.flatten()])[3:].view(dense.shape)
-    if layout == "expanded" and len(dense):
-        return dense[:1].expand(dense.shape)
-    return dense
 
 
 @st.composite
@@ -58,7 +40,7 @@ def calls(
     def logits() -> Tensor:
         spread = draw(st.sampled_from([0.1, 1.0, 3.0, 10.0]))
         numbers = spread * torch.randn(shape, dtype=torch.float64, generator=generator)
-        return _laid_out(numbers.to(draw(dtype)), draw(st.sampled_from(LAYOUTS)))
+        return laid_out(numbers.to(draw(dtype)), draw(st.sampled_from(LAYOUTS)))
 
     student, teacher = logits(), logits()
     more: dict[str, Any] = {"alpha": draw(weights), "beta": draw(weights), "temperature": draw(temperatures)}
@@ -69,7 +51,7 @@ def calls(
             rows = torch.softmax(2 * torch.randn(shape[:2], dtype=torch.float64, generator=generator), 1)
             rows[torch.rand(rows.shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0.0
             # float32 holds what every computation sees of it
-            more["class_prior"] = _laid_out(rows.float(), draw(st.sampled_from(LAYOUTS)))
+            more["class_prior"] = laid_out(rows.float(), draw(st.sampled_from(LAYOUTS)))
     if kind == "gkl":
         more["gamma"] = draw(gammas)
     return kind, student, teacher, more
