@@ -34,7 +34,7 @@ smoke: $(VENV)/installed
 	$(BIN)/python -m pytest -m installed tests/installed
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not campaign and not installed" \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not campaign and not installed" \
 	    --cov --cov-report=term --cov-fail-under=95
 
 test-slow: $(VENV)/installed
