@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ikl_plugins._fused
-from ikl_plugins import ClassPrior, DKLLoss, GKLLoss, IKLLoss, LossTerms, dkl_loss, gkl_loss, ikl_loss
+from ikl_plugins import ClassPrior, DKLLoss, GKLLoss, IKLLoss, LossTerms, _validation, dkl_loss, gkl_loss, ikl_loss
 from ikl_plugins.losses import warmup_factor
 
 MODULES: dict[str, Any] = {"dkl": DKLLoss, "ikl": IKLLoss, "gkl": GKLLoss}
@@ -202,6 +202,36 @@ def test_training_observes_and_evaluation_does_not(kind: str) -> None:
     module.eval()
     module.end_epoch()  # rolls in either mode
     assert module.class_prior.counts.sum() == 0
+
+
+@with_a_prior
+@pytest.mark.parametrize("training", [True, False])
+def test_observe_goes_before_the_mode(kind: str, training: bool) -> None:
+    student, teacher, targets = _batch()
+    for observe in (True, False):
+        module = MODULES[kind](global_info=True, num_classes=5).train(training)
+        module(student, teacher, targets, observe=observe)
+        assert int(module.class_prior.counts.sum()) == (6 if observe else 0)
+        assert module.training == training
+
+
+@with_a_prior
+def test_a_training_forward_checks_each_argument_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("check_reduction", "check_logits", "check_targets", "check_class_prior")
+    made: list[str] = []
+    for name in names:
+        checked = getattr(_validation, name)
+
+        def counted(*arguments: Any, name: str = name, checked: Any = checked, **more: Any) -> Any:
+            made.append(name)
+            return checked(*arguments, **more)
+
+        monkeypatch.setattr(_validation, name, counted)
+    student, teacher, targets = _batch()
+    module = MODULES[kind](global_info=True, num_classes=5)
+    made.clear()
+    module(student, teacher, targets).backward()
+    assert sorted(made) == sorted(names)
 
 
 @with_a_prior
