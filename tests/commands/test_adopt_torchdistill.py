@@ -544,14 +544,11 @@ def test_private_keys_may_share_a_loss():
 
 
 def test_terms_beside_the_kd_stay_as_they_are():
-    other = """\
+    wrapper = "{input: {is_from_teacher: False, module_path: '.', io: 'output'}, target: {uses_label: True}}"
+    other = f"""\
         ce:
-          criterion:
-            key: 'CrossEntropyLoss'
-            kwargs: {label_smoothing: 0.1}
-          criterion_wrapper:
-            key: 'SimpleLossWrapper'
-            kwargs: {input: {is_from_teacher: False, module_path: '.', io: 'output'}, target: {uses_label: True}}
+          criterion: {{key: 'CrossEntropyLoss', kwargs: {{label_smoothing: 0.1}}}}
+          criterion_wrapper: {{key: 'SimpleLossWrapper', kwargs: {wrapper}}}
           weight: 0.3
 """
     text = SAMPLE.replace("        kd:\n", f"{other}        kd:\n")
@@ -619,114 +616,81 @@ def plain_criterion(block):
     return SAMPLE[: SAMPLE.index("  criterion:")] + block
 
 
-BOTH = "              alpha: 0.1\n              beta: 0.9  # of KL\n"
-ALPHA = "              alpha: 0.1\n"
+def kl_to(wrapper):
+    return kl_sample(wrapper, reduction="'sum'")
+
+
+INDENT = " " * 14
+BOTH = f"{INDENT}alpha: 0.1\n{INDENT}beta: 0.9  # of KL\n"
 CLASSES = "      num_classes: 1000\n    _exp"
 TO_LABELS = WRAPPER[: WRAPPER.index("                is_from_teacher: True")] + "                uses_label: True\n"
 SWAPPED = WRAPPER.replace("True", "x").replace("False", "True").replace("x", "False")
-NOT_SHARED = changed("weight: *T", "weight: 1.0", TWO_STAGES).replace("key: KDLoss", "key: PKTLoss")
+UNSHARED = changed("weight: *T", "weight: 1.0", TWO_STAGES).replace("key: KDLoss", "key: PKTLoss")
+SHARED_KEY = changed("'KDLoss'", "&key 'KDLoss'") + "_name: 1\nname: !join [*key, '.pt']\n"
 FLOW_KD = "  criterion: {key: 'KDLoss', kwargs: {temperature: 1}}\n"
 CALLED = "          criterion: !import_call\n            key: 'torchdistill.losses.mid_level.KDLoss'\n"
-MERGED = changed(ALPHA, "              <<: *w\n").replace("train:\n", "train:\n  _w: &w {alpha: 0.1}\n", 1)
-SMOOTH = changed(ALPHA, f"{ALPHA}              label_smoothing: 0.1\n")
-NO_KWARGS = with_loss("            key: 'KDLoss'\n")
+MERGED = changed("alpha: 0.1", "<<: *w").replace("train:\n", "train:\n  _w: &w {alpha: 0.1}\n", 1)
+MORE = changed("            kwargs:\n              stu", "            args: []\n            kwargs:\n              stu")
 PLAIN_MORE = plain_criterion("  criterion:\n    key: KDLoss\n    func2extract_model_loss: x\n")
 OLDER = changed("    key: 'WeightedSumLoss'\n    kwargs:", "    type: 'GeneralizedCustomLoss'\n    params:")
-LOG = {"log_target": "True"}
+NO_HOOK = changed("      output: ['probs', 'fc']\n", "", kl_sample(log_target="True"))
+OTHER_HOOK = changed("'log_probs', 'fc'", "'fc'", kl_sample(log_target="True"))
 GI = {"settings": {"global_info": True}}
 REFUSED = [
-    (SMOOTH, {}, r"line 65: `kwargs` of KDLoss must be its own, got `label_smoothing`.*CrossEntropyLoss"),
-    (changed("              temperature: 4.0   # soft\n", ""), {}, r"line 58: .* must have `temperature`, got none"),
-    (changed("              student_module_path: '.'\n", ""), {}, r"line 58: .* must have `student_module_path`"),
-    (changed(BOTH, ""), {}, r"line 63: KDLoss must have `alpha` or `beta`"),
-    (changed(BOTH, "              alpha: 1.5\n"), {}, r"line 64: `alpha` must be at most 1 .*got 1\.5"),
-    (changed("beta: 0.9", "beta: -1"), {}, r"line 65: `beta` must be at least 0, got -1"),
-    (changed("4.0   #", "0   #"), {}, r"line 63: `temperature` must be above 0, got 0"),
+    (changed(BOTH, f"{BOTH}{INDENT}label_smoothing: 0.1\n"), {}, "line 66: .*got `label_smoothing`.*CrossEntropyLoss"),
+    (changed(f"{INDENT}temperature: 4.0   # soft\n", ""), {}, "line 58: .* must have `temperature`, got none"),
+    (changed(f"{INDENT}student_module_path: '.'\n", ""), {}, "line 58: .* must have `student_module_path`"),
+    (changed(BOTH, ""), {}, "line 63: KDLoss must have `alpha` or `beta`"),
+    (changed(BOTH, f"{INDENT}alpha: 1.5\n"), {}, r"line 64: `alpha` must be at most 1 .*got 1\.5"),
+    (changed("beta: 0.9", "beta: -1"), {}, "line 65: `beta` must be at least 0, got -1"),
+    (changed("4.0   #", "0   #"), {}, "line 63: `temperature` must be above 0, got 0"),
     (changed("alpha: 0.1", "alpha: 1e-1"), {}, r"line 64: `alpha` must be a plain number, got 1e-1\. .*write 0\.1\."),
-    (changed("alpha: 0.1", "alpha: !import_call {key: 'os.abort'}"), {}, r"line 64: `alpha` .*got !import_call"),
+    (changed("alpha: 0.1", "alpha: !import_call {key: 'os.abort'}"), {}, "line 64: `alpha` .*got !import_call"),
     (changed("alpha: 0.1", "alpha: .nan"), {}, r"line 64: `alpha` must be a plain number, got \.nan"),
-    (changed("alpha: 0.1", "alpha: True"), {}, r"line 64: `alpha` must be a plain number, got True"),
-    (changed("'batchmean'", "'none'"), {}, r"line 66: `reduction` must be 'batchmean', .*got 'none'"),
-    (changed("'batchmean'", "'mean'").replace("num_classes: 1000", "d: 1"), {}, r"line 66: .*--set num_classes=100"),
-    (changed("          weight: 1.0", f"{WRAPPER}          weight: 1.0"), {}, r"line 67: .*without a `criterion_wrap"),
-    (NO_KWARGS, {}, r"line 57: KDLoss must have a mapping `kwargs`"),
-    (
-        f"{NO_KWARGS}".replace("'KDLoss'\n", "'KDLoss'\n            kwargs: [1]\n"),
-        {},
-        r"line 58: .* a mapping `kwargs`",
-    ),
-    (
-        changed(
-            "            kwargs:\n              stu", "            args: []\n            kwargs:\n              stu"
-        ),
-        {},
-        r"line 58: KDLoss must have `key` and `kwargs` alone, got `args`",
-    ),
-    (with_loss("").replace("          criterion:\n", CALLED), {}, r"line 56: the term 'kd' must .*an `!import_call`"),
-    (OLDER, {}, r"line 52: `train: criterion:` must have `key` and `kwargs`, got the older `type`"),
+    (changed("alpha: 0.1", "alpha: True"), {}, "line 64: `alpha` must be a plain number, got True"),
+    (changed("'batchmean'", "'none'"), {}, "line 66: `reduction` must be 'batchmean', .*got 'none'"),
+    (changed("'batchmean'", "'mean'").replace("num_classes: 1000", "d: 1"), {}, "line 66: .*--set num_classes=100"),
+    (changed("          weight: 1.0", f"{WRAPPER}          weight: 1.0"), {}, "line 67: .*without a `criterion_wrap"),
+    (with_loss("            key: 'KDLoss'\n"), {}, "line 57: KDLoss must have a mapping `kwargs`"),
+    (with_loss("            key: 'KDLoss'\n            kwargs: [1]\n"), {}, "line 58: .* have a mapping `kwargs`"),
+    (MORE, {}, "line 58: KDLoss must have `key` and `kwargs` alone, got `args`"),
+    (with_loss("").replace("          criterion:\n", CALLED), {}, "line 56: the term 'kd' must .*an `!import_call`"),
+    (OLDER, {}, "line 52: `train: criterion:` must have `key` and `kwargs`, got the older `type`"),
     (changed("'KDLoss'", "'SPKDLoss'"), {}, r"line 51: .* one of KDLoss, .* got SPKDLoss \(line 57\)"),
-    (
-        changed("      sub_terms:\n", "      no_terms:\n"),
-        {},
-        r"line 51: the criterion must have a term .* got none that",
-    ),
+    (changed("      sub_terms:\n", "      no_terms:\n"), {}, "line 51: the criterion must have a term .* got none"),
     ("models: {}\n", {}, r"a\.yaml: `train:` must be a mapping, got none"),
     ("train: {}\n", {}, r"a\.yaml: `train: criterion:` must be a mapping, got none"),
-    ("train: {stage1: 3}\n", {}, r"line 1: `train: stage1:` must be a mapping, got something"),
+    ("train: {stage1: 3}\n", {}, "line 1: `train: stage1:` must be a mapping, got something"),
     (SAMPLE + "a: [\n", {}, r"a\.yaml, line \d+: the file must be one YAML document"),
     (SAMPLE + "---\na: 1\n", {}, r"a\.yaml, line \d+: .*another document"),
     ("- 1\n", {}, r"a\.yaml: the file must hold a mapping"),
     ("", {}, r"a\.yaml: the file must hold a mapping"),
-    (changed("*root_dir", "*nowhere"), {}, r"line 9: .*undefined alias"),
-    (f"{SHARED_LOSS}mine: *loss\n", {}, r"line 53: the KDLoss of line 32 must be used by losses .* got `mine`"),
-    (NOT_SHARED, {}, r"line 51: the kwargs of KDLoss .* got `train: stage3: criterion: kwargs: sub_terms: other: crit"),
-    (
-        changed("'KDLoss'", "&key 'KDLoss'") + "_name: 1\nname: !join [*key, '.pt']\n",
-        {},
-        r"`key: 'KDLoss'` of line 57 must be used by losses .*got `name: 0`",
-    ),
-    (
-        changed("beta: 0.9", "beta: &b 0.9") + "mine: *b\n",
-        {},
-        r"`\*b` must not depend on `beta` of line 65.* got `mine`",
-    ),
-    (MERGED, {}, r"line 59: `alpha` of KDLoss must stand in its own `kwargs` .* merged from line"),
-    ("dependencies: {a: 1}\n" + SAMPLE, {}, r"line 1: `dependencies` must be a list of names"),
-    (plain_criterion(FLOW_KD), {}, r"line 51: `criterion:` with KDLoss must be a block"),
-    (PLAIN_MORE, {}, r"line 53: `criterion:` with KDLoss must be a block"),
-    (
-        kl_sample(reduction="'sum'"),
-        {},
-        r"line 72: `target` must lead to logits.* output of 'probs'.*-logits probs:input",
-    ),
-    (kl_sample("", reduction="'sum'"), {}, r"line 62: KLDivLoss of the term 'kd' must stand in a SimpleLossWrapper"),
-    (kl_sample(WRAPPER.replace("Simple", "Dict"), reduction="'sum'"), {}, r"line 65: .* got 'DictLossWrapper'"),
-    (
-        kl_sample(TO_LABELS, reduction="'sum'"),
-        {},
-        r"line 72: `target` of KLDivLoss must come from the teacher.*the labels",
-    ),
-    (kl_sample(SWAPPED, reduction="'sum'"), {}, r"line 69: `input` of KLDivLoss must come from the student.*True"),
-    (
-        changed("      output: ['probs', 'fc']\n", "", kl_sample(**LOG)),
-        {},
-        r"output of the teacher's module 'probs' .*no hook",
-    ),
-    (changed("'log_probs', 'fc'", "'fc'", kl_sample(**LOG)), {}, r"student's module 'log_probs' .* hooks for \['fc'\]"),
-    (kl_sample(size_average="True"), {}, r"line 64: `kwargs` of KLDivLoss must be among reduction, .*got `size_"),
-    (kl_sample(reduction="'sum'"), {"teacher_logits": ":input"}, r"--teacher-logits must be MODULE or MODULE:input"),
-    (
-        kl_sample(reduction="'sum'"),
-        {"teacher_logits": "fc:outputs"},
-        r"--teacher-logits must be MODULE or MODULE:input",
-    ),
-    (SAMPLE, {"teacher_logits": "fc"}, r"--teacher-logits goes with a KLDivLoss"),
+    (changed("*root_dir", "*nowhere"), {}, "line 9: .*undefined alias"),
+    (f"{SHARED_LOSS}mine: *loss\n", {}, "line 53: the KDLoss of line 32 must be used by losses .* got `mine`"),
+    (UNSHARED, {}, "line 51: the kwargs of KDLoss .* got `train: stage3: criterion: kwargs: sub_terms: other: crit"),
+    (SHARED_KEY, {}, "`key: 'KDLoss'` of line 57 must be used by losses .*got `name: 0`"),
+    (changed("beta: 0.9", "beta: &b 0.9") + "mine: *b\n", {}, r"`\*b` must not depend on `beta` of line 65.* `mine`"),
+    (MERGED, {}, "line 59: `alpha` of KDLoss must stand in its own `kwargs` .* merged from line"),
+    ("dependencies: {a: 1}\n" + SAMPLE, {}, "line 1: `dependencies` must be a list of names"),
+    (plain_criterion(FLOW_KD), {}, "line 51: `criterion:` with KDLoss must be a block"),
+    (PLAIN_MORE, {}, "line 53: `criterion:` with KDLoss must be a block"),
+    (kl_to(WRAPPER), {}, "line 72: `target` must lead to logits.* output of 'probs'.*-logits probs:input"),
+    (kl_to(""), {}, "line 62: KLDivLoss of the term 'kd' must stand in a SimpleLossWrapper"),
+    (kl_to(WRAPPER.replace("Simple", "Dict")), {}, "line 65: .* got 'DictLossWrapper'"),
+    (kl_to(TO_LABELS), {}, "line 72: `target` of KLDivLoss must come from the teacher.*the labels"),
+    (kl_to(SWAPPED), {}, "line 69: `input` of KLDivLoss must come from the student.*True"),
+    (NO_HOOK, {}, "output of the teacher's module 'probs' .*no hook"),
+    (OTHER_HOOK, {}, r"student's module 'log_probs' .* hooks for \['fc'\]"),
+    (kl_sample(size_average="True"), {}, "line 64: `kwargs` of KLDivLoss must be among reduction, .*got `size_"),
+    (kl_to(WRAPPER), {"teacher_logits": ":input"}, "--teacher-logits must be MODULE or MODULE:input"),
+    (kl_to(WRAPPER), {"teacher_logits": "fc:outputs"}, "--teacher-logits must be MODULE or MODULE:input"),
+    (SAMPLE, {"teacher_logits": "fc"}, "--teacher-logits goes with a KLDivLoss"),
     (SAMPLE, {"settings": {"beat": 1}}, r"unknown keyword of IKLLoss `beat`\. Did you mean `beta`\?"),
-    (SAMPLE, {"settings": {"gamma": 1}}, r"unknown keyword of IKLLoss `gamma`"),
+    (SAMPLE, {"settings": {"gamma": 1}}, "unknown keyword of IKLLoss `gamma`"),
     (SAMPLE, {"settings": {"beta": -1}}, r"a\.yaml, line 57: for the new loss: .*`beta` must be"),
-    (SAMPLE, {"settings": {"ce_weight": -1}}, r"for the new loss: IKLLoss: `ce_weight` must be"),
-    (changed(CLASSES, "      depth: 18\n    _exp"), GI, r"`num_classes` must be given .*--set num_classes=100"),
-    (MY_PROCESS, GI, r"line 50: `pre_epoch_process` must be .*from which global_info must know the epoch, got 'mine'"),
+    (SAMPLE, {"settings": {"ce_weight": -1}}, "for the new loss: IKLLoss: `ce_weight` must be"),
+    (changed(CLASSES, "      depth: 18\n    _exp"), GI, "`num_classes` must be given .*--set num_classes=100"),
+    (MY_PROCESS, GI, "line 50: `pre_epoch_process` must be .*from which global_info must know the epoch, got 'mine'"),
 ]
 
 

@@ -33,7 +33,6 @@ HEALTHY = Facts(
 )
 UP = {"mmengine": "0.10.7", "mmpretrain": "1.2.0", "mmcv": "2.2.0"}
 FORK = {"onedl-mmengine": "0.10.12", "onedl-mmpretrain": "1.3.6", "onedl-mmcv": "2.3.6"}
-NEW_TORCH = {"torch": "2.14.1+cu130"}
 
 
 def facts(base=HEALTHY, *, versions=None, modules=None, **changes):
@@ -54,77 +53,33 @@ NO_PKG = {"versions": {**BENCH, "setuptools": "82.0.0"}, "modules": {"pkg_resour
 MM = {"versions": UP, "torch": "2.6.0", "safe_globals": True}
 MIXED = {**UP, "onedl-mmengine": "0.10.12"}
 BOTH = "mmengine mmpretrain mmcv mmcv-lite onedl-mmengine onedl-mmpretrain onedl-mmcv"
+OLD_DISTILL, OLD_VISION = {"versions": {"torchdistill": "1.1.4"}}, {"versions": {"torchvision": "0.19.1"}}
+LITE, TWICE = ({"versions": {**UP, "mmcv": held, "mmcv-lite": "2.2.0"}} for held in (None, "2.2.0"))
+NUMPY = {"versions": {**UP, "numpy": "2.4.6"}}
+NO_ENGINE, NO_MMCV = ({**MM, "versions": {**UP, name: None}} for name in ("mmengine", "mmcv"))
 # Name of the trap, an environment in which it applies, whether it breaks something, whom it concerns, what the cure
 # has; and an environment, as near as can be, in which it does not apply.
 CASES = [
     ("python", {"python": "3.9.18"}, True, "core", "python3.11 -m venv", {"python": "3.10.0"}),
     ("torch", {"torch": None}, True, "core", "--force-reinstall torch torchvision", {}),
     ("torch version", {"torch": "2.3.1"}, True, "core", "'torch>=2.4' torchvision", {"torch": "2.4.0"}),
-    (
-        "torchvision",
-        {"versions": {"torchvision": "0.19.1"}},
-        True,
-        "mmpretrain",
-        "'torchvision==0.20.*' 'torch==2.5.*'",
-        {},
-    ),
-    ("torch build", CPU, False, "core", "--index-url https://download.pytorch.org/whl/", {**CPU, "gpu_driver": False}),
+    ("torchvision", OLD_VISION, True, "mmpretrain", "'torchvision==0.20.*' 'torch==2.5.*'", {}),
+    ("torch build", CPU, False, "core", "--index-url https://", {**CPU, "gpu_driver": False}),
     ("no GPU", {"gpus": (), "gpu_driver": False}, False, "core", "-m ikl_plugins train CONFIG --device cpu", {}),
-    (
-        "two stacks",
-        {**MM, "versions": MIXED},
-        True,
-        "mmpretrain",
-        f"uninstall --yes {BOTH} && python -m pip install",
-        MM,
-    ),
-    ("mmengine missing", {**MM, "versions": {**UP, "mmengine": None}}, True, "mmpretrain", "'mmengine>=0.10.7'", MM),
-    ("mmcv missing", {**MM, "versions": {**UP, "mmcv": None}}, True, "mmpretrain", "'mmcv-lite>=2.2.0'", MM),
-    (
-        "mmcv twice",
-        {"versions": {**UP, "mmcv-lite": "2.2.0"}},
-        True,
-        "mmpretrain",
-        "uninstall --yes mmcv mmcv-lite &&",
-        MM,
-    ),
-    ("mmcv-lite", {"versions": {**UP, "mmcv": None, "mmcv-lite": "2.2.0"}}, False, "mmpretrain", "install mmcv ", MM),
+    ("two stacks", {**MM, "versions": MIXED}, True, "mmpretrain", f"uninstall --yes {BOTH} &&", MM),
+    ("mmengine missing", NO_ENGINE, True, "mmpretrain", "'mmengine>=0.10.7'", MM),
+    ("mmcv missing", NO_MMCV, True, "mmpretrain", "'mmcv-lite>=2.2.0'", MM),
+    ("mmcv twice", TWICE, True, "mmpretrain", "uninstall --yes mmcv mmcv-lite &&", MM),
+    ("mmcv-lite", LITE, False, "mmpretrain", "install mmcv ", MM),
     ("fork", {"versions": FORK}, False, "mmpretrain", "none; for the other stack", MM),
-    (
-        "weights_only",
-        {**MM, "safe_globals": False},
-        False,
-        "mmpretrain",
-        "custom_imports = dict(",
-        {**MM, "torch": "2.5.1"},
-    ),
-    (
-        "numpy 2",
-        {"versions": {**UP, "numpy": "2.4.6"}},
-        False,
-        "mmpretrain",
-        "'numpy<2'",
-        {"versions": {"numpy": "2.4.6"}},
-    ),
-    (
-        "torchdistill version",
-        {"versions": {"torchdistill": "1.1.4"}},
-        True,
-        "torchdistill",
-        "'torchdistill>=1.1.5'",
-        {},
-    ),
+    ("weights_only", {**MM, "safe_globals": False}, False, "mmpretrain", "custom_imports", {**MM, "torch": "2.5.1"}),
+    ("numpy 2", NUMPY, False, "mmpretrain", "'numpy<2'", {"versions": {**FORK, "numpy": "2.4.6"}}),
+    ("torchdistill version", OLD_DISTILL, True, "torchdistill", "'torchdistill>=1.1.5'", {}),
     ("setuptools", NO_PKG, True, "robustbench", "'setuptools<82'", {"versions": BENCH, **AUTOATTACK}),
-    (
-        "autoattack",
-        {"versions": BENCH},
-        True,
-        "robustbench",
-        "'pyautoattack>=0.2.0'",
-        {"versions": BENCH, **AUTOATTACK},
-    ),
+    ("autoattack", {"versions": BENCH}, True, "robustbench", "'pyautoattack>=0.2", {"versions": BENCH, **AUTOATTACK}),
     ("tests", {"versions": BENCH, **AUTOATTACK}, False, "robustbench", "--import-mode=importlib", {}),
 ]
+FIELDS = ("name", "present", "breaks", "host", "cure", "absent")
 
 
 def test_nothing_is_wrong_with_a_healthy_machine():
@@ -135,9 +90,7 @@ def named(name, environment):
     return [trap for trap in diagnose(environment) if trap.name == name]
 
 
-@pytest.mark.parametrize(
-    ("name", "present", "breaks", "host", "cure", "absent"), CASES, ids=[case[0] for case in CASES]
-)
+@pytest.mark.parametrize(FIELDS, CASES, ids=[case[0] for case in CASES])
 def test_a_trap_applies_where_it_should_and_not_beside(name, present, breaks, host, cure, absent):
     (trap,) = named(name, facts(**present))
     assert trap.breaks == breaks

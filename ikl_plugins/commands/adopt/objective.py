@@ -17,11 +17,11 @@ from .messages import CALLER
 from .terms import SOURCES, Term, num_classes_of
 from .yaml_text import Entry, Tree, is_empty, number_text
 
-__all__ = ["Objective", "Value", "has_weights_of_kl", "loss_keywords", "objective_of", "values_of"]
+__all__ = ["ORDER", "Objective", "Value", "has_weights_of_kl", "loss_keywords", "objective_of", "values_of"]
 
 # The order in a file; a keyword that is not among them comes last.
-_ORDER = ["ce_weight", "alpha", "beta", "gamma", "temperature", "weight_temperature"]
-_ORDER += ["global_info", "num_classes", "warmup_epochs", "reduction", "check_finite"]
+ORDER = ["ce_weight", "alpha", "beta", "gamma", "temperature", "weight_temperature"]
+ORDER += ["global_info", "num_classes", "warmup_epochs", "reduction", "check_finite"]
 _ADAPTERS = ("ce_weight", "warmup_epochs")
 
 
@@ -190,7 +190,7 @@ def values_of(tree: Tree, term: Term, objective: Objective, loss: str, settings:
         values["num_classes"] = Value(classes, "of the student")
     values.update({name: Value(value, "given by --set", given=True) for name, value in given.items()})
     _build(tree, term, loss, {name: value.value for name, value in values.items()})
-    place = {name: number for number, name in enumerate(_ORDER)}
+    place = {name: number for number, name in enumerate(ORDER)}
     return dict(sorted(values.items(), key=lambda item: place.get(item[0], len(place))))
 
 

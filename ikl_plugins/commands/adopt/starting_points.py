@@ -1,12 +1,17 @@
 """The settings that a loss begins with in an MMPretrain config, which has no numbers that could be mapped.
 
-Published ones where there are any: those of the nearest number of classes. A loss without an entry begins with its own
-defaults.
+Published ones where there are any, those of the nearest number of classes; else the loss's own defaults.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
+
+from ikl_plugins.losses import LOSSES
+from ikl_plugins.presets import PRESETS
+
+from .objective import ORDER, has_weights_of_kl
 
 __all__ = ["StartingPoint", "for_adversarial_training", "for_distillation"]
 
@@ -22,46 +27,48 @@ class StartingPoint(NamedTuple):
     objective: str = "soft_cross_entropy"
 
 
-_IKL_ROBUST = {"alpha": 4.0, "beta": 20.0, "weight_temperature": 4.0, "global_info": True}
-_GKL_ROBUST = {"alpha": 4.0, "beta": 20.0, "gamma": 1.0, "weight_temperature": 4.0, "global_info": True}
-_CIFAR100 = "published for CIFAR-100, resnet56 to resnet20"
-_IMAGENET = "published for ImageNet, ResNet-34 to ResNet-18"
-_DISTILLATION = {
-    "DKL": StartingPoint(
-        {"alpha": 16.0, "beta": 16.0, "temperature": 4.0}, "the gradients of KL with temperature 4.0, times its square"
-    ),
-    "IKL": StartingPoint({"alpha": 1.0, "beta": 4.0, "temperature": 4.0, "weight_temperature": 100.0}, _CIFAR100),
-    "GKL": StartingPoint(
-        {"alpha": 1.0, "beta": 4.0, "gamma": 0.2, "temperature": 4.0, "weight_temperature": 4.0, "global_info": True},
-        _CIFAR100,
-    ),
-    "KL": StartingPoint({"temperature": 4.0, "scale_by_temperature_squared": True}, "the classic distillation loss"),
-}
-_LARGE_DISTILLATION = {
-    "DKL": StartingPoint({"alpha": 1.0, "beta": 1.0}, "the gradients of KL with temperature 1.0, times its square"),
-    "IKL": StartingPoint({"alpha": 1.0, "beta": 0.5, "global_info": True}, _IMAGENET),
-    "GKL": StartingPoint({"alpha": 1.0, "beta": 0.5, "gamma": 0.6, "global_info": True}, _IMAGENET),
-    "KL": StartingPoint({}, "the classic distillation loss"),
-}
-_ROBUST = {
-    "DKL": StartingPoint({"alpha": 6.0, "beta": 6.0}, "the gradients of TRADES with 6"),
-    "IKL": StartingPoint(_IKL_ROBUST, "published for CIFAR-10"),
-    "GKL": StartingPoint(_GKL_ROBUST, "published for CIFAR-10, where gamma 1 is IKL"),
-    "KL": StartingPoint({"loss_weight": 6.0}, "TRADES"),
-}
-_MANY_ROBUST = _ROBUST | {
-    "IKL": StartingPoint({**_IKL_ROBUST, "alpha": 5.0}, "published for CIFAR-100", "ikl"),
-    "GKL": StartingPoint({**_GKL_ROBUST, "alpha": 5.0}, "published for CIFAR-100, where gamma 1 is IKL", "ikl"),
-}
-
-
 def for_distillation(loss: str, classes: int | None) -> StartingPoint:
     """Of a loss ('IKL', 'KL', ...) and a number of classes, None where it is unknown."""
-    table = _LARGE_DISTILLATION if classes is not None and classes >= _LARGE else _DISTILLATION
-    return table.get(loss, StartingPoint({}))
+    large = classes is not None and classes >= _LARGE
+    if loss == "KL":
+        keywords = {} if large else {"temperature": 4.0, "scale_by_temperature_squared": True}
+        return StartingPoint(keywords, "the classic distillation loss")
+    if has_weights_of_kl(loss):
+        temperature = 1.0 if large else 4.0
+        keywords = {"alpha": temperature**2, "beta": temperature**2, "temperature": temperature}
+        origin = f"the gradients of KL with temperature {temperature}, times its square"
+        return StartingPoint(_without_defaults(loss, keywords), origin)
+    name = "imagenet/resnet18_from_resnet34" if large else "cifar100/resnet20_from_resnet56"
+    origin = "ImageNet, ResNet-34 to ResNet-18" if large else "CIFAR-100, resnet56 to resnet20"
+    return _published(loss, f"{name}-{loss.lower()}", f"published for {origin}")
 
 
 def for_adversarial_training(loss: str, classes: int | None) -> StartingPoint:
     """As :func:`for_distillation`."""
-    table = _MANY_ROBUST if classes is not None and classes >= _MANY else _ROBUST
-    return table.get(loss, StartingPoint({}))
+    if loss == "KL":
+        return StartingPoint({"loss_weight": 6.0}, "TRADES")
+    if has_weights_of_kl(loss):
+        return _published(loss, "cifar10_adversarial/wrn_34_10-trades", "the gradients of TRADES with 6")
+    many = classes is not None and classes >= _MANY
+    data = "cifar100" if many else "cifar10"
+    name, origin = f"{data}_adversarial/wrn_34_10", f"published for CIFAR-{100 if many else 10}"
+    if loss == "GKL":
+        found = _published(loss, f"{name}-ikl", f"{origin}, where gamma 1 is IKL", gamma=1.0)
+    else:
+        found = _published(loss, f"{name}-{loss.lower()}", origin)
+    return found._replace(objective="ikl") if many and found.keywords else found
+
+
+def _published(loss: str, name: str, origin: str, **more: Any) -> StartingPoint:
+    """The keywords of a preset, where there is one."""
+    if name not in PRESETS:
+        return StartingPoint({})
+    return StartingPoint(_without_defaults(loss, {**PRESETS[name].keywords, **more}), origin)
+
+
+def _without_defaults(loss: str, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The weights, and what differs from the loss's defaults; the number of classes is that of the user's head."""
+    known = inspect.signature(LOSSES[f"{loss}Loss"]).parameters
+    kept = [name for name in ORDER if name in keywords and name in known and name != "num_classes"]
+    weights = ("alpha", "beta", "gamma")
+    return {name: keywords[name] for name in kept if name in weights or keywords[name] != known[name].default}
