@@ -7,6 +7,7 @@ everything else.
 import difflib
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,9 +20,10 @@ import torch
 from torchdistill.losses.registry import get_mid_level_loss
 
 import ikl_plugins.torchdistill  # noqa: F401  # registers
+from ikl_plugins._files import configs_folder
 from ikl_plugins.commands.adopt.torchdistill import adopt_yaml
 from ikl_plugins.commands.adopt.torchdistill_check import check_yaml
-from ikl_plugins.commands.config import configs_folder
+from ikl_plugins.losses import LOSSES
 
 # torch's warning of its own reduction 'mean', of which some configs here have one
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
@@ -443,6 +445,16 @@ def test_beta_of_ikl_may_be_given_and_the_equivalence_stays():
     assert "equal those of KDLoss" in check_yaml(adopted, SAMPLE, "x")[0]
 
 
+def test_a_loss_of_the_table_needs_nothing_here(monkeypatch):
+    class NKLLoss(LOSSES["GKLLoss"]):
+        """A fourth loss."""
+
+    monkeypatch.setitem(LOSSES, "NKLLoss", NKLLoss)
+    adopted = adopt_yaml(SAMPLE, "NKL")
+    assert adopted.text == adopt_yaml(SAMPLE, "GKL").text.replace("GKLLoss", "NKLLoss")
+    assert not adopt_yaml(adopted.text, "NKL").changed
+
+
 def test_the_number_of_classes_is_found_where_glue_has_it():
     old = "    kwargs:\n      num_classes: 1000\n    _exp"
     text = SAMPLE.replace(old, "    config_kwargs:\n      num_labels: 2\n    _exp")
@@ -834,7 +846,7 @@ def test_options_are_not_abbreviated(kd, ikl):
 
 
 def test_the_page_shows_what_the_command_makes(ikl):
-    page = (configs_folder().parent / "docs" / "adopt.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "adopt.md").read_text()
     shown = [line for line in re.findall(r"```diff\n(.*?)```", page, re.DOTALL)[1].splitlines() if line[0] in "+-"]
     out = ikl("adopt", CONFIGS / "digits" / "kd.yaml", "--loss", "IKL").out
     assert [line for line in out.splitlines()[2:] if line[0] in "+-"] == shown

@@ -24,7 +24,7 @@ __all__ = ["NewConfig", "adopt_config", "check_config", "setting_names"]
 
 ADAPTER = "ikl_plugins.mmpretrain"
 _CLASSIFIERS = ("DistillationClassifier", "AdversarialClassifier")
-_OURS = frozenset({*_CLASSIFIERS, *LOSSES, "KLLoss", "IKLHook", "RobustAccuracy"})
+_OURS = (*_CLASSIFIERS, "KLLoss", "IKLHook", "RobustAccuracy")  # and those of LOSSES
 # Heads whose output is no single set of logits, or whose labels are no single class.
 _HEADS_REFUSED = {
     "ConformerHead": "has two sets of logits",
@@ -321,7 +321,7 @@ class _Maker:
             return {key: self._types(inner) for key, inner in value.items()}
         if self.lazy and isinstance(value, list):
             return [self._types(inner) for inner in value]
-        return Code(value) if self.lazy and isinstance(value, str) and value in _OURS else value
+        return Code(value) if self.lazy and _is_ours(value) else value
 
 
 class _Distillation(_Maker):
@@ -448,7 +448,11 @@ class _AdversarialTraining(_Maker):
 def _types_in(value: Any) -> set[str]:
     if isinstance(value, (Mapping, list)):
         return set().union(*(_types_in(inner) for inner in (value.values() if isinstance(value, Mapping) else value)))
-    return {value} if isinstance(value, str) and value in _OURS else set()
+    return {value} if _is_ours(value) else set()
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, str) and (value in _OURS or value in LOSSES)
 
 
 def _quarter(eps: str | float) -> str | float:

@@ -11,12 +11,12 @@ from ikl_plugins.losses import LOSSES
 from .yaml_text import Entry, Tree
 
 __all__ = [
-    "OURS",
     "PLACES",
     "SOURCES",
     "Scope",
     "Term",
     "block",
+    "is_ours",
     "key_of",
     "num_classes_of",
     "scopes",
@@ -31,7 +31,6 @@ SOURCES = {
     "LogitStdKDLoss": (*PLACES, "temperature", "eps", "alpha", "beta", "reduction"),
     "KLDivLoss": ("reduction", "log_target"),
 }
-OURS = frozenset({*LOSSES, *(name.removesuffix("Loss") for name in LOSSES)})
 
 
 class Scope(NamedTuple):
@@ -67,6 +66,11 @@ class Term(NamedTuple):
     def line(self) -> int:
         """Number of its first line, from 1."""
         return int(self.mapping.start_mark.line) + 1
+
+
+def is_ours(kind: str) -> bool:
+    """Whether a key names a loss of this package: IKLLoss, or IKL for short."""
+    return kind in LOSSES or f"{kind}Loss" in LOSSES
 
 
 def block(tree: Tree, parent: Any, key: str, path: str) -> Entry:
@@ -109,7 +113,7 @@ def terms_of(tree: Tree) -> list[Term]:
 
 def _terms(tree: Tree, scope: Scope) -> list[Term]:
     criterion = scope.criterion.value
-    if key_of(tree, criterion) in (*SOURCES, *OURS):
+    if key_of(tree, criterion) in SOURCES or is_ours(key_of(tree, criterion)):
         return [_plain_term(tree, scope)]
     found = []
     for name, entry in tree.entries(tree.at(criterion, "kwargs", "sub_terms")).items():
@@ -146,7 +150,7 @@ def wrapped(tree: Tree) -> str:
     """The text with every plain criterion of ours made a term of a WeightedSumLoss."""
     for scope in scopes(tree):
         node = scope.criterion.value
-        if key_of(tree, node) not in OURS:
+        if not is_ours(key_of(tree, node)):
             continue
         first = tree.own_entries(node)[0].key.start_mark
         start, end = tree.line_start(first.index), tree.line_end(tree.content_end(node))

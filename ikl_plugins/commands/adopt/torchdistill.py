@@ -15,7 +15,7 @@ from ikl_plugins import _validation
 
 from .messages import CALLER
 from .objective import Value, has_weights_of_kl, loss_keywords, objective_of, values_of
-from .terms import OURS, PLACES, SOURCES, Scope, Term, num_classes_of, scopes, terms_of, wrapped
+from .terms import PLACES, SOURCES, Scope, Term, is_ours, num_classes_of, scopes, terms_of, wrapped
 from .wrapper import logit_places
 from .yaml_text import Edits, Entry, Line, Tree, is_empty, yaml_text
 
@@ -101,7 +101,7 @@ class _Editor:
     def run(self) -> str:
         terms = terms_of(self.tree)
         sources = [term for term in terms if term.kind in SOURCES]
-        ours = [term for term in terms if term.kind in OURS]
+        ours = [term for term in terms if is_ours(term.kind)]
         self._check_terms(terms, sources, ours)
         for term in terms:
             if term.parent is term.mapping:
