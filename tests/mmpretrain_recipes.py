@@ -132,9 +132,11 @@ def _recipes():
             recipes[f"{name}-gkl.py"] = Recipe(distilled, student, teacher, loss="GKLLoss", settings=settings)
     for name, (alpha,), (beta,), (gamma,), (tau,), _ in rows(ADVERSARIAL_TABLE):
         both = {
-            "temperature": 1.0, "weight_temperature": tau, "prior": True,
+            "temperature": 1.0,
+            "weight_temperature": tau,
+            "prior": True,
             "classes": 100 if name.startswith("cifar100") else 10,
-        }  # fmt: skip
+        }
         settings = ikl(alpha, beta, **both) if gamma == "-" else gkl(alpha, beta, gamma, **both)
         loss = "IKLLoss" if gamma == "-" else "GKLLoss"
         recipes[f"{name}.py"] = Recipe(adversarial, "WRN-34-10", loss=loss, settings=settings, lr=0.2)

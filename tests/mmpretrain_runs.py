@@ -25,21 +25,21 @@ CLASSES = 3
 # --- in this process -------------------------------------------------------------------------------------------------
 
 
-def images(count, seed=0):
+def images(count, seed=0, size=8):
     """Random images as a data set gives them."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {
-            "inputs": torch.randint(256, (3, 8, 8), dtype=torch.uint8, generator=generator),
+            "inputs": torch.randint(256, (3, size, size), dtype=torch.uint8, generator=generator),
             "data_samples": DataSample().set_gt_label(index % CLASSES),
         }
         for index in range(count)
     ]
 
 
-def loader(count=10, batch_size=4, seed=0, **keywords):
+def loader(count=10, batch_size=4, seed=0, size=8, **keywords):
     keywords.setdefault("shuffle", "sampler" not in keywords)
-    return DataLoader(images(count, seed), batch_size=batch_size, collate_fn=pseudo_collate, **keywords)
+    return DataLoader(images(count, seed, size), batch_size=batch_size, collate_fn=pseudo_collate, **keywords)
 
 
 def network(**keywords):
@@ -48,13 +48,19 @@ def network(**keywords):
         "type": "ImageClassifier",
         "data_preprocessor": {"mean": [120.0] * 3, "std": [60.0] * 3, "num_classes": CLASSES},
         "backbone": {
-            "type": "ResNet_CIFAR", "depth": 18, "num_stages": 2, "strides": (1, 2), "dilations": (1, 1),
-            "out_indices": (1,), "stem_channels": 2, "base_channels": 2,
+            "type": "ResNet_CIFAR",
+            "depth": 18,
+            "num_stages": 2,
+            "strides": (1, 2),
+            "dilations": (1, 1),
+            "out_indices": (1,),
+            "stem_channels": 2,
+            "base_channels": 2,
         },
         "neck": {"type": "GlobalAveragePooling"},
         "head": {"type": "LinearClsHead", "num_classes": CLASSES, "in_channels": 4},
         **keywords,
-    }  # fmt: skip
+    }
 
 
 def save_teacher(path):

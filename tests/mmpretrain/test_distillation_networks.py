@@ -8,10 +8,8 @@ import network_oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.dataset import pseudo_collate
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
-from torch.utils.data import DataLoader
 
 from ikl_plugins import models
 from ikl_plugins.mmpretrain import load_weights
@@ -93,26 +91,17 @@ def test_a_checkpoint_of_mdistiller_teaches_as_it_is(name, tmp_path):
     assert not any(key.startswith("teacher") for key in model.state_dict())
 
 
-def loader():
-    generator = torch.Generator().manual_seed(0)
-    samples = [
-        {
-            "inputs": torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=generator),
-            "data_samples": DataSample().set_gt_label(index % CLASSES),
-        }
-        for index in range(6)
-    ]
-    return DataLoader(samples, batch_size=3, shuffle=True, collate_fn=pseudo_collate)
-
-
 def test_a_distilled_network_is_read_by_its_own_class_and_teaches_in_turn(tmp_path):
     save(tmp_path / "teacher.pth", "resnet14")
     loss = {"type": "IKLLoss", "beta": 4.0, "global_info": True}
     student = config(
-        "resnet8", "DistillationClassifier", teacher=network("resnet14"), teacher_ckpt=str(tmp_path / "teacher.pth"),
+        "resnet8",
+        "DistillationClassifier",
+        teacher=network("resnet14"),
+        teacher_ckpt=str(tmp_path / "teacher.pth"),
         distill_loss=loss,
-    )  # fmt: skip
-    runs.runner(tmp_path / "run", student, epochs=1, train_dataloader=loader()).train()
+    )
+    runs.runner(tmp_path / "run", student, epochs=1, train_dataloader=runs.loader(6, 3, size=32)).train()
     saved = tmp_path / "run" / "epoch_1.pth"
     weights = {
         key.removeprefix("backbone."): value for key, value in load_weights(saved).items() if "class_prior" not in key

@@ -79,8 +79,11 @@ def test_channels_are_those_of_an_image_that_is_loaded_from_a_file(saved):
     folder, data = saved
     (folder / "a").mkdir()
     Image.fromarray(data["image"][3]).save(folder / "a" / "3.png")
-    loaded = CustomDataset(data_root=str(folder / "a"), ann_file=_list_file(folder), pipeline=[
-        {"type": "LoadImageFromFile"}, {"type": "PackInputs"}])[0]  # fmt: skip
+    loaded = CustomDataset(
+        data_root=str(folder / "a"),
+        ann_file=_list_file(folder),
+        pipeline=[{"type": "LoadImageFromFile"}, {"type": "PackInputs"}],
+    )[0]
     ours = GeneratedImages(folder / "generated.npz", pipeline=[{"type": "PackInputs"}])[3]
     assert torch.equal(ours["inputs"], loaded["inputs"])
     assert torch.equal(ours["data_samples"].gt_label, torch.tensor([int(data["label"][3])]))
@@ -229,8 +232,11 @@ def test_fifty_million_images_in_less_than_a_gibibyte(tmp_path):
 
     done = subprocess.run(
         [sys.executable, "-c", READER, str(path), "80000", *map(str, places)],
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()[-1 - len(places) :]  # the forks print at their import
     (found, growth, peak), *samples = [[int(number) for number in line.split()] for line in lines]

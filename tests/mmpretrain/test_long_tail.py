@@ -72,8 +72,11 @@ def test_numbers_of_a_small_case():
     """Classes 0 (many): 1 of 2; 2 (medium): 1 of 1; 6 (few): 0 of 1; bounds themselves are medium."""
     pairs = [(0, 0), (1, 0), (2, 2), (0, 6)]
     assert evaluate(pairs) == {
-        "long_tail/all": 50.0, "long_tail/many": 50.0, "long_tail/medium": 100.0, "long_tail/few": 0.0,
-    }  # fmt: skip
+        "long_tail/all": 50.0,
+        "long_tail/many": 50.0,
+        "long_tail/medium": 100.0,
+        "long_tail/few": 0.0,
+    }
     for label, group in enumerate(["many", "many", "medium", "medium", "medium", "few", "few", "few"]):
         assert evaluate([(label, label)]) == {"long_tail/all": 100.0, f"long_tail/{group}": 100.0}
 
@@ -122,8 +125,11 @@ def test_paths_may_have_spaces(tmp_path):
 def test_counts_from_a_data_set(tmp_path):
     write_images(tmp_path)
     config = {
-        "type": "CustomDataset", "data_root": str(tmp_path), "ann_file": "train.txt", "classes": ["a", "b", "c", "d"],
-    }  # fmt: skip
+        "type": "CustomDataset",
+        "data_root": str(tmp_path),
+        "ann_file": "train.txt",
+        "classes": ["a", "b", "c", "d"],
+    }
     metric = ManyMediumFew(train_dataset=config)
     assert metric.train_counts.tolist() == [3, 1, 2, 0]
     assert config["type"] == "CustomDataset"
@@ -141,9 +147,13 @@ def test_labels_that_the_counts_do_not_have():
 
 def test_a_run_validates_with_it(tmp_path):
     run = runner(
-        tmp_path, network(), epochs=1, val_dataloader=loader(9), val_cfg={},
+        tmp_path,
+        network(),
+        epochs=1,
+        val_dataloader=loader(9),
+        val_cfg={},
         val_evaluator=[{"type": "Accuracy"}, {"type": "ManyMediumFew", "train_counts": [200, 50, 3]}],
-    )  # fmt: skip
+    )
     run.train()
     found = run.val_loop.run()
     expected = (found["long_tail/many"] + found["long_tail/medium"] + found["long_tail/few"]) / CLASSES

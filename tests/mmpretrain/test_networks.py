@@ -6,10 +6,7 @@ import importlib.util
 import mmpretrain_runs as runs
 import pytest
 import torch
-from mmengine.dataset import pseudo_collate
 from mmpretrain.registry import MODELS
-from mmpretrain.structures import DataSample
-from torch.utils.data import DataLoader
 
 import ikl_plugins.mmpretrain
 from ikl_plugins._robustbench_import import import_robustbench
@@ -57,32 +54,11 @@ def every_kind(folder):
 KINDS = ("ImageClassifier", "DistillationClassifier", "AdversarialClassifier")
 
 
-def loader(count=6, batch_size=3):
-    generator = torch.Generator().manual_seed(0)
-    images = [
-        {
-            "inputs": torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=generator),
-            "data_samples": DataSample().set_gt_label(index % CLASSES),
-        }
-        for index in range(count)
-    ]
-    return DataLoader(images, batch_size=batch_size, shuffle=True, collate_fn=pseudo_collate)
-
-
-def train(folder, model, epochs, **keywords):
-    runner = runs.runner(folder, model, epochs=epochs, train_dataloader=loader(), **keywords)
-    runner.train()
-    return runner
-
-
-def weights(path):
-    return ikl_plugins.mmpretrain.load_weights(path)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_trained_is_robustbench_s_class_key_for_key(kind, tmp_path):
-    train(tmp_path / "run", every_kind(tmp_path)[kind], epochs=1)
-    saved = weights(tmp_path / "run" / "epoch_1.pth")
+    data = runs.loader(6, 3, size=32)
+    runs.runner(tmp_path / "run", every_kind(tmp_path)[kind], epochs=1, train_dataloader=data).train()
+    saved = ikl_plugins.mmpretrain.load_weights(tmp_path / "run" / "epoch_1.pth")
     plain = {name: tensor for name, tensor in saved.items() if "class_prior" not in name}
     assert ("class_prior" in "".join(saved)) == (kind != "ImageClassifier")
     theirs = wide_resnet.WideResNet(depth=10, num_classes=CLASSES, widen_factor=1)

@@ -175,14 +175,15 @@ def loader_config(files, collate="default_collate", workers=0, **keywords):
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "dataset": {
-            "type": "ConcatDataset", "ignore_keys": "classes",
+            "type": "ConcatDataset",
+            "ignore_keys": "classes",
             "datasets": [{**part("real"), "classes": ["a", "b", "c"]}, part("generated")],
         },
         "sampler": {"type": "DefaultSampler", "shuffle": True},
         "batch_sampler": {"type": "GeneratedBatchSampler", "fraction": 0.7},
         "collate_fn": {"type": collate},
         **keywords,
-    }  # fmt: skip
+    }
 
 
 def indices(batch):
