@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 ENVIRONMENTS = ROOT / ".venv-matrix"
 CORE = ("tests/core", "tests/adversarial")
-ADAPTERS = ("tests/torchdistill", "tests/mmpretrain")
+TORCHDISTILL = ("tests/torchdistill",)
+MMPRETRAIN = ("tests/mmpretrain",)
 
 
 class Row(NamedTuple):
@@ -38,12 +39,19 @@ class Row(NamedTuple):
     tests: tuple[str, ...]
 
 
-HOSTS = "data,mmpretrain,test,torchdistill"
 ROWS = {
     "oldest": Row("3.10", ("torch==2.4.0", "numpy<2.3"), "data,test", CORE),
-    "oldest of the adapters": Row("3.10", ("torch==2.6.0", "torchvision==0.21.0"), HOSTS, CORE + ADAPTERS),
-    "pinned": Row("3.11", (), "demo,test", CORE + ADAPTERS),
-    "newest": Row("3.12", ("torch==2.15.0", "torchvision==0.29.2"), HOSTS, CORE + ADAPTERS),
+    "oldest for MMPretrain": Row("3.10", ("torch==2.6.0", "torchvision==0.21.0"), "data,mmpretrain,test", MMPRETRAIN),
+    "oldest for torchdistill": Row(
+        "3.10", ("torch==2.12.0", "torchvision==0.27.0"), "data,test,torchdistill", TORCHDISTILL
+    ),
+    "pinned": Row("3.11", (), "demo,test", CORE + TORCHDISTILL + MMPRETRAIN),
+    "newest": Row(
+        "3.12",
+        ("torch==2.15.0", "torchvision==0.29.2"),
+        "data,mmpretrain,test,torchdistill",
+        CORE + TORCHDISTILL + MMPRETRAIN,
+    ),
 }
 SHOWN = ("torch", "torchvision", "torchdistill", "mmengine", "mmpretrain", "numpy")
 HEAD = """# Compatibility
@@ -68,8 +76,9 @@ def main(words: list[str] | None = None) -> None:
     lines = _lines()
     failed = []
     for name in names:
-        if shutil.which(f"python{ROWS[name].python}") is None:
-            print(f"{name}: skipped, no python{ROWS[name].python} on the PATH")
+        interpreter = f"python{ROWS[name].python}"
+        if shutil.which(interpreter) is None or subprocess.run([interpreter, "--version"], check=False).returncode:
+            print(f"{name}: skipped, no {interpreter} on the PATH")
             continue
         lines[name] = _run(name, ROWS[name])
         if "failed" in lines[name] or "error" in lines[name]:
@@ -83,7 +92,7 @@ def main(words: list[str] | None = None) -> None:
 def _lines() -> dict[str, str]:
     """The rows that the page has, by name."""
     text = PAGE.read_text() if PAGE.is_file() else ""
-    return {row[1]: row[0] for row in re.findall(r"(?m)^(\| ([a-z ]+) \| \d.*)$", text)}
+    return {row[1]: row[0] for row in re.findall(r"(?m)^(\| ([A-Za-z ]+) \| \d.*)$", text)}
 
 
 def _run(name: str, row: Row) -> str:
@@ -94,8 +103,13 @@ def _run(name: str, row: Row) -> str:
         subprocess.run([f"python{row.python}", "-m", "venv", folder], check=True)
     constraint = ("--constraint", str(ROOT / "constraints.txt")) if not row.pins else ()
     package = f"{ROOT}[{row.extras}]"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *constraint, *row.pins, "--editable", package], check=True)
-    show = "import importlib.metadata as m, json; print(json.dumps({d.metadata['Name'].lower(): d.version for d in m.distributions()}))"
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", *constraint, *row.pins, "--editable", package], check=True
+    )
+    show = (
+        "import importlib.metadata as m, json\n"
+        "print(json.dumps({d.metadata['Name'].lower(): d.version for d in m.distributions()}))"
+    )
     found = json.loads(subprocess.run([python, "-c", show], capture_output=True, text=True, check=True).stdout)
     versions = ", ".join(f"{library} {found[library]}" for library in SHOWN if library in found)
     command = [python, "-m", "pytest", "-n", "2", "-m", "not slow and not campaign and not installed", "-q", *row.tests]
