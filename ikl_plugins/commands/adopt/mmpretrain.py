@@ -105,12 +105,12 @@ def adopt_config(
     if adversarial:
         if teacher is not None or teacher_ckpt is not None:
             raise ValueError(f"{CALLER}: --adversarial must stand without a teacher, got one. Leave --teacher out.")
-        return _AdversarialTraining(config, output, loss, settings, "8/255" if eps is None else eps).make()
+        return _AdversarialTraining(config, output, loss, settings, eps="8/255" if eps is None else eps).make()
     if eps is not None:
         raise ValueError(f"{CALLER}: --eps goes with --adversarial, got it without. Leave it out.")
     if teacher is None:
         raise ValueError(f"{CALLER}: an MMPretrain config must come with --teacher or --adversarial. Name one of them.")
-    return _Distillation(config, output, loss, settings, Path(teacher), teacher_ckpt).make()
+    return _Distillation(config, output, loss, settings, teacher=Path(teacher), teacher_ckpt=teacher_ckpt).make()
 
 
 class _Maker:
@@ -330,16 +330,8 @@ class _Distillation(_Maker):
     role = "distill_loss"
     model_settings = ("distill_weight", "warmup_epochs", "ce_weight", "teacher_val_batches")
 
-    def __init__(
-        self,
-        config: Path | str,
-        output: Path | str,
-        loss: str,
-        settings: dict[str, Any],
-        teacher: Path,
-        teacher_ckpt: Path | str | None,
-    ) -> None:
-        super().__init__(config, output, loss, settings)
+    def __init__(self, *common: Any, teacher: Path, teacher_ckpt: Path | str | None) -> None:
+        super().__init__(*common)
         self.teacher, self.teacher_ckpt = teacher, None if teacher_ckpt is None else str(teacher_ckpt)
 
     def start(self, classes: int | None) -> StartingPoint:
@@ -387,10 +379,8 @@ class _AdversarialTraining(_Maker):
     role = "robust_loss"
     model_settings = ("natural_weight", "label_smoothing", "pixel_range", "channels_last", "val_seed")
 
-    def __init__(
-        self, config: Path | str, output: Path | str, loss: str, settings: dict[str, Any], eps: str | float
-    ) -> None:
-        super().__init__(config, output, loss, settings)
+    def __init__(self, *common: Any, eps: str | float) -> None:
+        super().__init__(*common)
         self.eps = eps
 
     def start(self, classes: int | None) -> StartingPoint:
