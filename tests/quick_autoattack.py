@@ -1,5 +1,8 @@
-"""AutoAttack with fewer steps, for both sides of a comparison, and a network and images for it."""
+"""What tests of evaluations share: AutoAttack with fewer steps, a network and images for it, and how logs compare."""
 
+import re
+
+import pytest
 import torch
 from torch import nn
 
@@ -35,3 +38,21 @@ def batch(model, count=14, wrong=2, seed=0):
     labels = logits.argmax(1)
     labels[:wrong] = (labels[:wrong] + 1) % logits.shape[1]
     return images, labels
+
+
+def without_times(log):
+    """A log without what differs from run to run."""
+    kept = {key: value for key, value in log.items() if key != "date"}
+    for key in ("progress", "corruptions"):
+        if key in log:
+            kept[key] = [{name: value for name, value in entry.items() if name != "seconds"} for entry in log[key]]
+    return kept
+
+
+def message(text, kind=ValueError):
+    """Expects a refusal that has this text."""
+    return pytest.raises(kind, match=re.escape(text))
+
+
+class Interruption(Exception):  # noqa: N818
+    """What stops a run in the tests."""

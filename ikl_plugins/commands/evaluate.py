@@ -131,15 +131,9 @@ def _attack(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluat
 
 
 def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluation, Images]:
-    from ..robustbench import evaluate_corruptions, load_images
+    from ..robustbench import evaluate_corruptions
 
-    natural = load_images(
-        arguments.dataset,
-        data_dir=arguments.data_dir,
-        n_examples=arguments.n_examples,
-        offline=arguments.offline,
-        preprocessing=arguments.preprocessing,
-    )
+    natural = images_from(argparse.Namespace(**{**vars(arguments), "data": arguments.dataset}), caller=CALLER)
     evaluation = evaluate_corruptions(
         loaded.model,
         arguments.dataset,

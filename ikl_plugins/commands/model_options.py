@@ -44,13 +44,7 @@ _UNREAD = {
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model from the command line.
-
-    Attributes:
-        model: in eval mode, of images in [0, 1].
-        name: for reports.
-        checkpoint: the file that the weights are from; None for a zoo model without a file of its own.
-    """
+    """A model in eval mode, of images in [0, 1], its name, and the file of its weights if it has one of its own."""
 
     model: nn.Module
     name: str
@@ -107,16 +101,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def images_from(arguments: argparse.Namespace, *, caller: str) -> Images:
-    """The images that a command line names.
-
-    Args:
-        arguments: parsed by a parser with both groups of arguments.
-        caller: whom a refusal names.
-
-    Raises:
-        TypeError: see :func:`ikl_plugins.robustbench.data.load_images`.
-        ValueError: see there; or no data is named for a model whose config does not say RobustBench's name of it.
-    """
+    """The images that a command line names, by both groups of arguments; ``caller`` is whom a refusal names."""
     from ..robustbench import load_images
 
     if arguments.data is None and (arguments.mmpretrain or arguments.torchdistill):
@@ -134,17 +119,9 @@ def images_from(arguments: argparse.Namespace, *, caller: str) -> Images:
 
 
 def model_from(arguments: argparse.Namespace, *, caller: str) -> LoadedModel:
-    """The model that a command line names.
+    """The model that a command line names, by :func:`add_model_arguments`; ``caller`` is whom a refusal names.
 
-    Args:
-        arguments: parsed by a parser with :func:`add_model_arguments`; ``threat_model`` and ``offline`` are read if
-            they are there.
-        caller: whom a refusal names.
-
-    Raises:
-        ImportError: a host of the config is not installed.
-        ValueError: no model is named, two are, or arguments that do not go together; a file that is missing or does
-            not fit.
+    ``threat_model`` and ``offline`` are read if they are there.
     """
     way = _way(caller, arguments)
     if way == "zoo":

@@ -88,23 +88,18 @@ class Ranking:
     """A result among the entries of its leaderboard.
 
     Attributes:
-        dataset: 'cifar10', 'cifar100' or 'imagenet'.
-        threat_model: 'Linf', 'L2', 'corruptions' or 'corruptions_3d'.
+        dataset, threat_model: as for :func:`rank`.
         eps: radius of the leaderboard; None for corruptions.
         robust_accuracy: of the result, in percent, to the two decimals of the leaderboard.
         natural_accuracy: the same; None if it was not given.
         additional_data: whether the result used any; None if it was not said.
         name: of the result.
-        overall: place among all entries.
-        with_data: place among those with additional data.
-        without_data: place among those without.
-        above: the nearest better entries, best first.
-        below: the nearest entries that are not better, best first.
+        overall, with_data, without_data: place among all entries, those with additional data, and those without.
+        above, below: the nearest entries that are better, and that are not, best first.
         better_in_both: names of the entries with higher natural and higher robust accuracy; empty without a
             ``natural_accuracy``.
         others: all entries that were compared, best first.
-        date: of the table, as YYYY-MM-DD.
-        source: of the table.
+        date, source: of the table; the date as YYYY-MM-DD.
     """
 
     dataset: str
@@ -182,14 +177,9 @@ class Ranking:
         def place(of: Place) -> dict[str, Any]:
             return {"place": of.place, "entries": of.entries, "ties": list(of.ties)}
 
+        names = ("name", "dataset", "threat_model", "eps", "robust_accuracy", "natural_accuracy", "additional_data")
         return {
-            "name": self.name,
-            "dataset": self.dataset,
-            "threat_model": self.threat_model,
-            "eps": self.eps,
-            "robust_accuracy": self.robust_accuracy,
-            "natural_accuracy": self.natural_accuracy,
-            "additional_data": self.additional_data,
+            **{name: getattr(self, name) for name in names},
             "overall": place(self.overall),
             "with_data": place(self.with_data),
             "without_data": place(self.without_data),
@@ -320,15 +310,10 @@ def draw(ranking: Ranking, path: Path | str) -> None:
         (True, "tab:orange", "^", "with additional data"),
     ):
         group = [entry for entry in ranking.others if entry.additional_data is with_data]
-        axes.scatter(
-            [entry.natural_accuracy for entry in group],
-            [entry.robust_accuracy for entry in group],
-            s=22,
-            c=colour,
-            marker=marker,
-            alpha=0.7,
-            label=f"{words} ({len(group)})",
-        )
+        natural = [entry.natural_accuracy for entry in group]
+        robust = [entry.robust_accuracy for entry in group]
+        label = f"{words} ({len(group)})"
+        axes.scatter(natural, robust, s=22, c=colour, marker=marker, alpha=0.7, label=label)
     labelled: list[float] = []
     for entry in ranking.others[:_LABELLED]:
         if all(abs(entry.robust_accuracy - height) > _LABEL_DISTANCE for height in labelled):
@@ -339,17 +324,8 @@ def draw(ranking: Ranking, path: Path | str) -> None:
     if ranking.natural_accuracy is None:
         axes.axhline(ranking.robust_accuracy, color="tab:red", linewidth=1, label=words)
     else:
-        axes.scatter(
-            [ranking.natural_accuracy],
-            [ranking.robust_accuracy],
-            s=160,
-            c="tab:red",
-            marker="*",
-            edgecolors="black",
-            linewidths=0.5,
-            zorder=3,
-            label=words,
-        )
+        star = {"s": 160, "c": "tab:red", "marker": "*", "edgecolors": "black", "linewidths": 0.5, "zorder": 3}
+        axes.scatter([ranking.natural_accuracy], [ranking.robust_accuracy], label=words, **star)
     axes.set_xlabel("natural accuracy (%)")
     axes.set_ylabel("robust accuracy (%)")
     axes.set_title(f"RobustBench, {ranking.title}, entries of {ranking.date}", fontsize=10)

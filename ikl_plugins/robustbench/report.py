@@ -216,17 +216,9 @@ def _class_part(log: dict[str, Any], folder: Path) -> str:
         [_class(log, label), str(len(flags[label][0])), *(f"{share:.2f}" for share in shares[label])] for label in shown
     ]
 
-    figure, axes = new_figure(max(6.0, 0.5 * len(shown)), 4)
-    width = 0.8 / len(kinds)
-    for number, (name, _) in enumerate(kinds):
-        places = [place + (number - (len(kinds) - 1) / 2) * width for place in range(len(shown))]
-        axes.bar(places, [shares[label][number] for label in shown], width, label=name)
-    axes.set_xticks(range(len(shown)), [_drawn(_class(log, label)) for label in shown], rotation=45, ha="right")
-    axes.set(
-        title=f"Accuracy per class of {_drawn(log['model'])}", xlabel="class", ylabel="accuracy (%)", ylim=(0, 100)
-    )
-    axes.legend(loc="lower left")
-    save_figure(figure, folder / "classes.png")
+    series = {name: [shares[label][number] for label in shown] for number, (name, _) in enumerate(kinds)}
+    names = [_class(log, label) for label in shown]
+    _bars(folder / "classes.png", f"Accuracy per class of {log['model']}", "class", names, series)
     return "## Classes\n\n" + note + "![accuracy per class](classes.png)\n\n" + _table(header, rows)
 
 
@@ -286,21 +278,12 @@ def _corruption_part(log: dict[str, Any], folder: Path) -> str:
         mean = sum(values.values()) / len(values)
         cells = [f"{values[severity]:.2f}" if severity in values else "-" for severity in severities]
         rows.append([name, *cells, f"{mean:.2f}"])
-    figure, axes = new_figure(max(6.0, 0.6 * len(by_name)), 4)
-    width = 0.8 / len(severities)
-    for number, severity in enumerate(severities):
-        places = [place + (number - (len(severities) - 1) / 2) * width for place in range(len(by_name))]
-        heights = [values.get(severity, math.nan) for values in by_name.values()]
-        axes.bar(places, heights, width, label=f"severity {severity}")
-    axes.set_xticks(range(len(by_name)), list(by_name), rotation=45, ha="right")
-    axes.set(
-        title=f"Accuracy under corruptions of {_drawn(log['model'])}",
-        xlabel="corruption",
-        ylabel="accuracy (%)",
-        ylim=(0, 100),
-    )
-    axes.legend(fontsize=7)
-    save_figure(figure, folder / "corruptions.png")
+    series = {
+        f"severity {severity}": [values.get(severity, math.nan) for values in by_name.values()]
+        for severity in severities
+    }
+    title = f"Accuracy under corruptions of {log['model']}"
+    _bars(folder / "corruptions.png", title, "corruption", list(by_name), series)
     header = ["corruption (accuracy in %)", *(f"severity {severity}" for severity in severities), "mean"]
     return "## Corruptions\n\n![accuracy under corruptions](corruptions.png)\n\n" + _table(header, rows)
 
@@ -333,6 +316,19 @@ def _class(log: dict[str, Any], label: int) -> str:
 def _drawn(text: object) -> str:
     """Text that Matplotlib takes for no formula."""
     return str(text).replace("$", r"\$")
+
+
+def _bars(path: Path, title: str, what: str, names: Sequence[str], series: dict[str, list[float]]) -> None:
+    """Draws accuracies in percent, a group of bars a name and a colour a series."""
+    figure, axes = new_figure(max(6.0, 0.55 * len(names)), 4)
+    width = 0.8 / len(series)
+    for number, (name, heights) in enumerate(series.items()):
+        places = [place + (number - (len(series) - 1) / 2) * width for place in range(len(names))]
+        axes.bar(places, heights, width, label=name)
+    axes.set_xticks(range(len(names)), [_drawn(name) for name in names], rotation=45, ha="right")
+    axes.set(title=_drawn(title), xlabel=what, ylabel="accuracy (%)", ylim=(0, 100))
+    axes.legend(loc="lower left", fontsize=7)
+    save_figure(figure, path)
 
 
 def _picture(image: Tensor) -> Any:

@@ -319,8 +319,7 @@ def test_matplotlib_is_asked_for_before_the_attacks(files, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    ["--eps 8/255", "--output x --thr L2", "--output x --threat-model L3", "--output x --mean 1,x"],
+    "arguments", ["--eps 8/255", "--output x --thr L2", "--output x --threat-model L3", "--output x --mean 1,x"]
 )
 def test_a_command_that_cannot_be_read_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

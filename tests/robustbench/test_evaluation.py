@@ -1,7 +1,6 @@
 """ikl_plugins.robustbench.evaluation: AutoAttack's own results, a log that survives, curves and corruptions."""
 
 import collections
-import csv
 import errno
 import functools
 import hashlib
@@ -29,13 +28,12 @@ if importlib.util.find_spec("pyautoattack") is None:
     pytest.skip("needs robustbench (extra `robustbench`)", allow_module_level=True)
 
 import quick_autoattack
-from quick_autoattack import Quick, batch, network
+from quick_autoattack import Interruption, Quick, batch, message, network, without_times
 
 import ikl_plugins
 from ikl_plugins import _files
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.models.robustbench_zoo import robustbench_network
-from ikl_plugins.robustbench.corruptions import evaluate_corruptions
 from ikl_plugins.robustbench.data import Images, content_sha256
 from ikl_plugins.robustbench.evaluation import curve, evaluate
 from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
@@ -97,6 +95,12 @@ class Counted(nn.Module):
         return self.network(images)
 
 
+def sample(count=14, wrong=2, classes=10, seed=0):
+    """A network, images and labels."""
+    model = network(classes)
+    return model, *batch(model, count, wrong, seed)
+
+
 def autoattack(model, images, labels, *, batch_size, eps, norm="Linf", version="standard", attacks=(), seed=0):
     """One run of AutoAttack: adversarial images and predictions."""
     adversary = robustbench.eval.AutoAttack(
@@ -108,16 +112,17 @@ def autoattack(model, images, labels, *, batch_size, eps, norm="Linf", version="
     return adversary.run_standard_evaluation(images, labels, bs=batch_size, return_labels=True)
 
 
-def without_times(log):
-    kept = {key: value for key, value in log.items() if key != "date"}
-    for key in ("progress", "corruptions"):
-        if key in log:
-            kept[key] = [{name: value for name, value in entry.items() if name != "seconds"} for entry in log[key]]
-    return kept
-
-
-def message(text, kind=ValueError):
-    return pytest.raises(kind, match=re.escape(text))
+def checked(model, images, labels, *, eps, attacks=None, progress=None, **options):
+    """Our evaluation, which has found what one run of AutoAttack finds."""
+    found = evaluate(model, images, labels, eps=eps, attacks=attacks, progress=progress, **options)
+    if attacks is not None:
+        options.update(version="custom", attacks=attacks)
+    number = int(eps.split("/")[0]) / 255 if "/" in eps else float(eps)
+    adversarial, predictions = autoattack(model, images, labels, eps=number, **options)
+    assert torch.equal(found.adversarial_images(images), adversarial)
+    assert found.log["predictions"] == predictions.tolist()
+    assert found.log["robust"] == predictions.eq(labels).int().tolist()
+    return found
 
 
 # --- AutoAttack's results --------------------------------------------------------------------------------------------
@@ -128,16 +133,7 @@ def message(text, kind=ValueError):
     [("standard", "Linf", "4/255"), ("standard", "L2", "0.1"), ("plus", "Linf", "4/255"), ("rand", "Linf", "4/255")],
 )
 def test_the_result_is_autoattacks(version, norm, eps):
-    model = network()
-    images, labels = batch(model)
-    found = evaluate(model, images, labels, eps=eps, norm=norm, version=version, batch_size=5, seed=3)
-    number = 4 / 255 if norm == "Linf" else 0.1
-    adversarial, predictions = autoattack(
-        model, images, labels, batch_size=5, eps=number, norm=norm, version=version, seed=3
-    )
-    assert torch.equal(found.adversarial_images(images), adversarial)
-    assert found.log["predictions"] == predictions.tolist()
-    assert found.log["robust"] == predictions.eq(labels).int().tolist()
+    found = checked(*sample(), eps=eps, norm=norm, version=version, batch_size=5, seed=3)
     assert 0 < found.robust_accuracy < found.natural_accuracy  # some fall, some stand
     expected = {
         "standard": ["apgd-ce", "apgd-t", "fab-t", "square"],
@@ -152,36 +148,25 @@ def test_the_result_is_autoattacks(version, norm, eps):
     "attacks", [("apgd-t", "apgd-ce"), ("apgd-dlr",), ("fab-t", "fab"), ("fab", "fab-t"), ("square", "apgd-ce")]
 )
 def test_named_attacks_are_autoattacks_in_their_order(attacks):
-    model = Counted(network())
-    images, labels = batch(model, count=8)
-    model.calls = 0
-    found = evaluate(model, images, labels, eps="4/255", attacks=attacks, batch_size=3)
-    ours, model.calls = model.calls, 0
-    adversarial, predictions = autoattack(
-        model, images, labels, batch_size=3, eps=4 / 255, version="custom", attacks=attacks
+    model, images, labels = sample(count=8)
+    model, ours = Counted(model), []
+    found = checked(
+        model, images, labels, eps="4/255", attacks=attacks, batch_size=3, progress=lambda _: ours.append(model.calls)
     )
-    assert torch.equal(found.adversarial_images(images), adversarial)
-    assert found.log["predictions"] == predictions.tolist()
     assert (found.log["version"], found.log["standard"], found.log["attacks"]) == ("custom", False, list(attacks))
     # Restarts may find nothing more, but take their passes. Ours are three on natural images, and one more within
     # AutoAttack's checks; theirs are three as well, and one of `autoattack` to count the classes.
-    assert ours - 3 - 1 == model.calls - 1 - 3
+    assert ours[-1] - 3 - 1 == model.calls - ours[-1] - 1 - 3
 
 
 def test_the_result_is_autoattacks_with_its_own_numbers_of_steps(monkeypatch, real_autoattack):
     monkeypatch.setattr(robustbench.eval, "AutoAttack", real_autoattack)
-    model = network(4)
-    images, labels = batch(model, count=4, wrong=1)
-    found = evaluate(model, images, labels, eps="3/255", batch_size=3)
-    adversarial, predictions = autoattack(model, images, labels, batch_size=3, eps=3 / 255)
-    assert torch.equal(found.adversarial_images(images), adversarial)
-    assert found.log["predictions"] == predictions.tolist()
+    found = checked(*sample(count=4, wrong=1, classes=4), eps="3/255", batch_size=3)
     assert 0 < found.robust_accuracy < found.natural_accuracy
 
 
 def test_the_layout_of_the_images_does_not_matter():
-    model = network()
-    images, labels = batch(model)
+    model, images, labels = sample()
     expected = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"])
     for other in (images.to(memory_format=torch.channels_last), images.double()):
         found = evaluate(model, other, labels.int(), eps="4/255", attacks=["apgd-ce"])
@@ -190,8 +175,7 @@ def test_the_layout_of_the_images_does_not_matter():
 
 
 def test_the_seed_is_that_of_the_attacks():
-    model = network()
-    images, labels = batch(model)
+    model, images, labels = sample()
     first, same, other = (
         evaluate(model, images, labels, eps="20/255", attacks=["square"], seed=seed).adversarial_images(images)
         for seed in (0, 0, 1)
@@ -210,10 +194,7 @@ def test_the_numbers_are_those_of_robustbench(monkeypatch, capsys):
     natural, robust = robustbench.benchmark(model, n_examples=10, dataset="cifar10", eps=4 / 255, batch_size=4)
     monkeypatch.setattr(robustbench.eval, "AutoAttack", attack.func)
     found = evaluate(model, images, labels, eps="4/255", batch_size=4, seed=7)
-    assert (found.natural_accuracy, found.robust_accuracy) == (
-        pytest.approx(100 * natural),
-        pytest.approx(100 * robust),
-    )
+    assert (found.natural_accuracy, found.robust_accuracy) == pytest.approx((100 * natural, 100 * robust))
     assert 0 < robust < natural
 
 
@@ -231,13 +212,9 @@ class Noisy(nn.Module):
 def test_expectation_over_noise_is_autoattacks(tmp_path):
     model = Noisy(network()).eval()
     images, labels = batch(model.network)
-    found = evaluate(model, images, labels, eps="4/255", version="rand", batch_size=5)
-    adversarial, predictions = autoattack(model, images, labels, batch_size=5, eps=4 / 255, version="rand")
-    assert torch.equal(found.adversarial_images(images), adversarial)
-    assert found.log["predictions"] == predictions.tolist()
-    resumed = interrupted(
-        model, images, labels, after=2, log=tmp_path / "log.json", eps="4/255", version="rand", batch_size=5
-    )
+    options = {"eps": "4/255", "version": "rand", "batch_size": 5}
+    found = checked(model, images, labels, **options)
+    resumed = interrupted(model, images, labels, after=2, log=tmp_path / "log.json", **options)
     assert without_times(resumed.log) == {**without_times(found.log), "adversarial": "log_adversarial"}
 
 
@@ -281,21 +258,14 @@ def test_what_a_model_draws_comes_from_the_seed():
 
 @pytest.mark.parametrize(("classes", "targets"), [(4, 3), (5, 4), (10, 9), (12, 9)])
 def test_the_targets_are_at_most_the_other_classes(classes, targets):
-    model = network(classes)
-    images, labels = batch(model, count=6)
-    found = evaluate(model, images, labels, eps="6/255", attacks=["apgd-t", "fab-t"], batch_size=4)
-    adversarial, _ = autoattack(
-        model, images, labels, batch_size=4, eps=6 / 255, version="custom", attacks=["apgd-t", "fab-t"]
-    )
-    assert torch.equal(found.adversarial_images(images), adversarial)
+    found = checked(*sample(6, classes=classes), eps="6/255", attacks=["apgd-t", "fab-t"], batch_size=4)
     assert (found.log["n_target_classes"], found.log["n_classes"], found.log["dropped"]) == (targets, classes, [])
     assert not found.standard
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_below_four_classes_nothing_with_dlr_runs_and_the_result_is_not_standard(classes):
-    model = network(classes)
-    images, labels = batch(model, count=5, wrong=1)
+    model, images, labels = sample(5, 1, classes)
     found = evaluate(model, images, labels, eps="2/255", version="standard")
     assert found.log["attacks"] == ["apgd-ce", "fab-t", "square"]
     assert found.log["dropped"] == [
@@ -311,39 +281,20 @@ def test_below_four_classes_nothing_with_dlr_runs_and_the_result_is_not_standard
 
 
 def test_the_log_says_everything(tmp_path):
-    model = network()
-    images, labels = batch(model)
-    checkpoint = tmp_path / "weights.pt"
+    model, images, labels = sample()
+    checkpoint, path, made = tmp_path / "weights.pt", tmp_path / "log.json", []
     torch.save(model.state_dict(), checkpoint)
     data = Images(images, labels, tuple("abcdefghij"), "made up", "not read", None, "Res224")
-    made = []
-    evaluate(
-        model,
-        images,
-        labels,
-        eps="4/255",
-        batch_size=5,
-        seed=4,
-        log=tmp_path / "log.json",
-        checkpoint=checkpoint,
-        data=data,
-        model_name="small",
-        attacks=QUICK,
-        progress=made.append,
-    )
-    log = json.loads((tmp_path / "log.json").read_text())
-    with torch.no_grad():
-        natural = model(images).argmax(1)
-    adversarial, predictions = autoattack(
-        model, images, labels, batch_size=5, eps=4 / 255, version="custom", attacks=QUICK, seed=4
-    )
-    first, _ = autoattack(
-        model, images, labels, batch_size=5, eps=4 / 255, version="custom", attacks=["apgd-ce"], seed=4
-    )
-    fell = (adversarial != images).flatten(1).any(1)
-    fell_first = (first != images).flatten(1).any(1)
+    facts = {"checkpoint": checkpoint, "data": data, "model_name": "small"}
+    evaluate(model, images, labels, seed=4, log=path, progress=made.append, **facts, **OPTIONS)
+    log = json.loads(path.read_text())
+    options = {"batch_size": 5, "eps": 4 / 255, "version": "custom", "seed": 4}
+    adversarial, predictions = autoattack(model, images, labels, attacks=QUICK, **options)
+    first, _ = autoattack(model, images, labels, attacks=["apgd-ce"], **options)
+    fell, fell_first = ((found != images).flatten(1).any(1) for found in (adversarial, first))
     standing = [12 - int(fell_first.sum()), 12 - int(fell.sum())]
     assert 0 < standing[1] < standing[0] < 12
+    names = [QUICK[0] if early else QUICK[1] if late else None for early, late in zip(fell_first, fell, strict=True)]
     expected = {
         "format": "ikl_plugins.robustbench.evaluation/1",
         "model": "small",
@@ -362,30 +313,23 @@ def test_the_log_says_everything(tmp_path):
         "n_classes": 10,
         "n_examples": 14,
         "batch_size": 5,
-        "data": {
-            "name": "made up",
-            "sha256": content_sha256(images, labels),
-            "n_examples": 14,
-            "preprocessing": "Res224",
-        },
         "classes": list("abcdefghij"),
         "labels": labels.tolist(),
-        "natural_predictions": natural.tolist(),
+        "natural_predictions": model(images).argmax(1).tolist(),
         "natural_correct": [0, 0] + [1] * 12,
         "natural_accuracy": pytest.approx(100 * 12 / 14),
         "predictions": predictions.tolist(),
         "robust": predictions.eq(labels).int().tolist(),
         "robust_accuracy": pytest.approx(100 * standing[1] / 14),
-        "fell_to": [
-            "apgd-ce" if one else "apgd-t" if any_of_them else None
-            for one, any_of_them in zip(fell_first.tolist(), fell.tolist(), strict=True)
-        ],
+        "fell_to": names,
         "warnings": [],
         "adversarial": "log_adversarial",
         "finished": True,
     }
     assert {key: log[key] for key in expected} == expected
-    assert set(log) == {*expected, "versions", "date", "device", "progress"}
+    assert set(log) == {*expected, "data", "versions", "date", "device", "progress"}
+    digest = content_sha256(images, labels)
+    assert log["data"] == {"name": "made up", "sha256": digest, "n_examples": 14, "preprocessing": "Res224"}
     assert log["versions"]["torch"] == torch.__version__
     assert set(log["versions"]) - {"autoattack"} >= {"python", "torch", "torchvision", "robustbench", "ikl_plugins"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", log["date"])
@@ -394,27 +338,26 @@ def test_the_log_says_everything(tmp_path):
         {"attack": name, "standing": left, "seconds": 0, "batches": number, "batches_done": number}
         for name, left, number in zip(QUICK, standing, batches, strict=True)
     ]
-    assert [(event.attack, event.batch, event.batches) for event in made] == [
-        *(("apgd-ce", number + 1, 3) for number in range(3)),
-        *(("apgd-t", number + 1, batches[1]) for number in range(batches[1])),
+    assert [(event.attack, event.batch, event.batches, event.n_examples) for event in made] == [
+        (name, batch + 1, number, 14) for name, number in zip(QUICK, batches, strict=True) for batch in range(number)
     ]
     assert [event.standing for event in made if event.batch == event.batches] == standing
-    assert {event.n_examples for event in made} == {14}
 
-    loaded = Evaluation.load(tmp_path / "log.json")
-    assert loaded.log == log
-    assert torch.equal(loaded.adversarial_images(images), adversarial)
+
+def test_a_log_is_read_with_its_images_and_without(copied, whole, tmp_path):
+    loaded = Evaluation.load(copied)
+    assert loaded.log == whole.evaluation.log
+    same(loaded, whole)
     (tmp_path / "elsewhere").mkdir()
     loaded.save(tmp_path / "elsewhere" / "copy.json")
     alone = Evaluation.load(tmp_path / "elsewhere" / "copy.json")
-    assert (alone.log, alone.adversarial) == (log, None)
+    assert (alone.log, alone.adversarial) == (loaded.log, None)
     with message("the images must be beside the log, but were not kept"):
-        alone.adversarial_images(images)
+        alone.adversarial_images(whole.images)
 
 
 def test_a_log_of_which_nothing_fell_needs_no_images(tmp_path):
-    model = network()
-    images, labels = batch(model)
+    model, images, labels = sample()
     found = evaluate(model, images, labels, eps=1e-9, attacks=["apgd-ce"], log=tmp_path / "log.json")
     assert found.robust_accuracy == found.natural_accuracy
     assert not (tmp_path / "log_adversarial").exists()
@@ -423,8 +366,7 @@ def test_a_log_of_which_nothing_fell_needs_no_images(tmp_path):
 
 def test_nothing_is_written_without_a_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = network()
-    images, labels = batch(model)
+    model, images, labels = sample()
     found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"])
     assert list(tmp_path.iterdir()) == []
     assert found.log["adversarial"] is None
@@ -433,8 +375,7 @@ def test_nothing_is_written_without_a_log(tmp_path, monkeypatch):
 
 
 def test_the_caller_keeps_random_numbers_weights_and_tracer(monkeypatch):
-    model = network()
-    images, labels = batch(model)
+    model, images, labels = sample()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     traced = []
@@ -473,10 +414,6 @@ def test_zero_gradients_are_said_once_whatever_their_number():
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
-
-
-class Interruption(Exception):  # noqa: N818
-    """What stops a run in the tests."""
 
 
 def interrupted(model, images, labels, *, after, log, **options):
@@ -561,7 +498,7 @@ def test_a_file_of_a_run_killed_between_its_images_and_its_log_does_no_harm(tmp_
 KILLED = """
 import os, signal, sys
 import torch
-from quick_autoattack import Quick, batch, network, robustbench
+from quick_autoattack import Interruption, Quick, batch, message, network, without_times, robustbench
 from ikl_plugins.robustbench.evaluation import evaluate
 
 def kill(made):
@@ -694,8 +631,7 @@ def test_adversarial_images_that_are_damaged_in_any_way_are_refused(copied, whol
 
 
 def test_what_a_removed_log_left_is_not_taken_for_new(tmp_path):
-    model = network()
-    images, labels = batch(model)
+    model, images, labels = sample()
     path = tmp_path / "log.json"
     evaluate(model, images, labels, eps="9/255", attacks=["apgd-ce"], batch_size=2, log=path)
     path.unlink()
@@ -809,11 +745,7 @@ class Broken(nn.Module):
         ({"labels": torch.ones(3).bool()}, TypeError, "`labels` must be a tensor of class indices, got torch.bool"),
         ({"labels": [0, 1, 2]}, TypeError, "`labels` must be a tensor of class indices, got list"),
         ({"labels": torch.tensor([0, 1])}, ValueError, "`labels` must have shape (3,), one per image, got (2,)"),
-        (
-            {"labels": torch.tensor([0, 1, 10])},
-            ValueError,
-            "must lie in [0, 9], the model's classes, got",
-        ),
+        ({"labels": torch.tensor([0, 1, 10])}, ValueError, "must lie in [0, 9], the model's classes, got"),
         ({"labels": torch.tensor([0, -1, 2])}, ValueError, "got values from -1 to 2"),
     ],
 )
@@ -891,8 +823,7 @@ def test_a_curve_never_rises_and_each_point_is_an_attack_on_those_who_stand():
 
 
 def test_a_curve_goes_on_where_all_have_fallen_and_from_its_logs(tmp_path, monkeypatch):
-    model = network()
-    images, labels = batch(model)
+    model, images, labels = sample()
     radii = ["2/255", "120/255", "130/255"]
     first = curve(model, images, labels, radii, attacks=["apgd-ce"], folder=tmp_path, seed=2)
     assert [point["robust_accuracy"] for point in first][1:] == [0, 0]
@@ -918,184 +849,6 @@ def test_radii_that_make_no_curve_are_refused(radii, kind, text):
     model = network()
     with message(text, kind):
         curve(model, *batch(model), radii)
-
-
-# --- corruptions -----------------------------------------------------------------------------------------------------
-
-CORRUPTIONS = robustbench.data.CORRUPTIONS
-
-
-@pytest.fixture(scope="module")
-def corrupted(tmp_path_factory):
-    """CIFAR-10-C of 4x4 pixels, with 10,000 images per severity as RobustBench's loader wants it."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "CIFAR-10-C").mkdir()
-    random = np.random.default_rng(0)
-    for corruption in CORRUPTIONS:
-        pixels = random.integers(0, 256, (50000, 4, 4, 3), dtype=np.uint8)
-        np.save(folder / "CIFAR-10-C" / f"{corruption}.npy", pixels)
-    np.save(folder / "CIFAR-10-C" / "labels.npy", random.integers(0, 10, 50000))
-    return folder
-
-
-def linear(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 10)).eval()
-
-
-@pytest.fixture
-def alexnet(tmp_path, monkeypatch):
-    """A working directory with RobustBench's table, and AlexNet in it."""
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "model_info" / "cifar10" / "corruptions" / "unaggregated_results.csv"
-    path.parent.mkdir(parents=True)
-    columns = [(corruption, severity) for corruption in CORRUPTIONS for severity in range(1, 6)]
-    random = np.random.default_rng(1)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["", *(corruption for corruption, _ in columns)])
-        writer.writerow(["", *(severity for _, severity in columns)])
-        writer.writerow(["Other", *random.random(75)])
-        writer.writerow(["AlexNet", *random.random(75)])
-    return path
-
-
-def theirs(model, folder, monkeypatch, count):
-    """RobustBench's own function. It calls its CIFAR loader with a keyword that the loader does not have."""
-    loaders = robustbench.data.CORRUPTION_DATASET_LOADERS[BenchmarkDataset.cifar_10]
-    load = robustbench.data.load_cifar10c
-    with monkeypatch.context() as patch:
-        patch.setitem(loaders, ThreatModel.corruptions, lambda *args, prepr, **named: load(*args, **named))
-        return robustbench.eval.corruptions_evaluation(
-            32,
-            str(folder),
-            BenchmarkDataset.cifar_10,
-            ThreatModel.corruptions,
-            torch.device("cpu"),
-            model,
-            count,
-            False,
-            None,
-            "ours",
-        )
-
-
-def test_accuracy_under_corruptions_is_robustbenchs(corrupted, alexnet, monkeypatch, capsys):
-    model = linear()
-    accuracy, mce = theirs(model, corrupted, monkeypatch, 100)
-    images, labels = torch.rand(30, 3, 4, 4), torch.arange(30) % 10
-    natural = Images(images, labels, None, "made up", "not read")
-    made = []
-    found = evaluate_corruptions(
-        model, "cifar10", data_dir=corrupted, n_examples=100, natural=natural, batch_size=32, progress=made.append
-    )
-    assert found.robust_accuracy == pytest.approx(100 * accuracy)
-    assert found.log["corruptions_mce"] == pytest.approx(100 * mce)
-    assert found.log["corruptions_mce_note"] is None
-    with torch.no_grad():
-        expected = 100 * model(images).argmax(1).eq(labels).float().mean().item()
-    assert found.natural_accuracy == pytest.approx(expected)
-    entries = found.log["corruptions"]
-    assert [(entry["corruption"], entry["severity"]) for entry in entries] == [
-        (corruption, severity) for corruption in CORRUPTIONS for severity in range(1, 6)
-    ]
-    pixels = np.load(corrupted / "CIFAR-10-C" / "snow.npy")[20000:20100].transpose(0, 3, 1, 2) / np.float32(255)
-    true = np.load(corrupted / "CIFAR-10-C" / "labels.npy")[:100]
-    entry = entries[5 * CORRUPTIONS.index("snow") + 2]
-    with torch.no_grad():
-        right = model(torch.from_numpy(pixels.astype(np.float32))).argmax(1).numpy() == true
-    assert entry["accuracy"] == pytest.approx(100 * right.mean())
-    assert entry["sha256"] == content_sha256(torch.from_numpy(pixels.astype(np.float32)), torch.from_numpy(true))
-    log = found.log
-    assert (log["threat_model"], log["dataset"], log["eps"], log["standard"]) == ("corruptions", "cifar10", None, False)
-    assert (log["robust"], log["fell_to"], log["attacks"], log["finished"]) == (None, None, [], True)
-    assert [(event.attack, event.batch, event.batches, event.n_examples) for event in made[:2]] == [
-        ("shot_noise/1", 1, 75, 100),
-        ("shot_noise/2", 2, 75, 100),
-    ]
-    assert [event.standing for event in made] == [round(entry["accuracy"]) for entry in entries]
-
-
-def test_without_alexnet_there_is_no_corruption_error(corrupted, alexnet, tmp_path):
-    def found(**options):
-        return evaluate_corruptions(linear(), "cifar10", data_dir=corrupted, n_examples=5, **options).log
-
-    alexnet.write_text("".join(line for line in alexnet.read_text().splitlines(True) if not line.startswith("AlexNet")))
-    log = found()
-    assert (log["corruptions_mce"], log["natural_accuracy"]) == (None, None)
-    name = "model_info/cifar10/corruptions/unaggregated_results.csv"
-    assert log["corruptions_mce_note"] == f"not computed: {name} has no row AlexNet"
-    assert found(baseline=tmp_path / "none.csv")["corruptions_mce_note"] == (
-        f"not computed: there is no {tmp_path / 'none.csv'} with the accuracies of AlexNet"
-    )
-
-
-def test_interrupted_corruptions_go_on(corrupted, alexnet, tmp_path, monkeypatch):
-    model, path = linear(), tmp_path / "log.json"
-    options = {"data_dir": corrupted, "n_examples": 20}
-    whole = evaluate_corruptions(model, "cifar10", log=tmp_path / "whole.json", **options)
-
-    def stop(event):
-        if event.batch == 7:
-            raise Interruption
-
-    with pytest.raises(Interruption):
-        evaluate_corruptions(model, "cifar10", log=path, progress=stop, **options)
-    partial = Evaluation.load(path)
-    assert (partial.finished, len(partial.log["corruptions"])) == (False, 7)
-    made = []
-    resumed = evaluate_corruptions(model, "cifar10", log=path, progress=made.append, **options)
-    assert len(made) == 68
-    assert without_times(resumed.log) == without_times(whole.log)
-    assert without_times(Evaluation.load(path).log) == without_times(whole.log)
-    assert whole.log["corruptions_mce"] is not None
-    with message("has other weights. Name another file"):
-        evaluate_corruptions(linear(1), "cifar10", log=path, **options)
-    with message("has other n_examples 20 instead of 21"):
-        evaluate_corruptions(model, "cifar10", log=path, data_dir=corrupted, n_examples=21)
-    load = robustbench.data.load_cifar10c
-    loaders = robustbench.data.CORRUPTION_DATASET_LOADERS[BenchmarkDataset.cifar_10]
-    monkeypatch.setitem(loaders, ThreatModel.corruptions, lambda *args: (load(*args)[0] / 2, load(*args)[1]))
-    with message("has other data (shot_noise, severity 1)"):
-        evaluate_corruptions(model, "cifar10", log=path, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"n_examples": 10001}, "`n_examples` must be at most 10000, as many images as shot_noise has with severity 1"),
-        ({"n_examples": 0}, "`n_examples` must be an integer of at least 1, got 0"),
-        ({"dataset": "cifar11"}, "unknown data set `cifar11`. Did you mean `cifar10`?"),
-        ({"threat_model": "corruptions_3d"}, "unknown threat model of cifar10 `corruptions_3d`. Did you mean"),
-        ({"model": linear().train()}, "`model` must be in eval mode"),
-    ],
-)
-def test_bad_input_for_corruptions_is_refused(corrupted, options, text):
-    given = {"model": linear(), "dataset": "cifar10", "data_dir": corrupted, **options}
-    with message(text):
-        evaluate_corruptions(**given)
-
-
-def test_corruptions_that_are_not_there_are_refused(tmp_path, monkeypatch):
-    root = tmp_path / "CIFAR-10-C"
-    text = f"the corrupted images of cifar10 must lie in {root}, but {root / 'labels.npy'}, {root / 'shot_noise.npy'}, "
-    with message(text) as caught:
-        evaluate_corruptions(linear(), "cifar10", data_dir=tmp_path, offline=True)
-    assert "and 13 more missing" in str(caught.value)
-    assert "CIFAR-10-C.tar of https://zenodo.org/records/2535967" in str(caught.value)
-
-    def no_network(*_, **__):
-        raise AssertionError("this would download")
-
-    monkeypatch.setattr(robustbench.data, "zenodo_download", no_network)
-    with pytest.raises(AssertionError, match="this would download"):
-        evaluate_corruptions(linear(), "cifar10", data_dir=tmp_path)
-    root.mkdir()
-    with message(text):  # RobustBench downloads a missing folder, and nothing into one that is there
-        evaluate_corruptions(linear(), "cifar10", data_dir=tmp_path)
-    root = tmp_path / "ImageNet-3DCC"
-    with message(f"the corrupted images of imagenet must lie in {root}, but {root / 'near_focus' / '1'}, "):
-        evaluate_corruptions(linear(), "imagenet", data_dir=tmp_path, threat_model="corruptions_3d")
 
 
 # --- checksums -------------------------------------------------------------------------------------------------------

@@ -679,10 +679,7 @@ OTHER = (0.5,) * 3
             "`2` normalises what `0`",
         ),
         (lambda: nn.Sequential(to_pixels(), Normalise(*PIXELS), Normalise(), Brightness()), "`2` normalises what `1`"),
-        (
-            lambda: nn.Sequential(Normalise(), robustbench_network("DMWideResNet-10-1-SiLU")),
-            "`1` normalises what `0`",
-        ),
+        (lambda: nn.Sequential(Normalise(), robustbench_network("DMWideResNet-10-1-SiLU")), "`1` normalises what `0`"),
     ],
 )
 def test_catches_two_normalising_layers_without_labels(build, names):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .subject import Finding, Subject, copied, distance, first_names, named_tensors, stop_autocast, tolerance
+from .subject import (
+    Finding,
+    Subject,
+    copied,
+    distance,
+    first_names,
+    hooked,
+    is_leaf,
+    named_tensors,
+    stop_autocast,
+    tolerance,
+)
 
 __all__ = ["batch", "deterministic", "eval_mode", "output"]
 
@@ -36,7 +48,7 @@ def output(subject: Subject) -> Finding:
     if wrong:
         notes.append(f"{first_names(wrong)}; RobustBench evaluates in float32. Call model.float().")
     try:
-        with _Precision(model) as precision:
+        with _other_precision(model) as precision:
             outputs = [model(batch.clone()) for batch in torch.split(images, subject.batch_size)]
     except RuntimeError as error:
         return False, " ".join([*notes, f"The forward fails: {str(error).splitlines()[0]}"])
@@ -49,8 +61,8 @@ def output(subject: Subject) -> Finding:
     ]
     if recast:
         notes.append(f"The forward converts {first_names(recast)}. Leave the parameters in float32.")
-    if precision.found:
-        notes.append(f"The forward computes in another precision: {first_names(precision.found)}. Compute in float32.")
+    if precision:
+        notes.append(f"The forward computes in another precision: {first_names(precision)}. Compute in float32.")
     if autocast:
         notes.append(
             f"The forward leaves autocast on ({', '.join(autocast)}). Use it in a with statement, or not at all."
@@ -82,51 +94,34 @@ def _unusable(outputs: list[Any], count: int) -> str:
     return f"{bad} of {count} images gave inf or nan." if bad else ""
 
 
-class _Precision(TorchFunctionMode):
+@contextlib.contextmanager
+def _other_precision(model: nn.Module) -> Iterator[list[str]]:
     """Notes where a forward leaves float32: outputs of leaf modules, and any call that gives fewer bits.
 
     Both, since a module in TorchScript hides its calls, and a call outside any leaf has no module that would tell.
     """
+    modules: list[str] = []
+    calls: list[str] = []
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self._model = model
-        self._handles: list[Any] = []
+    def hook(name: str, module: nn.Module) -> Callable[..., None] | None:
+        def after(module: nn.Module, arguments: Any, output: Any) -> None:
+            modules.extend(f"`{name}` gives {_word(dtype)}" for dtype in _dtypes(output))
 
-    def __enter__(self) -> _Precision:
-        for name, module in self._model.named_modules():
-            if not any(True for _ in module.children()) and not isinstance(module, torch.jit.ScriptModule):
-                self._handles.append(module.register_forward_hook(self._hook(name or type(module).__name__)))
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
+        return after if is_leaf(module) and not isinstance(module, torch.jit.ScriptModule) else None
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            # float64 is not less: constants and statistics may be computed in it. `data` and such only read.
+            name = getattr(func, "__name__", "a call")
+            if name != "__get__":
+                calls.extend(f"{name} gives {_word(dtype)}" for dtype in _dtypes(result) if dtype.itemsize < 4)
+            return result
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # float64 is not less: constants and statistics may be computed in it. `data` and such only read.
-        name = getattr(func, "__name__", "a call")
-        for dtype in _dtypes(result):
-            if dtype.itemsize < 4 and name != "__get__":
-                self._note(f"{name} gives {_word(dtype)}")
-        return result
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            for dtype in _dtypes(output):
-                self._note(f"`{name}` gives {_word(dtype)}", first=True)
-
-        return hook
-
-    def _note(self, words: str, first: bool = False) -> None:
-        if words not in self.found:
-            # Modules before calls, which are many and say less.
-            place = sum(known.startswith("`") for known in self.found) if first else len(self.found)
-            self.found.insert(place, words)
+    found: list[str] = []
+    with hooked(model, hook, after=True), Calls():
+        yield found
+    found += dict.fromkeys([*modules, *calls])  # modules before calls, which are many and say less
 
 
 def _dtypes(output: Any) -> set[torch.dtype]:

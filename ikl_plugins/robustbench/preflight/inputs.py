@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .subject import GREY_LEVELS, Finding, Subject
+from .subject import GREY_LEVELS, Finding, Subject, hooked
 
 __all__ = ["inputs", "logits", "normalisation"]
 
@@ -125,26 +125,21 @@ def _paired(other: Tensor, right: Tensor) -> tuple[float, float]:
 def _normalisers(model: nn.Module, images: Tensor) -> list[_Normaliser]:
     """The layers with a mean and a std per channel, in the order of their calls."""
     found: list[_Normaliser] = []
-    handles = []
 
-    def watch(name: str, mean: Tensor, std: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def hook(name: str, module: nn.Module) -> Callable[..., None] | None:
+        mean, std = _constants(module, _MEANS, images), _constants(module, _STDS, images)
+        if mean is None or std is None or (bool((mean == 0).all()) and bool((std == 1).all())):
+            return None
+
+        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             inputs = arguments[0] if arguments else None
             if isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.shape[1] == images.shape[1]:
                 found.append(_Normaliser(name, mean, std, inputs.detach().clone()))
 
-        return hook
+        return before
 
-    for name, module in model.named_modules():
-        mean, std = _constants(module, _MEANS, images), _constants(module, _STDS, images)
-        if mean is not None and std is not None and not (bool((mean == 0).all()) and bool((std == 1).all())):
-            words = name or type(model).__name__
-            handles.append(module.register_forward_pre_hook(watch(words, mean, std)))
-    try:
+    with hooked(model, hook):
         model(images.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .subject import Finding, Subject, first_names
+from .subject import Finding, Subject, first_names, hooked, is_leaf
 
 __all__ = ["optimisation"]
 
@@ -87,19 +87,9 @@ def _calls_of_layers(model: nn.Module) -> Iterator[Counter[str]]:
     """Counts the calls of each leaf that has parameters: a search without gradients calls them again and again."""
     counts: Counter[str] = Counter()
 
-    def watch(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, arguments: Any) -> None:
-            counts[name] += 1
+    def hook(name: str, module: nn.Module) -> Callable[..., None] | None:
+        has_parameters = next(module.parameters(), None) is not None
+        return (lambda module, arguments: counts.update([name])) if is_leaf(module) and has_parameters else None
 
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(watch(name or type(module).__name__))
-        for name, module in model.named_modules()
-        if not any(True for _ in module.children()) and any(True for _ in module.parameters())
-    ]
-    try:
+    with hooked(model, hook):
         yield counts
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -62,11 +62,9 @@ def preflight(
         labels: their class indices (N,). Without them the input range is judged by the structure of the model alone.
         eps: radius of the threat model, preferably as text such as '8/255'; None for corruptions.
         norm: 'Linf' or 'L2'.
-        claimed: robust accuracy of the claim, in percent.
-        measured: robust accuracy that the evaluation gave, in percent.
-        mean: normalisation that the model was trained with, one value per channel, for images in [0, 1]. Without it
-            those in common use are tried.
-        std: the same.
+        claimed, measured: robust accuracy of the claim and of the evaluation, in percent.
+        mean, std: normalisation that the model was trained with, one value per channel, for images in [0, 1]. Without
+            them those in common use are tried.
         batch_size: images per forward, at least 1.
         number_forward_passes: how often one prediction may pass the network, at least 1, as the leaderboard states it.
             A network that shares weights between layers calls the same layer more than once, and needs that number

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import pickle
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ __all__ = [
     "copied",
     "distance",
     "first_names",
+    "hooked",
+    "is_leaf",
     "named_tensors",
     "stop_autocast",
     "tolerance",
@@ -69,10 +71,11 @@ class Subject:
     deterministic: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self._check_model_and_images()
-        self._check_labels()
+        _check_model_and_images(self.user, self.images)
+        _check_labels(self.labels, self.images)
         self._check_numbers()
-        self._check_statistics()
+        # As for L2, which sets no bound and warns of nothing: the check of eps says it.
+        self.radius = None if self.eps is None else parse_eps(_CALLER, self.eps, norm="L2")
         named = self.user.named_modules()
         self.training = tuple(name or type(self.user).__name__ for name, module in named if module.training)
         self.model = copied(self.user) or self.user
@@ -87,40 +90,6 @@ class Subject:
         """The logits of images; on copies, as a model that writes into its input must not spoil the other checks."""
         return torch.cat([self.model(batch.clone()) for batch in torch.split(images, batch_size or self.batch_size)])
 
-    def _check_model_and_images(self) -> None:
-        model, images = self.user, self.images
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{_CALLER}: `model` must be a torch.nn.Module, got {type(model).__name__}. Wrap a function in one."
-            )
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            raise TypeError(
-                f"{_CALLER}: `images` must be a tensor of floats in [0, 1], got {_kind(images)}. "
-                f"Divide 8-bit images by 255."
-            )
-        if images.dim() != 4 or len(images) < 2:
-            raise ValueError(
-                f"{_CALLER}: `images` must have shape (N, channels, H, W) with N of at least 2, got "
-                f"{tuple(images.shape)}. Pass a batch."
-            )
-        if not torch.isfinite(images).all():
-            raise ValueError(f"{_CALLER}: `images` must be finite, got inf or nan. Pass images in [0, 1].")
-
-    def _check_labels(self) -> None:
-        labels = self.labels
-        if labels is None:
-            return
-        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-            raise TypeError(
-                f"{_CALLER}: `labels` must be a tensor of class indices, got {_kind(labels)}. Pass long integers."
-            )
-        if labels.shape != self.images.shape[:1] or int(labels.min()) < 0:
-            lowest = f" with {int(labels.min())}" if labels.numel() else ""
-            raise ValueError(
-                f"{_CALLER}: `labels` must be {len(self.images)} class indices from 0, got shape "
-                f"{tuple(labels.shape)}{lowest}. Pass those of the images."
-            )
-
     def _check_numbers(self) -> None:
         for name in ("batch_size", "number_forward_passes"):
             value = getattr(self, name)
@@ -130,14 +99,11 @@ class Subject:
             value = getattr(self, name)
             if value is not None and check.check_number(_CALLER, name, value) > 100:
                 raise ValueError(f"{_CALLER}: `{name}` must be in percent, 0 to 100, got {value}. Pass 57.09.")
-        # As for L2, which sets no bound and warns of nothing: the check of eps says it.
-        self.radius = None if self.eps is None else parse_eps(_CALLER, self.eps, norm="L2")
-
-    def _check_statistics(self) -> None:
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"{_CALLER}: `mean` and `std` must be given together. Pass both, or neither.")
         channels = self.images.shape[1]
-        for name, values in (("mean", self.mean), ("std", self.std)):
+        for name in ("mean", "std"):
+            values = getattr(self, name)
             if values is not None and len(values) != channels:
                 raise ValueError(f"{_CALLER}: `{name}` must have one value per channel, {channels}, got {values!r}.")
 
@@ -148,6 +114,34 @@ class Subject:
                 f"{_CALLER}: `labels` must be below {self.logits.shape[1]}, the number of logits, got "
                 f"{int(self.labels.max())}. Pass images of the model's classes."
             )
+
+
+def _check_model_and_images(model: object, images: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{_CALLER}: `model` must be a torch.nn.Module, got {type(model).__name__}. Wrap a function in one."
+        )
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        found = _kind(images)
+        raise TypeError(
+            f"{_CALLER}: `images` must be a tensor of floats in [0, 1], got {found}. Divide 8-bit images by 255."
+        )
+    if images.dim() != 4 or len(images) < 2:
+        shape = tuple(images.shape)
+        raise ValueError(f"{_CALLER}: `images` must have shape (N, channels, H, W) with N of at least 2, got {shape}.")
+    if not torch.isfinite(images).all():
+        raise ValueError(f"{_CALLER}: `images` must be finite, got inf or nan. Pass images in [0, 1].")
+
+
+def _check_labels(labels: object, images: Tensor) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        found = _kind(labels)
+        raise TypeError(f"{_CALLER}: `labels` must be a tensor of class indices, got {found}. Pass long integers.")
+    if labels.shape != images.shape[:1] or int(labels.min()) < 0:
+        found = f"shape {tuple(labels.shape)}" + (f" with {int(labels.min())}" if labels.numel() else "")
+        raise ValueError(f"{_CALLER}: `labels` must be {len(images)} class indices from 0, got {found}.")
 
 
 def _kind(value: object) -> str:
@@ -212,6 +206,27 @@ def stop_autocast() -> tuple[str, ...]:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+@contextlib.contextmanager
+def hooked(
+    model: nn.Module, make: Callable[[str, nn.Module], Callable[..., None] | None], *, after: bool = False
+) -> Iterator[None]:
+    """Puts on each module the hook, if any, that ``make`` gives for its name: before its forward, or ``after`` it."""
+    handles = []
+    for name, module in model.named_modules():
+        hook = make(name or type(module).__name__, module)
+        if hook is not None:
+            handles.append((module.register_forward_hook if after else module.register_forward_pre_hook)(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
 
 
 def tolerance(logits: Tensor) -> float:

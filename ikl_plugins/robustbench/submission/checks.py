@@ -236,9 +236,7 @@ def check_place(folder: Path, force: bool) -> None:
     if not os.path.lexists(folder):
         return
     if not force:
-        raise ValueError(
-            f"{CALLER}: `folder` must be new, but {folder} is there. Name another, or pass force=True."
-        )
+        raise ValueError(f"{CALLER}: `folder` must be new, but {folder} is there. Name another, or pass force=True.")
     if folder.is_symlink() or not all((folder / file).is_file() for file in OUR_FILES):
         raise ValueError(
             f"{CALLER}: `folder` must be new or a submission, but {folder} is something else. Name another."

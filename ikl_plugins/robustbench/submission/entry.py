@@ -32,10 +32,8 @@ def model_info(
         evaluation: of :func:`~ikl_plugins.robustbench.evaluation.evaluate` or ``evaluate_corruptions``, or its log.
         architecture: as the leaderboard words it, such as 'WideResNet-28-10'.
         dataset: 'cifar10' or 'cifar100'.
-        title: of the paper.
-        link: to the paper.
-        authors: of the paper, as one text or one each.
-        venue: where it appeared, such as 'NeurIPS 2024' or 'arXiv, May 2023'.
+        title, link, authors, venue: of the paper; authors as one text with commas or one each, the venue such as
+            'NeurIPS 2024' or 'arXiv, May 2023'.
         additional_data: whether more images than the data set's own were trained on. Generated images do not count;
             the footnote names them.
         footnote: what a reader of the leaderboard must know; left out if None.

@@ -23,8 +23,7 @@ def check_name(name: str, *, title: str | None = None, authors: Sequence[str] | 
     Args:
         name: such as 'Cui2023Decoupled_WRN-28-10': family name of the first author, year, first word of the title that
             is no article, and, where a paper has several models, an underscore and what tells them apart.
-        title: of the paper.
-        authors: of the paper, first names first.
+        title, authors: of the paper, first names first.
 
     Raises:
         TypeError: ``name`` is no text.

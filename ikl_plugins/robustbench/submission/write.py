@@ -89,23 +89,15 @@ def write_submission(
         dataset: 'cifar10' or 'cifar100'.
         evaluation: the evaluation, its log, or the file of the log. It says what the threat model is.
         preflight: the checks of the same model.
-        title: of the paper.
-        link: to the paper.
-        authors: of the paper, as one text with commas or one each.
-        venue: where it appeared, such as 'NeurIPS 2024'.
+        title, link, authors, venue, footnote, reported, number_forward_passes: see :func:`model_info`.
         additional_data: whether more real images than the data set's own were trained on, be it by the model, its
             teacher, or a network that labelled or generated images for it.
         generated_data: whether generated images were trained on; the footnote must then say how many.
         licence: 'MIT', or the address of another one.
-        footnote: for the leaderboard, such as 'It uses additional 50M synthetic images in training.'.
-        reported: robust accuracy that the paper states, in percent; None for the measured one.
-        number_forward_passes: of networks per prediction.
-        checkpoint_link: where the checkpoint lies; None leaves a line to fill in.
-        code_link: where the code lies; likewise.
-        gdrive_id: Google Drive's id of the checkpoint; likewise.
+        checkpoint_link, code_link, gdrive_id: where the checkpoint and the code lie, and Google Drive's id of the
+            checkpoint; None leaves a line to fill in.
         model_zoo: whether the model shall be in RobustBench's zoo too.
-        mean: normalisation of an architecture that normalises, if not the data set's.
-        std: the same.
+        mean, std: normalisation of an architecture that normalises, if not the data set's.
         demonstration: accept few images, other data and attacks that are not standard, and mark each file by its name
             or its text. '_demonstration' is added to the name.
         allow_failed_preflight: accept failed checks, and name them in the form.
