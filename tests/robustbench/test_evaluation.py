@@ -161,7 +161,7 @@ def test_named_attacks_are_autoattacks_in_their_order(attacks):
 
 def test_the_result_is_autoattacks_with_its_own_numbers_of_steps(monkeypatch, real_autoattack):
     monkeypatch.setattr(robustbench.eval, "AutoAttack", real_autoattack)
-    found = checked(*sample(count=4, wrong=1, classes=4), eps="3/255", batch_size=3)
+    found = checked(*sample(count=4, wrong=1, classes=4), eps="3/255", batch_size=4)
     assert 0 < found.robust_accuracy < found.natural_accuracy
 
 
