@@ -523,6 +523,7 @@ def test_the_pattern_is_that_of_the_leaderboards():
         ("Moosavi-Dezfooli2019Robustness", "Robustness via curvature regularization", "Seyed-Mohsen Moosavi-Dezfooli"),
         ("KimWang2020Sensible", "Sensible adversarial learning", "Jungeum Kim"),
         ("Hendrycks2020Many", "The Many Faces of Robustness", "Dan Hendrycks"),
+        ("Calian2021Defending", CALIAN["name"], "Dan A. Calian"),
         ("Modas2021PRIMEResNet18", "PRIME: A Few Primitives Can Boost Robustness", "Apostolos Modas"),
     ],
 )
