@@ -63,10 +63,8 @@ def shapes(*, least: int) -> st.SearchStrategy[tuple[int, ...]]:
     samples = st.sampled_from((4, 1, 2, 3, 5, 8, 6, 7, *([] if least else [0])))
     places = st.sampled_from((2, 1, 3, 1, 2, *([] if least else [0])))
     classes = st.integers(1, 13)
-    flat = st.tuples(samples, classes)
-    return st.one_of(
-        flat, flat, flat, flat, st.tuples(samples, classes, places), st.tuples(samples, classes, places, places)
-    )
+    dense = (st.tuples(samples, classes, *[places] * count) for count in range(3))
+    return st.one_of(*dense)
 
 
 @st.composite
