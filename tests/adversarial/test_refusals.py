@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ikl_plugins.adversarial import PGD, AdversarialWeightPerturbation, PixelSpace, Strength, model_mode
 
@@ -276,6 +277,12 @@ CALLS: list[Row] = [
             ("argmax", lambda x: F.one_hot(MODEL(x).argmax(1), 5)),
             ("numbers", lambda x: MODEL(torch.tensor(x.tolist()))),
         )
+    ),
+    (
+        "reentrant",
+        run(forward=lambda x: checkpoint(MODEL, x, use_reentrant=True)),
+        ValueError,
+        "PGD: `model` must not use reentrant activation checkpointing",
     ),
     ("one class", run(objective="margin", model=SINGLE, labels=0 * LABELS), ValueError, "have at least 2 classes"),
     *(
