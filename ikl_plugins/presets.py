@@ -57,7 +57,7 @@ def _ikl(
     }
 
 
-def _distillation() -> dict[str, Preset]:
+def _cifar100() -> dict[str, Preset]:
     found = {}
     # Student, teacher; IKL's alpha, beta; GKL's alpha, beta, gamma, class prior.
     for student, teacher, ikl, gkl in (
@@ -80,6 +80,11 @@ def _distillation() -> dict[str, Preset]:
         alpha, beta, gamma, prior = gkl
         keywords = _ikl(100, alpha, beta, temperature=4.0, weight_temperature=4.0, prior=prior)
         found[f"{pair}-gkl"] = Preset("GKLLoss", {**keywords, "gamma": gamma}, warmup_epochs=20)
+    return found
+
+
+def _imagenet() -> dict[str, Preset]:
+    found = {}
     for student, teacher, alpha, beta, gamma in (
         ("resnet18", "resnet34", 1, 0.5, 0.6),
         ("MobileNetV1", "resnet50", 4, 1, 0.5),
@@ -89,6 +94,11 @@ def _distillation() -> dict[str, Preset]:
         found[f"{pair}-ikl"] = Preset("IKLLoss", keywords, warmup_epochs=1)
         # Five epochs are the GKL code's default, which its ImageNet files leave alone.
         found[f"{pair}-gkl"] = Preset("GKLLoss", {**keywords, "gamma": gamma}, warmup_epochs=5)
+    return found
+
+
+def _imagenet_lt() -> dict[str, Preset]:
+    found = {}
     for student, teacher, ikl, gamma in (
         ("resnet18", "resnet18", (1, 0.5), None),
         ("resnet50", "resnet50", (1, 1), 0.3),
@@ -138,4 +148,4 @@ def _adversarial() -> dict[str, Preset]:
     return found
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({**_distillation(), **_adversarial()})
+PRESETS: Mapping[str, Preset] = MappingProxyType({**_cifar100(), **_imagenet(), **_imagenet_lt(), **_adversarial()})
