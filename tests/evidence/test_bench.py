@@ -121,6 +121,7 @@ print(training.peak(training.NOTHING) - plain)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "least", "most"), [(LOGITS_TENSORS, 2.8, 5.2), (MEBIBYTES, 380, 440)])
 def test_peak_memory_is_counted(code, least, most):
     if not Path("/proc/self/clear_refs").exists():

@@ -91,7 +91,8 @@ def test_the_plots_are_images(tmp_path, seeds, epochs):
     from PIL import Image
 
     results = made_up_results(seeds, epochs)
-    for draw in (distill.draw_table, distill.draw_curves, distill.draw_class_prior):
+    seeds_matter = (distill.draw_table, distill.draw_curves)
+    for draw in (*seeds_matter, distill.draw_class_prior) if seeds > 1 else seeds_matter:
         path = tmp_path / f"{draw.__name__}.png"
         draw(results, path)
         with Image.open(path) as drawn:

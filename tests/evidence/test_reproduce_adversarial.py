@@ -12,10 +12,11 @@ import time
 import pytest
 import torch
 from evidence import cache, reproduce_adversarial_jobs
-from evidence import reproduce_adversarial as plan
+from evidence import reproduce_adversarial_plan as plan
 from evidence.reproduce import DOCS, main
 from evidence.reproduce_adversarial_jobs import from_hex, read_scalars, to_hex
-from evidence.reproduce_adversarial_report import FIGURES, difference, draw, render
+from evidence.reproduce_adversarial_report import FIGURES, draw, render
+from evidence.reproduce_adversarial_results import difference
 
 RECORDED = json.loads((DOCS / "results" / "adversarial.json").read_text())
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evidence import reproduce, reproduce_distill
-from evidence.reproduce_distill import METHODS, RememberedTeacher, dkl_of, first_of_each_class, public_resnet56
+from evidence import reproduce_distill_plan as plan
+from evidence.reproduce_distill import RememberedTeacher, first_of_each_class, public_resnet56
+from evidence.reproduce_distill_plan import METHODS, dkl_of
 from evidence.reproduce_distill_report import FIGURES, draw, render
 
 from ikl_plugins.models import resnet56
@@ -139,7 +141,7 @@ def test_each_question_has_its_probes():
         "ikl_no_prior": {"alpha": 1.0, "beta": 1.0},
         "ikl": {"alpha": 4.0, "beta": 1.0},
     }
-    found = reproduce_distill.probes(reproduce_distill.FULL, chosen)
+    found = plan.probes(plan.FULL, chosen)
     asked = {}
     for probe in found:
         asked.setdefault(probe.question, []).append((probe.method, probe.keywords))
@@ -147,7 +149,7 @@ def test_each_question_has_its_probes():
     assert asked["an MSE as heavy as the cross entropy"] == [("ikl_no_prior", heavy), ("ikl", heavy)]
     alone = {"alpha": 0.0, "beta": 1.0}
     assert asked["labels and the MSE alone"] == [("ikl_no_prior", alone), ("ikl", alone)]
-    quick = reproduce_distill.probes(reproduce_distill.QUICK, chosen)
+    quick = plan.probes(plan.QUICK, chosen)
     assert [probe.question for probe in quick] == list(asked)
 
 
@@ -243,7 +245,7 @@ def test_quick_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     arguments = ["distill", "--quick", "--output", "out", "--results", "results"]
-    real = reproduce_distill.run_jobs
+    real = plan.run_jobs
     calls = []
 
     def interrupted(jobs, *args, **kwargs):
@@ -253,10 +255,10 @@ def test_quick_runs_and_goes_on(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(jobs, *args, **kwargs)
 
-    monkeypatch.setattr(reproduce_distill, "run_jobs", interrupted)
+    monkeypatch.setattr(plan, "run_jobs", interrupted)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
         reproduce.main(arguments)
-    monkeypatch.setattr(reproduce_distill, "run_jobs", real)
+    monkeypatch.setattr(plan, "run_jobs", real)
     capsys.readouterr()
     reproduce.main(arguments)
     said = capsys.readouterr().out

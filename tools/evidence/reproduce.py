@@ -30,7 +30,7 @@ def reproduce(args: argparse.Namespace) -> list[Path]:
     folder = args.output or Path("runs", "reproduce", name)
     results = args.results or (folder / "results" if args.quick else DOCS / "results")
     with ended_by_signals(), exclusive(folder):
-        experiment = importlib.import_module(f"evidence.reproduce_{args.experiment}")
+        experiment = importlib.import_module(f"evidence.reproduce_{args.experiment}_plan")
         report = importlib.import_module(f"evidence.reproduce_{args.experiment}_report")
         options: dict[str, Any] = {"quick": args.quick, "processes": args.processes, "threads": args.threads}
         if args.experiment == "distill":

@@ -1,4 +1,4 @@
-"""What the jobs of reproduce_adversarial do: train with a shipped config, and attack what came of it.
+"""What the jobs of reproduce_adversarial_plan do: train with a shipped config, and attack what came of it.
 
 Each function takes the settings of a job and its folder, and returns what is worth keeping, as JSON can hold it. It
 goes on where an earlier call in the same folder was interrupted.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evidence import cache
-from evidence.reproduce_adversarial import CONFIGS, EPS
+from evidence.reproduce_adversarial_plan import CONFIGS, EPS
 from ikl_plugins import dkl_loss
 from ikl_plugins.adversarial import PGD
 from ikl_plugins.checkpoints import load_content, load_weights

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import reproduce_adversarial as plan
+from evidence import reproduce_adversarial_plan as plan
+from evidence import reproduce_adversarial_results as recorded
 from evidence.cache import all_versions
 from evidence.report import binomial_margin, draw_with_margin, drawn, listed, spread, text_table, with_margin
-from evidence.reproduce_adversarial import CENTRE, DKL, EPS, IKL, METHODS, SEVERAL, TRADES, Budget, Cell
-from evidence.reproduce_adversarial_jobs import STEPS, from_hex
+from evidence.reproduce_adversarial_jobs import STEPS
+from evidence.reproduce_adversarial_plan import CENTRE, DKL, IKL, METHODS, SEVERAL, TRADES, Cell
 
 FIGURES = ("adversarial_test.png", "adversarial_radii.png", "adversarial_epochs.png")
 COLOURS = {TRADES: "#1f77b4", IKL: "#d62728"}
@@ -43,7 +44,8 @@ ORDER = ((NO_PRIOR, TRADES), (IKL, NO_PRIOR), (IKL, TRADES))
 
 def render(content: dict[str, Any]) -> str:
     """The tables as Markdown, from what adversarial.json holds."""
-    budget = _budget(content)
+    budget = recorded.budget(content)
+    radii_images = recorded.images(content, "radii")
     lines = [
         "# Adversarial training: measured",
         "",
@@ -57,10 +59,10 @@ def render(content: dict[str, Any]) -> str:
         _accuracy_table(content),
         "",
         f"In percent; mean and standard deviation over the seeds where there are several. Natural accuracy and "
-        f"PGD-{STEPS} on {_images(content, 'pgd')} test images, {_attacks(content)} on "
-        f"{_images(content, 'autoattack')} of them: the choice of the images alone leaves 95 % intervals of "
-        f"±{_margin(content, 'natural'):.1f}, ±{_margin(content, 'pgd'):.1f} and "
-        f"±{_margin(content, 'autoattack'):.1f} points to one number. The last column is the paper's table 1: "
+        f"PGD-{STEPS} on {recorded.images(content, 'pgd')} test images, {_attacks(content)} on "
+        f"{recorded.images(content, 'autoattack')} of them: the choice of the images alone leaves 95 % intervals of "
+        f"±{recorded.margin(content, 'natural'):.1f}, ±{recorded.margin(content, 'pgd'):.1f} and "
+        f"±{recorded.margin(content, 'autoattack'):.1f} points to one number. The last column is the paper's table 1: "
         f"CIFAR-100, natural accuracy / AutoAttack, with 9 KL and with alpha 5, beta 20. On CIFAR-10 its table 3 has "
         f"{PUBLISHED_CIFAR10[0]:.2f} / {PUBLISHED_CIFAR10[1]:.2f} for IKL. No number here is to be compared with one "
         f"of the paper's, only the order and the signs.",
@@ -120,9 +122,8 @@ def render(content: dict[str, Any]) -> str:
         "",
         _radii_table(content),
         "",
-        f"Accuracy under PGD-{STEPS} (steps of a quarter of the radius) on {_images(content, 'radii')} of the test "
-        f"images, ±{binomial_margin([30.0], _images(content, 'radii')):.1f} points for one number of about 30, with "
-        f"AWP, seed {budget.seeds[0]}; in brackets the paper's, AutoAttack on CIFAR-100.",
+        f"Accuracy under PGD-{STEPS} (steps of a quarter of the radius) on {radii_images} of the test images, "
+        f"±{binomial_margin([30.0], radii_images):.1f} points for one number of about 30, with AWP, seed {budget.seeds[0]}; in brackets the paper's, AutoAttack on CIFAR-100.",
         "",
         f"![radii]({FIGURES[1]})",
         "",
@@ -139,91 +140,18 @@ def render(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# --- what the JSON holds ---------------------------------------------------------------------------------------------
-
-
-def _budget(content: dict[str, Any]) -> Budget:
-    return Budget(**content["budget"])
-
-
-def _result(content: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = content["jobs"][name]["result"]
-    return found
-
-
-def _seeds(content: dict[str, Any], method: str, awp: bool) -> list[int]:
-    cells = [Cell(*cell) for cell in plan.cells(_budget(content))]
-    return [cell.seed for cell in cells if (cell.method, cell.awp) == (method, awp)]
-
-
-def _right(content: dict[str, Any], measure: str, label: str) -> list[bool]:
-    """Which test images the network of a training gets right."""
-    result = _result(content, f"{'autoattack' if measure == 'autoattack' else 'pgd'}-{label}")
-    text = result["natural"] if measure == "natural" else result["robust"]
-    return from_hex(text[EPS] if isinstance(text, dict) else text, result["images"])
-
-
-def _accuracies(content: dict[str, Any], measure: str, method: str, awp: bool) -> list[float]:
-    """Of each seed, in percent."""
-    labels = [Cell(method, awp, seed).label for seed in _seeds(content, method, awp)]
-    return [_accuracy(content, measure, label) for label in labels]
-
-
-def _accuracy(content: dict[str, Any], measure: str, label: str) -> float:
-    return 100 * statistics.fmean(_right(content, measure, label))
-
-
-def _images(content: dict[str, Any], kind: str) -> int:
-    return next(int(job["result"]["images"]) for name, job in content["jobs"].items() if name.startswith(f"{kind}-"))
-
-
-def _margin(content: dict[str, Any], measure: str) -> float:
-    """The widest margin of a number of the main table."""
-    images = _images(content, "autoattack" if measure == "autoattack" else "pgd")
-    found = [
-        binomial_margin([accuracy], images)
-        for method in _budget(content).methods
-        for awp in (True, False)
-        for accuracy in _accuracies(content, measure, method, awp)
-    ]
-    return max(found)
-
-
-def difference(
-    content: dict[str, Any], measure: str, ours: Sequence[str], theirs: Sequence[str]
-) -> tuple[float, float]:
-    """By how much some trainings are ahead of others on the test images, image by image.
-
-    An image counts by the share of the trainings, of one seed each, that gets it right. Returns the mean difference in
-    points, and half its 95 % interval over the images.
-    """
-    sides = []
-    for labels in (ours, theirs):
-        rights = [_right(content, measure, label) for label in labels]
-        sides.append([statistics.fmean(image) for image in zip(*rights, strict=True)])
-    found = [100 * (one - other) for one, other in zip(*sides, strict=True)]
-    return statistics.fmean(found), 1.96 * statistics.stdev(found) / math.sqrt(len(found))
-
-
-def _pair(content: dict[str, Any], ours: tuple[str, bool], theirs: tuple[str, bool]) -> tuple[list[str], list[str]]:
-    """The labels of two rows of the main table, for the seeds that both have."""
-    seeds = [seed for seed in _seeds(content, *ours) if seed in _seeds(content, *theirs)]
-    one, other = ([Cell(*side, seed).label for seed in seeds] for side in (ours, theirs))
-    return one, other
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _validated(content: dict[str, Any]) -> str:
     """How many images the choices and the ablations are judged on, and what that leaves open."""
-    training = content["jobs"][plan.search_name(TRADES, _budget(content).scales[0])]
+    training = content["jobs"][plan.search_name(TRADES, recorded.budget(content).scales[0])]
     images = len(_option(training, "val_dataloader.dataset.indices", range(0, 5_000, 10)))
     return f"{images} of them (±{binomial_margin([20.0], images):.1f} points for one number of about 20)"
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
 def _differences_to_the_paper(content: dict[str, Any]) -> list[str]:
-    budget = _budget(content)
+    budget = recorded.budget(content)
     train = content["jobs"][f"train-{Cell(TRADES, True, budget.seeds[0]).label}"]
     last = train["result"]["log"][-1]
     return [
@@ -258,7 +186,7 @@ def _option(training: dict[str, Any], key: str, default: Any) -> Any:
 
 
 def _attacks(content: dict[str, Any]) -> str:
-    attacks = _budget(content).attacks
+    attacks = recorded.budget(content).attacks
     return "standard AutoAttack" if attacks is None else f"{', '.join(attacks)} (in place of AutoAttack)"
 
 
@@ -266,15 +194,15 @@ def _accuracy_table(content: dict[str, Any]) -> str:
     header = ["loss", "x weight", "AWP", "seeds", *MEASURES.values(), "paper"]
     rows = []
     for awp in (True, False):
-        for method in _budget(content).methods:
+        for method in recorded.budget(content).methods:
             published = PUBLISHED.get(method) if awp else None
             rows.append(
                 [
                     METHODS[method],
                     f"{content['scales'][method]:g}",
                     "yes" if awp else "no",
-                    str(len(_seeds(content, method, awp))),
-                    *(spread(_accuracies(content, measure, method, awp)) for measure in MEASURES),
+                    str(len(recorded.seeds(content, method, awp))),
+                    *(spread(recorded.accuracies(content, measure, method, awp)) for measure in MEASURES),
                     "-" if published is None else f"{published[0]:.2f} / {published[1]:.2f}",
                 ]
             )
@@ -285,8 +213,8 @@ def _comparison_table(content: dict[str, Any]) -> str:
     rows = []
 
     def compare(name: str, awp: str, ours: tuple[str, bool], theirs: tuple[str, bool]) -> None:
-        pair = _pair(content, ours, theirs)
-        found = [difference(content, measure, *pair) for measure in MEASURES]
+        pair = recorded.pair(content, ours, theirs)
+        found = [recorded.difference(content, measure, *pair) for measure in MEASURES]
         rows.append([name, awp, str(len(pair[0])), *(with_margin(*one) for one in found)])
 
     for awp in (True, False):
@@ -299,7 +227,7 @@ def _comparison_table(content: dict[str, Any]) -> str:
 
 
 def _compared(content: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    methods = _budget(content).methods
+    methods = recorded.budget(content).methods
     return [pair for pair in pairs if all(method in methods for method in pair)]
 
 
@@ -307,9 +235,9 @@ def _by_seed(content: dict[str, Any]) -> list[str]:
     ours, theirs = IKL, TRADES
     texts = []
     for measure, name in MEASURES.items():
-        sides = (_accuracies(content, measure, method, True) for method in (ours, theirs))
+        sides = (recorded.accuracies(content, measure, method, True) for method in (ours, theirs))
         texts.append(f"{name} {', '.join(f'{one - other:+.2f}' for one, other in zip(*sides, strict=True))}")
-    seeds = ", ".join(map(str, _seeds(content, ours, True)))
+    seeds = ", ".join(map(str, recorded.seeds(content, ours, True)))
     return [f"{METHODS[ours]} - {METHODS[theirs]} with AWP, seeds {seeds}: {'; '.join(texts)}."]
 
 
@@ -319,7 +247,7 @@ def _order_lines(content: dict[str, Any]) -> list[str]:
     for ours, theirs in _compared(content, ORDER):
         texts = []
         for measure, place in (("natural", 0), ("autoattack", 1)):
-            mean, half = difference(content, measure, *_pair(content, (ours, True), (theirs, True)))
+            mean, half = recorded.difference(content, measure, *recorded.pair(content, (ours, True), (theirs, True)))
             published = PUBLISHED[ours][place] - PUBLISHED[theirs][place]
             sign = "the paper's sign" if mean * published > 0 else "not the paper's sign"
             found = "not decided" if abs(mean) <= half else sign
@@ -331,13 +259,13 @@ def _order_lines(content: dict[str, Any]) -> list[str]:
 def _published_table(content: dict[str, Any]) -> str:
     """The main table with AWP, as it is with the published weights."""
     labels = {
-        method: plan.published_label(_budget(content), content["scales"], method)
-        for method in plan.searched(_budget(content))
+        method: plan.published_label(recorded.budget(content), content["scales"], method)
+        for method in plan.searched(recorded.budget(content))
     }
     rows = []
     for method, label in labels.items():
-        accuracies = [f"{_accuracy(content, measure, label):.2f}" for measure in ("natural", "pgd")]
-        ahead = (difference(content, measure, [label], [labels[TRADES]]) for measure in ("natural", "pgd"))
+        accuracies = [f"{recorded.accuracy(content, measure, label):.2f}" for measure in ("natural", "pgd")]
+        ahead = (recorded.difference(content, measure, [label], [labels[TRADES]]) for measure in ("natural", "pgd"))
         differences = ["-", "-"] if method == TRADES else [with_margin(*one) for one in ahead]
         processor = content["jobs"][f"train-{label}"]["versions"]["processor"]
         rows.append([METHODS[method], *accuracies, *differences, processor])
@@ -347,7 +275,7 @@ def _published_table(content: dict[str, Any]) -> str:
 
 def _longer_table(content: dict[str, Any]) -> str:
     """TRADES and IKL with the published weights and AWP, as much trained as the main table and longer."""
-    budget = _budget(content)
+    budget = recorded.budget(content)
     rows = []
     shown = {
         "main table": [plan.published_label(budget, content["scales"], method) for method in (IKL, TRADES)],
@@ -358,8 +286,8 @@ def _longer_table(content: dict[str, Any]) -> str:
         amount = f"{name}: {_train_images(training)} images, {training['settings']['epochs']} epochs"
         cells = []
         for measure in ("natural", "pgd"):
-            ours, theirs = (_accuracy(content, measure, label) for label in labels)
-            mean, half = difference(content, measure, labels[:1], labels[1:])
+            ours, theirs = (recorded.accuracy(content, measure, label) for label in labels)
+            mean, half = recorded.difference(content, measure, labels[:1], labels[1:])
             cells += [f"{theirs:.2f}", f"{ours:.2f}", with_margin(mean, half)]
         rows.append([amount, *cells])
     names = [
@@ -369,7 +297,7 @@ def _longer_table(content: dict[str, Any]) -> str:
 
 
 def _prior_line(content: dict[str, Any]) -> str:
-    matrix = _result(content, "prior")["matrix"]
+    matrix = recorded.result(content, "prior")["matrix"]
     entries = [entry for row in matrix for entry in row]
     own = [row[label] for label, row in enumerate(matrix)]
     return (
@@ -380,11 +308,11 @@ def _prior_line(content: dict[str, Any]) -> str:
 
 
 def _search_table(content: dict[str, Any]) -> str:
-    budget = _budget(content)
+    budget = recorded.budget(content)
     rows = []
     for method in plan.searched(budget):
         for scale in budget.scales:
-            scores = _result(content, plan.search_name(method, scale))["validation"][-1]
+            scores = recorded.result(content, plan.search_name(method, scale))["validation"][-1]
             chosen = "chosen" if content["scales"][method] == scale else ""
             accuracies = [f"{scores[score]:.2f}" for score in ("accuracy/top1", "robust/top1")]
             rows.append([METHODS[method], f"{scale:g}", *accuracies, chosen])
@@ -393,7 +321,7 @@ def _search_table(content: dict[str, Any]) -> str:
 
 def _at_the_edge(content: dict[str, Any]) -> str:
     """Which choices might have gone on in the same direction."""
-    scales = _budget(content).scales
+    scales = recorded.budget(content).scales
     found = [METHODS[m] for m, scale in content["scales"].items() if m != DKL and scale in (min(scales), max(scales))]
     if len(scales) < 2 or not found:
         return ""
@@ -402,10 +330,10 @@ def _at_the_edge(content: dict[str, Any]) -> str:
 
 def _ablation_tables(content: dict[str, Any]) -> list[str]:
     lines = []
-    for knob, values in _budget(content).ablations.items():
+    for knob, values in recorded.budget(content).ablations.items():
         rows = []
         for value in values:
-            result = _result(content, plan.ablation_name({**CENTRE, knob: value}))
+            result = recorded.result(content, plan.ablation_name({**CENTRE, knob: value}))
             scores = result["validation"][-1]
             published = PUBLISHED_ABLATIONS[knob][int(value)]
             rows.append(
@@ -420,14 +348,14 @@ def _ablation_tables(content: dict[str, Any]) -> list[str]:
 
 
 def _radii(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    seed = _budget(content).seeds[0]
-    return {method: _result(content, f"radii-{Cell(method, True, seed).label}") for method in SEVERAL}
+    seed = recorded.budget(content).seeds[0]
+    return {method: recorded.result(content, f"radii-{Cell(method, True, seed).label}") for method in SEVERAL}
 
 
 def _radii_table(content: dict[str, Any]) -> str:
     found = _radii(content)
     rows = [["0", *(f"{found[method]['natural_accuracy']:.2f}" for method in SEVERAL)]]
-    for radius in _budget(content).radii:
+    for radius in recorded.budget(content).radii:
         published = PUBLISHED_RADII[radius]
         accuracies = [found[method]["robust_accuracy"][radius] for method in SEVERAL]
         rows.append(
@@ -439,7 +367,7 @@ def _radii_table(content: dict[str, Any]) -> str:
 def _epochs_lines(content: dict[str, Any]) -> list[str]:
     rows, texts = [], []
     for method in SEVERAL:
-        result = _result(content, f"followed-{method}")
+        result = recorded.result(content, f"followed-{method}")
         best = max(result["rows"], key=lambda row: row["val"][1])
         last = result["rows"][-1]
         for name, row in (("best", best), ("last", last)):
@@ -476,7 +404,7 @@ def _apart(accuracies: tuple[float, float], images: tuple[int, int]) -> str:
 
 
 def _equality_lines(content: dict[str, Any]) -> list[str]:
-    found = _result(content, "checks")
+    found = recorded.result(content, "checks")
     gradients = ", ".join(f"{value:.0e} in {precision}" for precision, value in found["gradients"].items())
     rows = [[str(row["epoch"]), f"{row['dkl']:.1e}", f"{row['other_seed']:.1e}"] for row in found["apart"]]
     attacked = found["attacked"]
@@ -507,14 +435,16 @@ def draw(content: dict[str, Any], folder: Path) -> None:
 def _draw_test(content: dict[str, Any], path: Path) -> None:
     with drawn(path, 1, 2, figsize=(9.6, 4.2), sharex=True, layout="constrained") as (_, panels):
         for axes, measure in zip(panels, ("pgd", "autoattack"), strict=True):
-            for place, method in enumerate(_budget(content).methods):
+            for place, method in enumerate(recorded.budget(content).methods):
                 for awp in (True, False):
-                    natural, robust = (_accuracies(content, one, method, awp) for one in ("natural", measure))
+                    natural, robust = (recorded.accuracies(content, one, method, awp) for one in ("natural", measure))
                     name = METHODS[method] if awp else f"{METHODS[method]}, no AWP"
                     face = f"C{place}" if awp else "none"
                     axes.plot(natural, robust, "o", color=f"C{place}", markerfacecolor=face, label=name)
             axes.set(xlabel="natural accuracy (%)", ylabel=f"{MEASURES[measure]} (%)")
-            axes.set_title(f"one point a seed; ±{_margin(content, measure):.1f} points each", loc="left", fontsize=9)
+            axes.set_title(
+                f"one point a seed; ±{recorded.margin(content, measure):.1f} points each", loc="left", fontsize=9
+            )
             axes.grid(alpha=0.25)
         panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -536,7 +466,7 @@ def _draw_radii(content: dict[str, Any], path: Path) -> None:
 def _draw_epochs(content: dict[str, Any], path: Path) -> None:
     with drawn(path, figsize=(6.4, 4.0), layout="constrained") as (_, axes):
         for method in SEVERAL:
-            rows = _result(content, f"followed-{method}")["rows"]
+            rows = recorded.result(content, f"followed-{method}")["rows"]
             epochs = [row["epoch"] for row in rows]
             for part, style, name in (("train", "--", "training images"), ("val", "-", "validation images")):
                 values = [row[part][1] for row in rows]

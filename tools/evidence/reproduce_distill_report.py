@@ -10,7 +10,7 @@ from typing import Any
 from scipy import stats
 
 from evidence.report import binomial_margin, draw_with_range, drawn, listed, spread, text_table, with_margin
-from evidence.reproduce_distill import METHODS, SEARCH_SEED
+from evidence.reproduce_distill_plan import METHODS, SEARCH_SEED
 
 FIGURES = ("distill_validation.png", "distill_test.png")
 TEST_IMAGES = 5000
