@@ -123,7 +123,8 @@ def render(content: dict[str, Any]) -> str:
         _radii_table(content),
         "",
         f"Accuracy under PGD-{STEPS} (steps of a quarter of the radius) on {radii_images} of the test images, "
-        f"±{binomial_margin([30.0], radii_images):.1f} points for one number of about 30, with AWP, seed {budget.seeds[0]}; in brackets the paper's, AutoAttack on CIFAR-100.",
+        f"±{binomial_margin([30.0], radii_images):.1f} points for one number of about 30, with AWP, "
+        f"seed {budget.seeds[0]}; in brackets the paper's, AutoAttack on CIFAR-100.",
         "",
         f"![radii]({FIGURES[1]})",
         "",
