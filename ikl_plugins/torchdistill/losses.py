@@ -288,7 +288,7 @@ class MidLevelLoss(nn.Module):
             if self.class_prior is None:  # else the core has checked them
                 check.check_targets(type(self).__name__, targets, logits.shape[1], logits)
             targets = targets.long()
-        wide = logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide, targets, reduction=_CROSS_ENTROPY_REDUCTION[self.core.reduction])
 
     def _check_boundaries(self) -> None:

@@ -13,11 +13,11 @@ from torch import nn
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
 from torchdistill.losses.high_level import WeightedSumLoss
-from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, get_high_level_loss, get_mid_level_loss
+from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
 
 from ikl_plugins import _validation
 from ikl_plugins import losses as core
-from ikl_plugins.torchdistill import AdversarialLogits, DKLLoss, GKLLoss, IKLLoss, find_losses, register
+from ikl_plugins.torchdistill import AdversarialLogits, DKLLoss, GKLLoss, IKLLoss, find_losses
 
 KEYS = {"DKLLoss": "dkl", "DKL": "dkl", "IKLLoss": "ikl", "IKL": "ikl", "GKLLoss": "gkl", "GKL": "gkl"}
 ROLES = ("student", "teacher")
@@ -429,31 +429,6 @@ def test_a_class_wraps_that_of_the_core_and_travels(loss_class):
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):  # noqa: S301
         assert type(other) is loss_class
         assert torch.equal(call(other, student, teacher), call(loss, student, teacher))
-
-
-def test_a_fourth_loss_is_one_row_of_the_table(monkeypatch):
-    class HalfLoss(core.IKLLoss):
-        """Half of IKL."""
-
-        def __init__(self, *, factor: float = 0.5, **kwargs: float) -> None:
-            super().__init__(**kwargs)
-            self.factor = factor
-
-        def forward(self, *args, **kwargs):
-            return self.factor * super().forward(*args, **kwargs)
-
-    monkeypatch.setitem(core.LOSSES, "HalfLoss", HalfLoss)
-    before = dict(MIDDLE_LEVEL_LOSS_DICT)
-    try:
-        register()
-        student, teacher, _ = batch()
-        for key in ("HalfLoss", "Half"):
-            half = make(key, factor=0.25)
-            assert find_losses(nn.Sequential(half)) == {"0": half}
-            torch.testing.assert_close(call(half, student, teacher), 0.25 * call(make("IKL"), student, teacher))
-    finally:
-        MIDDLE_LEVEL_LOSS_DICT.clear()
-        MIDDLE_LEVEL_LOSS_DICT.update(before)
 
 
 def test_each_argument_is_checked_once(monkeypatch):

@@ -24,7 +24,6 @@ pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill ada
 import numpy
 import oracles
 import torchvision
-from evidence import make_configs
 from PIL import Image
 from published_values import CIFAR100_TABLE, IMAGENET_LT_TABLE, IMAGENET_TABLE
 from torchdistill.common.yaml_util import load_yaml_file
@@ -326,10 +325,6 @@ def test_there_is_a_file_for_each_published_experiment_and_no_other():
     assert len(SHIPPED) == 33 + 6 + 3 + 11 + 3
 
 
-def test_the_files_are_what_the_tool_renders():
-    assert make_configs.differences() == []
-
-
 @pytest.mark.parametrize("path", SHIPPED)
 def test_every_value_is_the_published_one(path):
     recipe, family = RECIPES[path], family_of(path)
@@ -559,7 +554,7 @@ FAST = [
     "imagenet/MobileNetV1_from_resnet50-gkl.yaml",
     "imagenet_lt/resnet18.yaml",
     "imagenet_lt/resnet18_from_resnet18-kl.yaml",
-    "imagenet_lt/resnet18_from_resnext101_32x4d-gkl.yaml",
+    "imagenet_lt/resnet18_from_resnet18-ikl.yaml",
 ]
 ADVERSARIAL = [path for path in SHIPPED if path.startswith("cifar10/")]
 

@@ -548,6 +548,7 @@ def test_two_processes_count_each_image_once(two_ranks, monkeypatch):
 # --- adversarial training on the real digits -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_train_a_network_that_resists(tmp_path, monkeypatch, capsys):
     """The commands of configs/torchdistill/digits/README.md, with a few epochs."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
