@@ -287,7 +287,7 @@ def _flags() -> list[str]:
     return [
         f"-std=c++{standard.group(1) if standard else 17}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *"-O3 -shared -fPIC -fopenmp -fno-math-errno -fwrapv -ffp-contract=off -w".split(),
+        *["-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fwrapv", "-ffp-contract=off", "-w"],
         *("-isystem", str(headers), "-isystem", str(headers / "torch" / "csrc" / "api" / "include")),
         *_PROCESSOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()),
     ]

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 2 -m ikl_plugins train CONFIG ...        # several processes
     ikl train --where                                                  # the path of mmpretrain's tools/train.py
 
-CONFIG is a file, or the name of a shipped config (`ikl config list`). It comes before the options, which are the host's:
+CONFIG is a file, or the name of a shipped config (`ikl config list`). It comes before all options, those of the host:
 `ikl train CONFIG --help` shows them.
 """
 
