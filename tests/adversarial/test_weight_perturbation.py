@@ -171,6 +171,17 @@ def test_frozen_weights_stay() -> None:
         torch.testing.assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_weight_shared_by_two_layers_moves_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    model[2].weight = model[0].weight
+    before = model[0].weight.detach().clone()
+    inputs = torch.rand(4, 3)
+    (gradient,) = torch.autograd.grad(model(inputs).square().sum(), model[0].weight)
+    AdversarialWeightPerturbation(gamma=GAMMA).perturb(model, model(inputs).square().sum())
+    expected = perturbed_by_hand(before, gradient, GAMMA)
+    torch.testing.assert_close(model[0].weight.detach().double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_zeros_move_nothing_and_make_no_nan() -> None:
     """A gradient of 0 (a dead layer) and a weight of 0 (a fresh residual branch)."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
