@@ -114,7 +114,7 @@ class ClassPrior(nn.Module):
         labels = targets.reshape(-1).long()
         rows = probabilities.detach().movedim(1, -1).reshape(-1, self.num_classes)
         self.sums.index_add_(0, labels, rows.to(self.sums.dtype))
-        self.counts += torch.bincount(labels, minlength=self.num_classes)
+        self.counts.index_add_(0, labels, torch.ones_like(labels))
 
     @torch.no_grad()
     def end_epoch(self) -> None:
