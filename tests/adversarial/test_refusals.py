@@ -228,9 +228,10 @@ CALLS: list[Row] = [
     ),
     ("strength", run(strength=Strength(8.0, 1, 1.0)), ValueError, "PGD: `eps` must be at most 1, as pixels"),
     *(
-        (f"strength {name}", run(strength=strength), ValueError, f"PGD: `strength: {name}` must be")
+        (f"strength {name} {strength}", run(strength=strength), ValueError, f"PGD: `strength: {name}` must be")
         for name, strength in (
             ("eps", Strength(-0.1, 1, 0.1)),
+            ("eps", Strength(0.0, 1, 0.1)),
             ("steps", Strength(0.1, 0, 0.1)),
             ("step_size", Strength(0.1, 1, 0.0)),
         )

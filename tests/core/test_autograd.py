@@ -390,3 +390,14 @@ def test_a_lower_matmul_precision_does_not_hurt() -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert float(((low - high).abs() / high).max()) < 1e-5
+
+
+def test_a_prior_of_the_logits_own_shape_has_the_second_derivatives_of_its_rows() -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, dtype=torch.float64).unbind(0)
+    student.requires_grad_()
+    rows = torch.softmax(torch.randn(2, 3, dtype=torch.float64), 1)
+    found = []
+    for prior in (rows, rows[:, :, None].expand(2, 3, 4)):
+        (first,) = torch.autograd.grad(ikl_loss(student, teacher, class_prior=prior), student, create_graph=True)
+        found += torch.autograd.grad(first.square().sum(), student)
+    torch.testing.assert_close(*found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import errno
 import json
@@ -654,9 +655,16 @@ def defended(network):
     return Defended(depth=10, num_classes=10, widen_factor=1, sub_block1=False)
 
 
+def with_a_buffer_more(network):
+    grown = copy.deepcopy(network)
+    grown.register_buffer("extra", torch.zeros(1))
+    return grown
+
+
 @pytest.mark.parametrize(
     ("other", "fragment"),
     [
+        (with_a_buffer_more, "a WideResNet-10-1 .*unexpected: extra"),
         (
             lambda network: robustbench_network("DMWideResNet-16-2-SiLU"),
             r"a WideResNet-10-1 .* conv1.weight, block1.* more; unexpected: init_conv.weight, .*looks like DMWide",
@@ -665,7 +673,7 @@ def defended(network):
         (lambda network: Normalised(network, (0.5,) * 3, (0.25,) * 3), "a network of .* got a Normalised around one"),
         (defended, "an instance of RobustBench's WideResNet, got Defended"),
     ],
-    ids=["architecture", "width", "normalisation", "subclass"],
+    ids=["buffer", "architecture", "width", "normalisation", "subclass"],
 )
 def test_refuses_another_network(other, fragment, write, network, tmp_path):
     net = other(network)
