@@ -143,9 +143,26 @@ def test_an_mmpretrain_config_is_trained_evaluated_ranked_and_submitted(wheel: I
     log = json.loads((wheel.folder / "evaluated/evaluation.json").read_text())
     assert log["n_examples"] == 8
     assert "of" in wheel.ikl("rank", "--dataset", "cifar10", "--robust", "70", "--natural", "90")
-    claims = ("--name", "Demo", "--additional-data", "no", "--generated-data", "no", "--demonstration")
-    paper = ("--title", "T", "--link", "https://example.org", "--authors", "A", "--venue", "V", "--licence", "MIT")
-    entry = ("--evaluation", "evaluated/evaluation.json", "--allow-failed-preflight", "--output", "entry")
+    claims = ("--name", "Author2026Trial", "--additional-data", "no", "--generated-data", "no", "--demonstration")
+    paper = (
+        "--title",
+        "Trial",
+        "--link",
+        "https://example.org",
+        "--authors",
+        "A. Author",
+        "--venue",
+        "arXiv, May 2026",
+    )
+    entry = (
+        "--licence",
+        "MIT",
+        "--evaluation",
+        "evaluated/evaluation.json",
+        "--allow-failed-preflight",
+        "--output",
+        "entry",
+    )
     wheel.ikl("submit", *network, *few, *claims, *paper, *entry)
     assert list((wheel.folder / "entry").iterdir())
 

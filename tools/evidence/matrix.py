@@ -41,7 +41,9 @@ class Row(NamedTuple):
 
 ROWS = {
     "oldest": Row("3.10", ("torch==2.4.0", "numpy<2.3"), "data,test", CORE),
-    "oldest for MMPretrain": Row("3.10", ("torch==2.6.0", "torchvision==0.21.0"), "data,mmpretrain,test", MMPRETRAIN),
+    "oldest for MMPretrain": Row(
+        "3.10", ("torch==2.6.0", "torchvision==0.21.0"), "data,mmpretrain,robustbench,test", MMPRETRAIN
+    ),
     "oldest for torchdistill": Row(
         "3.10", ("torch==2.12.0", "torchvision==0.27.0"), "data,test,torchdistill", TORCHDISTILL
     ),
@@ -49,7 +51,7 @@ ROWS = {
     "newest": Row(
         "3.12",
         ("torch==2.15.0", "torchvision==0.29.2"),
-        "data,mmpretrain,test,torchdistill",
+        "data,mmpretrain,robustbench,test,torchdistill",
         CORE + TORCHDISTILL + MMPRETRAIN,
     ),
 }
