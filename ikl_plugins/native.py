@@ -12,7 +12,6 @@ and no compiler looked for.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import platform
 import re
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from ._files import written_aside
 
-__all__ = ["VARIABLE", "build", "disable", "enable", "is_enabled", "largest_difference", "library_path"]
+__all__ = ["VARIABLE", "build", "disable", "enable", "is_enabled", "library_path"]
 
 VARIABLE = "IKL_PLUGINS_NATIVE"
 
@@ -133,34 +132,6 @@ def is_enabled() -> bool:
         ValueError: the environment variable has a value that it does not know.
     """
     return operator() is not None
-
-
-def largest_difference() -> float:
-    """The largest difference of a gradient of the operator from the other way's, relative to its largest entry.
-
-    Raises:
-        RuntimeError: the operator has not been built, or cannot be loaded.
-    """
-    from .functional import dkl_loss, gkl_loss, ikl_loss  # which is built on this module
-
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (3 * torch.randn(37, 1001, generator=generator) for _ in range(2))
-    prior = torch.softmax(torch.randn(37, 1001, generator=generator), 1)
-    worst = 0.0
-    for loss, settings in (
-        (dkl_loss, {"temperature": 4.0}),
-        (ikl_loss, {"weight_temperature": 4.0}),
-        (gkl_loss, {"gamma": 0.3, "class_prior": prior}),
-    ):
-        found = []
-        for switch in (disable, enable):
-            switch()
-            leaves = [x.clone().requires_grad_() for x in (student, teacher)]
-            found.append(torch.autograd.grad(loss(*leaves, **settings), leaves))
-        for expected, gradient in zip(*found, strict=True):
-            distance = float((gradient - expected).abs().max() / expected.abs().max())
-            worst = max(worst, math.inf if math.isnan(distance) else distance)
-    return worst
 
 
 def operator() -> Callable[..., Any] | None:
