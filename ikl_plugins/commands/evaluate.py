@@ -1,7 +1,7 @@
 """Evaluates a checkpoint with AutoAttack or under common corruptions, as RobustBench does, and writes a report.
 
     ikl evaluate --checkpoint wrn.pth --architecture WideResNet-34-10 --eps 8/255 --output runs/wrn
-    ikl evaluate --mmpretrain configs/....py --checkpoint epoch_5.pth --data data/digits/test \\
+    ikl evaluate --mmpretrain mmpretrain/digits/adversarial_ikl.py --checkpoint epoch_5.pth --data data/digits/test \\
         --eps 8/255 --curve 2/255,4/255,16/255 --output runs/digits
     ikl evaluate --zoo Cui2023Decoupled_WRN-28-10 --threat-model corruptions --output runs/zoo
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .config import config_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,9 +65,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mean", type=_numbers, metavar="R,G,B", help="of the normalisation, where no architecture has one")
     add("--std", type=_numbers, metavar="R,G,B")
     add("--weights", choices=WEIGHTS, default=WEIGHTS[0], help="of a checkpoint with both (default: averaged)")
-    add("--mmpretrain", type=Path, metavar="CONFIG", help="config that the checkpoint was trained with")
+    add(
+        "--mmpretrain",
+        type=Path,
+        metavar="CONFIG",
+        help="config that the checkpoint was trained with, or its shipped name",
+    )
     add("--channel-order", choices=("rgb", "bgr"), help="of --mmpretrain's images, where its config does not say")
-    add("--torchdistill", type=Path, metavar="YAML", help="config that the checkpoint was trained with")
+    add(
+        "--torchdistill",
+        type=Path,
+        metavar="YAML",
+        help="config that the checkpoint was trained with, or its shipped name",
+    )
     add("--zoo", metavar="NAME", help="a model of RobustBench")
     add("--model-dir", type=Path, default=Path("models"), help="where RobustBench's models lie (default: models)")
 
@@ -133,11 +146,14 @@ def model_from(arguments: argparse.Namespace, *, caller: str) -> LoadedModel:
     if way == "mmpretrain":
         name = arguments.mmpretrain.stem
         model = loading.from_mmpretrain(
-            arguments.mmpretrain, arguments.checkpoint, averaged=averaged, channel_order=arguments.channel_order
+            _config(arguments.mmpretrain),
+            arguments.checkpoint,
+            averaged=averaged,
+            channel_order=arguments.channel_order,
         )
     elif way == "torchdistill":
         name = arguments.torchdistill.stem
-        model = loading.from_torchdistill(arguments.torchdistill, arguments.checkpoint)
+        model = loading.from_torchdistill(_config(arguments.torchdistill), arguments.checkpoint)
     else:
         name = arguments.architecture
         model = loading.load_checkpoint(
@@ -150,6 +166,13 @@ def model_from(arguments: argparse.Namespace, *, caller: str) -> LoadedModel:
             averaged=averaged,
         )
     return LoadedModel(model, name, arguments.checkpoint)
+
+
+def _config(given: Path) -> Path:
+    """The file, or the shipped config of that name; of what is neither the loading says so."""
+    with contextlib.suppress(ValueError):
+        return config_path(given)
+    return given
 
 
 def _way(caller: str, arguments: argparse.Namespace) -> str:

@@ -22,6 +22,7 @@ if None in (importlib.util.find_spec("pyautoattack"), importlib.util.find_spec("
     pytest.skip("needs robustbench and matplotlib (extra `demo`)", allow_module_level=True)
 
 from ikl_plugins import _files
+from ikl_plugins._files import configs_folder
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.commands import evaluate as command
 from ikl_plugins.commands import model_options
@@ -382,6 +383,13 @@ def test_a_checkpoint_with_an_architecture(files):
             "b",
         ),
         ("from_torchdistill", "--torchdistill a/b.yaml --checkpoint c.pt", ["a/b.yaml", "c.pt"], {}, "b"),
+        (
+            "from_torchdistill",
+            "--torchdistill torchdistill/digits/kd.yaml --checkpoint c.pt",
+            [str(configs_folder() / "torchdistill/digits/kd.yaml"), "c.pt"],
+            {},
+            "kd",
+        ),
     ],
 )
 def test_every_way_to_a_model_gets_its_arguments(monkeypatch, function, arguments, positional, named, name):
