@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from mmpretrain_runs import CONFIGS
-from published_values import CIFAR100_TABLE, IMAGENET_LT_TABLE, IMAGENET_TABLE
+from published_values import CIFAR100_NETWORKS, CIFAR100_TABLE, IMAGENET_LT_TABLE, IMAGENET_TABLE
 
 FOLDERS = (
     "cifar100",
@@ -162,21 +162,7 @@ AUGMENTED_WEIGHTS = {f"{name}.py": weight for name, *_, (weight,) in rows(ADVERS
 
 # network: trained parameters, state-dict entries
 SIZES = {
-    "resnet20": (278_324, 128),
-    "resnet32": (472_756, 200),
-    "resnet56": (861_620, 344),
-    "resnet110": (1_736_564, 668),
-    "resnet8x4": (1_233_540, 62),
-    "resnet32x4": (7_433_860, 206),
-    "ResNet50": (23_705_252, 320),
-    "wrn_16_2": (703_284, 83),
-    "wrn_40_1": (569_780, 226),
-    "wrn_40_2": (2_255_156, 227),
-    "vgg8": (3_965_028, 37),
-    "vgg13": (9_462_180, 72),
-    "MobileNetV2": (812_836, 320),
-    "ShuffleV1": (949_258, 296),
-    "ShuffleV2": (1_355_528, 338),
+    **CIFAR100_NETWORKS,
     "resnet18": (11_689_512, 122),
     "resnet34": (21_797_672, 218),
     "resnet50": (25_557_032, 320),

@@ -28,3 +28,22 @@ resnet50 -> resnet50 | 1.0 | 1 / 1 | 1 / 1 / 0.3
 resnext101_32x4d -> resnet18 | 4.0 | 4 / 4 | 4 / 4 / 0.3
 resnext101_32x4d -> resnet50 | 3.0 | 3 / 4 | 3 / 4 / 0.3
 """
+
+# network of CIFAR-100: trained parameters, state-dict entries
+CIFAR100_NETWORKS = {
+    "resnet20": (278_324, 128),
+    "resnet32": (472_756, 200),
+    "resnet56": (861_620, 344),
+    "resnet110": (1_736_564, 668),
+    "resnet8x4": (1_233_540, 62),
+    "resnet32x4": (7_433_860, 206),
+    "ResNet50": (23_705_252, 320),
+    "wrn_16_2": (703_284, 83),
+    "wrn_40_1": (569_780, 226),
+    "wrn_40_2": (2_255_156, 227),
+    "vgg8": (3_965_028, 37),
+    "vgg13": (9_462_180, 72),
+    "MobileNetV2": (812_836, 320),
+    "ShuffleV1": (949_258, 296),
+    "ShuffleV2": (1_355_528, 338),
+}

@@ -157,13 +157,13 @@ class _Affine:
 class _Conversion:
     """From the inputs of one space to those of another."""
 
-    def __init__(self, plain: _Affine, flipped: _Affine, *, flip: bool) -> None:
-        self._plain, self._flipped, self._flip = plain, flipped, flip
+    def __init__(self, straight: _Affine, flipped: _Affine, *, flip: bool) -> None:
+        self._straight, self._flipped, self._flip = straight, flipped, flip
 
     def __call__(self, inputs: Tensor) -> Tensor:
         if self._flip and inputs.shape[1] == _COLOURS:
             return self._flipped(inputs.flip(1))
-        return self._plain(inputs)
+        return self._straight(inputs)
 
 
 def _to(mean: Tensor, std: Tensor, target: PixelSpace) -> _Affine:

@@ -386,7 +386,7 @@ struct Problem {
   int64_t classes;
   double scale;                              // by the reduction, of each row's gradients
   T *student_gradient, *teacher_gradient;    // null where nobody wants them
-  T* stash;                                  // GKL: room for the weights of all rows, in one of the gradients; or null
+  T* weights_buffer;                         // GKL: room for the weights of all rows, in one of the gradients; or null
   double* mass;                              // GKL: the mass of each row
   double share;                              // GKL: number of rows / sum of the squared masses
   double *mse, *cross_entropy;               // values of each row
@@ -400,12 +400,12 @@ constexpr int64_t pitch_of(int64_t classes) {
 }
 
 // GKL's pass before the others: the mass of a row, the sum of its weights to the power gamma. Leaves the weights in the
-// stash if there is one.
+// weights_buffer if there is one.
 template <typename T, Weights kind>
 double weigh(const Problem<T>& problem, int64_t index, T* scratch) {
   const Settings& s = problem.settings;
   const int64_t classes = problem.classes;
-  T* stash = problem.stash == nullptr ? scratch : problem.stash + index * classes;
+  T* weights_buffer = problem.weights_buffer == nullptr ? scratch : problem.weights_buffer + index * classes;
   T* room = scratch + pitch_of<T>(classes);
   Sum<T> mass, plain_mass;
   if constexpr (kind == Weights::softmax) {
@@ -420,7 +420,7 @@ double weigh(const Problem<T>& problem, int64_t index, T* scratch) {
           const V<T> weight = place.kept(exponential<T>(x * flat));
           mass.add(weight);
           plain_mass.add(place.kept(exponential<T>(x * plain)));
-          place.put(stash, weight);
+          place.put(weights_buffer, weight);
         },
         [&] { mass.settle(), plain_mass.settle(); });
     return mass.whole / std::pow(plain_mass.whole, s.gamma);
@@ -432,7 +432,7 @@ double weigh(const Problem<T>& problem, int64_t index, T* scratch) {
           V<T> weight = place.get(prior);
           if constexpr (kind == Weights::power) weight = power<T>(weight, T(s.gamma));
           mass.add(weight);
-          place.put(stash, weight);
+          place.put(weights_buffer, weight);
         },
         [&] { mass.settle(); });
     return mass.whole;
@@ -451,17 +451,17 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
   const T* teacher = problem.teacher.row(index, scratch + pitch);
   T* student_out = problem.student_gradient ? problem.student_gradient + index * classes : nullptr;
   T* teacher_out = problem.teacher_gradient ? problem.teacher_gradient + index * classes : nullptr;
-  const bool stashed = problem.stash != nullptr && kind != Weights::uniform;
+  const bool buffered = problem.weights_buffer != nullptr && kind != Weights::uniform;
 
   T* labels = scratch + 2 * pitch;
   T* predictions = scratch + 3 * pitch;
   T* weights = kind == Weights::labels ? labels : scratch + 4 * pitch;
-  const T* stash = stashed ? problem.stash + index * classes : nullptr;
+  const T* weights_buffer = buffered ? problem.weights_buffer + index * classes : nullptr;
   const T* prior = nullptr;
-  if ((kind == Weights::prior || kind == Weights::power) && !stashed) prior = problem.prior.row(index, weights);
+  if ((kind == Weights::prior || kind == Weights::power) && !buffered) prior = problem.prior.row(index, weights);
 
   // Exponentials, and the sums that the rest needs.
-  const T teacher_top = soft_labels || (kind == Weights::softmax && !stashed) ? largest<T>(teacher, classes) : T(0);
+  const T teacher_top = soft_labels || (kind == Weights::softmax && !buffered) ? largest<T>(teacher, classes) : T(0);
   const T student_top = entropy ? largest<T>(student, classes) : T(0);
   const T cold = T(1 / s.temperature), flat = T(s.gamma / s.weight_temperature);
   Sum<T> label_sum, prediction_sum, product_sum, weight_sum, difference_sum;
@@ -489,8 +489,8 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
           } else if constexpr (kind == Weights::uniform) {
             weight = place.kept(fill<T>(1));
           } else {
-            if (stashed) {
-              weight = place.get(stash);
+            if (buffered) {
+              weight = place.get(weights_buffer);
             } else {
               if constexpr (kind == Weights::softmax) weight = place.kept(exponential<T>((t - teacher_top) * flat));
               if constexpr (kind == Weights::prior) weight = place.get(prior);
@@ -637,7 +637,7 @@ Results walk(
   problem.cross_entropy = values.get() + rows;
   problem.mass = values.get() + 2 * rows;
   problem.share = 1;
-  problem.stash = nullptr;
+  problem.weights_buffer = nullptr;
 
   const auto [evaluate_row, mass_of_row] = functions<T>(weights_of(settings, class_prior.has_value()), settings.alpha > 0);
   const auto all_rows = [&](auto body) {
@@ -647,7 +647,7 @@ Results walk(
     });
   };
   if (settings.divide_by_pairs && settings.beta > 0) {
-    problem.stash = student_needs ? problem.student_gradient : problem.teacher_gradient;
+    problem.weights_buffer = student_needs ? problem.student_gradient : problem.teacher_gradient;
     all_rows([&](int64_t index, T* scratch) { problem.mass[index] = mass_of_row(problem, index, scratch); });
     double pairs = 0;
     for (int64_t index = 0; index < rows; ++index) pairs += problem.mass[index] * problem.mass[index];

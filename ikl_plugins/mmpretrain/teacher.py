@@ -107,7 +107,7 @@ def build_teacher(
                 f"{caller}: `teacher` must be the path of a config, a config dict or a module, got "
                 f"{type(teacher).__name__}. Write teacher='configs/.../teacher.py' or {_INLINE}."
             )
-        config = _plain(config)
+        config = _plain_config(config)
         own_inputs = config.get("data_preprocessor") is not None or bool(origin)
         module = MODELS.build(config)
         if teacher_ckpt is None:
@@ -144,7 +144,7 @@ def _read_config(caller: str, path: str) -> dict[str, Any]:
     return config
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     """Of a classifier of this package the classifier that its checkpoint loads into."""
     kind = config.get("type")
     cls = MODELS.get(kind) if isinstance(kind, str) else kind

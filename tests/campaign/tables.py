@@ -28,7 +28,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
         line = f"Seed {settings['seed']}{', quick' if settings['quick'] else ''}; failures: {len(content['failures'])}."
         line += "" if content["finished"] else " Not finished."
         line += "" if origin == before else f" {origin}."
-        facts = "\n".join(f"- {name}: {_plain(value)}" for name, value in content["facts"].items())
+        facts = "\n".join(f"- {name}: {_fact_text(value)}" for name, value in content["facts"].items())
         table = _table(content["counts"], added_up=part != "kills")
         found[part] = "\n\n".join([line, table, *([facts] if facts else [])])
         before = origin
@@ -43,7 +43,7 @@ def _origin(origin: Mapping[str, Any]) -> str:
     return f"{origin['processor']}, {origin['threads']} thread{'' if origin['threads'] == 1 else 's'}, {shown}"
 
 
-def _plain(value: Any) -> str:
+def _fact_text(value: Any) -> str:
     return ", ".join(f"{name} {of}" for name, of in value.items()) if isinstance(value, dict) else str(value)
 
 

@@ -115,6 +115,13 @@ def test_a_shell_completes_commands_and_options(line: str, offered: str) -> None
     assert offered in completions(line)
 
 
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["rank", "--dataset", "cifar10", "--rob", "70"])
+    assert end.value.code == 2
+    assert "--rob" in capsys.readouterr().err
+
+
 def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import warnings
 

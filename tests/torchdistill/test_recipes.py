@@ -25,7 +25,7 @@ import numpy
 import oracles
 import torchvision
 from PIL import Image
-from published_values import CIFAR100_TABLE, IMAGENET_LT_TABLE, IMAGENET_TABLE
+from published_values import CIFAR100_NETWORKS, CIFAR100_TABLE, IMAGENET_LT_TABLE, IMAGENET_TABLE
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.interfaces.registry import get_forward_proc_func
 from torchdistill.losses.registry import get_high_level_loss
@@ -124,23 +124,6 @@ def _recipes():
 RECIPES = _recipes()
 
 # network: key, keywords, parameters, state-dict entries
-CIFAR100_NETWORKS = {
-    "resnet20": (278_324, 128),
-    "resnet32": (472_756, 200),
-    "resnet56": (861_620, 344),
-    "resnet110": (1_736_564, 668),
-    "resnet8x4": (1_233_540, 62),
-    "resnet32x4": (7_433_860, 206),
-    "ResNet50": (23_705_252, 320),
-    "wrn_16_2": (703_284, 83),
-    "wrn_40_1": (569_780, 226),
-    "wrn_40_2": (2_255_156, 227),
-    "vgg8": (3_965_028, 37),
-    "vgg13": (9_462_180, 72),
-    "MobileNetV2": (812_836, 320),
-    "ShuffleV1": (949_258, 296),
-    "ShuffleV2": (1_355_528, 338),
-}
 NETWORKS = {
     **{name: (f"ikl_plugins.{name}", {"num_classes": 100}, *size) for name, size in CIFAR100_NETWORKS.items()},
     "resnet18": ("resnet18", {"num_classes": 1000}, 11_689_512, 122),

@@ -122,12 +122,12 @@ _shipped = partial(ikl_loss, temperature=STEP_TEMPERATURE, weight_temperature=ST
 _weights_apart = partial(
     ikl_loss, temperature=STEP_TEMPERATURE, weight_temperature=STEP_TEMPERATURE * (1 + sys.float_info.epsilon)
 )
-_plain = partial(composed, temperature=STEP_TEMPERATURE)
+_linear_form = partial(composed, temperature=STEP_TEMPERATURE)
 
 STEPS: dict[str, Loss] = {
     "KL": lambda student, teacher: kl(student / STEP_TEMPERATURE, teacher / STEP_TEMPERATURE),
-    "linear form, plain code": _plain,
-    COMPILED: torch.compile(_plain, dynamic=False, fullgraph=True),
+    "linear form, plain code": _linear_form,
+    COMPILED: torch.compile(_linear_form, dynamic=False, fullgraph=True),
     "analytic gradient, in place": in_one_block(_weights_apart),
     "in blocks that fit the cache": _weights_apart,
     "one softmax less (shipped)": _shipped,
