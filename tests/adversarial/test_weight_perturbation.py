@@ -82,30 +82,29 @@ def gradients_of(model: nn.Module, images: Tensor = IMAGES, labels: Tensor = LAB
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("frozen", [(), ("conv.weight",)], ids=str)
 def test_weights_move_up_the_gradient_by_gamma_of_their_length(
-    dtype: torch.dtype, memory_format: torch.memory_format
+    dtype: torch.dtype, memory_format: torch.memory_format, frozen: tuple[str, ...]
 ) -> None:
     model, images = Net().to(dtype).to(memory_format=memory_format), IMAGES.to(dtype)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     before, gradients = values(model), gradients_of(model, images)
     awp = AdversarialWeightPerturbation(gamma=GAMMA)
     loss = loss_of(model, images)
-    awp.perturb(model, loss)
+    awp.perturb(model, loss * 1e-3)  # the direction counts, not the size
 
-    after = values(model)
-    for name, value in after.items():
-        if name in MOVED:
+    for name, value in values(model).items():
+        if name in MOVED and name not in frozen:
             expected = perturbed_by_hand(before[name], gradients[name], GAMMA)
             tolerance = 1e-12 if dtype == torch.float64 else 1e-6
             torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=tolerance)
-            assert length(value - before[name]) == pytest.approx(GAMMA * length(before[name]), rel=1e-4)
         else:
             assert torch.equal(bits(value), bits(before[name])), f"{name} is no weight that the perturbation moves"
     assert loss_of(model, images) > loss + 1e-3, "the perturbation is the direction in which the loss rises"
     awp.restore()
     assert_same_bits(values(model), before)
-    assert all(
-        parameter.is_contiguous(memory_format=memory_format) for parameter in model.parameters() if parameter.dim() == 4
-    )
+    assert all(one.is_contiguous(memory_format=memory_format) for one in model.parameters() if one.dim() == 4)
 
 
 def test_restored_to_the_bit() -> None:
@@ -159,18 +158,6 @@ def test_grad_and_requires_grad_are_not_touched() -> None:
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
-def test_frozen_weights_stay() -> None:
-    model = Net()
-    model.conv.weight.requires_grad_(False)
-    before, gradients = values(model), gradients_of(model)
-    AdversarialWeightPerturbation(gamma=GAMMA).perturb(model, loss_of(model))
-    after = values(model)
-    assert torch.equal(after["conv.weight"], before["conv.weight"])
-    for name in ("line.weight", "head.weight"):
-        expected = perturbed_by_hand(before[name], gradients[name], GAMMA)
-        torch.testing.assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
-
-
 def test_a_weight_shared_by_two_layers_moves_once() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
     model[2].weight = model[0].weight
@@ -190,60 +177,11 @@ def test_zeros_move_nothing_and_make_no_nan() -> None:
     awp = AdversarialWeightPerturbation(gamma=GAMMA)
     awp.perturb(model, model(torch.rand(5, 3)).square().sum())
     after = values(model)
-    assert_same_bits({name: after[name] + 0.0 for name in before if name != "2.weight"}, before_without(before))
-    assert not torch.equal(after["2.weight"], before["2.weight"])
+    assert [name for name in before if not torch.equal(after[name], before[name])] == ["2.weight"]
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
 
 
-def before_without(before: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value + 0.0 for name, value in before.items() if name != "2.weight"}
-
-
-def test_small_gradients_give_a_whole_step() -> None:
-    """The direction counts, not the size: a loss times 1e-10 perturbs the same."""
-    model, twin = Net(), Net()
-    twin.load_state_dict(model.state_dict())
-    AdversarialWeightPerturbation(gamma=GAMMA).perturb(model, loss_of(model))
-    AdversarialWeightPerturbation(gamma=GAMMA).perturb(twin, loss_of(twin) * 1e-10)
-    for name, value in values(model).items():
-        torch.testing.assert_close(values(twin)[name], value, rtol=1e-4, atol=1e-6)
-
-
 # --- the training step -----------------------------------------------------------------------------------------------
-
-
-def linear_gradient(weight: Tensor, inputs: Tensor, labels: list[int]) -> Tensor:
-    """d/dW of the mean cross entropy of logits W x: the mean of (q - onehot) x', one sample and entry at a time."""
-    gradient = torch.zeros_like(weight)
-    for x, label in zip(inputs, labels, strict=True):
-        logits = [math.fsum(float(w * v) for w, v in zip(row, x, strict=True)) for row in weight]
-        total = math.fsum(math.exp(z) for z in logits)
-        for k, z in enumerate(logits):
-            for d, v in enumerate(x):
-                gradient[k, d] += (math.exp(z) / total - (1.0 if k == label else 0.0)) * float(v) / len(inputs)
-    return gradient
-
-
-def test_the_step_is_taken_with_the_gradient_at_the_perturbed_weights_and_decays_the_restored_ones() -> None:
-    model = nn.Linear(4, 3, bias=False).double()
-    inputs, labels = torch.randn(5, 4, dtype=torch.float64), [0, 2, 1, 1, 0]
-    targets = torch.tensor(labels)
-    weight = model.weight.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.1)
-    awp = AdversarialWeightPerturbation(gamma=0.2)
-
-    with awp.perturbed(model, F.cross_entropy(model(inputs), targets)):
-        F.cross_entropy(model(inputs), targets).backward()
-    assert torch.equal(bits(model.weight), bits(weight))
-    optimizer.step()
-
-    there = perturbed_by_hand(weight, linear_gradient(weight, inputs, labels), 0.2)
-    gradient = linear_gradient(there, inputs, labels)
-    torch.testing.assert_close(model.weight.grad, gradient, rtol=1e-10, atol=1e-12)
-    expected = weight - 0.5 * (gradient + 0.1 * weight)
-    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-10, atol=1e-12)
-    here = linear_gradient(weight, inputs, labels)
-    assert float((gradient - here).abs().max()) > 1e-3, "the two gradients differ enough to be told apart"
 
 
 def test_the_context_restores_on_an_exception() -> None:
@@ -380,15 +318,3 @@ def test_two_ranks_take_one_perturbation_that_of_the_averaged_gradients(tmp_path
                 assert not torch.equal(moved, parameter)
             else:
                 assert torch.equal(bits(moved), bits(parameter)), name
-
-
-def test_a_group_of_one_rank_changes_nothing() -> None:
-    model, twin = Net(), Net()
-    twin.load_state_dict(model.state_dict())
-    AdversarialWeightPerturbation(gamma=GAMMA).perturb(model, loss_of(model))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        AdversarialWeightPerturbation(gamma=GAMMA).perturb(twin, loss_of(twin))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert_same_bits(values(model), values(twin))
