@@ -5,9 +5,7 @@ everything else.
 """
 
 import difflib
-import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
@@ -23,7 +21,6 @@ import ikl_plugins.torchdistill  # noqa: F401  # registers
 from ikl_plugins._files import configs_folder
 from ikl_plugins.commands.adopt.torchdistill import adopt_yaml
 from ikl_plugins.commands.adopt.torchdistill_check import check_yaml
-from ikl_plugins.losses import LOSSES
 
 # torch's warning of its own reduction 'mean', of which some configs here have one
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
@@ -440,21 +437,6 @@ def test_settings_replace_what_follows_from_the_file():
     assert not adopt_yaml(adopted.text, "GKL", settings=settings).changed
 
 
-def test_beta_of_ikl_may_be_given_and_the_equivalence_stays():
-    adopted = adopt_yaml(SAMPLE, "IKL", settings={"beta": 4})
-    assert "equal those of KDLoss" in check_yaml(adopted, SAMPLE, "x")[0]
-
-
-def test_a_loss_of_the_table_needs_nothing_here(monkeypatch):
-    class NKLLoss(LOSSES["GKLLoss"]):
-        """A fourth loss."""
-
-    monkeypatch.setitem(LOSSES, "NKLLoss", NKLLoss)
-    adopted = adopt_yaml(SAMPLE, "NKL")
-    assert adopted.text == adopt_yaml(SAMPLE, "GKL").text.replace("GKLLoss", "NKLLoss")
-    assert not adopt_yaml(adopted.text, "NKL").changed
-
-
 def test_the_number_of_classes_is_found_where_glue_has_it():
     old = "    kwargs:\n      num_classes: 1000\n    _exp"
     text = SAMPLE.replace(old, "    config_kwargs:\n      num_labels: 2\n    _exp")
@@ -551,10 +533,6 @@ def test_a_whole_criterion_may_be_shared():
 SHARED_LOSS = TWO_STAGES.replace("criterion:\n              key: 'KD", "criterion: &loss\n              key: 'KD")
 
 
-def test_private_keys_may_share_a_loss():
-    assert adopt_yaml(f"{SHARED_LOSS}_mine: *loss\n", "IKL").changed  # torchdistill does not read them
-
-
 def test_terms_beside_the_kd_stay_as_they_are():
     wrapper = "{input: {is_from_teacher: False, module_path: '.', io: 'output'}, target: {uses_label: True}}"
     other = f"""\
@@ -637,16 +615,13 @@ BOTH = f"{INDENT}alpha: 0.1\n{INDENT}beta: 0.9  # of KL\n"
 CLASSES = "      num_classes: 1000\n    _exp"
 TO_LABELS = WRAPPER[: WRAPPER.index("                is_from_teacher: True")] + "                uses_label: True\n"
 SWAPPED = WRAPPER.replace("True", "x").replace("False", "True").replace("x", "False")
-UNSHARED = changed("weight: *T", "weight: 1.0", TWO_STAGES).replace("key: KDLoss", "key: PKTLoss")
 SHARED_KEY = changed("'KDLoss'", "&key 'KDLoss'") + "_name: 1\nname: !join [*key, '.pt']\n"
 FLOW_KD = "  criterion: {key: 'KDLoss', kwargs: {temperature: 1}}\n"
 CALLED = "          criterion: !import_call\n            key: 'torchdistill.losses.mid_level.KDLoss'\n"
 MERGED = changed("alpha: 0.1", "<<: *w").replace("train:\n", "train:\n  _w: &w {alpha: 0.1}\n", 1)
 MORE = changed("            kwargs:\n              stu", "            args: []\n            kwargs:\n              stu")
-PLAIN_MORE = plain_criterion("  criterion:\n    key: KDLoss\n    func2extract_model_loss: x\n")
 OLDER = changed("    key: 'WeightedSumLoss'\n    kwargs:", "    type: 'GeneralizedCustomLoss'\n    params:")
 NO_HOOK = changed("      output: ['probs', 'fc']\n", "", kl_sample(log_target="True"))
-OTHER_HOOK = changed("'log_probs', 'fc'", "'fc'", kl_sample(log_target="True"))
 GI = {"settings": {"global_info": True}}
 REFUSED = [
     (changed(BOTH, f"{BOTH}{INDENT}label_smoothing: 0.1\n"), {}, "line 66: .*got `label_smoothing`.*CrossEntropyLoss"),
@@ -657,49 +632,37 @@ REFUSED = [
     (changed("beta: 0.9", "beta: -1"), {}, "line 65: `beta` must be at least 0, got -1"),
     (changed("4.0   #", "0   #"), {}, "line 63: `temperature` must be above 0, got 0"),
     (changed("alpha: 0.1", "alpha: 1e-1"), {}, r"line 64: `alpha` must be a plain number, got 1e-1\. .*write 0\.1\."),
-    (changed("alpha: 0.1", "alpha: !import_call {key: 'os.abort'}"), {}, "line 64: `alpha` .*got !import_call"),
-    (changed("alpha: 0.1", "alpha: .nan"), {}, r"line 64: `alpha` must be a plain number, got \.nan"),
-    (changed("alpha: 0.1", "alpha: True"), {}, "line 64: `alpha` must be a plain number, got True"),
     (changed("'batchmean'", "'none'"), {}, "line 66: `reduction` must be 'batchmean', .*got 'none'"),
     (changed("'batchmean'", "'mean'").replace("num_classes: 1000", "d: 1"), {}, "line 66: .*--set num_classes=100"),
     (changed("          weight: 1.0", f"{WRAPPER}          weight: 1.0"), {}, "line 67: .*without a `criterion_wrap"),
     (with_loss("            key: 'KDLoss'\n"), {}, "line 57: KDLoss must have a mapping `kwargs`"),
-    (with_loss("            key: 'KDLoss'\n            kwargs: [1]\n"), {}, "line 58: .* have a mapping `kwargs`"),
     (MORE, {}, "line 58: KDLoss must have `key` and `kwargs` alone, got `args`"),
     (with_loss("").replace("          criterion:\n", CALLED), {}, "line 56: the term 'kd' must .*an `!import_call`"),
     (OLDER, {}, "line 52: `train: criterion:` must have `key` and `kwargs`, got the older `type`"),
     (changed("'KDLoss'", "'SPKDLoss'"), {}, r"line 51: .* one of KDLoss, .* got SPKDLoss \(line 57\)"),
-    (changed("      sub_terms:\n", "      no_terms:\n"), {}, "line 51: the criterion must have a term .* got none"),
     ("models: {}\n", {}, r"a\.yaml: `train:` must be a mapping, got none"),
-    ("train: {}\n", {}, r"a\.yaml: `train: criterion:` must be a mapping, got none"),
     ("train: {stage1: 3}\n", {}, "line 1: `train: stage1:` must be a mapping, got something"),
     (SAMPLE + "a: [\n", {}, r"a\.yaml, line \d+: the file must be one YAML document"),
     (SAMPLE + "---\na: 1\n", {}, r"a\.yaml, line \d+: .*another document"),
-    ("- 1\n", {}, r"a\.yaml: the file must hold a mapping"),
     ("", {}, r"a\.yaml: the file must hold a mapping"),
     (changed("*root_dir", "*nowhere"), {}, "line 9: .*undefined alias"),
     (f"{SHARED_LOSS}mine: *loss\n", {}, "line 53: the KDLoss of line 32 must be used by losses .* got `mine`"),
-    (UNSHARED, {}, "line 51: the kwargs of KDLoss .* got `train: stage3: criterion: kwargs: sub_terms: other: crit"),
     (SHARED_KEY, {}, "`key: 'KDLoss'` of line 57 must be used by losses .*got `name: 0`"),
     (changed("beta: 0.9", "beta: &b 0.9") + "mine: *b\n", {}, r"`\*b` must not depend on `beta` of line 65.* `mine`"),
     (MERGED, {}, "line 59: `alpha` of KDLoss must stand in its own `kwargs` .* merged from line"),
     ("dependencies: {a: 1}\n" + SAMPLE, {}, "line 1: `dependencies` must be a list of names"),
     (plain_criterion(FLOW_KD), {}, "line 51: `criterion:` with KDLoss must be a block"),
-    (PLAIN_MORE, {}, "line 53: `criterion:` with KDLoss must be a block"),
     (kl_to(WRAPPER), {}, "line 72: `target` must lead to logits.* output of 'probs'.*-logits probs:input"),
     (kl_to(""), {}, "line 62: KLDivLoss of the term 'kd' must stand in a SimpleLossWrapper"),
-    (kl_to(WRAPPER.replace("Simple", "Dict")), {}, "line 65: .* got 'DictLossWrapper'"),
     (kl_to(TO_LABELS), {}, "line 72: `target` of KLDivLoss must come from the teacher.*the labels"),
     (kl_to(SWAPPED), {}, "line 69: `input` of KLDivLoss must come from the student.*True"),
     (NO_HOOK, {}, "output of the teacher's module 'probs' .*no hook"),
-    (OTHER_HOOK, {}, r"student's module 'log_probs' .* hooks for \['fc'\]"),
     (kl_sample(size_average="True"), {}, "line 64: `kwargs` of KLDivLoss must be among reduction, .*got `size_"),
     (kl_to(WRAPPER), {"teacher_logits": ":input"}, "--teacher-logits must be MODULE or MODULE:input"),
-    (kl_to(WRAPPER), {"teacher_logits": "fc:outputs"}, "--teacher-logits must be MODULE or MODULE:input"),
     (SAMPLE, {"teacher_logits": "fc"}, "--teacher-logits goes with a KLDivLoss"),
     (SAMPLE, {"settings": {"beat": 1}}, r"unknown keyword of IKLLoss `beat`\. Did you mean `beta`\?"),
-    (SAMPLE, {"settings": {"gamma": 1}}, "unknown keyword of IKLLoss `gamma`"),
     (SAMPLE, {"settings": {"beta": -1}}, r"a\.yaml, line 57: for the new loss: .*`beta` must be"),
+    (SAMPLE, {"settings": {"beta": "x"}}, "for the new loss: .*`beta` must be"),
     (SAMPLE, {"settings": {"ce_weight": -1}}, "for the new loss: IKLLoss: `ce_weight` must be"),
     (changed(CLASSES, "      depth: 18\n    _exp"), GI, "`num_classes` must be given .*--set num_classes=100"),
     (MY_PROCESS, GI, "line 50: `pre_epoch_process` must be .*from which global_info must know the epoch, got 'mine'"),
@@ -708,13 +671,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("text", "options", "message"), REFUSED, ids=[message for *_, message in REFUSED])
 def test_what_cannot_be_mapped_is_refused_by_line_and_key(text, options, message):
-    with pytest.raises(ValueError, match=rf"^ikl adopt: .*{message}"):
+    with pytest.raises((TypeError, ValueError), match=rf"^ikl adopt: .*{message}"):
         adopt_yaml(text, "IKL", name="a.yaml", **options)
-
-
-def test_a_setting_of_the_wrong_type_is_refused():
-    with pytest.raises(TypeError, match=r"a\.yaml, line 57: for the new loss: .*`beta` must be"):
-        adopt_yaml(SAMPLE, "IKL", name="a.yaml", settings={"beta": "x"})
 
 
 def test_the_check_names_what_torchdistill_cannot_build():
@@ -817,11 +775,8 @@ def test_a_check_that_fails_writes_nothing(kd, ikl):
 
 OPTIONS = [
     (["kd.yaml", "--teacher", "t.py"], "--teacher goes with an MMPretrain config (.py), got kd.yaml"),
-    (["kd.yaml", "--adversarial"], "--adversarial goes with an MMPretrain config"),
-    (["kd.yaml", "--eps", "0"], "--eps goes with an MMPretrain config"),
     (["kd.yaml", "--loss", "KL"], "--loss must be one of ours for torchdistill, got KL"),
     (["kd.yaml", "--set", "beta"], "--set must be KEY=VALUE, got 'beta'"),
-    (["kd.yaml", "--set", "beta=["], "--set beta must have a plain value, got '['"),
     (["kd.yaml", "--in-place", "--output", "x.yaml"], "--in-place must stand without --output"),
     (["kd.yaml", "--output", "."], "--output must be a file, got the folder ."),
     (["none.yaml"], "there is none at none.yaml"),
@@ -839,16 +794,3 @@ def test_options_that_do_not_fit(kd, ikl, words, message):
     assert message in status
     assert (out, err) == ("", "")
     assert kd.read_text() == SAMPLE
-
-
-def test_options_are_not_abbreviated(kd, ikl):
-    assert ikl("adopt", kd, "--lo", "IKL").status == 2
-
-
-def test_the_page_shows_what_the_command_makes(ikl):
-    page = (Path(__file__).parents[2] / "docs" / "adopt.md").read_text()
-    shown = [line for line in re.findall(r"```diff\n(.*?)```", page, re.DOTALL)[1].splitlines() if line[0] in "+-"]
-    out = ikl("adopt", CONFIGS / "digits" / "kd.yaml", "--loss", "IKL").out
-    assert [line for line in out.splitlines()[2:] if line[0] in "+-"] == shown
-    (line,) = re.findall(r"`(--set alpha=1 [^`]*)`", page)
-    assert ikl("adopt", CONFIGS / "digits" / "kd.yaml", *line.split()).status is None

@@ -67,10 +67,6 @@ def test_a_copy_brings_the_bases_and_the_config_of_the_teacher(tmp_path: Path) -
     assert not (tmp_path / "_base_" / "imagenet_data.py").exists()
 
 
-def test_a_yaml_goes_into_the_folder_itself(tmp_path: Path) -> None:
-    assert config.copy("torchdistill/digits/kd.yaml", tmp_path) == [tmp_path / "kd.yaml"]
-
-
 def test_a_changed_file_is_written_over_only_by_force(tmp_path: Path) -> None:
     (copied,) = config.copy("torchdistill/digits/kd.yaml", tmp_path)
     config.copy("torchdistill/digits/kd.yaml", tmp_path)  # the same content once more

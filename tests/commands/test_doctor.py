@@ -79,6 +79,27 @@ CASES = [
     ("autoattack", {"versions": BENCH}, True, "robustbench", "'pyautoattack>=0.2", {"versions": BENCH, **AUTOATTACK}),
     ("tests", {"versions": BENCH, **AUTOATTACK}, False, "robustbench", "--import-mode=importlib", {}),
 ]
+STANDS_IN = {"versions": BENCH, "modules": {"pkg_resources": False, "ikl_plugins.robustbench": True}}
+MM_PKG = {"versions": UP, "modules": {"pkg_resources": False}}
+PYAUTOATTACK = {"versions": BENCH, "modules": {"pyautoattack": True}}
+BEHIND_US = {"versions": BENCH, "modules": {"pyautoattack": True, "ikl_plugins.robustbench": True}}
+FORK_TORCH = {"versions": FORK, "torch": "2.14.1", "safe_globals": True}
+NO_FORK_ENGINE, NO_FORK_MMCV = (
+    {"versions": {**FORK, f"onedl-{name}": None}, "torch": "2.6.0"} for name in ("mmengine", "mmcv")
+)
+CASES += [
+    ("torch", {"torch": None, "versions": {"torch": None}}, True, "core", "torch", {}),
+    ("torch version", {"versions": UP, "torch": "2.5.1"}, True, "mmpretrain", "'torch>=2.6'", MM),
+    ("torch build", {"gpus": ()}, False, "core", "CUDA_VISIBLE_DEVICES", {}),
+    ("no GPU", {"versions": UP, "gpus": (), "gpu_driver": False}, False, "core", "AutocastOptimWrapper", {}),
+    ("mmengine missing", NO_FORK_ENGINE, True, "mmpretrain", "install 'onedl-mmengine>=", MM),
+    ("mmcv missing", NO_FORK_MMCV, True, "mmpretrain", "install 'onedl-mmcv>=", MM),
+    ("weights_only", {**MM, "safe_globals": False}, False, "mmpretrain", "custom_imports", FORK_TORCH),
+    ("setuptools", STANDS_IN, False, "robustbench", "'setuptools<82'", {"modules": {"pkg_resources": False}}),
+    ("setuptools", MM_PKG, False, "mmpretrain", "'setuptools<82'", {"modules": {"pkg_resources": False}}),
+    ("autoattack", PYAUTOATTACK, True, "robustbench", "git+https://github.com/fra31/auto-attack", {}),
+    ("autoattack", BEHIND_US, False, "robustbench", "", {}),
+]
 FIELDS = ("name", "present", "breaks", "host", "cure", "absent")
 
 
@@ -102,78 +123,6 @@ def test_a_trap_applies_where_it_should_and_not_beside(name, present, breaks, ho
 
 def test_there_is_a_case_for_every_trap():
     assert set(re.findall(r'Trap\(\s*"([^"]+)"', Path(doctor.__file__).read_text())) == {case[0] for case in CASES}
-
-
-def test_traps_that_break_something_come_first():
-    found = diagnose(facts(versions={**UP, "onedl-mmcv": "2.3.6", "numpy": "2.0.0"}, gpus=(), torch="2.6.0"))
-    assert [(trap.name, trap.breaks) for trap in found] == [
-        ("two stacks", True),
-        ("torch build", False),
-        ("numpy 2", False),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("held", "detail"), [(None, "torch is not installed."), ("2.5.1", "torch 2.5.1 cannot be imp")]
-)
-def test_a_missing_torch_and_a_broken_one(held, detail):
-    environment = facts(versions={"torch": held}, torch=None)
-    (trap,) = diagnose(environment)  # nothing is said of builds and GPUs
-    assert trap.detail.startswith(detail)
-    assert ("--force-reinstall" in trap.cure) == (held is not None)
-
-
-def test_mmpretrain_needs_a_newer_torch_than_the_rest():
-    (trap,) = named("torch version", facts(versions=UP, torch="2.5.1"))
-    assert trap.hosts == ("mmpretrain",)
-    assert "'torch>=2.6'" in trap.cure
-    assert named("torch version", facts(versions=UP, torch="2.6.0")) == []
-
-
-def test_a_gpu_that_torch_does_not_find():
-    (trap,) = named("torch build", facts(gpus=()))
-    assert "built for 12.4, but finds no GPU" in trap.detail
-    assert "CUDA_VISIBLE_DEVICES" in trap.cure
-
-
-def test_what_no_gpu_means_for_each_host():
-    alone = facts(versions={"torchdistill": None}, gpus=(), gpu_driver=False)
-    (trap,) = named("no GPU", alone)
-    assert trap.cure == "--device cpu"
-    (trap,) = named("no GPU", facts(alone, versions=UP))
-    assert "AutocastOptimWrapper" in trap.cure
-    assert "ikl_plugins.mmpretrain.cpu_ranks" in trap.cure
-
-
-def test_setuptools_where_our_adapter_stands_in():
-    modules = {"pkg_resources": False, "ikl_plugins.robustbench": True, "autoattack": True}
-    (trap,) = named("setuptools", facts(versions={**BENCH, **UP}, modules=modules))
-    assert not trap.breaks
-    assert "`import ikl_plugins.robustbench` first stands in for it" in trap.detail
-    assert "MMEngine needs it for configs named 'mmpretrain::...'" in trap.detail
-    assert trap.hosts == ("robustbench", "mmpretrain")
-    (trap,) = named("setuptools", facts(versions=UP, modules={"pkg_resources": False}))
-    assert (trap.breaks, trap.hosts) == (False, ("mmpretrain",))
-    assert named("setuptools", facts(modules={"pkg_resources": False})) == []
-
-
-def test_autoattack_with_pyautoattack_alone():
-    environment = facts(versions=BENCH, modules={"pyautoattack": True})
-    (trap,) = named("autoattack", environment)
-    assert (trap.breaks, trap.cure) == (True, "python -m pip install git+https://github.com/fra31/auto-attack")
-    (trap,) = named("autoattack", facts(environment, modules={"ikl_plugins.robustbench": True}))
-    assert not trap.breaks
-    assert "behind `import ikl_plugins.robustbench`" in trap.detail
-
-
-@pytest.mark.parametrize("missing", ["onedl-mmengine", "onedl-mmcv"])
-def test_a_fork_that_is_not_whole_is_completed_from_the_fork(missing):
-    (trap,) = named(f"{missing.removeprefix('onedl-')} missing", facts(versions={**FORK, missing: None}, torch="2.6.0"))
-    assert f"install '{missing}>=" in trap.cure
-
-
-def test_the_fork_reads_checkpoints_itself():
-    assert named("weights_only", facts(versions=FORK, torch="2.14.1", safe_globals=True)) == []
 
 
 # --- hosts -----------------------------------------------------------------------------------------------------------
@@ -298,26 +247,12 @@ def test_the_report_of_a_broken_environment(environment):
     done = environment("--for", "mmpretrain, robustbench", modules=modules, distributions=versions)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
-    assert "  mmpretrain        1.2.0" in lines
-    assert "  torch             2.5.1+cpu" in lines
-    assert "  GPU               none (torch is a CPU build)" in lines
     assert any(line.startswith("  mmpretrain        BROKEN  ") and line.endswith("(asked for)") for line in lines)
     assert any(line.startswith("  torchdistill      absent  not installed") for line in lines)
     for name in ("mmcv missing", "setuptools", "autoattack", "torch version"):
         present = any(line.startswith((f"  ! {name}: ", f"  - {name}: ")) for line in lines)
         assert present, name
-    assert done.stderr.startswith("error: ikl doctor: does not work here: ")
-    assert "mmpretrain, robustbench" in done.stderr
-
-
-def test_distributions_and_modules_are_looked_for(environment):
-    versions = {"mmengine": "0.10.7", "onedl-mmengine": "0.10.12", "robustbench": "1.1.1", "setuptools": "82.0.0"}
-    done = environment("--json", distributions=versions, modules={"robustbench": "", "pkg_resources": ""})
-    names = [trap["name"] for trap in json.loads(done.stdout)["traps"]]
-    assert "setuptools" not in names
-    assert "two stacks" not in names  # of a host that is not installed and not asked for
-    done = environment("--json", "--for", "mmpretrain", distributions=versions)
-    assert "two stacks" in [trap["name"] for trap in json.loads(done.stdout)["traps"]]
+    assert "does not work here: mmpretrain, robustbench" in done.stderr.replace("ikl_plugins itself, ", "")
 
 
 @pytest.fixture
@@ -331,25 +266,9 @@ def test_a_host_that_is_absent_fails_only_if_it_is_asked_for(here, ikl):
     here(HEALTHY)
     done = ikl("doctor")
     assert done.status is None
-    assert "  torchdistill      works   it runs\n" in done.out
-    assert "  mmpretrain        absent  not installed\n" in done.out
-    assert "C++ operator" not in done.out
-    assert done.out.endswith("Traps: none applies\n")
     assert ikl("doctor", "--for", "torchdistill").status is None
     status = ikl("doctor", "--for", "torchdistill,mmpretrain").status
     assert "does not work here: mmpretrain. Run: python -m pip install 'ikl_plugins[mmpretrain]'" in status
-
-
-@pytest.mark.parametrize(("built", "said"), [(True, "built; IKL_PLUGINS_NATIVE=1"), (False, "not built; `ikl build`")])
-def test_the_report_tells_of_the_operator(here, ikl, built, said):
-    here(HEALTHY._replace(operator=built))
-    assert f"  C++ operator      {said}" in ikl("doctor").out
-
-
-def test_traps_of_hosts_that_nobody_has_are_not_mentioned(here, ikl):
-    here(facts(versions={"mmengine": "0.10.7"}, modules={"pkg_resources": False}))
-    assert ikl("doctor").out.endswith("Traps: none applies\n")
-    assert "  - setuptools: " in ikl("doctor", "--for", "mmpretrain").out
 
 
 def test_json_is_the_whole_of_it(here, ikl):

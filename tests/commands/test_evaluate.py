@@ -2,14 +2,11 @@
 
 import argparse
 import collections
-import errno
 import importlib.util
 import inspect
 import json
-import os
 import re
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -21,7 +18,6 @@ from torch import nn
 if None in (importlib.util.find_spec("pyautoattack"), importlib.util.find_spec("matplotlib")):
     pytest.skip("needs robustbench and matplotlib (extra `demo`)", allow_module_level=True)
 
-from ikl_plugins import _files
 from ikl_plugins._files import configs_folder
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.commands import evaluate as command
@@ -36,7 +32,7 @@ from ikl_plugins.commands.model_options import (
 )
 from ikl_plugins.models.robustbench_zoo import robustbench_network
 from ikl_plugins.robustbench import data, evaluation, loading
-from ikl_plugins.robustbench.evaluation import Progress, curve, evaluate
+from ikl_plugins.robustbench.evaluation import curve, evaluate
 from ikl_plugins.robustbench.evaluation_log import Evaluation
 
 robustbench = import_robustbench()
@@ -80,21 +76,9 @@ def files(tmp_path_factory):
 
 
 def line(files, output, *more):
-    return [
-        "--checkpoint",
-        str(files.folder / "wrn.pt"),
-        "--architecture",
-        "WideResNet-10-1",
-        "--data",
-        str(files.folder / "images.npz"),
-        "--eps",
-        "8/255",
-        "--device",
-        "cpu",
-        "--output",
-        str(output),
-        *more,
-    ]
+    place = files.folder
+    model = f"--checkpoint {place}/wrn.pt --architecture WideResNet-10-1 --data {place}/images.npz"
+    return [*f"{model} --eps 8/255 --device cpu --output {output}".split(), *more]
 
 
 def main(*arguments):
@@ -129,12 +113,10 @@ def test_the_command_evaluates_and_reports(files, tmp_path, capsys):
     assert torch.equal(loaded.adversarial_images(files.images), direct.adversarial_images(files.images))
     assert 0 < len(loaded.adversarial) < 5
     assert (tmp_path / "report.md").read_text().startswith("# Robustness of WideResNet-10-1")
-    lines = capsys.readouterr().out.splitlines()
-    standing = [entry["standing"] for entry in log["progress"]]
-    for text, attack, left in zip(lines[1:3], ATTACKS.split(","), standing, strict=True):
-        assert re.fullmatch(rf"{attack}: {left} of 6 standing \(\d+ s\)", text)
-    robust = f"robust accuracy {direct.robust_accuracy:.2f} % (Linf, eps 8/255, AutoAttack custom: apgd-ce, apgd-t)"
-    assert f"natural accuracy 83.33 %, {robust}" in lines
+    shown = capsys.readouterr().out
+    for entry in log["progress"]:
+        assert f"{entry['attack']}: {entry['standing']} of 6 standing" in shown
+    assert f"natural accuracy 83.33 %, robust accuracy {direct.robust_accuracy:.2f} %" in shown
 
 
 def test_a_second_run_reads_what_the_first_has_found(files, tmp_path, monkeypatch, capsys):
@@ -159,23 +141,6 @@ def test_a_second_run_reads_what_the_first_has_found(files, tmp_path, monkeypatc
     assert [point["eps"] for point in points] == ["4/255"]
 
 
-def test_an_interrupted_run_goes_on(files, tmp_path, monkeypatch):
-    arguments = line(files, tmp_path, "--attacks", ATTACKS, "--batch-size", "2")
-
-    def stop(self, made, eps=None):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(command._Printer, "__call__", stop)
-        with pytest.raises(SystemExit, match="interrupted; run the same command again to go on"):
-            main(*arguments)
-    before = Evaluation.load(tmp_path / "evaluation.json")
-    assert not before.finished
-    main(*arguments)
-    after = Evaluation.load(tmp_path / "evaluation.json")
-    assert (after.finished, after.log["date"]) == (True, before.log["date"])
-
-
 def test_standard_l2_and_a_folder(files, tmp_path, capsys):
     arguments = line(files, tmp_path, "--threat-model", "L2", "--n-examples", "4")
     arguments[arguments.index("--data") + 1] = str(files.folder / "folder")
@@ -186,16 +151,6 @@ def test_standard_l2_and_a_folder(files, tmp_path, capsys):
     assert (log["n_examples"], log["labels"]) == (4, [0, 1, 2, 3])
     assert log["classes"] == [f"class{label}" for label in range(10)]
     assert "(L2, eps 0.5, standard AutoAttack)" in capsys.readouterr().out
-
-
-def test_a_rounded_eps_warns(files, tmp_path, capsys):
-    arguments = line(files, tmp_path, "--attacks", "apgd-ce", "--n-examples", "2")
-    arguments[arguments.index("--eps") + 1] = "0.031"
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")  # as on the command line
-        main(*arguments)
-    assert "\nwarning: evaluate: `eps` = 0.031 is 7.905/255 and not 8/255." in "\n" + capsys.readouterr().err
-    assert json.loads((tmp_path / "evaluation.json").read_text())["eps"] == "0.031"
 
 
 def test_what_autoattack_warns_of_is_printed(files, tmp_path, monkeypatch, capsys):
@@ -235,12 +190,7 @@ def test_corruptions(corrupted, capsys):
         (name, severity) for name in ("fog", "snow") for severity in range(1, 6)
     ]
     assert log["robust_accuracy"] == pytest.approx(np.mean([entry["accuracy"] for entry in log["corruptions"]]))
-    lines = capsys.readouterr().out.splitlines()
-    first = log["corruptions"][0]["accuracy"]
-    assert lines[0] == f"fog/1 (1/10): {round(first / 5)} of 20 right"
-    assert lines[10].startswith("mean corruption error not computed: there is no model_info/cifar10/corruptions/")
-    expected = f"natural accuracy {log['natural_accuracy']:.2f} %, robust accuracy {log['robust_accuracy']:.2f} %"
-    assert lines[11] == f"{expected} (mean over 10 corruptions and severities)"
+    assert f"robust accuracy {log['robust_accuracy']:.2f} %" in capsys.readouterr().out
     assert "## Corruptions" in (corrupted / "out" / "report.md").read_text()
 
 
@@ -259,45 +209,23 @@ def test_corruptions_refuse_what_is_for_attacks(more):
     ("changes", "text"),
     [
         ({"--eps": None}, "ikl evaluate: --threat-model Linf needs a radius"),
-        ({"--eps": "8:255"}, "evaluate: `eps` must be a fraction or a number, got '8:255'"),
-        ({"--attacks": "apgdce"}, "unknown attack `apgdce`. Did you mean `apgd-ce`?"),
-        ({"--version": "plus", "--attacks": "square"}, "`attacks` must be None with version='plus'"),
         ({"--checkpoint": None}, "ikl evaluate: a model must be named, but there is no --checkpoint"),
         ({"--architecture": None}, "ikl evaluate: --checkpoint needs the network that it belongs to"),
         ({"--checkpoint": "none.pt"}, "none.pt"),
-        ({"--architecture": "WideResNet-16-1"}, "WideResNet-10-1"),
-        ({"--data": "none"}, "load_images: `source` must be"),
         ({"--data": "cifar10", "--data-dir": "none", "--offline": ""}, "cifar10 must lie in none/cifar-10"),
-        ({"--data": "eleven.npz"}, "`labels` must lie in [0, 9]"),
-        ({"--n-examples": "7"}, "`n_examples` must be at most 6"),
-        ({"--curve": "2/255,x"}, "ikl evaluate --curve: `eps` must be a fraction or a number, got 'x'"),
         ({"--curve": "2/255,4/510"}, "ikl evaluate --curve: `radii` must be different"),
         ({"--device": "none"}, "Expected one of cpu, cuda"),
         ({"--zoo": "Cui2023Decoupled_WRN-28-10"}, "ikl evaluate: --zoo does not read --checkpoint"),
-        ({"--zoo": "a", "--mmpretrain": "b"}, "one model must be named, got --mmpretrain and --zoo"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(files, tmp_path, monkeypatch, changes, text):
     monkeypatch.chdir(tmp_path)
-    np.savez("eleven.npz", images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.array([0, 10]))
     arguments = line(files, "out")
     given = {**dict(zip(arguments[::2], arguments[1::2], strict=True)), **changes}
     flat = [part for name, value in given.items() if value is not None for part in (name, value) if part]
     assert text in failure(*flat)
     assert not (tmp_path / "none").exists()
     assert not (tmp_path / "out" / "evaluation.json").exists()
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_old_log(files, tmp_path, monkeypatch):
-    main(*line(files, tmp_path, "--attacks", "apgd-ce"))
-    before = (tmp_path / "evaluation.json").read_bytes()
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(_files.os, "replace", full)
-    assert "No space left on device" in failure(*line(files, tmp_path, "--attacks", "apgd-ce"))
-    assert (tmp_path / "evaluation.json").read_bytes() == before
 
 
 def test_too_little_memory_names_the_way_out(files, tmp_path, monkeypatch):
@@ -315,30 +243,6 @@ def test_matplotlib_is_asked_for_before_the_attacks(files, tmp_path, monkeypatch
     assert "pip install matplotlib" in failure(*line(files, tmp_path))
 
 
-@pytest.mark.parametrize(
-    "arguments", ["--eps 8/255", "--output x --thr L2", "--output x --threat-model L3", "--output x --mean 1,x"]
-)
-def test_a_command_that_cannot_be_read_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(*arguments.split())
-    assert caught.value.code == 2
-    assert "usage:" in capsys.readouterr().err
-
-
-def test_a_terminal_sees_every_batch_and_keeps_the_last(monkeypatch, capsys):
-    printer = command._Printer()
-    steps = [Progress("square", number, 2, 5 - number, 9, 1.4) for number in (1, 2)]
-    for step in steps:
-        printer(step)
-    assert capsys.readouterr().out == "square: 3 of 9 standing (1 s)\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    for step in steps:
-        printer(step)
-    assert capsys.readouterr().out == (
-        "\rsquare: 4 of 9 standing (1 s), batch 1/2\x1b[K\r\x1b[Ksquare: 3 of 9 standing (1 s)\n"
-    )
-
-
 # --- the shared arguments --------------------------------------------------------------------------------------------
 
 
@@ -347,15 +251,6 @@ def parsed(*arguments):
     add_model_arguments(parser)
     add_data_arguments(parser)
     return parser.parse_args([str(argument) for argument in arguments])
-
-
-def test_a_checkpoint_with_an_architecture(files):
-    path = files.folder / "wrn.pt"
-    loaded = model_from(parsed("--checkpoint", path, "--architecture", "WideResNet-10-1"), caller="x")
-    assert (loaded.name, loaded.checkpoint) == ("WideResNet-10-1", path)
-    with torch.no_grad():
-        assert torch.equal(loaded.model(files.images), files.model(files.images))
-    assert not loaded.model.training
 
 
 @pytest.mark.parametrize(
@@ -413,11 +308,8 @@ def test_every_way_to_a_model_gets_its_arguments(monkeypatch, function, argument
         ("--mmpretrain a.py", "a model must be named, but --mmpretrain comes without --checkpoint"),
         ("--torchdistill a --mmpretrain b --checkpoint c", "one model must be named, got --mmpretrain and --torch"),
         ("--checkpoint c --mmpretrain a --architecture b", "--mmpretrain does not read --architecture"),
-        ("--checkpoint c --mmpretrain a --num-classes 3", "--mmpretrain does not read --num-classes"),
         ("--checkpoint c --torchdistill a --weights last", "--torchdistill does not read --weights"),
-        ("--checkpoint c --torchdistill a --mean 1,2,3", "--torchdistill does not read --mean"),
         ("--checkpoint c --architecture a --channel-order rgb", "--checkpoint does not read --channel-order"),
-        ("--zoo a --std 1,2,3", "--zoo does not read --std"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(arguments, text):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
 from ikl_plugins import __version__
-from ikl_plugins.commands import main as module
 from ikl_plugins.commands.main import COMMANDS, main
 
 
@@ -33,11 +31,6 @@ def test_every_command_has_help_with_an_example(name: str, capsys: pytest.Captur
         main([name, "--help"])
     assert end.value.code == 0
     assert f"    ikl {name}" in capsys.readouterr().out
-
-
-def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    main([])
-    assert "COMMAND" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,10 +127,6 @@ def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == "warning: be careful\n"
 
 
-def record(calls: list[list[str]]) -> Callable[[list[str]], None]:
-    return lambda words: calls.append(words)
-
-
 @pytest.mark.parametrize(
     ("suffix", "host"), [(".yaml", "torchdistill"), (".yml", "torchdistill"), (".py", "mmpretrain")]
 )
@@ -149,7 +138,7 @@ def test_train_hands_a_config_and_all_options_to_its_host(
 
     training = importlib.import_module(f"ikl_plugins.{host}.training")
     calls: list[list[str]] = []
-    monkeypatch.setattr(training, "main", record(calls))
+    monkeypatch.setattr(training, "main", calls.append)
     config = Path(str(tmp_path)) / f"mine{suffix}"
     config.touch()
     main(["train", str(config), "--work-dir", "w", "--help", "rest"])
@@ -163,8 +152,3 @@ def test_train_refuses_what_is_no_config(words: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code not in (0, None)
-
-
-def test_a_module_of_every_command_is_there() -> None:
-    folder = os.path.dirname(module.__file__)
-    assert all(os.path.exists(os.path.join(folder, name)) or os.path.exists(f"{folder}/{name}.py") for name in COMMANDS)

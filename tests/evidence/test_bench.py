@@ -1,7 +1,6 @@
 """The benchmark of the losses compares like with like; the command writes what was measured, and the page says it."""
 
 import csv
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from evidence import bench
 from evidence import bench_losses as losses
 from evidence.cache import TOOLS
 
-from ikl_plugins import _fused, native
+from ikl_plugins import native
 
 
 def plain(student, teacher, temperature):
@@ -43,19 +42,6 @@ def test_the_baseline_is_kl_divergence():
     p, q = torch.softmax(teacher.double(), 1), torch.softmax(student.double(), 1)
     expected = (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(losses.kl(student, teacher).double(), expected, rtol=1e-5, atol=0)
-
-
-def test_a_step_leaves_the_block_size_as_it_was():
-    before = _fused._BLOCK_ELEMENTS_CPU
-    seen = []
-
-    def loss(student, teacher):
-        seen.append(_fused._BLOCK_ELEMENTS_CPU)
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        losses.in_one_block(loss)(torch.zeros(1, 2), torch.zeros(1, 2))
-    assert seen[0] > before == _fused._BLOCK_ELEMENTS_CPU
 
 
 def test_both_ways_to_the_weights_agree():
@@ -90,13 +76,6 @@ def test_without_a_compiler_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(native, "build", build)
     assert not bench.can_build()
     assert "no compiler" in capsys.readouterr().out
-
-
-def test_shapes_reach_from_a_hundred_classes_to_a_vocabulary():
-    classes = sorted(classes for _, classes in losses.SHAPES)
-    assert classes[0] == 100
-    assert classes[-1] == 128256
-    assert all(one <= 13 * other for other, one in itertools.pairwise(classes))
 
 
 # Three tensors are held and the gradient is one more; the sum's own is an expanded scalar.
@@ -169,68 +148,3 @@ def test_a_run_writes_table_and_csv(tmp_path, monkeypatch):
     assert "| (4, 3) | 1 (" in table
     assert "`import ikl_plugins` after `import torch`: 3 ms." in table
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["losses.csv", "losses.md"]
-
-
-def test_without_a_name_each_benchmark_has_a_process_of_its_own(monkeypatch):
-    called = []
-    monkeypatch.setattr(subprocess, "run", lambda command, check: called.append(command[1:]))
-    bench.main(["--threads", "3"])
-    assert called == [[str(TOOLS / "bench.py"), name, "--threads", "3"] for name in bench.NAMES]
-
-
-def test_memory_is_that_of_processes_of_their_own(monkeypatch):
-    called = []
-
-    def run(command, env, text):
-        called.append((command[1:], env))
-        return f"some line\n{2654.5 + len(called)}\n"
-
-    monkeypatch.setattr(subprocess, "check_output", run)
-    assert bench.peak_of("training", "IKLLoss", runs=3, env={"A": "B"}) == 2656.5
-    arguments = ["training", "--memory-of", "IKLLoss", "--threads", str(torch.get_num_threads())]
-    assert called == [([str(TOOLS / "bench.py"), *arguments], {"A": "B"})] * 3
-
-
-PAGE = """# Benchmarks
-
-before
-
-<!-- bench: losses -->
-old
-<!-- /bench -->
-
-between | 1.0 |
-
-<!-- bench: training -->
-<!-- /bench -->
-after
-"""
-
-
-def test_the_page_takes_all_tables_or_none(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "rendered", lambda name, table: f"| {name} \\1 {table.strip()} |")
-    page, results, source = tmp_path / "page.md", tmp_path / "results", tmp_path / "measured"
-    page.write_text(PAGE)
-    source.mkdir()
-    (source / "losses.csv").write_text("kind\n")
-    command = ["docs", "--output", str(source), "--page", str(page), "--results", str(results)]
-    with pytest.raises(SystemExit, match=r"error: bench: .*training\.csv must be there"):
-        bench.main(command)
-    assert page.read_text() == PAGE
-    assert not results.exists()
-    (source / "training.csv").write_text("kind\n")
-    bench.main(command)
-    text = page.read_text()
-    assert "before\n\n<!-- bench: losses -->\n\n| losses \\1 kind |\n\n<!-- /bench -->\n\nbetween | 1.0 |" in text
-    assert text.endswith("<!-- bench: training -->\n\n| training \\1 kind |\n\n<!-- /bench -->\nafter\n")
-    assert (results / "bench_losses.csv").read_text() == "kind\n"
-    bench.main([*command, "--check"])
-    (results / "bench_losses.csv").write_text("other\n")
-    with pytest.raises(SystemExit, match=r"page\.md: missing or not as generated"):
-        bench.main([*command, "--check"])
-    capsys.readouterr()
-
-
-def test_the_shipped_page_has_a_block_for_each_benchmark():
-    text = (bench.ROOT / "docs" / "benchmarks.md").read_text()
-    assert bench.names(text) == list(bench.NAMES)

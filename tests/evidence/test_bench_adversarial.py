@@ -84,15 +84,6 @@ def test_deviations_see_other_gradients_and_other_images(monkeypatch: pytest.Mon
         assert found[name].rounding < 1e-3
 
 
-def test_a_part_has_its_median_and_the_median_of_the_rounds_ratios() -> None:
-    times = {
-        bench.OFFICIAL: [{"step": value} for value in (3.0, 30.0, 4.0)],
-        "ours": [{"step": value} for value in (2.0, 10.0, 2.0)],
-    }
-    assert bench.part_of(times, "ours", "step") == (2.0, 2.0)
-    assert bench.part_of(times, bench.OFFICIAL, "step") == (4.0, 1.0)
-
-
 def test_a_run_writes_table_and_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(bench, "CASES", [bench.CASES[0], bench.CASES[-1]])

@@ -113,11 +113,6 @@ def test_the_operator_is_on_for_its_method_alone(monkeypatch: pytest.MonkeyPatch
     assert switched[-1] == "off"
 
 
-def test_memory_is_that_of_a_c_library_that_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "peak_of", lambda *asked, env: (*asked, int(env["MALLOC_MMAP_THRESHOLD_"])))
-    assert bench_training.peak_of(bench_training.NOTHING) == ("training", bench_training.NOTHING, 2**20)
-
-
 def test_a_run_writes_table_and_csv(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_training, "CASES", SMALL[:1])
     monkeypatch.setattr(bench_training, "LEAST_ROUNDS", 1)

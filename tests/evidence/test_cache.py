@@ -146,12 +146,6 @@ def test_a_failure_is_named_and_the_others_finish(work):
     assert not (work / "bad" / "result.json").exists()
 
 
-def test_the_functions_of_this_folder_go_by_their_old_names():
-    """Recorded jobs call their functions so."""
-    for name in ("reproduce_distill", "reproduce_adversarial_jobs"):
-        assert (cache.TOOLS / "evidence" / f"{name}.py").is_file()
-
-
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_two_processes_do_the_same_job(work, signal_number):
     path = os.pathsep.join([str(cache.TOOLS), os.environ["PYTHONPATH"]])
@@ -199,17 +193,3 @@ def test_the_data_is_known_by_its_manifest(tmp_path, monkeypatch):
     splits = {"train": {"sha256": "1"}}
     assert checksum({"splits": splits, "versions": {"python": "3.11"}}) == checksum({"splits": splits})
     assert checksum({"splits": {"train": {"sha256": "2"}}}) != checksum({"splits": splits})
-
-
-def test_versions_that_differ_among_the_jobs_are_all_told():
-    jobs = [{"versions": {"torch": "2.14.1", "processor": name}} for name in ("A", "B", "A")]
-    assert cache.all_versions(jobs) == {"torch": "2.14.1", "processor": "A and B"}
-
-
-def test_json_is_written_whole(tmp_path):
-    path = tmp_path / "one.json"
-    cache.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        cache.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["one.json"]

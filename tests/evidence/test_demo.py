@@ -75,17 +75,6 @@ def test_the_report_prints_the_numbers_and_their_order_whatever_it_is():
     assert "leaves about ±3.1 points (95 %)" in report
 
 
-def test_one_seed_has_no_deviation_and_a_loss_without_runs_no_row():
-    rows = distill.summarise(made_up_results(seeds=1, methods=("ce", "ikl")))
-    assert [(row.method, row.deviation) for row in rows] == [("ce", None), ("ikl", None)]
-
-
-def test_many_seeds_show_their_range():
-    results = made_up_results(seeds=6)
-    accuracies = [results["runs"][f"ikl/{seed}"]["test_accuracy"] for seed in range(6)]
-    assert f"| {min(accuracies):.2f} to {max(accuracies):.2f} |" in distill.markdown(results)
-
-
 @pytest.mark.parametrize(("seeds", "epochs"), [(3, 5), (1, 1)])
 def test_the_plots_are_images(tmp_path, seeds, epochs):
     from PIL import Image
@@ -282,14 +271,6 @@ def test_both_terms_are_measured_after_each_epoch(training, tmp_path):
     assert results["teacher"]["soft_entropy"] == pytest.approx(entropy, rel=1e-5)
     assert results["runs"]["gkl/0"]["terms"]["soft_cross_entropy"] == [2.0, 3.0]
     assert results["runs"]["kd/0"]["terms"] == {}
-
-
-def test_what_happens_at_the_end_of_an_epoch_sees_that_epoch_s_checkpoint():
-    seen = []
-    progress = distill.at_epoch_ends(lambda step, total, text: seen.append(step), 3, lambda: seen.append("act"))
-    for step in range(1, 7):
-        progress(step, 6, "")
-    assert seen == [1, 2, "act", 3, 4, "act", 5, 6]
 
 
 def test_what_a_user_can_mend_ends_it_with_one_line(training, tmp_path, monkeypatch):

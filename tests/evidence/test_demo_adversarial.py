@@ -49,13 +49,6 @@ def test_the_log_of_a_training_is_its_progress(tmp_path):
     assert (tmp_path / "log").read_text().splitlines() == lines
 
 
-def test_pictures_survive_their_text_form():
-    pixels = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    text = adversarial._to_hex(pixels)
-    drawn = torch.from_numpy(adversarial._from_hex(text, [3, 4, 5]).copy())
-    torch.testing.assert_close(drawn.permute(2, 0, 1).float(), pixels, rtol=0, atol=0.5 / 255 + 1e-6)
-
-
 # --- what is kept, and what is made anew -----------------------------------------------------------------------------
 
 
@@ -115,20 +108,6 @@ def test_finished_runs_are_kept_until_what_decides_them_changes(tmp_path, monkey
         config.write('\nmodel["attack"] = dict(eps="8/255")\n')
     with pytest.raises(ValueError, match=r"must attack with the same eps, got 16/255, 8/255"):
         fake()
-
-
-def test_a_training_that_fails_names_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(adversarial, "_follow", lambda *args: 1)
-    with Parts(tmp_path / "out", adversarial.PARTS, fresh=False) as parts:
-        runs = adversarial.AdversarialRuns(parts, tmp_path / "digits", {})
-        with pytest.raises(ValueError, match=r"training of natural failed: its process ended with 1\. Its log is "):
-            runs.run()
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(adversarial.metadata, "packages_distributions", dict)
-    with pytest.raises(ImportError, match="mmengine is missing"):
-        adversarial.package_versions()
 
 
 # --- the attack ------------------------------------------------------------------------------------------------------

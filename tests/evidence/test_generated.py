@@ -42,17 +42,6 @@ def test_another_number_in_a_table_is_found(experiment, tmp_path, monkeypatch):
         reproduce.main([experiment, "--check"])
 
 
-def test_files_are_written_where_they_differ_alone(tmp_path):
-    texts = {tmp_path / name: f"{name}\n" for name in ("same", "other", "new")}
-    (tmp_path / "same").write_text("same\n")
-    (tmp_path / "other").write_text("else\n")
-    with pytest.raises(ValueError, match=r"other, .*new: missing or not as generated"):
-        report.settle(texts, check=True)
-    assert not (tmp_path / "new").exists()
-    assert [path.name for path in report.settle(texts)] == ["other", "new"]
-    assert report.settle(texts, check=True) == report.settle(texts) == []
-
-
 @pytest.mark.parametrize(("accuracy", "images", "margin"), [(100, 300, 0.46), (0, 300, 0.46), (50, 300, 5.66)])
 def test_the_margin_of_an_accuracy_never_claims_certainty(accuracy, images, margin):
     assert report.binomial_margin([accuracy], images) == pytest.approx(margin, abs=0.01)
@@ -70,9 +59,3 @@ def test_arguments_out_of_range_are_refused(arguments, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         reproduce.main(arguments)
     assert said in capsys.readouterr().err
-
-
-def test_missing_weights_of_the_teacher_name_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.delenv("IKL_PLUGINS_DOWNLOADS", raising=False)
-    with pytest.raises(SystemExit, match=r"must be the file resnet56-4bfd9763\.th, got None\. Download it"):
-        reproduce.main(["distill", "--quick", "--output", str(tmp_path / "out")])

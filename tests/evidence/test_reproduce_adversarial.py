@@ -4,17 +4,14 @@ import copy
 import itertools
 import json
 import math
-import os
 import re
-import signal
-import time
 
 import pytest
 import torch
 from evidence import cache, reproduce_adversarial_jobs
 from evidence import reproduce_adversarial_plan as plan
 from evidence.reproduce import DOCS, main
-from evidence.reproduce_adversarial_jobs import from_hex, read_scalars, to_hex
+from evidence.reproduce_adversarial_jobs import read_scalars, to_hex
 from evidence.reproduce_adversarial_report import FIGURES, draw, render
 from evidence.reproduce_adversarial_results import difference
 
@@ -83,14 +80,6 @@ def test_the_best_robust_accuracy_decides_then_natural_accuracy_then_the_publish
 # --- small parts of the jobs -----------------------------------------------------------------------------------------
 
 
-def test_truth_values_survive_their_text_form():
-    assert to_hex(torch.tensor([True, False, False, True, True])) == "98"
-    assert from_hex("98", 5) == [True, False, False, True, True]
-    for images in (1, 4, 7, 500):
-        right = torch.rand(images, generator=torch.Generator().manual_seed(images)) > 0.5
-        assert from_hex(to_hex(right), images) == right.tolist()
-
-
 def test_what_a_later_process_did_again_replaces_what_was_interrupted(tmp_path):
     def write(folder, *lines):
         path = tmp_path / folder / "vis_data" / "scalars.json"
@@ -107,23 +96,6 @@ def test_what_a_later_process_did_again_replaces_what_was_interrupted(tmp_path):
     assert log == [{"epoch": 1, "loss": 0.9, "time": 0.2}, {"epoch": 2, "loss": 0.8, "time": 0.4}]
     assert validation == [{"epoch": 2, "accuracy/top1": 40.0, "robust/top1": 20.0}]
     assert seconds == pytest.approx(0.25)
-
-
-def test_options_are_written_as_mmengine_reads_them():
-    from mmengine.config import DictAction
-
-    for value in (None, 0.5, 3, [0, 450, 900]):
-        assert DictAction._parse_iterable(reproduce_adversarial_jobs._option(value)) == value
-
-
-def test_images_are_spread_over_the_classes():
-    labels = [label for label in range(10) for _ in range(90)]  # in the order of the files
-    for count in (10, 30, 500, 899):
-        chosen = reproduce_adversarial_jobs.spread(len(labels), count)
-        assert len(set(chosen)) == count
-        each = [sum(labels[place] == label for place in chosen) for label in range(10)]
-        assert max(each) - min(each) <= 1
-    assert reproduce_adversarial_jobs.spread(5, 5) == reproduce_adversarial_jobs.spread(5, 9) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
@@ -171,26 +143,6 @@ def test_a_config_is_known_with_all_that_it_inherits(monkeypatch, tmp_path):
     (tmp_path / "base.py").write_text("epochs = 7\n")
     assert checksum() != first
     plan._config.cache_clear()
-
-
-def test_pgd_lowers_accuracy_and_a_larger_radius_lowers_it_further():
-    torch.manual_seed(0)
-    images = torch.rand(300, 3, 4, 4)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 10)).eval()
-    labels = model(images).argmax(1)
-    natural, robust = reproduce_adversarial_jobs._right(model, images, labels, ["1/255", "8/255"])
-    assert natural.all()
-    assert len(robust["1/255"]) == 300
-    # Of a linear model the attack is exact: the margin to each other class falls by eps times the 1-norm.
-    weight = model[1].weight
-    logits = model(images)
-    for eps, right in (("1/255", robust["1/255"]), ("8/255", robust["8/255"])):
-        radius = int(eps[0]) / 255
-        margins = logits.gather(1, labels[:, None]) - logits - radius * (weight[labels, None] - weight).abs().sum(2)
-        margins.scatter_(1, labels[:, None], math.inf)
-        sure = margins.amin(1) > 0  # what no attack can reach; clipping to [0, 1] may save others
-        assert right[sure].all()
-    assert robust["8/255"].sum() < robust["1/255"].sum() < 300
 
 
 # --- tables and plots ------------------------------------------------------------------------------------------------
@@ -261,48 +213,6 @@ def small_data(tmp_path, monkeypatch):
     monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
-
-
-def training(name):
-    options = {
-        "train_dataloader.dataset.indices": list(range(0, 400, 2)),
-        "train_dataloader.batch_size": 20,
-        "val_dataloader.dataset.indices": list(range(40)),
-        "model.val_attack.steps": 2,
-    }
-    return plan._training(name, "adversarial_ikl", 0, 3, options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("epoch", [1, 3])  # the last one: between its checkpoint and the end of the validation
-def test_an_interrupted_training_goes_on_and_ends_as_one_that_was_not(small_data, epoch):
-    cache.run_jobs([training("whole")], small_data)
-
-    job = training("killed")
-    cache._finished(job, small_data, 1, {})
-    folder = small_data / job.name
-    process = cache._start(folder, 1)
-    deadline = time.monotonic() + 300
-    last = folder / "work" / "last_checkpoint"
-    while not (last.is_file() and f"epoch_{epoch}.pth" in last.read_text()):
-        assert process.poll() is None, (folder / "log.txt").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (folder / "result.json").exists()
-
-    found = cache.run_jobs([job], small_data)["killed"]["result"]
-    whole = cache.read_json(small_data / "whole" / "result.json")["result"]
-    assert len(list((folder / "work").glob("*/vis_data/scalars.json"))) == 2
-    weights = [
-        torch.load(small_data / name / "work" / "epoch_3.pth", weights_only=False)["state_dict"]
-        for name in ("whole", "killed")
-    ]
-    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
-    assert found["validation"] == whole["validation"]
-    timeless = [[{key: row[key] for key in row if key != "time"} for row in result["log"]] for result in (found, whole)]
-    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from evidence import reproduce, reproduce_distill
 from evidence import reproduce_distill_plan as plan
-from evidence.reproduce_distill import RememberedTeacher, first_of_each_class, public_resnet56
+from evidence.reproduce_distill import RememberedTeacher, public_resnet56
 from evidence.reproduce_distill_plan import METHODS, dkl_of
-from evidence.reproduce_distill_report import FIGURES, draw, render
+from evidence.reproduce_distill_report import render
 
 from ikl_plugins.models import resnet56
 
@@ -119,40 +119,6 @@ def test_a_remembered_teacher_knows_what_it_was_shown(tmp_path):
         teacher(images[:1] + 1e-6)
 
 
-def test_the_first_of_each_class_are_taken():
-    class Images:
-        classes = ("a", "b")
-        targets = (1, 0, 1, 1, 0, 0)
-
-    assert first_of_each_class(Images, 2) == [0, 1, 2, 4]
-
-
-def test_every_decoupled_loss_has_the_same_trials_and_one_of_them_is_kd_s_with_the_mse_added():
-    trials = {method.key: method.trials for method in METHODS}
-    assert trials["ikl_no_prior"] == trials["ikl"] == trials["gkl"]
-    added = trials["ikl"][-1]
-    kd = {"alpha": added["ce_weight"], "beta": pytest.approx(added["alpha"] / 4.0**2)}  # KDLoss multiplies by 4 ** 2
-    assert kd in trials["kd"]
-
-
-def test_each_question_has_its_probes():
-    chosen = {
-        "kd": {"alpha": 0.1, "beta": 0.9},
-        "ikl_no_prior": {"alpha": 1.0, "beta": 1.0},
-        "ikl": {"alpha": 4.0, "beta": 1.0},
-    }
-    found = plan.probes(plan.FULL, chosen)
-    asked = {}
-    for probe in found:
-        asked.setdefault(probe.question, []).append((probe.method, probe.keywords))
-    heavy = {"ce_weight": 0.1, "alpha": pytest.approx(14.4), "beta": pytest.approx(14.4)}  # 0.9 of KD's, times 4 ** 2
-    assert asked["an MSE as heavy as the cross entropy"] == [("ikl_no_prior", heavy), ("ikl", heavy)]
-    alone = {"alpha": 0.0, "beta": 1.0}
-    assert asked["labels and the MSE alone"] == [("ikl_no_prior", alone), ("ikl", alone)]
-    quick = plan.probes(plan.QUICK, chosen)
-    assert [probe.question for probe in quick] == list(asked)
-
-
 def test_the_weight_between_classes_is_that_of_the_pairs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     logits, targets = 5 * torch.randn(30, 10), torch.arange(30) % 10
@@ -220,14 +186,6 @@ def test_a_probe_that_diverges_is_an_answer_and_another_error_is_not(monkeypatch
     content = copy.deepcopy(RECORDED)
     content["probes"][1].update(found)
     assert re.search(r"\| IKL +\| [^|]+\| diverges ", render(content))
-
-
-def test_the_plots_are_drawn_from_the_results(tmp_path):
-    draw(RECORDED, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(FIGURES)
-    first = (tmp_path / FIGURES[1]).read_bytes()
-    draw(changed((70.0, 70.0, 70.0)), tmp_path)
-    assert (tmp_path / FIGURES[1]).read_bytes() != first
 
 
 # --- the whole of it, small ------------------------------------------------------------------------------------------
