@@ -1,16 +1,11 @@
-"""The published experiments in MMPretrain, typed from the papers, their code, READMEs and logs.
+"""The published experiments in MMPretrain: what published_values says of both hosts, and adversarial training."""
 
-Nothing here is taken from the configs: tests hold the configs against these tables.
-"""
-
-import math
-import re
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import pytest
 from mmpretrain_runs import CONFIGS
-from published_values import CIFAR100_NETWORKS, CIFAR100_TABLE, IMAGENET_LT_TABLE, IMAGENET_TABLE
+from published_values import DISTILLED as PUBLISHED
+from published_values import FAMILIES, SIZES, WRN, WRN_TRADES, Family, Recipe, decoupled, rows
 
 FOLDERS = (
     "cifar100",
@@ -22,21 +17,6 @@ FOLDERS = (
     "cifar100_generated",
 )
 SHIPPED = sorted(str(path.relative_to(CONFIGS)) for folder in FOLDERS for path in (CONFIGS / folder).rglob("*.py"))
-
-
-class Recipe(NamedTuple):
-    """One experiment: what its file must say."""
-
-    kind: str  # of the model
-    student: str
-    teacher: str | None = None
-    ce_weight: float = 1.0
-    loss: str | None = None
-    settings: dict = {}  # noqa: RUF012 - of the loss
-    weight: float = 1.0  # of the loss, beside its own
-    ramp: int = 0
-    lr: float = 0.05
-
 
 # file | alpha | beta | gamma | T | weight of the augmented view. No script has Cutout: its rows are AutoAugment's, and
 # for CIFAR-10 the basic one of IKL. The second script for CIFAR-10 asks for T = 1, but its default, 4, is in effect.
@@ -65,91 +45,22 @@ cifar100 50m | 5 / 12 | 2048 | 1600 | 0.8
 """
 
 
-def rows(table):
-    """The rows of a table: first cell, and the others as lists of numbers and words."""
-    for line in table.strip().splitlines():
-        first, *cells = line.split("|")
-        words = [[word.strip() for word in cell.split("/")] for cell in cells]
-        yield (
-            first.strip(),
-            *([float(word) if re.fullmatch(r"[\d.]+", word) else word for word in cell] for cell in words),
-        )
-
-
-def ikl(alpha, beta, *, temperature, weight_temperature, prior, classes):
-    settings = {"alpha": alpha, "beta": beta, "temperature": temperature, "weight_temperature": weight_temperature}
-    return {**settings, "global_info": prior, "num_classes": classes if prior else None, "loss_weight": 1.0}
-
-
-def gkl(alpha, beta, gamma, **others):
-    return {**ikl(alpha, beta, **others), "gamma": gamma}
-
-
-def kl(weight=1.0, temperature=1.0, squared=False):
-    return {"loss_weight": weight, "temperature": temperature, "scale_by_temperature_squared": squared}
-
-
 def _recipes():
-    distilled, adversarial = "DistillationClassifier", "AdversarialClassifier"
-    recipes = {}
-    for pair, (lr,), ikl_values, (alpha, beta, gamma, prior) in rows(CIFAR100_TABLE):
-        teacher, student = pair.split(" -> ")
-        name = f"cifar100/{student}_from_{teacher}"
-        recipes[f"cifar100/{student}.py"] = Recipe("ImageClassifier", student, lr=lr)
-        recipes[f"{name}-kd.py"] = Recipe(
-            distilled, student, teacher, 0.1, "KLLoss", kl(temperature=4.0, squared=True), 0.9, lr=lr
-        )
-        settings = ikl(*ikl_values, temperature=4.0, weight_temperature=100.0, prior=False, classes=100)
-        recipes[f"{name}-ikl.py"] = Recipe(
-            distilled, student, teacher, loss="IKLLoss", settings=settings, ramp=20, lr=lr
-        )
-        settings = gkl(alpha, beta, gamma, temperature=4.0, weight_temperature=4.0, prior=prior == "on", classes=100)
-        recipes[f"{name}-gkl.py"] = Recipe(
-            distilled, student, teacher, loss="GKLLoss", settings=settings, ramp=20, lr=lr
-        )
-    for pair, ikl_values, gkl_values in rows(IMAGENET_TABLE):
-        teacher, student = pair.split(" -> ")
-        name = f"imagenet/{student}_from_{teacher}"
-        both = {"temperature": 1.0, "weight_temperature": 1.0, "prior": True, "classes": 1000}
-        recipes[f"imagenet/{student}.py"] = Recipe("ImageClassifier", student, lr=0.2)
-        recipes[f"{name}-kd.py"] = Recipe(distilled, student, teacher, 0.5, "KLLoss", kl(), 0.5, lr=0.2)
-        settings = ikl(*ikl_values, **both)
-        recipes[f"{name}-ikl.py"] = Recipe(distilled, student, teacher, loss="IKLLoss", settings=settings, lr=0.2)
-        settings = gkl(*gkl_values, **both)
-        recipes[f"{name}-gkl.py"] = Recipe(
-            distilled, student, teacher, loss="GKLLoss", settings=settings, ramp=5, lr=0.2
-        )
-    for network in ("resnet18", "resnet50", "resnext101_32x4d"):
-        recipes[f"imagenet_lt/{network}.py"] = Recipe("ImageClassifier", network)
-    for pair, (kl_weight,), ikl_values, gkl_values in rows(IMAGENET_LT_TABLE):
-        teacher, student = pair.split(" -> ")
-        name = f"imagenet_lt/{student}_from_{teacher}"
-        recipes[f"{name}-kl.py"] = Recipe(distilled, student, teacher, 1.0, "KLLoss", kl(), kl_weight)
-        settings = ikl(*ikl_values, temperature=1.0, weight_temperature=100.0, prior=False, classes=1000)
-        recipes[f"{name}-ikl.py"] = Recipe(distilled, student, teacher, loss="IKLLoss", settings=settings)
-        if gkl_values != ["no script"]:
-            settings = gkl(*gkl_values, temperature=1.0, weight_temperature=1.0, prior=True, classes=1000)
-            recipes[f"{name}-gkl.py"] = Recipe(distilled, student, teacher, loss="GKLLoss", settings=settings)
-    for name, (alpha,), (beta,), (gamma,), (tau,), _ in rows(ADVERSARIAL_TABLE):
-        both = {
-            "temperature": 1.0,
-            "weight_temperature": tau,
-            "prior": True,
-            "classes": 100 if name.startswith("cifar100") else 10,
-        }
-        settings = ikl(alpha, beta, **both) if gamma == "-" else gkl(alpha, beta, gamma, **both)
-        loss = "IKLLoss" if gamma == "-" else "GKLLoss"
-        recipes[f"{name}.py"] = Recipe(adversarial, "WRN-34-10", loss=loss, settings=settings, lr=0.2)
+    recipes = {f"{name}.py": recipe for name, recipe in PUBLISHED.items()}
+    for name, recipe in PUBLISHED.items():
+        if not name.startswith("imagenet_lt/"):
+            recipes[f"{name.split('/')[0]}/{recipe.student}.py"] = Recipe(recipe.student, lr=recipe.lr)
+    for name, alpha, beta, gamma, (tau,), _ in rows(ADVERSARIAL_TABLE):
+        values = [*alpha, *beta, *([] if gamma == ["-"] else gamma)]
+        loss = "GKL" if len(values) == 3 else "IKL"
+        recipes[f"{name}.py"] = Recipe("WRN-34-10", None, loss, decoupled(values, 1.0, tau, True), lr=0.2)
     for name, weight in TRADES_WEIGHTS.items():
-        recipes[f"{name}.py"] = Recipe(adversarial, "WRN-34-10", loss="KLLoss", settings=kl(weight), lr=0.2)
-    for name, (alpha, beta), *_ in rows(GENERATED_TABLE):
+        recipes[f"{name}.py"] = Recipe("WRN-34-10", None, "KL", {"temperature": 1.0}, weight=weight, lr=0.2)
+    for name, values, *_ in rows(GENERATED_TABLE):
         dataset, size = name.split()
-        settings = ikl(
-            alpha, beta, temperature=1.0, weight_temperature=4.0, prior=True, classes=int(dataset.removeprefix("cifar"))
-        )
-        name = f"{dataset}_generated/wrn_28_10_{size}"
-        recipes[f"{name}-kl.py"] = Recipe(adversarial, "WRN-28-10-SiLU", loss="KLLoss", settings=kl(5.0), lr=0.2)
-        recipes[f"{name}-ikl.py"] = Recipe(adversarial, "WRN-28-10-SiLU", loss="IKLLoss", settings=settings, lr=0.2)
+        name, student = f"{dataset}_generated/wrn_28_10_{size}", "WRN-28-10-SiLU"
+        recipes[f"{name}-kl.py"] = Recipe(student, None, "KL", {"temperature": 1.0}, weight=5.0, lr=0.2)
+        recipes[f"{name}-ikl.py"] = Recipe(student, None, "IKL", decoupled(values, 1.0, 4.0, True), lr=0.2)
     return recipes
 
 
@@ -160,71 +71,34 @@ GENERATED = [path for path in RECIPES if "_generated/" in path]
 ROBUST = [*ADVERSARIAL, *GENERATED]
 AUGMENTED_WEIGHTS = {f"{name}.py": weight for name, *_, (weight,) in rows(ADVERSARIAL_TABLE) if weight != "-"}
 
-# network: trained parameters, state-dict entries
-SIZES = {
-    **CIFAR100_NETWORKS,
-    "resnet18": (11_689_512, 122),
-    "resnet34": (21_797_672, 218),
-    "resnet50": (25_557_032, 320),
-    "resnext101_32x4d": (44_177_704, 626),
-    "MobileNetV1": (4_231_976, 164),
-    ("WRN-34-10", 10): (46_160_474, 191),
+# of networks of two data sets, by the number of classes
+WIDE = {
+    ("WRN-34-10", 10): SIZES["WRN-34-10"],
     ("WRN-34-10", 100): (46_218_164, 191),
     ("WRN-28-10-SiLU", 10): (36_479_194, 155),
     ("WRN-28-10-SiLU", 100): (36_536_884, 155),
 }
-TEACHER_FILES = {
-    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
-    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-}
 
 
-def steps(*milestones):
-    """The share of the learning rate in an epoch, 1 for the first: a tenth after each of the milestones."""
-    return lambda epoch: 0.1 ** sum(epoch > milestone for milestone in milestones)
-
-
-def long_tail_share(epoch):
-    e = epoch - 1
-    return (e + 1) / 10 if e < 10 else 0.5 * (1 + math.cos(math.pi * (e - 9) / 81))
-
-
-class Family(NamedTuple):
-    """What the files of a folder share."""
-
-    epochs: int
-    batch: int
-    processes: int
-    weight_decay: float
-    classes: int
-    share: object  # of the learning rate, by epoch, 1 for the first; None where torch itself is asked
-    seed: int = 0
-    drop_last: bool = False
-
-
-WRN = Family(200, 128, 4, 5e-4, 10, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / 201)))
-FAMILIES = {
-    "cifar100": Family(240, 64, 1, 5e-4, 100, steps(150, 180, 210)),
-    "imagenet": Family(100, 512, 8, 1e-4, 1000, steps(30, 60, 90)),
-    "imagenet_lt": Family(90, 128, 4, 5e-4, 1000, long_tail_share, drop_last=True),
-    "cifar10_adversarial": WRN,
-    "cifar100_adversarial": WRN._replace(classes=100),
-    **{
-        f"{name.split()[0]}_generated/wrn_28_10_{name.split()[1]}": Family(
-            int(epochs), int(batch), 1, 5e-4, int(name.split()[0].removeprefix("cifar")), None, seed=1
-        )
-        for name, _, (batch,), (epochs,), _ in rows(GENERATED_TABLE)
-    },
-}
+def kind_of(path):
+    """The model that the experiment trains."""
+    if path in ROBUST:
+        return "AdversarialClassifier"
+    return "ImageClassifier" if RECIPES[path].teacher is None else "DistillationClassifier"
 
 
 def family_of(path):
     folder, name = path.removesuffix(".py").split("/")
-    family = FAMILIES.get(folder) or FAMILIES[f"{folder}/{name.rpartition('-')[0]}"]
-    if name == "wrn_34_10-trades":  # the authors' TRADES script differs from that of IKL in two places
-        share = lambda epoch: 0.5 * (1 + math.cos(math.pi * (epoch - 1) / 200))  # noqa: E731
-        return family._replace(share=share, drop_last=True)
-    return family
+    if folder in FAMILIES:
+        return FAMILIES[folder]
+    classes = int(folder.split("_")[0].removeprefix("cifar"))
+    if path in ADVERSARIAL:
+        return (WRN_TRADES if name == "wrn_34_10-trades" else WRN)._replace(classes=classes)
+    key = f"cifar{classes} {name.split('_')[3].split('-')[0]}"
+    ((batch,), (epochs,)) = next(
+        (batch, epochs) for first, _, batch, epochs, _ in rows(GENERATED_TABLE) if first == key
+    )
+    return Family(int(epochs), int(batch), 1, 5e-4, classes, None, seed=1)
 
 
 def need_robustbench(path):

@@ -154,7 +154,7 @@ SETTINGS: list[Row] = [
             f"bytes {name} {value!r}",
             made(**{"steps": 1, "step_size": EPS, name: value}),
             ValueError,
-            f"`{name}` must be at most 1, as pixels lie in [0, 1], got {value!r}. Write it as a fraction, such as {way}",
+            f"at most 1, as pixels lie in [0, 1], got {value!r}. Write it as a fraction, such as {way}",
         )
         for name in ("eps", "step_size")
         for value, way in ((8, "'8/255'"), (7.5, "'7.5/255'"), ("8", "'8/255'"), (16, "'16/255'"))

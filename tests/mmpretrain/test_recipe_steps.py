@@ -1,13 +1,10 @@
 """A first epoch of the published configs under the real runner, each step held against the published formulas."""
 
-import hashlib
-import pickle
 import re
 from pathlib import Path
 
 import mmpretrain_runs as runs
 import numpy
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +14,7 @@ from mmpretrain.datasets import CIFAR10, CIFAR100
 from mmpretrain.registry import MODELS
 from mmpretrain_recipes import AUGMENTED_WEIGHTS, GENERATED, RECIPES, ROBUST, SHIPPED, family_of, need_robustbench
 from PIL import Image
+from published_values import cifar_archives, soft_loss
 
 from ikl_plugins.mmpretrain import load_weights
 
@@ -26,21 +24,12 @@ def data(tmp_path_factory):
     """A few generated images of each data set, where the configs look for them."""
     random = numpy.random.default_rng(0)
     folder = tmp_path_factory.mktemp("data")
-    checksums = {}
+    with cifar_archives(folder, (CIFAR10, CIFAR100)):
+        write_others(folder, random)
+        yield folder
 
-    def pixels(count):
-        return random.integers(0, 256, (count, 3072), dtype=numpy.uint8)
 
-    def archive(path, content):
-        path = folder / path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(content))
-        checksums[path.name] = hashlib.md5(path.read_bytes()).hexdigest()  # noqa: S324 - as MMPretrain checks files
-
-    for split in ("train", "test"):
-        archive(f"cifar100/cifar-100-python/{split}", {"data": pixels(5), "fine_labels": [0, 99, 7, 7, 31]})
-    for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]:
-        archive(f"cifar10/cifar-10-batches-py/{name}", {"data": pixels(1), "labels": [int(random.integers(10))]})
+def write_others(folder, random):
     for dataset, sizes, classes in (("cifar10", ("1m", "20m"), 10), ("cifar100", ("1m", "50m"), 100)):
         for size in sizes:
             images = random.integers(0, 256, (8, 32, 32, 3), dtype=numpy.uint8)
@@ -59,13 +48,6 @@ def data(tmp_path_factory):
     (folder / "imagenet_lt").mkdir()
     (folder / "imagenet_lt" / "ImageNet_LT_train.txt").write_text(lists["train"])
     (folder / "imagenet_lt" / "ImageNet_LT_test.txt").write_text(lists["val"])
-
-    with pytest.MonkeyPatch.context() as patch:
-        # MMPretrain compares the files with these checksums, and downloads those that differ.
-        for dataset in (CIFAR10, CIFAR100):
-            for attribute in ("train_list", "test_list"):
-                patch.setattr(dataset, attribute, [[name, checksums[name]] for name, _ in getattr(dataset, attribute)])
-        yield folder
 
 
 class Watch(Hook):
@@ -151,22 +133,6 @@ def place(load, data, tmp_path, monkeypatch):
     cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
-def soft_loss(recipe, student, teacher):
-    """The loss between two sets of logits in the first epoch, from the published formulas."""
-    settings = recipe.settings
-    if recipe.loss == "KLLoss":
-        scale = settings["temperature"]
-        p, q = ((logits.detach().double() / scale).log_softmax(1) for logits in (teacher, student))
-        factor = settings["loss_weight"] * (scale**2 if settings["scale_by_temperature_squared"] else 1)
-        return factor * (p.exp() * (p - q)).sum(1).mean().item()
-    names = ("alpha", "beta", "temperature", "weight_temperature", "gamma")
-    keywords = {name: settings[name] for name in names if name in settings}
-    if settings["global_info"]:
-        classes = student.shape[1]
-        keywords["class_prior"] = torch.full((len(student), classes), 1 / classes, dtype=torch.float64)
-    return oracles.decoupled(recipe.loss[:3].lower(), student, teacher, **keywords).loss("batchmean").item()
-
-
 def take_steps(path, load):
     """The first epoch of the real runner over a few images, every step held against the formulas."""
     recipe, family = RECIPES[path], family_of(path)
@@ -203,7 +169,7 @@ def take_steps(path, load):
         hard = F.cross_entropy(labelled.detach().double(), labels, label_smoothing=smoothing).item()
         expected = recipe.ce_weight * hard
         for weight, (student_logits, teacher_logits) in zip(weights, calls, strict=True):
-            expected += weight * recipe.weight / max(1, recipe.ramp) * soft_loss(recipe, student_logits, teacher_logits)
+            expected += weight * soft_loss(recipe, student_logits, teacher_logits)
         assert loss.item() == pytest.approx(expected, rel=3e-4, abs=1e-6)
     moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
     assert len(moved) > 0.9 * len(before)  # a bias behind dead activations may stay

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
 
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
@@ -18,17 +18,14 @@ from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
 from torchdistill.models.wrapper import EmptyModule
 
-from ikl_plugins.torchdistill import find_losses, ikl_pre_epoch_process
+from ikl_plugins.torchdistill import find_losses
 
 CLASSES, IMAGES, BATCH = 4, 24, 8
 CPU = torch.device("cpu")
 OURS = "ikl_pre_epoch_process"
 DEFAULT = "default_pre_epoch_process_with_teacher"
-PLACES = {
-    f"{role}_module_{part}": place
-    for role in ("student", "teacher")
-    for part, place in (("path", "."), ("io", "output"))
-}
+ROLES = ("student", "teacher")
+PLACES = {f"{role}_module_{part}": place for role in ROLES for part, place in (("path", "."), ("io", "output"))}
 UNIFORM = torch.full((CLASSES, CLASSES), 1 / CLASSES)
 PRIOR = {"global_info": True, "num_classes": CLASSES, "weight_temperature": 2.0}
 
@@ -87,8 +84,8 @@ def make_box(config, teacher=None, student=None, distributed=False):
 
 
 def train_epoch(box, epoch, *, steps=None):
-    torch.manual_seed(100 + epoch)
     box.pre_epoch_process(epoch=epoch)
+    torch.manual_seed(100 + epoch)
     for step, (x, y, extra) in enumerate(box.train_data_loader):
         if step == steps:
             break
@@ -160,56 +157,14 @@ def test_the_prior_is_the_mean_prediction_of_each_class_when_the_epoch_is_over(a
     assert box.stage_grad_count == 2 * IMAGES // BATCH
 
 
-def test_a_loader_without_a_length_rolls_the_prior_at_the_next_epoch():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(images())
-
-    box = make_box(stage(**PRIOR))
-    expected = mean_predictions(box.teacher_model)
-    box.train_data_loader = torch.utils.data.DataLoader(
-        Stream(), batch_size=BATCH, collate_fn=lambda rows: (*map(torch.stack, zip(*rows, strict=True)), {})
-    )
-    train_epoch(box, 0)
-    prior = the_loss(box).class_prior
-    assert prior.counts.sum() == IMAGES
-    box.pre_epoch_process(epoch=1)
-    torch.testing.assert_close(prior.matrix, expected)
-
-
-def test_the_ramp_follows_the_epochs():
-    box = make_box(stage(warmup_epochs=4))
-    plain = make_box(stage())
-    x, y = images().tensors
-    for epoch, factor in ((0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (7, 1.0)):
-        box.pre_epoch_process(epoch=epoch)
-        plain.pre_epoch_process(epoch=epoch)
-        torch.testing.assert_close(box.forward_process(x, y), factor * plain.forward_process(x, y))
-
-
-@pytest.mark.parametrize("process", [None, DEFAULT])
-@pytest.mark.parametrize("kwargs", [PRIOR, {"warmup_epochs": 3}])
-def test_a_config_that_ends_no_epochs_is_refused_at_its_first_batch(process, kwargs):
-    box = make_box(stage(process=process, **kwargs))
-    with pytest.raises(ValueError, match=r"must know where epochs begin"):
-        train_epoch(box, 0)
-
-
-@pytest.mark.parametrize("epoch", [None, "3", True])
-def test_an_epoch_without_a_number_is_refused(epoch):
-    box = make_box(stage())
-    with pytest.raises(ValueError, match=f"`epoch` must be the number of the epoch, .* got {epoch!r}"):
-        box.pre_epoch_process(epoch=epoch)
-
-
-def make_training_box(criterion=None, distributed=False):
+def make_training_box(distributed=False):
     config = stage()
     config["model"] = config.pop("student")
     del config["teacher"]
     source = {"is_from_teacher": False, "module_path": ".", "io": "output"}
     wrapper = {"key": "SimpleLossWrapper", "kwargs": {"input": source, "target": {"uses_label": True}}}
     term = {"criterion": {"key": "CrossEntropyLoss", "kwargs": {}}, "criterion_wrapper": wrapper, "weight": 1.0}
-    config["criterion"] = criterion or {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"ce": term}}}
+    config["criterion"] = {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"ce": term}}}
     return get_training_box(net(2), {"train": images()}, config, CPU, None, distributed, 1)
 
 
@@ -221,12 +176,6 @@ def test_a_training_box_takes_the_process_too():
     assert box.model.training
     assert not torch.equal(before, box.model[0].weight)
     assert "ikl_plugins" not in box.optimizer.param_groups[0]
-
-
-def test_a_distillation_loss_without_a_teacher_is_refused():
-    box = make_training_box(stage()["criterion"])
-    with pytest.raises(ValueError, match="this config trains without one"):
-        train_epoch(box, 0)
 
 
 # --- models with a dict for an output --------------------------------------------------------------------------------
@@ -265,63 +214,32 @@ def resume_as_upstream(config, path):
 
 
 def test_the_prior_survives_start_epoch(tmp_path):
-    whole = make_box(stage(**PRIOR, epochs=4))
+    """The teacher changes between the epochs and with it the prior; the second one is cut short."""
+    box = make_box(stage(**PRIOR, epochs=4))
     matrices = []
-    for epoch in range(4):
-        train_epoch(whole, epoch)
-        matrices.append(the_loss(whole).class_prior.matrix.clone())
-        save_as_upstream(whole, tmp_path / f"{epoch}.pt")
-        whole.post_epoch_process()
+    for epoch, steps in enumerate((None, 2, None, None)):
+        train_epoch(box, epoch, steps=steps)
+        matrices.append(the_loss(box).class_prior.matrix.clone())
+        save_as_upstream(box, tmp_path / f"{epoch}.pt")
+        record = torch.load(tmp_path / f"{epoch}.pt", weights_only=False)["optimizer"]["param_groups"][0]["ikl_plugins"]
+        assert torch.equal(record["ikl"]["matrix"], matrices[-1])
+        assert bool(record["ikl"]["counts"].sum() == 0) is (steps is None)
+        box.post_epoch_process()
+        with torch.no_grad():
+            box.teacher_model[-1].weight.mul_(2.0)
 
     resumed = resume_as_upstream(stage(**PRIOR, epochs=4), tmp_path / "1.pt")
     assert torch.equal(the_loss(resumed).class_prior.matrix, UNIFORM)
-    resumed.pre_epoch_process(epoch=2)
-    assert torch.equal(the_loss(resumed).class_prior.matrix, matrices[1])
+    with torch.no_grad():
+        resumed.teacher_model[-1].weight.mul_(4.0)
     for epoch in (2, 3):
         train_epoch(resumed, epoch)
         assert torch.equal(the_loss(resumed).class_prior.matrix, matrices[epoch])
         resumed.post_epoch_process()
-    for ours, theirs in zip(resumed.student_model.parameters(), whole.student_model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_every_checkpoint_holds_the_prior_of_its_own_epoch(tmp_path):
-    # The teacher changes between the epochs, and with it the prior.
-    box = make_box(stage(**PRIOR))
-    saved = []
-    for epoch in range(3):
-        train_epoch(box, epoch)
-        save_as_upstream(box, tmp_path / "best.pt")
-        record = torch.load(tmp_path / "best.pt", weights_only=False)["optimizer"]["param_groups"][0]["ikl_plugins"]
-        assert set(record) == {"ikl"}
-        assert torch.equal(record["ikl"]["matrix"], the_loss(box).class_prior.matrix)
-        assert record["ikl"]["counts"].sum() == 0
-        saved.append(record["ikl"]["matrix"])
         with torch.no_grad():
-            box.teacher_model[-1].weight.mul_(2.0)
-    assert not torch.allclose(saved[0], saved[1])
-    assert not torch.allclose(saved[1], saved[2])
-
-
-def test_sums_of_an_unfinished_epoch_come_back_and_are_rolled(tmp_path):
-    box = make_box(stage(**PRIOR))
-    train_epoch(box, 0, steps=2)
-    save_as_upstream(box, tmp_path / "short.pt")
-    resumed = resume_as_upstream(stage(**PRIOR), tmp_path / "short.pt")
-    resumed.pre_epoch_process(epoch=1)
-    box.pre_epoch_process(epoch=1)
-    assert torch.equal(the_loss(resumed).class_prior.matrix, the_loss(box).class_prior.matrix)
-    assert not torch.equal(the_loss(box).class_prior.matrix, UNIFORM)
-
-
-def test_a_checkpoint_of_another_number_of_classes_is_refused(tmp_path):
-    box = make_box(stage(**PRIOR))
-    train_epoch(box, 0)
-    box.optimizer.param_groups[0]["ikl_plugins"]["ikl"].update(matrix=torch.zeros(9, 9), sums=torch.zeros(9, 9))
-    save_as_upstream(box, tmp_path / "nine.pt")
-    resumed = resume_as_upstream(stage(**PRIOR), tmp_path / "nine.pt")
-    with pytest.raises(ValueError, match=r"class prior of term 'ikl' must fit num_classes=4.*got \(9, 9\)"):
-        resumed.pre_epoch_process(epoch=1)
+            resumed.teacher_model[-1].weight.mul_(2.0)
+    for ours, theirs in zip(resumed.student_model.parameters(), box.student_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -381,23 +299,6 @@ def test_each_stage_counts_its_own_epochs_and_has_its_own_prior(own_optimizer):
         box.post_epoch_process()
 
 
-def test_a_stage_without_a_prior_leaves_none_behind():
-    config = {"stage1": stage(**PRIOR, epochs=1), "stage2": stage(epochs=1, optimizer=False)}
-    box = make_box(config)
-    for epoch in range(2):
-        train_epoch(box, epoch)
-        assert ("ikl_plugins" in box.optimizer.param_groups[0]) is (epoch == 0)
-        box.post_epoch_process()
-
-
-def test_a_process_of_ones_own_may_call_ours():
-    box = make_box(stage(process=DEFAULT, **PRIOR))
-    ikl_pre_epoch_process(box, epoch=0)
-    for x, y, extra in box.train_data_loader:
-        box.post_forward_process(loss=box.forward_process(x, y, extra))
-    torch.testing.assert_close(the_loss(box).class_prior.matrix, mean_predictions(box.teacher_model))
-
-
 # --- several ranks: what one process can see of it -------------------------------------------------------------------
 
 
@@ -433,12 +334,10 @@ def test_what_is_wrapped_or_trains_nothing_is_left_alone():
     assert box.model is wrapped
 
     box = make_training_box(distributed=True)
-    box.model.requires_grad_(False)
-    box.pre_epoch_process(epoch=0)
-    assert not isinstance(box.model, DistributedDataParallel)
-    box.model.requires_grad_(True)
-    box.pre_epoch_process(epoch=0)
-    assert isinstance(box.model, DistributedDataParallel)
+    for trains in (False, True):
+        box.model.requires_grad_(trains)
+        box.pre_epoch_process(epoch=0)
+        assert isinstance(box.model, DistributedDataParallel) is trains
 
     box = make_box(stage(), distributed=True)
     auxiliary = box.student_model = EmptyModule()
@@ -447,12 +346,37 @@ def test_what_is_wrapped_or_trains_nothing_is_left_alone():
     assert box.student_model is auxiliary
 
 
-@pytest.mark.usefixtures("process_group")
-def test_a_bare_teacher_that_is_trained_on_several_ranks_is_refused():
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def trained_teacher():
     config = stage()
     del config["teacher"]["requires_grad"]
-    box = make_box(config, distributed=True)
-    with pytest.raises(ValueError, match=r"on several ranks must be wrapped(.|\n)*requires_grad: False"):
-        box.pre_epoch_process(epoch=0)
-    box.teacher_model.requires_grad_(False)
-    box.pre_epoch_process(epoch=0)
+    return make_box(config, distributed=True)
+
+
+def other_classes():
+    box = make_box(stage(**PRIOR))
+    box.optimizer.param_groups[0]["ikl_plugins"] = {"ikl": {"stage": 1, "matrix": torch.zeros(9, 9)}}
+    return box
+
+
+# id: box, epoch, the fragment that matters
+EPOCHS = "must know where epochs begin"
+REFUSED = {
+    **{f"epoch {epoch!r}": (lambda: make_box(stage()), epoch, f"got {epoch!r}") for epoch in (None, "3", True)},
+    "prior": (lambda: make_box(stage(process=None, **PRIOR)), 0, EPOCHS),
+    "prior, default": (lambda: make_box(stage(process=DEFAULT, **PRIOR)), 0, EPOCHS),
+    "ramp": (lambda: make_box(stage(process=DEFAULT, warmup_epochs=3)), 0, EPOCHS),
+    "classes": (other_classes, 1, r"term 'ikl' must fit num_classes=4.*got \(9, 9\)"),
+    "teacher": (trained_teacher, 0, "requires_grad: False"),
+}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    make, epoch, message = REFUSED[case]
+    box = make()
+    with pytest.raises(ValueError, match=message):
+        train_epoch(box, epoch)

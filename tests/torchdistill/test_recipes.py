@@ -3,17 +3,14 @@
 The tables here are typed from the paper, its code and its READMEs; nothing is taken from its generator, make_configs.
 """
 
-import hashlib
 import math
 import os
-import pickle
 import re
 import runpy
 import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,10 +19,19 @@ import torch.nn.functional as F
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
 import numpy
-import oracles
 import torchvision
 from PIL import Image
-from published_values import CIFAR100_NETWORKS, CIFAR100_TABLE, IMAGENET_LT_TABLE, IMAGENET_TABLE
+from published_values import (
+    DISTILLED,
+    FAMILIES,
+    SIZES,
+    WRN,
+    WRN_TRADES,
+    Recipe,
+    cifar_archives,
+    decoupled,
+    soft_loss,
+)
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.interfaces.registry import get_forward_proc_func
 from torchdistill.losses.registry import get_high_level_loss
@@ -43,126 +49,40 @@ FOLDERS = ("cifar10", "cifar100", "imagenet", "imagenet_lt")
 SHIPPED = sorted(str(path.relative_to(CONFIGS)) for folder in FOLDERS for path in (CONFIGS / folder).rglob("*.yaml"))
 
 
-# --- the published values, typed by hand -----------------------------------------------------------------------------
-
-
-class Recipe(NamedTuple):
-    """One experiment: what its file must say."""
-
-    teacher: str | None
-    student: str
-    loss: str
-    settings: dict  # of the loss
-    lr: float
-
-
-def rows(table):
-    """The rows of a table: teacher, student, and the other cells as lists of numbers and words."""
-    for line in table.strip().splitlines():
-        pair, *cells = line.split("|")
-        words = [[word.strip() for word in cell.split("/")] for cell in cells]
-        numbers = [[float(word) if re.fullmatch(r"[\d.]+", word) else word for word in cell] for cell in words]
-        yield (*(name.strip() for name in pair.split("->")), *numbers)
-
-
-def kd(temperature, alpha, beta):
-    return {"temperature": temperature, "alpha": alpha, "beta": beta, "reduction": "batchmean"}
-
-
-def decoupled(alpha, beta, *, temperature, weight_temperature, prior, classes, **others):
-    return {
-        "ce_weight": 1.0,
-        "alpha": alpha,
-        "beta": beta,
-        "temperature": temperature,
-        "weight_temperature": weight_temperature,
-        "global_info": prior,
-        "num_classes": classes,
-        **others,
-    }
-
-
-def _recipes():
-    recipes = {}
-    for teacher, student, (lr,), ikl, (alpha, beta, gamma, prior) in rows(CIFAR100_TABLE):
-        name = f"cifar100/{student}_from_{teacher}"
-        both = {"temperature": 4.0, "classes": 100, "warmup_epochs": 20}
-        recipes[f"{name}-kd.yaml"] = Recipe(teacher, student, "KDLoss", kd(4.0, 0.1, 0.9), lr)
-        settings = decoupled(*ikl, weight_temperature=100.0, prior=False, **both)
-        recipes[f"{name}-ikl.yaml"] = Recipe(teacher, student, "IKLLoss", settings, lr)
-        settings = decoupled(alpha, beta, gamma=gamma, weight_temperature=4.0, prior=prior == "on", **both)
-        recipes[f"{name}-gkl.yaml"] = Recipe(teacher, student, "GKLLoss", settings, lr)
-    for teacher, student, ikl, (alpha, beta, gamma) in rows(IMAGENET_TABLE):
-        name = f"imagenet/{student}_from_{teacher}"
-        both = {"temperature": 1.0, "weight_temperature": 1.0, "prior": True, "classes": 1000}
-        recipes[f"{name}-kd.yaml"] = Recipe(teacher, student, "KDLoss", kd(1.0, 0.5, 0.5), 0.2)
-        recipes[f"{name}-ikl.yaml"] = Recipe(teacher, student, "IKLLoss", decoupled(*ikl, warmup_epochs=1, **both), 0.2)
-        settings = decoupled(alpha, beta, gamma=gamma, warmup_epochs=5, **both)
-        recipes[f"{name}-gkl.yaml"] = Recipe(teacher, student, "GKLLoss", settings, 0.2)
-    for network in ("resnet18", "resnet50", "resnext101_32x4d"):
-        recipes[f"imagenet_lt/{network}.yaml"] = Recipe(None, network, "CrossEntropyLoss", {"reduction": "mean"}, 0.05)
-    for teacher, student, (kl,), ikl, gkl in rows(IMAGENET_LT_TABLE):
-        name = f"imagenet_lt/{student}_from_{teacher}"
-        both = {"temperature": 1.0, "classes": 1000}
-        recipes[f"{name}-kl.yaml"] = Recipe(teacher, student, "KDLoss", kd(1.0, 1.0, kl), 0.05)
-        settings = decoupled(*ikl, weight_temperature=100.0, prior=False, **both)
-        recipes[f"{name}-ikl.yaml"] = Recipe(teacher, student, "IKLLoss", settings, 0.05)
-        if gkl != ["no script"]:
-            alpha, beta, gamma = gkl
-            settings = decoupled(alpha, beta, gamma=gamma, weight_temperature=1.0, prior=True, **both)
-            recipes[f"{name}-gkl.yaml"] = Recipe(teacher, student, "GKLLoss", settings, 0.05)
-    # The second script asks for T = 1, but a missing line continuation leaves the default, 4.
-    at = {"temperature": 1.0, "weight_temperature": 4.0, "prior": True, "classes": 10}
-    recipes["cifar10/wrn_34_10-ikl.yaml"] = Recipe(None, "WRN-34-10", "IKLLoss", decoupled(4.0, 20.0, **at), 0.2)
-    settings = decoupled(4.0, 20.0, gamma=0.2, **at)
-    recipes["cifar10/wrn_34_10-gkl.yaml"] = Recipe(None, "WRN-34-10", "GKLLoss", settings, 0.2)
-    settings = {"ce_weight": 1.0, "alpha": 6.0, "beta": 6.0, "temperature": 1.0, "num_classes": 10}
-    recipes["cifar10/wrn_34_10-trades.yaml"] = Recipe(None, "WRN-34-10", "DKLLoss", settings, 0.2)
-    return recipes
-
-
-RECIPES = _recipes()
-
-# network: key, keywords, parameters, state-dict entries
-NETWORKS = {
-    **{name: (f"ikl_plugins.{name}", {"num_classes": 100}, *size) for name, size in CIFAR100_NETWORKS.items()},
-    "resnet18": ("resnet18", {"num_classes": 1000}, 11_689_512, 122),
-    "resnet34": ("resnet34", {"num_classes": 1000}, 21_797_672, 218),
-    "resnet50": ("resnet50", {"num_classes": 1000}, 25_557_032, 320),
-    # The count of its paper's repository is 44.18 million; the exact one is that of the layers, written out below.
-    "resnext101_32x4d": ("resnet101", {"num_classes": 1000, "groups": 32, "width_per_group": 4}, 44_177_704, 626),
-    "MobileNetV1": ("ikl_plugins.MobileNetV1", {"num_classes": 1000}, 4_231_976, 164),
-    "WRN-34-10": (
-        "ikl_plugins.robustbench_network",
-        {"architecture": "WideResNet-34-10", "num_classes": 10},
-        46_160_474,
-        191,
+AT = decoupled((4.0, 20.0), 1.0, 4.0, True)  # the second script asks for T2 = 1, but its default, 4, is in effect
+RECIPES = {f"{name}.yaml": recipe for name, recipe in DISTILLED.items()} | {
+    "cifar10/wrn_34_10-ikl.yaml": Recipe("WRN-34-10", None, "IKL", AT, lr=0.2),
+    "cifar10/wrn_34_10-gkl.yaml": Recipe("WRN-34-10", None, "GKL", {**AT, "gamma": 0.2}, lr=0.2),
+    "cifar10/wrn_34_10-trades.yaml": Recipe(
+        "WRN-34-10", None, "DKL", {"alpha": 6.0, "beta": 6.0, "temperature": 1.0}, lr=0.2
     ),
 }
+# network: key and keywords
+NETWORKS = {
+    "resnext101_32x4d": ("resnet101", {"num_classes": 1000, "groups": 32, "width_per_group": 4}),
+    "MobileNetV1": ("ikl_plugins.MobileNetV1", {"num_classes": 1000}),
+    "WRN-34-10": ("ikl_plugins.robustbench_network", {"architecture": "WideResNet-34-10", "num_classes": 10}),
+    **{name: (name, {"num_classes": 1000}) for name in ("resnet18", "resnet34", "resnet50")},
+}
+NETWORKS |= {name: (f"ikl_plugins.{name}", {"num_classes": 100}) for name in SIZES if name not in NETWORKS}
 
 
-def steps(peak, *milestones):
-    """The learning rate of an epoch, 1 for the first: a tenth after each of the milestones."""
-    return lambda epoch: peak * 0.1 ** sum(epoch > milestone for milestone in milestones)
+def family_of(path):
+    if path.startswith("cifar10/"):
+        return WRN_TRADES if path.endswith("-trades.yaml") else WRN
+    return FAMILIES[path.split("/")[0]]
 
 
-def long_tail_rate(epoch):
-    e = epoch - 1
-    return 0.05 * (e + 1) / 10 if e < 10 else 0.05 * 0.5 * (1 + math.cos(math.pi * (e - 9) / 81))
-
-
-class Family(NamedTuple):
-    """What the files of a folder share."""
-
-    epochs: int
-    batch: int
-    gpus: int
-    drop_last: bool
-    weight_decay: float
-    rate: object  # learning rate of (Recipe, epoch), epoch 1 for the first
-    train_transform: str
-    test_transform: str
-    classes: int
+def criterion_of(path):
+    """Key and keywords of the loss."""
+    recipe = RECIPES[path]
+    if recipe.loss is None:
+        return "CrossEntropyLoss", {"reduction": "mean"}
+    if recipe.loss == "KL":
+        weights = {"alpha": recipe.ce_weight, "beta": recipe.weight}
+        return "KDLoss", {**recipe.settings, **weights, "reduction": "batchmean"}
+    ramp = {"warmup_epochs": recipe.ramp} if recipe.ramp else {}
+    return f"{recipe.loss}Loss", {"ce_weight": 1.0, **recipe.settings, "num_classes": family_of(path).classes, **ramp}
 
 
 CROP_AND_FLIP = "RandomCrop(size=(32, 32), padding=4) RandomHorizontalFlip(p=0.5) ToTensor()"
@@ -173,57 +93,13 @@ RESIZED = (
     "antialias=True) RandomHorizontalFlip(p=0.5)" + IMAGENET_STATISTICS
 )
 CENTRE = "Resize(size=256, interpolation=bilinear, max_size=None, antialias=True) CenterCrop(size=(224, 224))"
-FAMILIES = {
-    "cifar100": Family(
-        epochs=240,
-        batch=64,
-        gpus=1,
-        drop_last=False,
-        weight_decay=5e-4,
-        rate=lambda recipe, epoch: steps(recipe.lr, 150, 180, 210)(epoch),
-        train_transform=CROP_AND_FLIP + CIFAR100_STATISTICS,
-        test_transform="ToTensor()" + CIFAR100_STATISTICS,
-        classes=100,
-    ),
-    "imagenet": Family(
-        epochs=100,
-        batch=512,
-        gpus=8,
-        drop_last=False,
-        weight_decay=1e-4,
-        rate=lambda recipe, epoch: steps(0.2, 30, 60, 90)(epoch),
-        train_transform=RESIZED,
-        test_transform=CENTRE + IMAGENET_STATISTICS,
-        classes=1000,
-    ),
-    "cifar10": Family(
-        epochs=200,
-        batch=128,
-        gpus=4,
-        drop_last=False,
-        weight_decay=5e-4,
-        rate=lambda recipe, epoch: 0.1 * (1 + math.cos(math.pi * epoch / 201)),
-        train_transform=CROP_AND_FLIP,
-        test_transform="ToTensor()",
-        classes=10,
-    ),
+# of training and test images
+TRANSFORMS = {
+    "cifar100": (CROP_AND_FLIP + CIFAR100_STATISTICS, "ToTensor()" + CIFAR100_STATISTICS),
+    "cifar10": (CROP_AND_FLIP, "ToTensor()"),
+    "imagenet": (RESIZED, CENTRE + IMAGENET_STATISTICS),
+    "imagenet_lt": (RESIZED, CENTRE + IMAGENET_STATISTICS),
 }
-FAMILIES["imagenet_lt"] = FAMILIES["imagenet"]._replace(
-    epochs=90,
-    batch=128,
-    gpus=4,
-    drop_last=True,
-    weight_decay=5e-4,
-    rate=lambda recipe, epoch: long_tail_rate(epoch),
-)
-# The authors' TRADES script differs from that of IKL in two places.
-TRADES = FAMILIES["cifar10"]._replace(
-    drop_last=True, rate=lambda recipe, epoch: 0.1 * (1 + math.cos(math.pi * (epoch - 1) / 200))
-)
-
-
-def family_of(path):
-    return TRADES if path.endswith("-trades.yaml") else FAMILIES[path.split("/")[0]]
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -234,24 +110,6 @@ def data(tmp_path_factory):
     """A working directory with a few generated images of each data set, where the files look for them."""
     random = numpy.random.default_rng(0)
     folder = tmp_path_factory.mktemp("recipes")
-    checksums = {}
-
-    def archive(path, content):
-        path = folder / "data" / path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(content))
-        checksums[path.name] = hashlib.md5(path.read_bytes()).hexdigest()  # noqa: S324 - as torchvision checks files
-
-    def pixels(count):
-        return random.integers(0, 256, (count, 3072), dtype=numpy.uint8)
-
-    for split in ("train", "test"):
-        archive(f"cifar100/cifar-100-python/{split}", {"data": pixels(4), "fine_labels": [0, 99, 7, 7]})
-    archive("cifar100/cifar-100-python/meta", {"fine_label_names": [f"class {n}" for n in range(100)]})
-    for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]:
-        archive(f"cifar10/cifar-10-batches-py/{name}", {"data": pixels(1), "labels": [int(random.integers(10))]})
-    archive("cifar10/cifar-10-batches-py/batches.meta", {"label_names": [f"class {n}" for n in range(10)]})
-
     lists = {"train": [], "test": []}
     for split in ("train", "val"):
         for label in range(2):
@@ -265,12 +123,7 @@ def data(tmp_path_factory):
     for split, lines in lists.items():
         (folder / "data" / "imagenet_lt" / f"ImageNet_LT_{split}.txt").write_text("".join(lines))
 
-    with pytest.MonkeyPatch.context() as patch:
-        # torchvision compares the files with these checksums, and downloads those that differ.
-        for dataset in (CIFAR10, CIFAR100):
-            for attribute in ("train_list", "test_list"):
-                patch.setattr(dataset, attribute, [[name, checksums[name]] for name, _ in getattr(dataset, attribute)])
-            patch.setattr(dataset, "meta", {**dataset.meta, "md5": checksums[dataset.meta["filename"]]})
+    with cifar_archives(folder / "data", (CIFAR10, CIFAR100)):
         yield folder
 
 
@@ -333,19 +186,18 @@ def test_every_value_is_the_published_one(path):
     ((term, loss),) = train["criterion"]["kwargs"]["sub_terms"].items()
     assert term == (name.split("-")[1] if "-" in name else "ce")
     assert loss["weight"] == 1.0
-    assert loss["criterion"]["key"] == recipe.loss
     settings = dict(loss["criterion"]["kwargs"])
-    if recipe.loss != "CrossEntropyLoss":
+    if recipe.loss is not None:
         places = {f"{role}_module_{part}" for role in ("student", "teacher") for part in ("path", "io")}
         assert {settings.pop(place) for place in places} == {".", "output"}
-    assert settings == recipe.settings
+    assert (loss["criterion"]["key"], settings) == criterion_of(path)
     get_high_level_loss(train["criterion"])
 
     # Selection and test are those of the official code: the best epoch on the test images.
     (test_set,) = {train["val_data_loader"]["dataset_id"], config["test"]["test_data_loader"]["dataset_id"]}
     assert test_set == ("imagenet/val" if folder == "imagenet" else f"{folder}/test")
     assert set(config["datasets"]) == {f"{folder}/train", test_set}
-    for dataset, transform in ((f"{folder}/train", family.train_transform), (test_set, family.test_transform)):
+    for dataset, transform in zip((f"{folder}/train", test_set), TRANSFORMS[folder], strict=True):
         found = " ".join(map(str, config["datasets"][dataset].transform.transforms))
         assert found == transform
 
@@ -361,7 +213,7 @@ def test_every_value_is_the_published_one(path):
     assert set(config["models"]) == {"teacher_model", "student_model"}
     assert train["student"] == {"forward_proc": "forward_batch_only"}
     assert train["teacher"] == {"forward_proc": "forward_batch_only", "requires_grad": False}
-    key, kwargs, *_ = NETWORKS[recipe.teacher]
+    key, kwargs = NETWORKS[recipe.teacher]
     teacher = config["models"]["teacher_model"]
     if folder == "imagenet":
         assert teacher == {"key": key, "kwargs": {**kwargs, "weights": "IMAGENET1K_V1"}}
@@ -382,7 +234,7 @@ def test_every_epoch_has_the_published_learning_rate(path):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **train["optimizer"]["kwargs"])
     scheduler = get_scheduler(optimizer, train["scheduler"]["key"], **train["scheduler"]["kwargs"])
     for epoch in range(1, train["num_epochs"] + 1):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(family.rate(recipe, epoch), rel=1e-9, abs=1e-12), epoch
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(recipe.lr * family.share(epoch)), epoch
         optimizer.step()
         scheduler.step()
 
@@ -404,12 +256,12 @@ def test_the_attack_is_the_one_that_the_authors_ran(path):
     assert "std" not in key
 
 
-@pytest.mark.parametrize("folder", [name for name, family in FAMILIES.items() if family.gpus > 1])
+@pytest.mark.parametrize("folder", ["cifar10", "imagenet", "imagenet_lt"])
 def test_the_batch_is_divided_among_the_processes(folder, monkeypatch):
-    family = FAMILIES[folder]
+    family = family_of(f"{folder}/")
     paths = [path for path in SHIPPED if path.startswith(f"{folder}/")]
     for path in (paths[0], paths[-1]):
-        for processes in (1, 2, family.gpus):
+        for processes in (1, 2, family.processes):
             monkeypatch.setenv("WORLD_SIZE", str(processes))
             loader = load_yaml_file(str(CONFIGS / path))["train"]["train_data_loader"]
             assert loader["kwargs"]["batch_size"] == family.batch // processes
@@ -426,23 +278,11 @@ USED = {name for recipe in RECIPES.values() for name in (recipe.student, recipe.
 
 @pytest.mark.parametrize("name", sorted(USED))
 def test_a_network_has_the_published_size(name):
-    key, kwargs, parameters, entries = NETWORKS[name]
+    key, kwargs = NETWORKS[name]
     with torch.device("meta"):
         model = network({"key": key, "kwargs": kwargs})
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    assert len(model.state_dict()) == entries
+    assert (sum(parameter.numel() for parameter in model.parameters()), len(model.state_dict())) == SIZES[name]
     assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def test_torchvision_builds_the_large_teacher_of_imagenet_lt():
-    """ResNeXt101-32x4d, its weights counted layer by layer: groups of 32 with 4 channels each in the first stage."""
-    total, channels = 3 * 64 * 49 + 2 * 64, 64
-    for blocks, width, out in ((3, 128, 256), (4, 256, 512), (23, 512, 1024), (3, 1024, 2048)):
-        total += channels * out + 2 * out  # the first block's shortcut
-        for _ in range(blocks):
-            total += channels * width + 9 * width * width // 32 + width * out + 2 * (2 * width + out)
-            channels = out
-    assert total + 2048 * 1000 + 1000 == NETWORKS["resnext101_32x4d"][2]
 
 
 # --- a training step -------------------------------------------------------------------------------------------------
@@ -463,25 +303,6 @@ def prepare(path, batch_size=2):
         loader["kwargs"].update(batch_size=batch_size, num_workers=0)
     config["test"]["test_data_loader"]["kwargs"].update(batch_size=batch_size, num_workers=0)
     return config
-
-
-def expected_loss(recipe, student, teacher, labelled, targets, classes):
-    """The loss of a batch of the first epoch, from the published formulas."""
-    hard = F.cross_entropy(labelled.double(), targets).item()
-    if recipe.loss == "CrossEntropyLoss":
-        return hard
-    settings = recipe.settings
-    if recipe.loss == "KDLoss":
-        scale = settings["temperature"]
-        p, q = ((logits.double() / scale).log_softmax(1) for logits in (teacher, student))
-        divergence = (p.exp() * (p - q)).sum(1).mean().item()
-        return settings["alpha"] * hard + settings["beta"] * scale**2 * divergence
-    names = ("alpha", "beta", "temperature", "weight_temperature", "gamma")
-    keywords = {name: settings[name] for name in names if name in settings}
-    if settings.get("global_info"):
-        keywords["class_prior"] = torch.full((len(student), classes), 1 / classes, dtype=torch.float64)
-    soft = oracles.decoupled(recipe.loss[:3].lower(), student, teacher, **keywords).loss("batchmean").item()
-    return hard + soft / max(1, settings.get("warmup_epochs", 0))  # the first epoch of the ramp
 
 
 def take_steps(path, architecture=None):
@@ -511,11 +332,12 @@ def take_steps(path, architecture=None):
             logits = labelled = student
             teacher_logits = io_dict["teacher"]["."]["output"] if teacher is not None else None
         assert logits.shape == (len(targets), family.classes)
-        expected.append(expected_loss(recipe, logits, teacher_logits, labelled, targets, family.classes))
+        hard = recipe.ce_weight * F.cross_entropy(labelled.double(), targets).item()
+        expected.append(hard + (0 if recipe.loss is None else soft_loss(recipe, logits, teacher_logits)))
     images = len(config["datasets"][config["train"]["train_data_loader"]["dataset_id"]])
     assert len(seen) == (images // 2 if family.drop_last else math.ceil(images / 2))
     assert row["train_loss"] == pytest.approx(sum(expected) / len(seen), rel=2e-4)
-    assert row["lr"] == pytest.approx(family.rate(recipe, 1))
+    assert row["lr"] == pytest.approx(recipe.lr * family.share(1))
     unmoved = [name for name, parameter in trainer.model.named_parameters() if torch.equal(parameter, before[name])]
     assert len(unmoved) < len(before) / 20, unmoved  # a bias behind dead activations may stay
     if teacher is not None:
@@ -590,7 +412,7 @@ def test_the_commands_of_a_readme_name_files_that_are_there(folder):
     assert commands
     for processes, path in commands:
         assert path in SHIPPED
-        assert processes in ("", str(FAMILIES[folder].gpus))
+        assert processes in ("", str(family_of(f"{folder}/").processes))
 
 
 def test_a_missing_teacher_of_imagenet_lt_names_the_file_that_trains_it(workplace):
