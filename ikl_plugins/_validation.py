@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+from . import _value_checks
+from ._value_checks import check_values
 
 REDUCTIONS = ("batchmean", "sum", "none")
 # What the losses compute with. torch counts its 8-bit formats as floating, but they have no arithmetic.
@@ -102,26 +106,30 @@ def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, *,
             f"{student_logits.device} and {teacher_logits.device}. Move one with `.to(...)`."
         )
     if finite and not torch.compiler.is_compiling():
-        _check_finite(caller, student_logits=student_logits, teacher_logits=teacher_logits)
+        for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            _check_finite(caller, name, logits.detach())
 
 
-def _check_finite(caller: str, **named_logits: Tensor) -> None:
-    found = []
-    for name, logits in named_logits.items():
-        bad = ~torch.isfinite(logits.detach())
-        count = int(bad.sum())
-        if count:
-            first = tuple(bad.nonzero()[0].tolist())
-            found.append(f"`{name}` has {count} of {logits.numel()}, the first at index {first}")
-    if found:
-        raise ValueError(
-            f"{caller}: logits must be finite when check_finite=True, but {'; '.join(found)}. "
-            f"Lower the learning rate, or look for the layer that overflows."
+def _check_finite(caller: str, name: str, logits: Tensor) -> None:
+    if logits.numel() == 0 or logits.is_meta:
+        return
+    size, shape = logits.numel(), logits.shape
+    bad = ~torch.isfinite(logits)
+
+    def judge(count: float, first: float) -> str | None:
+        if not count:
+            return None
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(int(first)), shape))
+        return (
+            f"{caller}: `{name}` must be finite with check_finite=True, but {int(count)} of {size} are not, the first "
+            f"at index {index}. Lower the learning rate, or look for a layer that overflows."
         )
 
+    check_values(caller, name, (bad.sum(), bad.flatten().to(torch.uint8).argmax()), judge)
 
-def check_class_prior(caller: str, class_prior: Tensor, student_logits: Tensor) -> None:
-    """Refuses a ``class_prior`` that does not fit the logits or holds negative or non-finite weights."""
+
+def check_class_prior(caller: str, class_prior: Tensor, student_logits: Tensor, *, values: bool = True) -> None:
+    """Refuses a ``class_prior`` that does not fit the logits or, with ``values``, holds what is no weight."""
     check_floating(caller, "class_prior", class_prior, "Pass ClassPrior.prior(targets).")
     rows = tuple(student_logits.shape[:2])
     if tuple(class_prior.shape) not in (rows, tuple(student_logits.shape)):
@@ -134,14 +142,29 @@ def check_class_prior(caller: str, class_prior: Tensor, student_logits: Tensor) 
             f"{caller}: `class_prior` must be on the device of the logits, got {class_prior.device} and "
             f"{student_logits.device}. Move it with `.to(...)`."
         )
+    if values:
+        check_weights(caller, class_prior)
+
+
+def check_weights(caller: str, class_prior: Tensor) -> None:
+    """Refuses negative or non-finite weights."""
     if torch.compiler.is_compiling() or class_prior.numel() == 0 or class_prior.is_meta:
         return
-    low, high = (bound.item() for bound in torch.aminmax(class_prior.detach()))
-    if not (low >= 0 and math.isfinite(high)):
-        raise ValueError(
+
+    def judge(low: float, high: float) -> str | None:
+        if low >= 0 and math.isfinite(high):
+            return None
+        return (
             f"{caller}: `class_prior` must hold finite weights of at least 0, got values from {low} to {high}. "
             f"Pass probabilities, not logits."
         )
+
+    check_values(caller, "class_prior", torch.aminmax(class_prior.detach()), judge)
+
+
+# The labels of a batch pass through attack, loss and class prior: the last tensor that was looked at, its version and
+# the class count it was held against.
+_seen_targets: tuple[weakref.ref[Tensor], int, int] | None = None
 
 
 def check_targets(
@@ -165,14 +188,33 @@ def check_targets(
         )
     if torch.compiler.is_compiling() or targets.numel() == 0 or targets.is_meta:
         return targets
-    # torch has no comparisons of the wide unsigned types; beyond int64 they turn negative, and are refused as such.
-    low, high = (int(bound) for bound in torch.aminmax(targets.long()))
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"{caller}: `{name}` must lie in [0, {num_classes - 1}], got values from {low} to {high}. "
-            f"Correct the number of classes, or drop ignored samples first."
+    global _seen_targets
+    version = None if targets.is_inference() else targets._version
+    seen = _seen_targets
+    if seen is not None and version is not None and seen[0]() is targets and seen[1:] == (version, num_classes):
+        return targets
+
+    def judge(low: float, high: float) -> str | None:
+        if low >= 0 and high < num_classes:
+            return None
+        return (
+            f"{caller}: `{name}` must lie in [0, {num_classes - 1}], got values from {int(low)} to {int(high)}. "
+            f"Correct the number of classes, or drop ignored samples."
         )
+
+    # torch has no comparisons of the wide unsigned types; beyond int64 they turn negative, and are refused as such.
+    check_values(caller, name, torch.aminmax(targets.long()), judge)
+    _seen_targets = None if version is None else (weakref.ref(targets), version, num_classes)
     return targets
+
+
+def safe_index(targets: Tensor, num_classes: int) -> Tensor:
+    """Checked targets as an index.
+
+    On a device the check is read later, and an index out of range would end the process before that.
+    """
+    labels = targets.long()
+    return labels if _value_checks.on_host(labels) else labels.clamp(0, num_classes - 1)
 
 
 def unknown_name_message(caller: str, kind: str, name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,8 +10,11 @@ import torch.distributed
 from torch import Tensor, nn
 
 from . import _validation as check
+from ._value_checks import read_value_checks
 
 __all__ = ["ClassPrior"]
+
+_logger = logging.getLogger(__name__)
 
 
 class ClassPrior(nn.Module):
@@ -21,6 +25,9 @@ class ClassPrior(nn.Module):
 
     Everything is a buffer, the running sums included, so an interruption in the middle of an epoch loses nothing that a
     checkpoint holds. Buffers follow the module to another device and keep their digits under ``.half()``.
+
+    A prediction that is not finite, of a batch that overflowed in half precision for one, is left out; the end of the
+    epoch says how many were.
 
     Args:
         num_classes: number of classes C, at least 1.
@@ -52,6 +59,7 @@ class ClassPrior(nn.Module):
     matrix: Tensor
     sums: Tensor
     counts: Tensor
+    left_out: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -61,6 +69,8 @@ class ClassPrior(nn.Module):
         # An epoch of a dense task adds up so many predictions that float32 sums would stop growing as they should.
         self.register_buffer("sums", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("left_out", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._passed: tuple[int, int] | None = None  # identity and version of the matrix that was checked
 
     def prior(self, targets: Tensor) -> Tensor:
         """The row of each label.
@@ -75,11 +85,22 @@ class ClassPrior(nn.Module):
             TypeError: ``targets`` is not an integer tensor.
             ValueError: a label is outside [0, C).
         """
-        return self.rows(check.check_targets("ClassPrior.prior", targets, self.num_classes))
+        check.check_targets("ClassPrior.prior", targets, self.num_classes)
+        return self.rows(check.safe_index(targets, self.num_classes))
 
-    def rows(self, targets: Tensor) -> Tensor:
-        """:meth:`prior` of targets that have been checked."""
-        return self.matrix[targets.long()].movedim(-1, 1)
+    def rows(self, labels: Tensor) -> Tensor:
+        """:meth:`prior` of labels that have been checked, int64."""
+        return self.matrix[labels].movedim(-1, 1)
+
+    def check_matrix(self, caller: str) -> None:
+        """Refuses a matrix with negative or non-finite entries; looks at it again only after it has changed."""
+        if torch.compiler.is_compiling():
+            return
+        matrix = self.matrix
+        state = None if matrix.is_inference() else (id(matrix), matrix._version)
+        if state is None or state != self._passed:
+            check.check_weights(caller, matrix)
+            self._passed = state
 
     def observe(self, probabilities: Tensor, targets: Tensor) -> None:
         """Adds predictions to the running sums of their labels.
@@ -106,22 +127,37 @@ class ClassPrior(nn.Module):
                 f"{caller}: `probabilities` must be on the prior's device, got {probabilities.device} and "
                 f"{self.sums.device}. Move one with `.to(...)`."
             )
-        self.add(probabilities, targets)
+        self.add(probabilities, check.safe_index(targets, self.num_classes))
 
     @torch.no_grad()
-    def add(self, probabilities: Tensor, targets: Tensor) -> None:
-        """:meth:`observe` of predictions and targets that have been checked."""
-        labels = targets.reshape(-1).long()
+    def add(self, probabilities: Tensor, labels: Tensor) -> None:
+        """:meth:`observe` of predictions and labels that have been checked, the latter int64."""
+        labels = labels.reshape(-1)
         rows = probabilities.detach().movedim(1, -1).reshape(-1, self.num_classes)
+        finite = rows.sum(1).abs() < torch.inf  # on a device fewer launches than isfinite
+        rows = torch.where(finite.unsqueeze(1), rows, 0.0)
+        counted = finite.to(self.counts.dtype)
         self.sums.index_add_(0, labels, rows.to(self.sums.dtype))
-        self.counts.index_add_(0, labels, torch.ones_like(labels))
+        self.counts.index_add_(0, labels, counted)
+        self.left_out += counted.numel() - counted.sum()
 
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Makes the means of this epoch the prior of the next and starts new sums.
 
-        Classes that no rank has seen keep their row. All ranks must call this.
+        Classes that no rank has seen keep their row. All ranks must call this. Where the prior lies on a device, it
+        waits for that, and reads what checks of values have found there.
+
+        Raises:
+            ValueError: a check of values on a device has failed.
         """
+        read_value_checks()
+        if not self.left_out.is_meta and (left_out := int(self.left_out)):
+            _logger.warning(
+                "ClassPrior: %d predictions of this epoch were not finite and are left out of the class prior. "
+                "A loss scale that is still falling explains a few.",
+                left_out,
+            )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.counts)
@@ -129,8 +165,14 @@ class ClassPrior(nn.Module):
         means = (self.sums / self.counts.clamp(min=1).unsqueeze(1)).to(self.matrix.dtype)
         # In place: whoever holds these buffers, a checkpoint for one, goes on seeing the current values.
         self.matrix.copy_(torch.where(seen, means, self.matrix))
+        self.restart_epoch()
+
+    @torch.no_grad()
+    def restart_epoch(self) -> None:
+        """Forgets what the running epoch has collected; the rows stay."""
         self.sums.zero_()
         self.counts.zero_()
+        self.left_out.zero_()
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _validation as check
-from . import native
+from . import _value_checks, native
 from ._composed import Settings, composed_loss, reduce_rows
 from ._fused import fused_rows
 
@@ -406,7 +406,7 @@ def _finish(gradient: Tensor | None, grad_loss: Tensor, like: Tensor) -> Tensor 
         return None
     if grad_loss.dim() > 0:
         gradient.mul_(grad_loss.unsqueeze(1))
-    elif grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+    elif not _value_checks.on_host(grad_loss) or grad_loss.item() != 1.0:
         gradient.mul_(grad_loss)
     return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
 

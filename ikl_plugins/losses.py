@@ -151,16 +151,20 @@ class DecoupledLoss(nn.Module):
                 f"{name}: `num_classes` must be the number of classes of the logits, got {self.num_classes} for "
                 f"logits of shape {tuple(student_logits.shape)}. Correct `num_classes`."
             )
-        prior, rows = self.class_prior, None
+        prior, rows, labels = self.class_prior, None, None
         if prior is not None:
             targets = check.check_targets(name, targets, prior.num_classes, student_logits)
-            rows = prior.rows(targets)
-            check.check_class_prior(name, rows, student_logits)
+            prior.check_matrix(name)
+            labels = check.safe_index(targets, prior.num_classes)
+            rows = prior.rows(labels)
+            check.check_class_prior(name, rows, student_logits, values=False)
         loss, self.last_terms = evaluate(student_logits, teacher_logits, rows, settings, with_terms=True)
-        if prior is not None and targets is not None and (self.training if observe is None else observe):
+        if prior is not None and labels is not None and (self.training if observe is None else observe):
             teacher = teacher_logits.detach()
             teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
-            prior.add(torch.softmax(teacher / settings.weight_temperature, 1), targets)
+            if settings.weight_temperature != 1.0:
+                teacher = teacher / settings.weight_temperature
+            prior.add(torch.softmax(teacher, 1), labels)
         return loss
 
     def end_epoch(self) -> None:

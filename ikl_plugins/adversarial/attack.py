@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .._value_checks import check_values, largest
 from ..functional import evaluate, ikl_settings
 from .modes import frozen_statistics, model_mode
 from .schedule import (
@@ -33,6 +34,9 @@ MODEL_MODES = ("eval", "train")
 
 _NORMAL_START = 0.001  # standard deviation of the authors' start, in pixel units
 _TINY = 1e-12  # keeps a gradient of 0 from being divided by 0
+# In float16 gradients of pixels are so small that many become 0; the objective is scaled up until one overflows.
+_FIRST_SCALE = 2.0**12
+_LOWER_SCALE = 2.0**-4
 
 
 class PGD:
@@ -70,7 +74,8 @@ class PGD:
     Note:
         Gradients are taken with respect to the images alone: no parameter's ``.grad`` is touched, and the attack works
         under ``torch.no_grad()``, too. Each module's training flag is restored. Under autocast the model runs as
-        autocast decides, the objective in float32.
+        autocast decides, the objective in float32; for float16 it is scaled, so that small gradients are not lost. On a
+        device values are checked later (see :mod:`ikl_plugins._value_checks`): the attack never waits for it.
 
     References:
         Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, equation 1 and section
@@ -210,7 +215,7 @@ class PGD:
             class_prior: rows (N, classes), where :attr:`uses_prior`; by default the natural predictions weigh.
             strength: what the attack may do; by default :meth:`strength` without an epoch.
             generator: of the random start, on the device of the images; by default torch's own.
-            check_values: False for images that :class:`PixelSpace` has checked: their values are not read again.
+            check_values: False for images that :class:`PixelSpace` has checked.
 
         Returns:
             Images of the same shape, within eps of the natural ones and within [0, 1], without gradient.
@@ -238,19 +243,30 @@ class PGD:
                     objective = self._away_from_predictions(forward, images, natural_logits, class_prior)
                 low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
                 adversarial = self._start(images, low, high, eps, generator)
+                scale = _Float16Scale(images) if _computes_in_float16(images) else None
                 for _ in range(steps):
-                    value, gradient = _value_and_gradient(forward, objective, adversarial.requires_grad_())
+                    value, gradient = _value_and_gradient(forward, objective, adversarial.requires_grad_(), scale)
                     adversarial = self._step(adversarial.detach(), gradient, images, low, high, eps, step_size)
         finally:
             # Under autocast older releases of torch keep the natural pass's copies of the weights, which have no graph.
             torch.clear_autocast_cache()
-        # The sign of NaN is 0, so that the images alone would not show it.
-        if not (torch.isfinite(value) & torch.isfinite(gradient).all()):
-            raise ValueError(
-                f"PGD: objective '{self.objective}' and its gradient must stay finite, got the value {value.item()}. "
-                f"Lower the learning rate, or look for the layer that overflows."
-            )
+        self._check_finite(value, gradient, scale)
         return adversarial
+
+    def _check_finite(self, value: Tensor, gradient: Tensor, scale: _Float16Scale | None) -> None:
+        """Refuses what the last step has met; the sign of NaN is 0, so that the images alone would not show it."""
+        bound = largest(gradient) if scale is None else scale.bound
+
+        def judge(objective: float, bound: float) -> str | None:
+            if math.isfinite(objective) and math.isfinite(bound):
+                return None
+            return (
+                f"PGD: objective '{self.objective}' and its gradient must stay finite, got the value {objective}. "
+                f"Lower the learning rate, or look for a layer that overflows."
+            )
+
+        if not torch.compiler.is_compiling():
+            check_values("PGD", "objective", (value, bound.to(value.dtype)), judge)
 
     def _check_images(self, images: Tensor, eps: float, *, values: bool) -> None:
         check.check_floating("PGD", "images", images, "Divide by 255.")
@@ -259,13 +275,8 @@ class PGD:
                 f"PGD: `images` must be a batch (N, C, H, W) of at least one image, got shape {tuple(images.shape)}. "
                 f"Skip empty batches."
             )
-        if values:
-            low, high = torch.stack(torch.aminmax(images.detach())).tolist()
-            if not (low >= 0 and high <= 1):
-                raise ValueError(
-                    f"PGD: `images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}. "
-                    f"Attack the pixels and normalise in the model or in `forward`."
-                )
+        if values and not torch.compiler.is_compiling():
+            check_values("PGD", "images", torch.aminmax(images.detach()), _judge_pixels)
         _check_radius("eps", eps, eps, largest_distance(self.norm, images[0].numel()))
 
     def _away_from_labels(self, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -275,8 +286,9 @@ class PGD:
         def objective(logits: Tensor) -> Tensor:
             nonlocal targets
             if targets is None:
-                targets = check.check_targets("PGD", labels, logits.shape[1], logits, name="labels")
-                targets = targets.clone().long()  # those made in inference mode cannot be saved for backward
+                checked = check.check_targets("PGD", labels, logits.shape[1], logits, name="labels")
+                # Those made in inference mode cannot be saved for backward.
+                targets = check.safe_index(checked.clone() if checked.is_inference() else checked, logits.shape[1])
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if self.objective == "margin":
                 return _margins(wide, targets).sum()
@@ -325,7 +337,9 @@ class PGD:
         self, images: Tensor, low: Tensor, high: Tensor, eps: float, generator: torch.Generator | None
     ) -> Tensor:
         # Drawn by logical position, so that the memory format does not decide who gets which number.
-        options: dict[str, Any] = {"generator": generator, "device": images.device, "dtype": images.dtype}
+        options: dict[str, Any] = {"device": images.device, "dtype": images.dtype}
+        if generator is not None:  # torch.compile knows no generators, not even None
+            options["generator"] = generator
         if self.random_start == "none":
             return images.clone()
         if self.random_start == "normal":
@@ -354,8 +368,45 @@ class PGD:
         return f"PGD({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
+def _judge_pixels(low: float, high: float) -> str | None:
+    if low >= 0 and high <= 1:
+        return None
+    return (
+        f"PGD: `images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}. "
+        f"Attack the pixels and normalise in the model or in `forward`."
+    )
+
+
+def _computes_in_float16(images: Tensor) -> bool:
+    kind = images.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return autocast or images.dtype == torch.float16
+
+
+class _Float16Scale:
+    """A factor on the objective, lowered on the device after each gradient that overflows.
+
+    The signs and directions that the steps take do not depend on it.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.factor = images.new_full((), _FIRST_SCALE, dtype=torch.float32)
+        self.bound = self.factor  # of the last gradient; infinite once one overflows that is not scaled up
+
+    def adapted(self, gradient: Tensor) -> Tensor:
+        """The gradient, with numbers where it had overflowed."""
+        bound = largest(gradient).to(self.factor.dtype)
+        finite = bound < torch.inf
+        self.bound = torch.where(finite | (self.factor <= 1), bound, 0.0)
+        self.factor = torch.where(finite, self.factor, self.factor * _LOWER_SCALE)
+        return gradient.nan_to_num_()
+
+
 def _value_and_gradient(
-    forward: Callable[[Tensor], Any], objective: Callable[[Tensor], Tensor], adversarial: Tensor
+    forward: Callable[[Tensor], Any],
+    objective: Callable[[Tensor], Tensor],
+    adversarial: Tensor,
+    scale: _Float16Scale | None,
 ) -> tuple[Tensor, Tensor]:
     """The objective's value at these images, and its gradient of them."""
     logits = _logits(forward(adversarial))
@@ -363,7 +414,8 @@ def _value_and_gradient(
     if logits.requires_grad:
         value = objective(logits)
         try:
-            (gradient,) = torch.autograd.grad(value, adversarial, allow_unused=True)
+            scaled = value if scale is None else value * scale.factor
+            (gradient,) = torch.autograd.grad(scaled, adversarial, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -376,7 +428,7 @@ def _value_and_gradient(
             "PGD: `model` must be differentiable with respect to its input, but its logits carry no gradient. "
             "Look for a detach() or torch.no_grad() on the way."
         )
-    return value.detach(), gradient
+    return value.detach(), gradient if scale is None else scale.adapted(gradient)
 
 
 def _logits(output: Any) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import _validation as check
+from .._value_checks import check_values
 
 __all__ = ["PixelSpace"]
 
@@ -94,21 +96,26 @@ class PixelSpace:
         pixels = self._to_pixels(inputs.detach())
         if pixels.numel() == 0:
             return pixels
-        tolerance = max(self.tolerance, 2 * torch.finfo(inputs.dtype).eps)
-        low, high = torch.stack(torch.aminmax(pixels)).tolist()
+        if not torch.compiler.is_compiling():
+            tolerance = max(self.tolerance, 2 * torch.finfo(inputs.dtype).eps)
+            check_values(self._caller, "inputs", torch.aminmax(pixels), partial(self._judge, tolerance))
+        return pixels.clamp_(0, 1)
+
+    def _judge(self, tolerance: float, low: float, high: float) -> str | None:
+        """What is wrong with a batch of these values."""
         if not (low >= -tolerance and high <= 1 + tolerance):
             undone = " once mean and std are undone" if self.normalises else ""
-            raise ValueError(
+            return (
                 f"{self._caller}: images must lie in [0, {self.white:g}]{undone}, got values from "
                 f"{low * self.white:.4g} to {high * self.white:.4g}. {self._way_out}"
             )
         # Images in [0, 1] taken for bytes would make a perturbation of 8/255 vanish; a batch of black ones is fine.
         if self.white == 255.0 and tolerance < high <= (1 + tolerance) / self.white:
-            raise ValueError(
+            return (
                 f"{self._caller}: images must reach up to {self.white:g}, but the largest value of this batch is "
                 f"{high * self.white:.4g}, as in [0, 1]. {self._way_out}"
             )
-        return pixels.clamp_(0, 1)
+        return None
 
     def to_inputs(self, pixels: Tensor) -> Tensor:
         """What the network takes, of pixels (N, C, ...) in [0, 1]: one multiply-add, unchecked, differentiable."""

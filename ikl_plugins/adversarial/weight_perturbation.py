@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .._value_checks import largest
 
 __all__ = ["AdversarialWeightPerturbation"]
 
@@ -36,7 +37,8 @@ class AdversarialWeightPerturbation:
 
     Note:
         When ``torch.distributed`` is initialised the gradients of all ranks are added first: one perturbation for all
-        of them, so that replicas stay equal. All ranks must call :meth:`perturb`.
+        of them, so that replicas stay equal. All ranks must call :meth:`perturb`. Where a gradient is not finite, as
+        under a loss scale that is still falling, nothing is perturbed.
 
     References:
         Wu et al., Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020, equations 8 to 12. The
@@ -61,7 +63,7 @@ class AdversarialWeightPerturbation:
         caller = type(self).__name__
         self.gamma = check.check_number(caller, "gamma", gamma, positive=True)
         self.warmup_epochs = check.check_number(caller, "warmup_epochs", warmup_epochs)
-        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        self._originals: list[tuple[Tensor, Tensor]] = []
 
     def active(self, epoch: int) -> bool:
         """Whether weights are perturbed in ``epoch``, 1 for the first."""
@@ -76,17 +78,21 @@ class AdversarialWeightPerturbation:
                 up; no parameter's ``.grad`` is touched.
 
         Raises:
-            ValueError: weights are perturbed already, ``loss`` depends on no weight tensor, or it is not a scalar.
+            ValueError: weights are perturbed already or sharded, ``loss`` depends on no weight tensor or is no scalar.
         """
         caller = f"{type(self).__name__}.perturb"
         if self._originals:
             raise ValueError(f"{caller}: weights must be restored first, but they are perturbed. Call restore().")
+        if is_sharded(model):
+            raise ValueError(
+                f"{caller}: `model` must hold whole weights, got one sharded by FSDP. Use DistributedDataParallel."
+            )
         if loss.dim() > 0 or not loss.requires_grad:
             raise ValueError(
                 f"{caller}: `loss` must be a scalar with a graph, got shape {tuple(loss.shape)} and "
                 f"requires_grad={loss.requires_grad}. Pass the training loss, not detached."
             )
-        weights = [
+        weights: list[Tensor] = [
             parameter
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and parameter.dim() >= 2 and "weight" in name
@@ -97,25 +103,40 @@ class AdversarialWeightPerturbation:
                 f"{caller}: `loss` must depend on a trainable weight of `model` with at least two dimensions. "
                 f"Pass the model that the loss was computed with."
             )
-        gradients = [
-            torch.zeros_like(weight) if gradient is None else gradient
-            for weight, gradient in zip(weights, found, strict=True)
-        ]
-        _sum_over_ranks(gradients)
-        with torch.no_grad():
-            for weight, gradient in zip(weights, gradients, strict=True):
-                self._originals.append((weight, weight.detach().clone()))
-                scale = self.gamma * _norm(weight) / (_norm(gradient) + _TINY)
-                weight.add_(gradient * scale)
+        self._move(
+            weights,
+            [
+                torch.zeros_like(weight) if gradient is None else gradient
+                for weight, gradient in zip(weights, found, strict=True)
+            ],
+        )
         torch.clear_autocast_cache()  # or the training pass would see copies of the weights as they were
+
+    @torch.no_grad()
+    def _move(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
+        """A few launches for all weights together, and one for each to add its part."""
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))  # knows numbers as small as _TINY
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flat)  # the sum: the perturbation does not depend on its scale
+        # What has overflowed in half precision gives no direction: the step is taken at the weights as they are.
+        flat = torch.where(largest(flat) < torch.inf, flat, 0.0)
+        parts = torch.split(flat, [weight.numel() for weight in weights])
+        scales = self.gamma * _norms(weights) / (_norms(parts) + _TINY)
+        originals = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(originals, weights)
+        self._originals = list(zip(weights, originals, strict=True))
+        for weight, part, scale in zip(weights, parts, scales.unbind(), strict=True):
+            weight.addcmul_(part.view(weight.shape), scale)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the weights back, to the bit; nothing happens when none are perturbed."""
-        for weight, original in self._originals:
-            weight.copy_(original)
-        self._originals.clear()
-        torch.clear_autocast_cache()
+        if self._originals:
+            weights, originals = zip(*self._originals, strict=True)
+            torch._foreach_copy_(weights, originals)
+            self._originals.clear()
+            torch.clear_autocast_cache()
 
     @contextmanager
     def perturbed(self, model: nn.Module, loss: Tensor) -> Iterator[None]:
@@ -127,19 +148,14 @@ class AdversarialWeightPerturbation:
             self.restore()
 
 
-def _norm(values: Tensor) -> Tensor:
-    """The norm of a tensor, in a dtype that knows numbers as small as ``_TINY``."""
-    wide = torch.promote_types(values.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
-    return norm
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no process holds the whole weights: FSDP, wrapped around the model or around parts of it."""
+    wrappers = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    shards = any(hasattr(weight, "placements") or "_flat_param" in name for name, weight in model.named_parameters())
+    return shards or not wrappers.isdisjoint(("FullyShardedDataParallel", "FSDPModule"))
 
 
-def _sum_over_ranks(gradients: list[Tensor]) -> None:
-    """The sum over the ranks, in place and in one message; the perturbation does not depend on its scale."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, summed in zip(gradients, torch.split(flat, sizes), strict=True):
-        gradient.copy_(summed.view(gradient.shape))
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each tensor, in a dtype that knows numbers as small as ``_TINY``."""
+    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    return torch.stack(torch._foreach_norm(wide))

@@ -14,9 +14,10 @@ from mmengine.hooks import EMAHook, Hook, SyncBuffersHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import find_latest_checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .._value_checks import host_numbers, judge_findings, read_value_checks, take_findings
 from .checkpoints import cut_off, newest_whole, verify
 from .dry_run import dry_run
 from .epochs import EpochModel, class_priors, end_epoch
@@ -57,8 +58,8 @@ class IKLHook(Hook):  # type: ignore[misc]
     """
 
     # Before EMAHook, which many configs put at ABOVE_NORMAL, SyncBuffersHook and CheckpointHook: they must see restored
-    # weights and rolled priors.
-    priority = "HIGH"
+    # weights and rolled priors. Before RuntimeInfoHook, which waits for the device once for each term of the log.
+    priority = "HIGHEST"
 
     def __init__(self, *, seed_epochs: bool = True, verify_checkpoints: bool = True, rehearse: bool = True) -> None:
         self.seed_epochs = seed_epochs
@@ -126,7 +127,8 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._epoch = epoch
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Ends an iteration, and an epoch of an iteration-based loop."""
+        """Ends an iteration, and an epoch of an iteration-based loop; reads the log's terms in one copy to the host."""
+        _read_terms(outputs)
         model = _unwrap(runner.model)
         length = self._iterations_per_epoch
         if isinstance(model, EpochModel):
@@ -144,6 +146,12 @@ class IKLHook(Hook):  # type: ignore[misc]
         """Ends an epoch of an epoch-based loop."""
         if self._iterations_per_epoch is None:
             end_epoch(_unwrap(runner.model))
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Reads what checks of values have found on a device."""
+        read_value_checks()
+
+    after_test_epoch = after_val_epoch
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Brings EMAHook's copy up to date; that hook then exchanges it with the model's entries of the checkpoint.
@@ -172,6 +180,21 @@ class IKLHook(Hook):  # type: ignore[misc]
         torch.manual_seed(tensor)
 
 
+def _read_terms(outputs: Any) -> None:
+    """Turns the terms of an iteration into numbers and judges the checks of values, all in one copy from the device.
+
+    Raises:
+        ValueError: a check of values has failed.
+    """
+    findings = take_findings()
+    logged = outputs if isinstance(outputs, dict) else {}
+    terms = {name: term for name, term in logged.items() if isinstance(term, Tensor) and term.numel() == 1}
+    values = host_numbers([*((term.reshape(()),) for term in terms.values()), *(found.numbers for found in findings)])
+    for name, (value,) in zip(terms, values[: len(terms)], strict=True):
+        logged[name] = value
+    judge_findings(findings, values[len(terms) :])
+
+
 def _unwrap(model: Any) -> nn.Module:
     module: nn.Module = model.module if is_model_wrapper(model) else model
     return module
@@ -179,8 +202,7 @@ def _unwrap(model: Any) -> nn.Module:
 
 def _forget_running_sums(model: nn.Module) -> None:
     for prior in class_priors(model).values():
-        prior.sums.zero_()
-        prior.counts.zero_()
+        prior.restart_epoch()
 
 
 def _iterations_per_epoch(loader: DataLoader[Any]) -> int:

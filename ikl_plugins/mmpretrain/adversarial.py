@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _validation as check
 from ..adversarial import PGD, AdversarialWeightPerturbation, frozen_statistics
+from ..adversarial.weight_perturbation import is_sharded
 from .classifier import EpochClassifier, term_scalars
 from .metrics import ROBUST_SCORE, RobustAccuracy
 from .pixels import pixel_space
@@ -161,7 +162,7 @@ class AdversarialClassifier(EpochClassifier):
             with frozen_statistics(self):
                 total, _ = self.parse_losses(self._losses(*batch, observe=False))
                 self.awp.perturb(self, total)
-        return {**self._losses(*batch, observe=True), "eps": natural.new_tensor(strength.eps)}
+        return {**self._losses(*batch, observe=True), "eps": natural.new_full((), strength.eps)}
 
     def predict(self, inputs: Tensor, data_samples: list[Any] | None = None, **kwargs: Any) -> list[Any]:
         """Predictions of natural images, and of adversarial ones as ``robust_pred_score`` where ``val_attack`` and
@@ -196,6 +197,11 @@ class AdversarialClassifier(EpochClassifier):
             )
         if self.awp is None:
             return
+        if is_sharded(runner.model):
+            raise ValueError(
+                f"{_CALLER}: `awp` must see whole weights, got a model sharded by FSDP. "
+                f"Use MMDistributedDataParallel, or leave `awp` out."
+            )
         optimizer = getattr(runner.optim_wrapper, "optimizer", None)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .. import losses as core
+from .._value_checks import read_value_checks
 from ..class_prior import ClassPrior
 from ..functional import LossTerms
 
@@ -161,6 +162,7 @@ class MidLevelLoss(nn.Module):
         if training:
             self._batches_seen += 1
             if self._batches_seen == self._batches_per_epoch:
+                read_value_checks()
                 self.core.end_epoch()
         return loss
 
@@ -174,6 +176,7 @@ class MidLevelLoss(nn.Module):
             batches: number of training batches of this rank; None if the loader cannot tell. The class prior is then
                 rolled at the beginning of the next epoch.
         """
+        read_value_checks()
         self.core.end_epoch()  # nothing new: all rows keep their value
         self._epoch = epoch
         self._ramp = core.warmup_factor(epoch, self.warmup_epochs)
@@ -206,7 +209,7 @@ class MidLevelLoss(nn.Module):
         prior = self.class_prior
         if prior is None:
             return
-        for key, buffer in prior.named_buffers():
+        for key, buffer in prior.state_dict().items():
             saved = record.get(key)
             shape = tuple(saved.shape) if isinstance(saved, Tensor) else None
             if shape != tuple(buffer.shape):
@@ -216,7 +219,7 @@ class MidLevelLoss(nn.Module):
                     f"Resume with the config that wrote the checkpoint."
                 )
         with torch.no_grad():
-            for key, buffer in prior.named_buffers():
+            for key, buffer in prior.state_dict().items():
                 buffer.copy_(record[key])
 
     def extra_repr(self) -> str:
@@ -231,7 +234,7 @@ class MidLevelLoss(nn.Module):
 
     def _refresh_record(self) -> None:
         if self.class_prior is not None:
-            self._record.update(self.class_prior.named_buffers())
+            self._record.update(self.class_prior.state_dict())
 
     def _views(
         self, student_io: Mapping[str, Mapping[str, Any]], teacher_io: Mapping[str, Mapping[str, Any]]
@@ -285,9 +288,8 @@ class MidLevelLoss(nn.Module):
     def _cross_entropy(self, logits: Tensor, targets: Any) -> Tensor:
         soft = isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == logits.shape
         if not soft:
-            if self.class_prior is None:  # else the core has checked them
-                check.check_targets(type(self).__name__, targets, logits.shape[1], logits)
-            targets = targets.long()
+            check.check_targets(type(self).__name__, targets, logits.shape[1], logits)
+            targets = check.safe_index(targets, logits.shape[1])
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide, targets, reduction=_CROSS_ENTROPY_REDUCTION[self.core.reduction])
 

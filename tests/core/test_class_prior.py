@@ -159,9 +159,6 @@ def test_an_empty_batch_adds_nothing() -> None:
     assert prior.prior(torch.empty(0, dtype=torch.int64)).shape == (0, 4)
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +216,7 @@ def test_half_precision_leaves_the_sums_in_float32(shrink: str) -> None:
     assert _same(prior, before)
     assert _bits(prior) >= 32
     assert prior.half() is prior
-    assert dict(prior.named_buffers()).keys() == {"matrix", "sums", "counts"}
+    assert prior.state_dict().keys() == {"matrix", "sums", "counts"}
 
 
 def test_double_widens_and_float_narrows() -> None:

@@ -242,7 +242,7 @@ def test_the_batch_is_observed_after_its_loss(kind: str) -> None:
     first = module(student, teacher, targets)
     assert torch.equal(module(student, teacher, targets), first)
     before = copy.deepcopy(module.class_prior)
-    with pytest.raises(ValueError, match="logits must be finite"):
+    with pytest.raises(ValueError, match="must be finite with check_finite"):
         module(student, teacher * float("nan"), targets)
     with pytest.raises(ValueError, match="`targets` must lie in"):
         module(student, teacher, targets + 5)

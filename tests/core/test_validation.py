@@ -121,8 +121,8 @@ def logits_rows(function: Any) -> list[Row]:
     rows.append((f"{name}-devices", lambda: function(S, T.to("meta")), ValueError, "one device, got cpu and meta"))
     bad = filled(math.nan, (1, 2)), filled(-math.inf, (0, 1))
     for students, message in (
-        (bad[0], "`student_logits` has 1 of 12, the first at index (1, 2); `teacher_logits` has 1 of 12"),
-        (S, f"{name}: logits must be finite when check_finite=True, but `teacher_logits` has 1 of 12, the first at"),
+        (bad[0], f"{name}: `student_logits` must be finite with check_finite=True, but 1 of 12 are not, the first at"),
+        (S, f"{name}: `teacher_logits` must be finite with check_finite=True, but 1 of 12 are not, the first at index"),
     ):
         rows.append(
             (
@@ -262,7 +262,7 @@ def module_rows() -> list[Row]:
                 f"{name}-finite",
                 lambda module=module: module(check_finite=True)(S * math.nan, T),
                 ValueError,
-                f"{name}: logits must be finite when check_finite=True, but `student_logits` has 12 of 12",
+                f"{name}: `student_logits` must be finite with check_finite=True, but 12 of 12",
             ),
             (f"{name}-shapes", lambda module=module: module()(S, T[:2]), ValueError, f"{name}: `student_logits` and"),
         ]
