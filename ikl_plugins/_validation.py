@@ -190,9 +190,10 @@ def check_targets(
         return targets
     global _seen_targets
     version = None if targets.is_inference() else targets._version
-    seen = _seen_targets
-    if seen is not None and version is not None and seen[0]() is targets and seen[1:] == (version, num_classes):
-        return targets
+    if _seen_targets is not None and version is not None and _seen_targets[1:] == (version, num_classes):
+        whole = _seen_targets[0]()
+        if whole is not None and (whole is targets or whole is targets._base):
+            return targets
 
     def judge(low: float, high: float) -> str | None:
         if low >= 0 and high < num_classes:

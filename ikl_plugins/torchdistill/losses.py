@@ -209,7 +209,7 @@ class MidLevelLoss(nn.Module):
         prior = self.class_prior
         if prior is None:
             return
-        for key, buffer in prior.state_dict().items():
+        for key, buffer in prior.state_dict(keep_vars=True).items():
             saved = record.get(key)
             shape = tuple(saved.shape) if isinstance(saved, Tensor) else None
             if shape != tuple(buffer.shape):
@@ -219,7 +219,7 @@ class MidLevelLoss(nn.Module):
                     f"Resume with the config that wrote the checkpoint."
                 )
         with torch.no_grad():
-            for key, buffer in prior.state_dict().items():
+            for key, buffer in prior.state_dict(keep_vars=True).items():
                 buffer.copy_(record[key])
 
     def extra_repr(self) -> str:
@@ -234,7 +234,7 @@ class MidLevelLoss(nn.Module):
 
     def _refresh_record(self) -> None:
         if self.class_prior is not None:
-            self._record.update(self.class_prior.state_dict())
+            self._record.update(self.class_prior.state_dict(keep_vars=True))
 
     def _views(
         self, student_io: Mapping[str, Mapping[str, Any]], teacher_io: Mapping[str, Mapping[str, Any]]

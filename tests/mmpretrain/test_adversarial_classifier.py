@@ -327,12 +327,27 @@ def test_channels_last_changes_the_layout_alone():
 # --- perturbed weights ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("objective", ["ikl", "cross_entropy"])
+def test_a_step_looks_once_at_labels_images_and_prior(objective, monkeypatch):
+    """The attack, its prior, AWP's pass and the training pass have the same ones."""
+    attack = {"eps": EPS, "steps": 2, "step_size": EPS, "objective": objective}
+    model = make(attack=attack, robust_loss=ikl(), awp={"warmup_epochs": 0}).train()
+    model.begin_epoch(1, 1)
+    looks = []
+    original = torch.aminmax
+    monkeypatch.setattr(torch, "aminmax", lambda values: looks.append(tuple(values.shape)) or original(values))
+    model(**model.data_preprocessor(batch(), training=True), mode="loss")
+    prior = (6, CLASSES) if objective == "ikl" else (CLASSES, CLASSES)
+    assert sorted(looks) == sorted({(6, 3, SIZE, SIZE), (6,), prior, (CLASSES, CLASSES)})
+
+
 class _Runner:
     val_loop = None
 
     def __init__(self, model, **options):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
         self.optim_wrapper = OptimWrapper(optimizer, **options)
+        self.model = model
 
 
 def test_the_step_and_its_weight_decay_act_on_the_restored_weights():
