@@ -20,7 +20,7 @@ from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT
 from torchdistill.core.training import get_training_box
 
-from ikl_plugins.adversarial import PGD, Strength
+from ikl_plugins.adversarial import PGD
 from ikl_plugins.torchdistill import adversarial_forward, find_losses
 
 CLASSES, IMAGES, BATCH = 4, 24, 8
@@ -170,19 +170,6 @@ def test_a_step_is_that_of_the_formula(tmp_path, key):
     assert box.model[1].num_batches_tracked == 2  # both views, and not the attack
 
 
-def test_dkl_is_trades(tmp_path):
-    box = make_box(stage(tmp_path, key="DKLLoss", ce_weight=1.0, alpha=6.0, beta=6.0))
-    plain = copy.deepcopy(box.model).train()
-    record = Record(box.model)
-    x, y = dataset()[:BATCH]
-    box.forward_process(x, y).backward()
-    adversarial, natural = plain(record.adversarial), plain(x)
-    divergence = F.kl_div(adversarial.log_softmax(1), natural.softmax(1), reduction="batchmean")
-    (F.cross_entropy(natural, y) + 6.0 * divergence).backward()
-    for ours, theirs in zip(box.model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     "attack",
     [
@@ -219,17 +206,6 @@ def test_the_attack_is_that_of_the_package_in_pixel_space(tmp_path, attack):
     assert torch.equal(record.forwards[-1][1], normalise(pixels))
 
 
-def test_images_may_be_pixels(tmp_path):
-    pixels, y = images()
-    model = net()
-    record = Record(model)
-    natural, adversarial = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK)](model, pixels, y)
-    assert torch.equal(record.forwards[-1][1], pixels)
-    assert (record.adversarial - pixels).abs().max() <= 8 / 255 + 1e-6
-    assert torch.equal(natural, record.forwards[-1][2])
-    assert torch.equal(adversarial, record.forwards[-2][2])
-
-
 def test_the_attack_leaves_gradients_and_modes_alone(tmp_path):
     box = make_box(stage(tmp_path))
     x, y = dataset()[:BATCH]
@@ -253,42 +229,25 @@ def test_the_attack_leaves_gradients_and_modes_alone(tmp_path):
 # --- epochs and the class prior --------------------------------------------------------------------------------------
 
 
-def test_eps_and_steps_follow_the_epochs(tmp_path):
-    config = stage(tmp_path, attack={"eps": 0.4, "eps_ramp": 1.0, "budget": "high"})
+def test_eps_and_steps_follow_the_epochs_of_each_stage(tmp_path):
+    attack = {"eps": 0.4, "eps_ramp": 1.0, "budget": "high"}
+    second = {**WEAK, "eps": 0.2, "eps_ramp": 1.0}
+    config = {"stage1": stage(tmp_path, attack=attack), "stage2": stage(tmp_path, attack=second, epochs=2)}
     box, other = make_box(config), make_box(config)
+    assert box.model_forward_proc.strength is None
     strengths = []
-    for epoch in range(4):
-        train_epoch(box, epoch)
+    for epoch in range(6):
+        box.pre_epoch_process(epoch=epoch)
         strengths.append(box.model_forward_proc.strength)
+        x, y = dataset()[:BATCH]
+        box.post_forward_process(loss=box.forward_process(x, y))
+        box.post_epoch_process()
     expected = [(0.1, 2, 0.1), (0.2, 3, 0.2 * 2 / 3), (0.3, 4, 0.15), (0.4, 5, 0.2)]
+    expected += [(0.1, 2, 2 / 255), (0.2, 2, 4 / 255)]
     torch.testing.assert_close(torch.tensor(strengths), torch.tensor(expected))
     # A box of the same settings has its own epochs.
     other.pre_epoch_process(epoch=1)
     assert other.model_forward_proc.strength == strengths[1]
-    assert box.model_forward_proc.strength == strengths[3]
-
-
-def test_a_constant_strength_is_the_attacks_own(tmp_path):
-    box = make_box(stage(tmp_path))
-    assert box.model_forward_proc.strength is None
-    box.pre_epoch_process(epoch=9)
-    assert box.model_forward_proc.strength == Strength(eps=8 / 255, steps=2, step_size=4 / 255)
-
-
-def test_each_stage_has_its_own_ramp(tmp_path):
-    attack = {**WEAK, "eps": 0.1, "eps_ramp": 1.0}
-    config = {
-        "stage1": stage(tmp_path, attack=attack, epochs=1),
-        "stage2": stage(tmp_path, attack={**attack, "eps": 0.2}, epochs=2),
-    }
-    box = make_box(config)
-    for epoch, eps in enumerate((0.1, 0.1, 0.2)):
-        torch.manual_seed(0)
-        box.pre_epoch_process(epoch=epoch)
-        assert box.model_forward_proc.strength.eps == pytest.approx(eps)
-        x, y = dataset()[:BATCH]
-        box.post_forward_process(loss=box.forward_process(x, y))
-        box.post_epoch_process()
 
 
 def test_the_prior_holds_the_natural_predictions_of_the_training_forward(tmp_path):
@@ -339,24 +298,6 @@ def test_the_class_prior_weighs_the_objective_ikl_alone(tmp_path, objective):
     assert bool((found[0] - found[1]).abs().mean() > 1e-3) is (objective == "ikl")
 
 
-def test_the_objective_ikl_takes_one_class_prior(tmp_path):
-    config = stage(tmp_path, attack={**WEAK, "objective": "ikl"}, **PRIOR)
-    terms = config["criterion"]["kwargs"]["sub_terms"]
-    terms["other"] = copy.deepcopy(terms["term"])
-    with pytest.raises(ValueError, match="must have one class prior to be weighed by, got those of term, other"):
-        make_box(config).pre_epoch_process(epoch=0)
-    terms["other"]["criterion"]["kwargs"].update(global_info=False)
-    make_box(config).pre_epoch_process(epoch=0)
-
-
-@pytest.mark.parametrize("process", ["", "pre_epoch_process: 'default_pre_epoch_process_without_teacher'"])
-def test_a_strength_that_changes_needs_the_epochs(tmp_path, process):
-    train_epoch(make_box(stage(tmp_path, process=process)), 0)
-    changing = make_box(stage(tmp_path, process=process, attack={**WEAK, "eps_ramp": 0.5}))
-    with pytest.raises(ValueError, match=r"must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"):
-        train_epoch(changing, 0)
-
-
 # --- beside a teacher ------------------------------------------------------------------------------------------------
 
 
@@ -382,60 +323,24 @@ def test_a_teacher_takes_the_place_of_the_natural_logits(tmp_path):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_teacher_is_not_attacked(tmp_path):
-    proc = MODEL.replace("model:", "teacher:", 1).rstrip() + "\n  requires_grad: False\n"
-    box = distillation_box(tmp_path, proc)
-    box.pre_epoch_process(epoch=0)
-    with pytest.raises(ValueError, match=r"a teacher must see natural images"):
-        box.forward_process(*dataset()[:BATCH])
-
-
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_settings_are_registered_once():
+def test_the_same_settings_are_registered_once(monkeypatch):
     key = adversarial_forward(eps="8/255", budget="low", **NORMALISED)
     assert key == (
         "ikl_plugins.adversarial_forward(budget='low', eps='8/255', mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])"
     )
     held = FORWARD_PROC_FUNC_DICT[key]
-    assert adversarial_forward(budget="low", **NORMALISED, eps="8/255") == key
-    assert FORWARD_PROC_FUNC_DICT[key] is held
     assert "eps=0.0313" in repr(held)
+    assert adversarial_forward(budget="low", **NORMALISED, eps="8/255") == key
     other = adversarial_forward(eps="9/255", budget="low", **NORMALISED)
-    assert other != key
     assert FORWARD_PROC_FUNC_DICT[key] is held
     assert FORWARD_PROC_FUNC_DICT[other].attack.eps == pytest.approx(9 / 255)
-
-
-def test_a_key_of_somebody_else_is_refused_and_kept(monkeypatch):
-    key = adversarial_forward(**WEAK)
-    monkeypatch.setitem(FORWARD_PROC_FUNC_DICT, key, print)
-    with pytest.raises(ValueError, match=r"key '.*' must be free, but <built-in function print> holds it\. Register"):
-        adversarial_forward(**WEAK)
-    assert FORWARD_PROC_FUNC_DICT[key] is print
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"step_sizes": 1}, TypeError, "unknown keyword `step_sizes`. Did you mean `step_size`? Known: budget, eps"),
-        ({"means": [0.5]}, TypeError, "Did you mean `mean`?"),
-        ({"eps": None}, TypeError, "PGD: `eps` must be a finite number above 0, got None"),
-        ({"mean": [0.5]}, ValueError, "adversarial_forward: `mean` and `std` must be given both or not at all"),
-        ({"mean": [123.7], "std": [58.4]}, ValueError, "adversarial_forward: `mean` must hold numbers of at most 1"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(change, kind, message):
-    before = set(FORWARD_PROC_FUNC_DICT)
-    with pytest.raises(kind, match=re.escape(message)):
-        adversarial_forward(**{**WEAK, **change})
-    assert set(FORWARD_PROC_FUNC_DICT) == before
-
-
-def test_a_radius_is_needed():
-    with pytest.raises(TypeError, match=r"adversarial_forward: `eps` must be given"):
-        adversarial_forward(budget="low")
+    monkeypatch.setitem(FORWARD_PROC_FUNC_DICT, other, print)
+    with pytest.raises(ValueError, match=r"must be free, but <built-in function print> holds it"):
+        adversarial_forward(eps="9/255", budget="low", **NORMALISED)
+    assert FORWARD_PROC_FUNC_DICT[other] is print
 
 
 # --- batches and models that do not fit ------------------------------------------------------------------------------
@@ -456,49 +361,109 @@ def sharded():
     return model
 
 
-LABELS = {"objective": "cross_entropy"}
+# id: settings, network, what is made of the pixels and labels, error, the fragment that matters
+BATCHES = {
+    "not told": ({}, net, normalise, ValueError, r"in \[0, 1\], got values from -.*Give `mean` and `std`"),
+    "bytes": (NORMALISED, net, lambda x: 255 * x, ValueError, r"once mean and std are undone"),
+    "channels": (NORMALISED, net, lambda x: x[:, :2], ValueError, r"one number per channel, got 3"),
+    "nan": (NORMALISED, net, lambda x: x * torch.nan, ValueError, r"got values from nan"),
+    "empty": ({}, net, lambda x: x[:0], ValueError, r"must be a batch"),
+    "dark": ({}, net, lambda x: x / 2 - 0.005, ValueError, r"got values from -0\.00"),
+    "light": ({}, net, lambda x: x / 2 + 0.505, ValueError, r"got values from 0\.5\d* to 1\.00"),
+    "uint8": ({}, net, lambda x: (255 * x).byte(), TypeError, r"floating dtype .*, got torch\.uint8"),
+    "list": ({}, net, lambda x: [1, 2], TypeError, r"must be a torch\.Tensor, got list"),
+    "no labels": ({"objective": "cross_entropy"}, net, torch.clone, ValueError, r"`labels` must be given"),
+    "dict": ({}, DictNet, torch.clone, ValueError, r"a dict with the keys 'out', 'aux'"),
+    "shards": ({}, sharded, torch.clone, ValueError, r"whole in each process, .* by FullyShardedDataParallel"),
+}
 
 
-@pytest.mark.parametrize(
-    ("settings", "model", "change", "labels", "error", "message"),
-    [
-        ({}, net, normalise, True, ValueError, r"must lie in \[0, 1\], got values from -.*Give `mean` and `std`"),
-        (NORMALISED, net, lambda x: 255 * x, True, ValueError, r"\[0, 1\] once mean and std are undone"),
-        (NORMALISED, net, lambda x: x[:, :2], True, ValueError, r"must have one number per channel, got 3"),
-        (NORMALISED, net, lambda x: x * torch.nan, True, ValueError, r"got values from nan"),
-        ({}, net, lambda x: x[:0], True, ValueError, r"must be a batch"),
-        ({}, net, lambda x: x / 2 - 0.005, True, ValueError, r"got values from -0\.00"),
-        ({}, net, lambda x: x / 2 + 0.505, True, ValueError, r"got values from 0\.5\d* to 1\.00"),
-        ({}, net, lambda x: (255 * x).byte(), True, TypeError, r"floating dtype .*, got torch\.uint8"),
-        ({}, net, lambda x: [1, 2], True, TypeError, r"must be a torch\.Tensor, got list"),
-        (LABELS, net, torch.clone, False, ValueError, r"`labels` must be given"),
-        ({}, DictNet, torch.clone, True, ValueError, r"the tensor of logits, got a dict with the keys 'out', 'aux'"),
-        ({}, sharded, torch.clone, True, ValueError, r"whole in each process, .* by FullyShardedDataParallel"),
-    ],
-)
-def test_a_batch_that_does_not_fit_is_refused(settings, model, change, labels, error, message):
+@pytest.mark.parametrize("case", BATCHES)
+def test_a_batch_that_does_not_fit_is_refused(case):
+    settings, make, change, error, message = BATCHES[case]
     pixels, y = images()
     forward = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK, **settings)]
-    model = model()
+    model = make()
     with pytest.raises(error, match=message):
-        forward(model, change(pixels), y if labels else None)
+        forward(model, change(pixels), None if case == "no labels" else y)
     assert all(module.training for module in model.modules())
 
 
-def test_labels_are_not_needed_where_nothing_uses_them():
-    pixels, _ = images()
+# id: changes of the settings, error, the fragment that matters
+SETTINGS = {
+    "name": (
+        {"step_sizes": 1},
+        TypeError,
+        "unknown keyword `step_sizes`. Did you mean `step_size`? Known: budget, eps",
+    ),
+    "name of ours": ({"means": [0.5]}, TypeError, "Did you mean `mean`?"),
+    "no number": ({"eps": None}, TypeError, "PGD: `eps` must be a finite number above 0, got None"),
+    "mean alone": ({"mean": [0.5]}, ValueError, "adversarial_forward: `mean` and `std` must be given both"),
+    "bytes": ({"mean": [123.7], "std": [58.4]}, ValueError, "adversarial_forward: `mean` must hold numbers of at most"),
+}
+
+
+def test_settings_that_do_not_fit_are_refused():
+    before = set(FORWARD_PROC_FUNC_DICT)
+    for change, error, message in SETTINGS.values():
+        with pytest.raises(error, match=re.escape(message)):
+            adversarial_forward(**{**WEAK, **change})
+    with pytest.raises(TypeError, match=r"adversarial_forward: `eps` must be given"):
+        adversarial_forward(budget="low")
+    assert set(FORWARD_PROC_FUNC_DICT) == before
+
+
+def hooked(role):
+    hook = "\n  forward_hook: {{output: ['7']}}\n"
+    return lambda folder: make_box(stage(folder, models=MODEL.rstrip() + hook, **{f"{role}_module_path": "7"}))
+
+
+def two_priors(folder):
+    config = stage(folder, attack={**WEAK, "objective": "ikl"}, **PRIOR)
+    terms = config["criterion"]["kwargs"]["sub_terms"]
+    terms["other"] = copy.deepcopy(terms["term"])
+    return make_box(config)
+
+
+def attacked_teacher(folder):
+    return distillation_box(folder, MODEL.replace("model:", "teacher:", 1).rstrip() + "\n  requires_grad: False\n")
+
+
+def changing(process):
+    return lambda folder: make_box(stage(folder, process=process, attack={**WEAK, "eps_ramp": 0.5}))
+
+
+WITHOUT_OURS = "pre_epoch_process: 'default_pre_epoch_process_without_teacher'"
+BOXES = {
+    "hook of the student": (hooked("student"), r"`student_module_path` must be '\.' in adversarial training"),
+    "hook of the teacher": (hooked("teacher"), r"`teacher_module_path` must be '\.' in adversarial training"),
+    "teacher": (attacked_teacher, "a teacher must see natural images"),
+    "two priors": (two_priors, "got those of term, other"),
+    "no process": (changing(""), r"must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"),
+    "another process": (changing(WITHOUT_OURS), r"must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"),
+}
+
+
+@pytest.mark.parametrize("case", BOXES)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, case):
+    make, message = BOXES[case]
+    box = make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train_epoch(box, 0)
+
+
+def test_what_is_next_to_a_refusal_works(tmp_path):
+    """Labels where nothing uses them, one number for all channels, rounding, a strength that stays without epochs."""
+    pixels, y = images()
     views = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK, objective="ikl")](net(), pixels)
     assert not torch.equal(views.natural, views.adversarial)
-
-
-def test_one_number_serves_all_channels_and_rounding_is_forgiven():
-    pixels, y = images()
     forward = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK, mean=[0.5], std=[0.25])]
     model = net().bfloat16()
     record = Record(model)
     edge = pixels.round().bfloat16()
     forward(model, (edge - 0.5) / 0.25 * 1.01, y)
     assert (record.adversarial * 0.25 + 0.5 - edge).abs().max() <= 8 / 255 + 0.02
+    train_epoch(make_box(stage(tmp_path, process=WITHOUT_OURS)), 0)
 
 
 @pytest.mark.parametrize(("mean", "warned"), [([0.25], True), ([0.0], False)])
@@ -514,14 +479,6 @@ def test_images_that_seem_not_normalised_are_warned_of_once(caplog, mean, warned
                 told(net(), pixels, y)
             said.append(sum("no pixel is darker than `mean`" in record.message for record in caplog.records))
     assert said == [warned, 0, warned]
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_a_hooked_module_is_refused(tmp_path, role):
-    hook = "\n  forward_hook: {{output: ['7']}}\n"
-    box = make_box(stage(tmp_path, models=MODEL.rstrip() + hook, **{f"{role}_module_path": "7"}))
-    with pytest.raises(ValueError, match=rf"`{role}_module_path` must be '\.' in adversarial training"):
-        box.forward_process(*dataset()[:BATCH])
 
 
 # --- several ranks: what one process can see of it -------------------------------------------------------------------
