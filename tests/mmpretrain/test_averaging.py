@@ -66,13 +66,6 @@ def test_the_average_is_that_of_the_formula(momentum):
     assert not averaged.module.weight.requires_grad
 
 
-def test_the_decay_rises_to_its_end():
-    averaged = WarmupEMA(nn.Linear(1, 1), momentum=0.005)
-    assert [averaged.decay(step) for step in (0, 1, 90, 1789, 1791, 10**6)] == pytest.approx(
-        [0.1, 2 / 11, 0.91, 1790 / 1799, 0.995, 0.995]
-    )
-
-
 @pytest.mark.parametrize("update_buffers", [False, True])
 def test_buffers_are_those_of_the_model_that_is_trained(update_buffers):
     model = nn.BatchNorm1d(2)
@@ -128,24 +121,18 @@ def scheduled(optimizer, steps, **keywords):
 
 
 @pytest.mark.parametrize("strategy", ["cos", "linear"])
+@pytest.mark.parametrize("by_epoch", [True, False])
 @pytest.mark.parametrize(
     ("steps", "share"),
     [(400, 0.025), (1600, 0.025), (2400, 0.025), (7, 0.3), (10, 0.55), (1, 0.3), (30, 0.025), (5, 1.0)],
 )
-def test_rate_and_momentum_are_torchs(steps, share, strategy):
-    """By epochs, for both groups of parameters."""
-    theirs = optimizer_of()
-    schedule = OneCycleLR(
-        theirs,
-        max_lr=0.2,
-        total_steps=steps,
-        pct_start=share,
-        div_factor=25,
-        final_div_factor=1e4,
-        anneal_strategy=strategy,
-    )
-    ours = optimizer_of()
-    wrapper, schedulers = scheduled(ours, steps, pct_start=share, anneal_strategy=strategy)
+def test_rate_and_momentum_are_torchs(steps, share, strategy, by_epoch):
+    """For both groups of parameters; MMEngine's convert_to_iter_based makes of epochs three iterations each."""
+    ours, theirs = optimizer_of(), optimizer_of()
+    keywords = {"pct_start": share, "anneal_strategy": strategy}
+    wrapper, schedulers = scheduled(ours, steps, **keywords, **({} if by_epoch else {"convert_to_iter_based": True}))
+    steps *= 1 if by_epoch else 3
+    schedule = OneCycleLR(theirs, max_lr=0.2, total_steps=steps, **keywords)  # div_factor 25 and 1e4 are torch's own
     for step in range(steps):
         for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
             assert mine["lr"] == pytest.approx(other["lr"], rel=1e-12, abs=1e-15), step
@@ -168,21 +155,6 @@ def test_the_first_beta_of_adam_is_its_momentum():
         wrapper.step()
         scheduler.step()
     assert wrapper.param_groups[0]["betas"] == (pytest.approx(0.85), 0.999)
-
-
-def test_iterations_in_the_place_of_epochs():
-    """MMEngine's convert_to_iter_based: 4 epochs of 3 iterations are one cycle of 12."""
-    ours, theirs = optimizer_of(), optimizer_of()
-    wrapper, schedulers = scheduled(ours, 4, pct_start=0.3, convert_to_iter_based=True)
-    schedule = OneCycleLR(theirs, max_lr=0.2, total_steps=12, pct_start=0.3)
-    for _ in range(11):
-        for optimizer in (wrapper, theirs):
-            optimizer.step()
-        schedule.step()
-        for scheduler in schedulers:
-            scheduler.step()
-        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
-        assert ours.param_groups[0]["momentum"] == pytest.approx(theirs.param_groups[0]["momentum"], rel=1e-12)
 
 
 CYCLE = [
@@ -221,20 +193,13 @@ def test_the_first_batch_counts_whole_and_each_other_a_hundredth(tmp_path):
     assert momenta(tmp_path) == [{1.0}, *[{0.01}] * 5]
     # A resumed run has no first step.
     assert momenta(tmp_path / "again", resume=True, load_from=str(tmp_path / "epoch_1.pth")) == [{0.01}] * 3
-
-
-def test_the_momenta_are_arguments(tmp_path):
-    assert momenta(tmp_path, {"momentum": 0.2, "first_momentum": 0.5}, epochs=1) == [{0.5}, {0.2}, {0.2}]
+    settings = {"momentum": 0.2, "first_momentum": 0.5}
+    assert momenta(tmp_path / "others", settings, epochs=1) == [{0.5}, {0.2}, {0.2}]
 
 
 def test_statistics_after_the_first_step_are_those_of_the_batch(tmp_path):
-    run = runner(
-        tmp_path,
-        network(),
-        epochs=1,
-        train_dataloader=loader(4, 4, shuffle=False),
-        hooks=[{"type": "IKLHook"}, {"type": "BatchNormMomentumHook"}],
-    )
+    hooks = [{"type": "IKLHook"}, {"type": "BatchNormMomentumHook"}]
+    run = runner(tmp_path, network(), epochs=1, train_dataloader=loader(4, 4, shuffle=False), hooks=hooks)
     seen = []
     run.model.backbone.bn1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     run.train()
@@ -247,21 +212,17 @@ def test_statistics_after_the_first_step_are_those_of_the_batch(tmp_path):
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
+ATTACK = {"eps": "8/255", "steps": 3, "step_size": "2/255", "random_start": "uniform"}
+
+
 def adversarial_network(**keywords):
     return network(
         type="AdversarialClassifier",
         data_preprocessor={"mean": [0.0] * 3, "std": [255.0] * 3, "num_classes": CLASSES},
-        attack={
-            "eps": "8/255",
-            "steps": 3,
-            "step_size": "2/255",
-            "random_start": "uniform",
-            "objective": "soft_cross_entropy",
-            "model_mode": "train",
-        },
+        attack={**ATTACK, "objective": "soft_cross_entropy", "model_mode": "train"},
         robust_loss={"type": "KLLoss", "loss_weight": 5.0},
         label_smoothing=0.1,
-        val_attack={"eps": "8/255", "steps": 40, "step_size": "2/255", "objective": "margin"},
+        val_attack={**ATTACK, "steps": 40, "objective": "margin"},
         **keywords,
     )
 
@@ -269,24 +230,6 @@ def adversarial_network(**keywords):
 def prepared(model, data):
     batch = {name: [copy.deepcopy(sample[name]) for sample in data] for name in ("inputs", "data_samples")}
     return model.data_preprocessor(batch)
-
-
-def test_an_attack_in_training_mode_leaves_the_statistics_alone():
-    """They move in the two training passes, of adversarial and of natural images, and in no step of the attack."""
-    model = MODELS.build(adversarial_network()).train()
-    layer = model.backbone.bn1
-    inputs = []
-    layer.register_forward_pre_hook(
-        lambda module, args: inputs.append((module.training, module.track_running_stats, args[0].detach()))
-    )
-    batch = prepared(model, loader(6).dataset)
-    model.loss(batch["inputs"], batch["data_samples"])
-    assert [training for training, _, _ in inputs] == [True] * 6  # natural logits, three steps, two passes
-    assert layer.num_batches_tracked == 2
-    mean = torch.zeros(2)
-    for _, _, activations in inputs[-2:]:
-        mean = 0.9 * mean + 0.1 * activations.mean((0, 2, 3))
-    torch.testing.assert_close(layer.running_mean, mean)
 
 
 def recipe(work_dir, epochs=4, **keywords):
@@ -372,47 +315,36 @@ def documented(heading):
 def test_the_documented_recipe_trains(tmp_path):
     """With a small network and few images in the place of CIFAR-10's, and three epochs."""
     random = numpy.random.default_rng(0)
-    numpy.savez(
-        tmp_path / "1m.npz",
-        image=random.integers(256, size=(40, 32, 32, 3), dtype="uint8"),
-        label=random.integers(3, size=40),
-    )
+    images = random.integers(256, size=(40, 32, 32, 3), dtype="uint8")
+    numpy.savez(tmp_path / "1m.npz", image=images, label=random.integers(3, size=40))
     data, recipe = documented("In every batch"), documented("The recipe")
-    parts = data["train_dataloader"]["dataset"]["datasets"]
-    assert [part["type"] for part in parts] == ["CIFAR10", "GeneratedImages"]
-    assert parts[0]["indices"] == -48_976
-    parts[0].update(type=FewImages, data_root=str(tmp_path), indices=-20)
-    parts[1]["data_root"] = str(tmp_path)
+    assert recipe["train_cfg"]["max_epochs"] * 0.025 + 1 == recipe["custom_hooks"][3]["begin_epoch"]
+    real, generated = data["train_dataloader"]["dataset"]["datasets"]
     held_out = data["val_dataloader"]["dataset"]
-    assert held_out["indices"] == 1024
+    assert [real["type"], generated["type"]] == ["CIFAR10", "GeneratedImages"]
+    assert [real["indices"], held_out["indices"]] == [-48_976, 1024]
+    real.update(type=FewImages, data_root=str(tmp_path), indices=-20)
+    generated["data_root"] = str(tmp_path)
     held_out.update(type=FewImages, data_root=str(tmp_path), indices=10)
-    data["train_dataloader"].update(batch_size=6, num_workers=0)
+    for name in ("train_dataloader", "val_dataloader"):
+        data[name].update(batch_size=6, num_workers=0)
     data["train_dataloader"]["batch_sampler"]["epoch_size"] = 20
-    data["val_dataloader"].update(batch_size=6, num_workers=0)
     recipe["custom_hooks"][3]["begin_epoch"] = 2
     model = network(**recipe["model"])
     model["data_preprocessor"]["num_classes"] = CLASSES
     model["attack"]["steps"] = model["val_attack"]["steps"] = 2
-    run = runner(
-        tmp_path / "run",
-        model,
-        epochs=3,
-        hooks=recipe["custom_hooks"],
-        **{name: data[name] for name in ("train_dataloader", "val_dataloader")},
-        **{
-            name: recipe[name]
-            for name in ("optim_wrapper", "param_scheduler", "val_cfg", "val_evaluator", "default_hooks")
-        },
-    )
-    labels = []
+    names = ("optim_wrapper", "param_scheduler", "val_cfg", "val_evaluator", "default_hooks")
+    settings = {name: recipe[name] for name in names}
+    settings |= {name: data[name] for name in ("train_dataloader", "val_dataloader")}
+    run = runner(tmp_path / "run", model, epochs=3, hooks=recipe["custom_hooks"], **settings)
+    sizes = []
     run.register_hook(
-        Record(before_train_iter=lambda run, batch_idx, data_batch=None: labels.append(len(data_batch["data_samples"])))
+        Record(before_train_iter=lambda run, batch_idx, data_batch: sizes.append(len(data_batch["inputs"])))
     )
     run.train()
-    assert labels == [6] * 12
+    assert sizes == [6] * 12
     assert run.val_dataloader.dataset.get_gt_labels().tolist() == [index % 3 for index in range(10)]
     assert list(tmp_path.glob("run/best_robust_top1_*.pth"))
-    assert recipe["train_cfg"]["max_epochs"] * 0.025 + 1 == documented("The recipe")["custom_hooks"][3]["begin_epoch"]
 
 
 class FewImages(CIFAR10):

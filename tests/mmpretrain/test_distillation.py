@@ -61,11 +61,14 @@ def plain_logits(model, inputs):
     return student.head(student.extract_feat(inputs)), model.teacher.module.eval()(inputs)
 
 
-def captured(caplog):
+@pytest.fixture
+def said(caplog):
+    """What MMEngine's logger says."""
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO, logger=logger.name)
-    return logger
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 # --- the losses ------------------------------------------------------------------------------------------------------
@@ -78,23 +81,24 @@ def test_the_total_is_the_labels_and_the_ramped_formula(make, small_batch, epoch
     model = make(distill_loss={"type": "IKLLoss", **keywords}, distill_weight=0.5, ce_weight=0.25, warmup_epochs=warmup)
     if epoch is not None:
         model.begin_epoch(epoch, 10)
-    ramp = 1.0 if epoch is None else epoch / 4
     inputs, samples = prepared(model, small_batch())
     student, teacher = plain_logits(model, inputs)
     losses = model.train()(inputs, samples, mode="loss")
 
-    expected = oracles.decoupled("ikl", student, teacher, **keywords)
-    scale = 0.5 * ramp
-    close = {"rtol": 1e-4, "atol": 1e-6}
-    torch.testing.assert_close(losses["loss_distill"].double(), scale * expected.loss("batchmean"), **close)
-    torch.testing.assert_close(losses["weighted_mse"].double(), scale * expected.weighted_mse.mean(), **close)
-    torch.testing.assert_close(losses["soft_cross_entropy"].double(), scale * expected.cross_entropy.mean(), **close)
-    torch.testing.assert_close(losses["loss_ce"], 0.25 * F.cross_entropy(student, labels_of(samples)), **close)
+    exact = oracles.decoupled("ikl", student, teacher, **keywords)
+    scale = 0.5 * (1.0 if epoch is None else epoch / 4)
+    expected = {
+        "loss_ce": 0.25 * F.cross_entropy(student, labels_of(samples)).double(),
+        "loss_distill": scale * exact.loss("batchmean"),
+        "weighted_mse": scale * exact.weighted_mse.mean(),
+        "soft_cross_entropy": scale * exact.cross_entropy.mean(),
+    }
+    found = {name: value.double() for name, value in losses.items()}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert not losses["weighted_mse"].requires_grad
-
     total, log = model.parse_losses(losses)
     torch.testing.assert_close(total, losses["loss_ce"] + losses["loss_distill"])  # the terms are not counted twice
-    assert list(log) == ["loss", "loss_ce", "loss_distill", "weighted_mse", "soft_cross_entropy"]
+    assert list(log) == ["loss", *expected]
 
 
 def test_the_default_is_ikl_with_weight_one(make):
@@ -300,36 +304,20 @@ def test_settings_that_are_refused(make, case):
 
 # id: changes of the network, keywords of the classifier, whether an epoch has begun, samples, the fragment that matters
 NONE = object()
+MIXED = "class prior of `distill_loss` .* `gt_score`.*`augments`"
+SEVERAL = [DataSample().set_gt_label([0, 1]), *[DataSample().set_gt_label(1)] * 5]
+BARE = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))  # tells its class count with its first logits
 STEPS = {
     "prior": ({}, {"distill_loss": PRIOR}, False, NONE, r"global_info=True of `distill_loss` must .*IKLHook"),
     "ramp": ({}, {"warmup_epochs": 2}, False, NONE, "warmup_epochs=2 must know where epochs begin"),
     "both": ({}, {"distill_loss": PRIOR, "warmup_epochs": 2}, False, NONE, "`distill_loss` and warmup_epochs=2"),
-    "mixup": (MIXUP, {"distill_loss": PRIOR}, True, NONE, "class prior of `distill_loss` .* `gt_score`.*`augments`"),
-    "one-hot": (
-        {"to_onehot": True},
-        {"distill_loss": PRIOR},
-        True,
-        NONE,
-        "`gt_score`.*or set global_info=False",
-    ),
+    "mixup": (MIXUP, {"distill_loss": PRIOR}, True, NONE, MIXED),
+    "one-hot": ({"to_onehot": True}, {"distill_loss": PRIOR}, True, NONE, "`gt_score`.*or set global_info=False"),
     "no samples": ({}, {"distill_loss": PRIOR}, True, None, "must have a `gt_label`, which the class prior of"),
     "empty": ({}, {"distill_loss": PRIOR}, True, [], "must have a `gt_label`"),
     "no label": ({}, {"distill_loss": PRIOR}, True, [DataSample()] * 6, "must have a `gt_label`"),
-    "two labels": (
-        {},
-        {"distill_loss": PRIOR},
-        True,
-        [DataSample().set_gt_label([0, 1]), *[DataSample().set_gt_label(1)] * 5],
-        "needs one class per sample, but some have none or several",
-    ),
-    # A bare network tells its class count with its first logits.
-    "classes of the teacher": (
-        {},
-        {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(768, 4))},
-        True,
-        NONE,
-        r"class count of the student, got logits of shape \(6, 4\) and \(6, 3\)",
-    ),
+    "two labels": ({}, {"distill_loss": PRIOR}, True, SEVERAL, "one class per sample, but some have none or several"),
+    "classes": ({}, {"teacher": BARE}, True, NONE, r"got logits of shape \(6, 4\) and \(6, 3\)"),
 }
 
 
@@ -421,33 +409,27 @@ class Images(Dataset):
         return {key: values[index] for key, values in self.batch.items()}
 
 
-def collate(items):
-    return {key: [item[key] for item in items] for key in items[0]}
-
-
 def runner_with(data, **keywords):
+    def collate(items):
+        return {key: [item[key] for item in items] for key in items[0]}
+
     loader = DataLoader(data, batch_size=4, collate_fn=collate, **keywords)
     return SimpleNamespace(val_loop=SimpleNamespace(dataloader=loader))
 
 
-def test_the_teachers_accuracy_is_logged_and_nothing_else_changes(make, small_batch, caplog):
+def test_the_teachers_accuracy_is_logged_and_nothing_else_changes(make, small_batch, said):
     model = make(teacher_val_batches=2).train()
-    batch = small_batch(images=12)
     with torch.no_grad():
-        data = model.data_preprocessor(copy.deepcopy(batch), False)
+        data = model.data_preprocessor(small_batch(images=12), False)
         guesses = model.teacher(data["inputs"][:8]).argmax(1)
     labels = [*guesses[:7].tolist(), (int(guesses[7]) + 1) % 3, *[0] * 4]  # 7 of the first 8 are right
     images = Images(small_batch(images=12, labels=labels))
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     weights = copy.deepcopy(model.state_dict())
-    logger = captured(caplog)
-    try:
-        model.attach(runner_with(images))
-    finally:
-        logger.removeHandler(caplog.handler)
+    model.attach(runner_with(images))
     assert images.read == list(range(8))
-    assert "the teacher's top-1 accuracy on 8 validation images is 87.50 %" in caplog.text
-    assert "not better than chance" not in caplog.text
+    assert "the teacher's top-1 accuracy on 8 validation images is 87.50 %" in said.text
+    assert "not better than chance" not in said.text
     assert random.getstate() == states[0]
     assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), states[1], strict=True))
     assert torch.equal(torch.get_rng_state(), states[2])
@@ -456,31 +438,23 @@ def test_the_teachers_accuracy_is_logged_and_nothing_else_changes(make, small_ba
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_a_teacher_at_chance_is_warned_about(make, small_batch, caplog):
+def test_a_teacher_at_chance_is_warned_about(make, small_batch, said):
     constant = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
     nn.init.zeros_(constant[1].weight)
     model = make(teacher=constant, teacher_val_batches=9)
-    logger = captured(caplog)
-    try:
-        model.attach(runner_with(Images(small_batch(images=12)), shuffle=True))  # four of each class
-    finally:
-        logger.removeHandler(caplog.handler)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert "the teacher is not better than chance (33.33 % of 3 classes). Check `teacher_ckpt`" in warnings[0]
+    model.attach(runner_with(Images(small_batch(images=12)), shuffle=True))  # four of each class
+    (warning,) = [record.getMessage() for record in said.records if record.levelno == logging.WARNING]
+    assert "the teacher is not better than chance (33.33 % of 3 classes)" in warning
 
 
-@pytest.mark.parametrize("case", ["no loop", "no labels", "not asked"])
-def test_a_teacher_that_cannot_be_tested_is_warned_about(make, small_batch, caplog, case):
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [("no loop", "has no `val_dataloader`"), ("no labels", "has no batches or no labels"), ("not asked", "")],
+)
+def test_a_teacher_that_cannot_be_tested_is_warned_about(make, small_batch, said, case, expected):
     model = make(teacher_val_batches=0 if case == "not asked" else 1)
     batch = small_batch()
     batch["data_samples"] = [DataSample() for _ in batch["inputs"]]
-    runner = SimpleNamespace(val_loop=None) if case == "no loop" else runner_with(Images(batch))
-    logger = captured(caplog)
-    try:
-        model.attach(runner)
-    finally:
-        logger.removeHandler(caplog.handler)
-    expected = {"no loop": "has no `val_dataloader`", "no labels": "has no batches or no labels", "not asked": ""}
-    assert expected[case] in caplog.text
-    assert bool(caplog.text) == (case != "not asked")
+    model.attach(SimpleNamespace(val_loop=None) if case == "no loop" else runner_with(Images(batch)))
+    assert expected in said.text
+    assert bool(said.text) == bool(expected)
