@@ -11,8 +11,6 @@ from evidence import bench
 from evidence import bench_losses as losses
 from evidence.cache import TOOLS
 
-from ikl_plugins import native
-
 
 def plain(student, teacher, temperature):
     """IKL by pairs; weights and soft labels are tempered, the weighted MSE is not."""
@@ -51,31 +49,6 @@ def test_both_ways_to_the_weights_agree():
         weights, mass = way(teacher)
         torch.testing.assert_close(mass.double(), powers.sum(1, keepdim=True), rtol=1e-5, atol=0)
         torch.testing.assert_close((weights * mass).double(), powers, rtol=1e-5, atol=0)
-
-
-def test_the_operator_is_on_inside_its_method_alone(monkeypatch):
-    switched = []
-    monkeypatch.setattr(native, "enable", lambda: switched.append("on"))
-    monkeypatch.setattr(native, "disable", lambda: switched.append("off"))
-
-    def loss(student, teacher):
-        assert switched == ["on"]
-        return student.sum()
-
-    assert losses.by_operator(loss)(torch.ones(1, 2), torch.ones(1, 2)) == 2
-    assert switched == ["on", "off"]
-    left = bench.runnable(losses.METHODS, built=False)
-    assert set(losses.METHODS) - set(left) == {"IKL, C++ operator", "GKL gamma 0.5, C++ operator"}
-    assert bench.runnable(losses.METHODS, built=True) == list(losses.METHODS)
-
-
-def test_without_a_compiler_it_says_so(monkeypatch, capsys):
-    def build():
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(native, "build", build)
-    assert not bench.can_build()
-    assert "no compiler" in capsys.readouterr().out
 
 
 # Three tensors are held and the gradient is one more; the sum's own is an expanded scalar.

@@ -100,19 +100,6 @@ def test_labels_alone_see_no_teacher() -> None:
     torch.testing.assert_close(training.box.criterion(io_dict, {}, labels), expected)
 
 
-def test_the_operator_is_on_for_its_method_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    switched: list[str] = []
-    monkeypatch.setattr(native, "enable", lambda: switched.append("on"))
-    monkeypatch.setattr(native, "disable", lambda: switched.append("off"))
-    for method in bench_training.TIMED:
-        with bench_training.switched(method):
-            switched.append(method)
-    on = {before for before, method in itertools.pairwise(switched) if method == bench_training.OPERATOR}
-    assert on == {"on"}
-    assert switched.count("on") == 1
-    assert switched[-1] == "off"
-
-
 def test_a_run_writes_table_and_csv(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_training, "CASES", SMALL[:1])
     monkeypatch.setattr(bench_training, "LEAST_ROUNDS", 1)

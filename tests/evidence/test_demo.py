@@ -11,11 +11,10 @@ import sys
 
 import pytest
 import torch
-from demo import adversarial, distill, robustbench
-from demo import main as demo
-from demo_adversarial_results import made_up_adversarial_results
+from demo import adversarial, distill
 from evidence.cache import TOOLS, read_json
 
+from ikl_plugins import models
 from ikl_plugins.commands.data import prepare_digits
 
 TABLE_LINE = re.compile(r"^\| (CE|KL|DKL|IKL|GKL) +\|", re.MULTILINE)
@@ -90,6 +89,39 @@ def test_the_plots_are_images(tmp_path, seeds, epochs):
             assert len(drawn.convert("RGB").getcolors(2**24)) > 20
 
 
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_both_terms_are_those_of_the_pairs(tmp_path):
+    images, networks = [(torch.rand(3, 32, 32), 0) for _ in range(12)], {}
+    for name in ("resnet14", "resnet8"):
+        networks[name] = getattr(models, name)(num_classes=10).eval()
+        torch.save({"model": networks[name].state_dict()}, tmp_path / f"{name}.pt")
+    teacher_block, student_block = ({"key": f"ikl_plugins.{name}", "kwargs": {"num_classes": 10}} for name in networks)
+    measure = distill.Measure(images, teacher_block, tmp_path / "resnet14.pt")
+    found = measure(student_block, tmp_path / "resnet8.pt")
+    with torch.no_grad():
+        batch = torch.stack([image for image, _ in images])
+        teacher, student = (network(batch).double() for network in networks.values())
+    labels = (teacher / 4).softmax(1)
+    mse = 0.0
+    for label, gap in zip(labels, teacher - student, strict=True):
+        pairs = gap[:, None] - gap[None, :]
+        mse += 0.25 * (label[:, None] * label[None, :] * pairs**2).sum().item() / len(labels)
+    assert found["weighted_mse"] == pytest.approx(mse, rel=1e-4)
+    cross_entropy = -(labels * (student / 4).log_softmax(1)).sum(1).mean().item()
+    assert found["soft_cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert measure.soft_entropy == pytest.approx(-(labels * labels.log()).sum(1).mean().item(), rel=1e-5)
+
+
+def test_the_end_of_an_epoch_sees_that_epoch_s_checkpoint():
+    seen = []
+    progress = distill.at_epoch_ends(lambda step, total, text: seen.append(step), 3, lambda: seen.append("act"))
+    for step in range(1, 7):
+        progress(step, 6, "")
+    assert seen == [1, 2, "act", 3, 4, "act", 5, 6]
+
+
 # --- a tenth of the digits -------------------------------------------------------------------------------------------
 
 
@@ -109,180 +141,6 @@ def few_digits(tmp_path_factory):
         manifest["splits"][split] = {"images": len(chosen), "per_class": {}, "sha256": "few"}
     (data / "digits" / "manifest.json").write_text(json.dumps(manifest))
     return data
-
-
-class FakeTraining:
-    """Stands in for the driver's run: an untrained network as the checkpoint, made-up numbers."""
-
-    def __init__(self, monkeypatch, here):
-        self.calls = []
-        self.stop_before = None
-        monkeypatch.setattr(distill.training, "run", self)
-        # Two epochs each, so that there is an end of an epoch in the middle of a run.
-        self.configs = here / "configs"
-        self.configs.mkdir()
-        for path in distill.CONFIGS.glob("*.yaml"):
-            text, changes = re.subn(r"num_epochs: \d+", "num_epochs: 2", path.read_text())
-            assert changes == 1
-            (self.configs / path.name).write_text(text)
-        monkeypatch.setattr(distill, "CONFIGS", self.configs)
-        monkeypatch.setattr(distill, "TIMED_EPOCHS", 1)
-        # These take seconds and have tests of their own.
-        for module in (distill, adversarial):
-            for draw in [name for name in vars(module) if name.startswith("draw_") and "with" not in name]:
-                monkeypatch.setattr(module, draw, lambda results, path: path.write_bytes(b""))
-        monkeypatch.setattr(adversarial, "AdversarialRuns", FakeAdversarialRuns)
-        monkeypatch.setattr(robustbench, "evaluate_and_submit", fake_evaluation)
-
-    def __call__(self, config, *, seed=0, progress=None):
-        from ikl_plugins import models
-
-        model = distill._student(config)
-        method = model["dst_ckpt"].rpartition("/")[2].removesuffix(".pt")
-        name = f"{method}-{seed}"
-        if name == self.stop_before:
-            raise KeyboardInterrupt
-        self.calls.append(name)
-        network = getattr(models, model["key"].removeprefix("ikl_plugins."))(**model["kwargs"])
-        epochs = config["train"]["num_epochs"]
-        history = []
-        for epoch in range(epochs):
-            for step in (1, 2):
-                progress(epoch * 2 + step, epochs * 2, f"epoch {epoch + 1}")
-            for path in (model["dst_ckpt"], distill.training.last_path(model["dst_ckpt"])):
-                torch.save({"model": network.state_dict()}, path)
-            row = {"epoch": epoch, "lr": 0.1, "train_loss": 1.0, "val_accuracy": 50.0, "seconds_per_step": 0.01}
-            if method in ("dkl", "ikl", "gkl"):
-                row |= {f"{method}/weighted_mse": 1.0 + epoch, f"{method}/soft_cross_entropy": 2.0 + epoch}
-            history.append(row)
-        return {
-            "test_accuracy": 50.0 + len(self.calls),
-            "best_val_accuracy": 50.0,
-            "history": history,
-            "class_prior": {method: torch.full((10, 10), 0.1)} if method in ("ikl", "gkl") else {},
-        }
-
-    def new_calls(self):
-        """What was trained since the last time."""
-        calls, self.calls = self.calls, []
-        return calls
-
-
-class FakeAdversarialRuns:
-    """Stands in for the adversarial part, which has tests of its own."""
-
-    def __init__(self, *args, **keywords):
-        pass
-
-    def run(self):
-        return made_up_adversarial_results()
-
-    def trained(self, method):
-        return "config", f"checkpoint of {method}"
-
-
-def fake_evaluation(parts, data, config, checkpoint):
-    """Stands in for the last part, which has tests of its own."""
-    assert (config, checkpoint) == ("config", "checkpoint of adversarial_ikl")
-    numbers = {"images": 20, "natural_accuracy": 95.0, "robust_accuracy": 90.0, "seconds": 1.0}
-    told = {"architecture": "WideResNet-10-1", "eps": "16/255", "attacks": ["apgd-ce"], "versions": {"torch": "2"}}
-    return {**numbers, **told, "checks": {"eval mode": True, "claim": None}}
-
-
-@pytest.fixture
-def training(few_digits, tmp_path, monkeypatch):
-    """Made-up trainings in an empty working directory, the few digits as data; the threads are restored."""
-    monkeypatch.setenv("IKL_PLUGINS_DATA", str(few_digits))
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield FakeTraining(monkeypatch, tmp_path)
-    torch.set_num_threads(threads)
-
-
-STUDENTS = [f"{method}-0" for method in distill.METHODS]
-
-
-def test_runs_are_kept_until_what_decides_them_changes(training, tmp_path, capsys):
-    output = tmp_path / "runs/demo"
-    torch.set_num_threads(2)
-    demo.main(["--seeds", "1"])
-    assert torch.get_num_threads() == 1
-    assert training.new_calls() == ["teacher-0", *STUDENTS]
-    assert "7 parts done, 0 kept from an earlier call" in capsys.readouterr().out
-    first = read_json(output / "results.json")
-    assert list(first["runs"]) == [f"{method}/0" for method in distill.METHODS]
-
-    demo.main(["--seeds", "2"])
-    assert training.new_calls() == [f"{method}-1" for method in distill.METHODS]
-    assert "over seeds 0, 1." in (output / "table.md").read_text()
-    demo.main(["--seeds", "1"])
-    assert training.new_calls() == []
-    assert "0 parts done, 7 kept from an earlier call" in capsys.readouterr().out
-    assert read_json(output / "results.json") == first
-    assert "over seeds 0." in (output / "table.md").read_text()
-
-    config = training.configs / "ikl.yaml"
-    config.write_text(config.read_text().replace("beta: 4.0", "beta: 5.0"))
-    demo.main(["--seeds", "1"])
-    assert training.new_calls() == ["ikl-0"]
-    (output / "teacher/teacher.pt").unlink()
-    demo.main(["--seeds", "1"])
-    assert training.new_calls() == ["teacher-0"]
-    for options in (["--quick"], ["--quick", "--fresh"]):  # fewer epochs
-        demo.main(options)
-        assert training.new_calls() == ["teacher-0", *STUDENTS]
-
-
-def test_an_interruption_keeps_the_finished_runs(training):
-    training.stop_before = "dkl-0"
-    with pytest.raises(SystemExit, match=r"interrupted; 3 finished parts are kept in runs/demo, call again to go on"):
-        demo.main(["--seeds", "1"])
-    assert training.new_calls() == ["teacher-0", "ce-0", "kd-0"]
-    training.stop_before = None
-    demo.main(["--seeds", "1"])
-    assert training.new_calls() == ["dkl-0", "ikl-0", "gkl-0"]
-
-
-def test_both_terms_are_measured_after_each_epoch(training, tmp_path):
-    from ikl_plugins import models
-
-    demo.main(["--seeds", "1"])
-    results = read_json(tmp_path / "runs/demo/results.json")
-    config = distill.training.load_config(distill.CONFIGS / "kd.yaml")
-    images = torch.stack([image for image, _ in config["datasets"]["digits/val"]])
-    logits = {}
-    for name, network in (("teacher/teacher", models.resnet14), ("students/kd-0/kd", models.resnet8)):
-        model = network(num_classes=10).eval()
-        model.load_state_dict(distill.training.load_checkpoint(tmp_path / f"runs/demo/{name}.pt")["model"])
-        with torch.no_grad():
-            logits[name] = model(images).double()
-    teacher, student = logits.values()
-    labels = (teacher / 4).softmax(1)
-    mse = 0.0
-    for label, gap in zip(labels, teacher - student, strict=True):
-        pairs = gap[:, None] - gap[None, :]
-        mse += 0.25 * (label[:, None] * label[None, :] * pairs**2).sum().item() / len(labels)
-    cross_entropy = -(labels * (student / 4).log_softmax(1)).sum(1).mean().item()
-    measured = results["runs"]["kd/0"]["measured"]
-    assert len(measured) == config["train"]["num_epochs"] == 2
-    assert measured[-1]["weighted_mse"] == pytest.approx(mse, rel=1e-4)
-    assert measured[-1]["soft_cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
-    entropy = -(labels * labels.log()).sum(1).mean().item()
-    assert results["teacher"]["soft_entropy"] == pytest.approx(entropy, rel=1e-5)
-    assert results["runs"]["gkl/0"]["terms"]["soft_cross_entropy"] == [2.0, 3.0]
-    assert results["runs"]["kd/0"]["terms"] == {}
-
-
-def test_what_a_user_can_mend_ends_it_with_one_line(training, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="error: demo: --seeds must be at least 1, got 0"):
-        demo.main(["--seeds", "0"])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"error: .*Not a directory: 'file/out"):
-        demo.main(["--quick", "--output", "file/out"])
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(SystemExit, match=r"`tqdm` is missing\. Run: python -m pip install --editable"):
-        demo.main(["--quick"])
-    assert training.calls == []
 
 
 @pytest.mark.slow

@@ -1,13 +1,10 @@
 """The adversarial part of the demo: its report, its pictures, its processes and its attack."""
 
 import re
-import shutil
-import sys
 
 import pytest
 import torch
 from demo import adversarial
-from demo.parts import Parts
 from demo_adversarial_results import made_up_adversarial_results
 
 from ikl_plugins.commands.data import prepare_digits
@@ -37,77 +34,7 @@ def test_the_pictures_are_images(tmp_path):
             assert len(drawn.convert("RGB").getcolors(2**24)) > 20
 
 
-def test_the_log_of_a_training_is_its_progress(tmp_path):
-    lines = ["Epoch(train) [1][ 5/10] loss: 1", "Epoch(val) [1][1/1] accuracy/top1: 50", "Epoch(train) [2][10/10]"]
-    code = f"for line in {lines!r}: print(line)"
-    seen = []
-    ended = adversarial._follow(
-        [sys.executable, "-c", code], {}, tmp_path / "log", 2, lambda step, total, text: seen.append((step, total))
-    )
-    assert ended == 0
-    assert seen == [(0.0, 2), (0.5, 2), (1, 2), (2.0, 2)]
-    assert (tmp_path / "log").read_text().splitlines() == lines
-
-
 # --- what is kept, and what is made anew -----------------------------------------------------------------------------
-
-
-class FakeRuns:
-    """AdversarialRuns whose trainings and attacks are made up and counted."""
-
-    def __init__(self, monkeypatch, folder):
-        self.folder = folder
-        self.calls = []
-
-        def train(runs, method, place, progress):
-            self.calls.append(method)
-            (place / "best.pth").write_bytes(b"")
-            return {"checkpoint": "best.pth", "best_score": 90.0, "score": "accuracy/top1"}
-
-        def evaluate(configs, checkpoints, data, eps, progress):
-            self.calls.append("attack")
-            assert all(path.is_file() for path in checkpoints.values())
-            return {"eps": eps}
-
-        monkeypatch.setattr(adversarial.AdversarialRuns, "_train", train)
-        monkeypatch.setattr(adversarial, "evaluate", evaluate)
-
-    def __call__(self, common=None, epochs=None):
-        self.calls.clear()
-        with Parts(self.folder / "out", adversarial.PARTS, fresh=False) as parts:
-            runs = adversarial.AdversarialRuns(parts, self.folder / "digits", common or {"data": "a"}, epochs=epochs)
-            self.found = runs.run()
-        return list(self.calls)
-
-
-def test_finished_runs_are_kept_until_what_decides_them_changes(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))  # MMEngine logs that a config reads it
-    fake = FakeRuns(monkeypatch, tmp_path)
-    everything = [*adversarial.METHODS, "attack"]
-    assert fake() == everything
-    assert fake.found["evaluation"]["eps"] == "16/255"
-    out, err = capfd.readouterr()
-    assert (len(out.splitlines()), err) == (adversarial.PARTS, "")  # nothing but the demo's own lines
-    assert fake() == []
-    assert fake(epochs=1) == everything
-    assert fake({"data": "b"}, epochs=1) == everything
-
-    # A checkpoint that is gone is made anew, and so is what was found with all of them only if a run differs.
-    (tmp_path / "out/adversarial/adversarial_ikl/best.pth").unlink()
-    assert fake({"data": "b"}, epochs=1) == ["adversarial_ikl"]
-
-    configs = tmp_path / "configs"
-    shutil.copytree(adversarial.CONFIGS.parent, configs)
-    monkeypatch.setattr(adversarial, "CONFIGS", configs / "digits")
-    assert fake({"data": "b"}, epochs=1) == []  # the same settings elsewhere
-    base = configs / "_base_/digits_adversarial.py"
-    assert base.read_text().count("gamma=5e-3") == 1
-    base.write_text(base.read_text().replace("gamma=5e-3", "gamma=4e-3"))
-    assert fake({"data": "b"}, epochs=1) == ["adversarial_trades", "adversarial_ikl", "attack"]
-    with (configs / "digits/adversarial_ikl.py").open("a") as config:
-        config.write('\nmodel["attack"] = dict(eps="8/255")\n')
-    with pytest.raises(ValueError, match=r"must attack with the same eps, got 16/255, 8/255"):
-        fake()
 
 
 # --- the attack ------------------------------------------------------------------------------------------------------

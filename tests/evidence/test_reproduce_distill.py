@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from evidence import reproduce, reproduce_distill
 from evidence import reproduce_distill_plan as plan
-from evidence.reproduce_distill import RememberedTeacher, public_resnet56
+from evidence.reproduce_distill import public_resnet56
 from evidence.reproduce_distill_plan import METHODS, dkl_of
 from evidence.reproduce_distill_report import render
 
@@ -106,17 +106,6 @@ def test_dkl_with_the_keywords_of_kd_has_its_gradients(kd):
         loss({".": {"output": student}}, {".": {"output": teacher}}, labels).backward()
         gradients.append(student.grad)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
-
-
-def test_a_remembered_teacher_knows_what_it_was_shown(tmp_path):
-    images, logits = torch.randn(5, 3, 4, 4), torch.randn(5, 10)
-    keys = [reproduce_distill._key(image) for image in images]
-    torch.save({"keys": keys, "logits": logits}, tmp_path / "predictions.pt")
-    teacher = RememberedTeacher(str(tmp_path / "predictions.pt"))
-    order = [3, 0, 3]
-    assert torch.equal(teacher(images[order]), logits[order])
-    with pytest.raises(KeyError):
-        teacher(images[:1] + 1e-6)
 
 
 def test_the_weight_between_classes_is_that_of_the_pairs(tmp_path, monkeypatch):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -55,18 +53,6 @@ def test_equals_pyautoattack(model: nn.Module, batch: tuple[Tensor, Tensor]) -> 
     assert torch.equal(ours.run_standard_evaluation(*batch, bs=4), wanted_images)
 
 
-def test_individual_evaluation_equals_pyautoattack(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    ours = AutoAttack(model, "L2", 0.5, seed=3, verbose=False, attacks_to_run=SOME, version="custom")
-    theirs = pyautoattack.AutoAttack(model, norm="L2", eps=0.5, seed=3, attacks=list(SOME), version="custom")
-    _few_queries(ours)
-    _few_queries(theirs)
-    wanted = theirs.run_standard_evaluation_individual(*batch, batch_size=4)
-    found = ours.run_standard_evaluation_individual(*batch, bs=4)
-    assert found.keys() == wanted.keys()
-    for attack in SOME:
-        assert torch.equal(found[attack], wanted[attack][0])
-
-
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])
 def test_versions_have_the_attacks_of_pyautoattack(model: nn.Module, batch: object, version: str) -> None:
     del batch  # it has given the lazy layer its shape
@@ -81,21 +67,6 @@ def test_attacks_on_the_device_of_the_model(model: nn.Module, batch: object) -> 
     assert torch.device(AutoAttack(model).device) == torch.device("cpu")
     assert AutoAttack(nn.Flatten()).device == "cpu"
     assert AutoAttack(model.to("meta")).device == torch.device("meta")
-
-
-def test_prints_and_logs_for_the_time_of_a_run(
-    model: nn.Module, batch: tuple[Tensor, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    logger = logging.getLogger("auto-attack")
-    before = logger.level, logger.propagate, list(logger.handlers)
-    path = tmp_path / "log.txt"
-    attack = AutoAttack(model, eps=EPS, seed=0, attacks_to_run=["apgd-ce"], version="custom", log_path=path)
-    attack.run_standard_evaluation(*batch, bs=6)
-    printed = capsys.readouterr().out
-    assert "initial accuracy: 100.00%" in printed
-    assert "robust accuracy after APGD-CE" in printed
-    assert path.read_text() == printed
-    assert (logger.level, logger.propagate, list(logger.handlers)) == before
 
 
 def test_leaves_a_debugger_in_place_and_prints_nothing_when_not_verbose(
@@ -113,13 +84,3 @@ def test_leaves_a_debugger_in_place_and_prints_nothing_when_not_verbose(
         sys.settrace(before)
     assert after is tracer
     assert capsys.readouterr().out == ""
-
-
-def test_refuses_models_of_tensorflow(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"^AutoAttack: `is_tf_model` must be False"):
-        AutoAttack(model, is_tf_model=True)
-
-
-def test_refuses_attacks_beside_a_version_that_brings_its_own(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="version='custom'"):
-        AutoAttack(model, attacks_to_run=["apgd-ce"])

@@ -115,20 +115,6 @@ def test_accuracy_under_corruptions_is_robustbenchs(corrupted, alexnet, monkeypa
     assert [event.standing for event in made] == [round(entry["accuracy"]) for entry in entries]
 
 
-def test_without_alexnet_there_is_no_corruption_error(corrupted, alexnet, tmp_path):
-    def found(**options):
-        return evaluate_corruptions(linear(), "cifar10", data_dir=corrupted, n_examples=5, **options).log
-
-    alexnet.write_text("".join(line for line in alexnet.read_text().splitlines(True) if not line.startswith("AlexNet")))
-    log = found()
-    assert (log["corruptions_mce"], log["natural_accuracy"]) == (None, None)
-    name = "model_info/cifar10/corruptions/unaggregated_results.csv"
-    assert log["corruptions_mce_note"] == f"not computed: {name} has no row AlexNet"
-    assert found(baseline=tmp_path / "none.csv")["corruptions_mce_note"] == (
-        f"not computed: there is no {tmp_path / 'none.csv'} with the accuracies of AlexNet"
-    )
-
-
 def test_interrupted_corruptions_go_on(corrupted, alexnet, tmp_path, monkeypatch):
     model, path = linear(), tmp_path / "log.json"
     options = {"data_dir": corrupted, "n_examples": 20}

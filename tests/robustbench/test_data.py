@@ -246,10 +246,6 @@ def test_cifar10_is_what_robustbench_reads(cifar, offline):
     assert len(load_images("cifar10", data_dir=cifar, offline=offline)) == 10
 
 
-def test_cifar10_takes_a_preprocessing(cifar):
-    assert load_images("cifar10", data_dir=cifar, n_examples=2, preprocessing="Res224").images.shape == (2, 3, 224, 224)
-
-
 def test_offline_refuses_what_would_be_downloaded(cifar, tmp_path):
     (cifar / "cifar-10-batches-py" / "test_batch").write_bytes(b"damaged")
     with message(
@@ -275,17 +271,6 @@ def folder_of_two(tmp_path):
     for number in range(2):
         save_image(tmp_path / "two" / "a" / f"{number}.png", noise(4, 4, 3))
     return tmp_path / "two"
-
-
-def test_a_loader_of_ones_own_is_used(tmp_path, monkeypatch):
-    images = torch.rand(5, 3, 4, 4)
-    table = robustbench.data._clean_dataset_loaders
-    monkeypatch.setitem(
-        table, BenchmarkDataset.cifar_100, lambda n, folder, transform: (images[:n], torch.arange(5)[:n])
-    )
-    found = load_images("cifar100", data_dir=tmp_path, n_examples=3)
-    assert torch.equal(found.images, images[:3])
-    assert found.classes is None
 
 
 @pytest.fixture

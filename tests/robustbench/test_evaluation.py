@@ -11,12 +11,8 @@ import logging
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,10 +23,8 @@ from torch import nn
 if importlib.util.find_spec("pyautoattack") is None:
     pytest.skip("needs robustbench (extra `robustbench`)", allow_module_level=True)
 
-import quick_autoattack
 from quick_autoattack import Interruption, Quick, batch, message, network, without_times
 
-import ikl_plugins
 from ikl_plugins import _files
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.models.robustbench_zoo import robustbench_network
@@ -93,6 +87,16 @@ class Counted(nn.Module):
     def forward(self, images):
         self.calls += 1
         return self.network(images)
+
+
+def hooked(before=None, after=None, model=None):
+    """A network that does something to its images or to what it gives, with the same weights."""
+    model = network() if model is None else model
+    if before is not None:
+        model.register_forward_pre_hook(lambda _, given: (before(given[0]),))
+    if after is not None:
+        model.register_forward_hook(lambda _, given, found: after(given[0], found))
+    return model.eval()
 
 
 def sample(count=14, wrong=2, classes=10, seed=0):
@@ -174,16 +178,6 @@ def test_the_layout_of_the_images_does_not_matter():
         assert torch.equal(found.adversarial_images(images), expected.adversarial_images(images))
 
 
-def test_the_seed_is_that_of_the_attacks():
-    model, images, labels = sample()
-    first, same, other = (
-        evaluate(model, images, labels, eps="20/255", attacks=["square"], seed=seed).adversarial_images(images)
-        for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
 def test_the_numbers_are_those_of_robustbench(monkeypatch, capsys):
     model = network()
     images, labels = batch(model, count=10)
@@ -198,36 +192,20 @@ def test_the_numbers_are_those_of_robustbench(monkeypatch, capsys):
     assert 0 < robust < natural
 
 
-class Noisy(nn.Module):
-    """Draws random numbers, too small to change a prediction on natural images."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        return self.network(images + 1e-3 * torch.randn_like(images))
-
-
 def test_expectation_over_noise_is_autoattacks(tmp_path):
-    model = Noisy(network()).eval()
-    images, labels = batch(model.network)
+    # Too little to change a prediction on natural images.
+    model = hooked(lambda images: images + 1e-3 * torch.randn_like(images))
+    images, labels = batch(network())
     options = {"eps": "4/255", "version": "rand", "batch_size": 5}
     found = checked(model, images, labels, **options)
     resumed = interrupted(model, images, labels, after=2, log=tmp_path / "log.json", **options)
     assert without_times(resumed.log) == {**without_times(found.log), "adversarial": "log_adversarial"}
 
 
-class Right(nn.Module):
-    """Right on all images."""
-
-    def forward(self, images):
-        return images.mean(dim=(1, 2, 3))[:, None] * torch.tensor([1.0, 0.5, 0.1, 0.0])
-
-
 def test_natural_images_are_not_looked_at_again_before_each_batch():
     """AutoAttack looks once; with each further look a random model could fall without an attack."""
-    model = Counted(Right())
+    right = torch.tensor([1.0, 0.5, 0.1, 0.0])
+    model = Counted(hooked(after=lambda images, _: images.mean((1, 2, 3))[:, None] * right))
     images, labels = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
     evaluate(model, images, labels, eps="1/255", version="rand", batch_size=1)
     # For two images each: one pass on the natural image; in both attacks one of its own, three for each of the eight
@@ -236,19 +214,13 @@ def test_natural_images_are_not_looked_at_again_before_each_batch():
     assert model.calls == 2 * (1 + 2 * (1 + 3 * 9 + 1)) + 3
 
 
-class Guessing(nn.Module):
-    """Guesses among four classes."""
-
-    def forward(self, images):
-        return torch.rand(len(images), 4) + 0 * images.sum(dim=(1, 2, 3))[:, None]
-
-
 def test_what_a_model_draws_comes_from_the_seed():
     images, labels = torch.rand(40, 3, 8, 8), torch.arange(40) % 4
+    guessing = hooked(after=lambda images, _: torch.rand(len(images), 4) + 0 * images.sum((1, 2, 3))[:, None])
     logs = []
     for ambient, seed in ((0, 5), (1, 5), (1, 6)):
         torch.manual_seed(ambient)
-        logs.append(evaluate(Guessing().eval(), images, labels, eps="1/255", version="rand", seed=seed).log)
+        logs.append(evaluate(guessing, images, labels, eps="1/255", version="rand", seed=seed).log)
     assert logs[0]["natural_predictions"] == logs[1]["natural_predictions"] != logs[2]["natural_predictions"]
     assert logs[0]["predictions"] == logs[1]["predictions"]
 
@@ -389,28 +361,12 @@ def test_the_caller_keeps_random_numbers_weights_and_tracer(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_autoattack_warns_of_is_in_the_log_once(caplog):
-    model = nn.Sequential(network(), nn.Softmax(1)).eval()
-    images, labels = batch(model)
-    with caplog.at_level(logging.WARNING):
-        found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-dlr"], batch_size=2)
-    assert len([text for text in found.log["warnings"] if "the output is a probability distribution" in text]) == 1
-    assert logging.getLogger("auto-attack").handlers == []
-
-
-def test_zero_gradients_are_said_once_whatever_their_number():
-    class Rounded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = network()
-
-        def forward(self, images):
-            return self.network(images.round() + 0 * images)
-
-    model = Rounded().eval()
+def test_a_warning_of_autoattack_is_in_the_log_once_whatever_its_number():
+    model = hooked(lambda images: images.round() + 0 * images)
     images, labels = batch(model)
     found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-dlr"], batch_size=5)
     assert [re.sub(r"\d+", "N", text)[:35] for text in found.log["warnings"]] == ["there are N points with zero gradie"]
+    assert logging.getLogger("auto-attack").handlers == []
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -495,53 +451,6 @@ def test_a_file_of_a_run_killed_between_its_images_and_its_log_does_no_harm(tmp_
     same(evaluate(whole.model, whole.images, whole.labels, log=path, **OPTIONS), whole)
 
 
-KILLED = """
-import os, signal, sys
-import torch
-from quick_autoattack import Interruption, Quick, batch, message, network, without_times, robustbench
-from ikl_plugins.robustbench.evaluation import evaluate
-
-def kill(made):
-    if (made.attack, made.batch) == ("apgd-t", 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.set_num_threads(1)
-robustbench.eval.AutoAttack = Quick
-model = network()
-evaluate(
-    model, *batch(model), eps="4/255", attacks=["apgd-ce", "apgd-t"], batch_size=5, log=sys.argv[1], progress=kill
-)
-"""
-
-
-def test_a_run_killed_by_force_goes_on_to_the_same_result(tmp_path, whole):
-    path = tmp_path / "log.json"
-    roots = [str(Path(quick_autoattack.__file__).parent), str(Path(ikl_plugins.__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "PYTHONWARNINGS": "ignore"}
-    process = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=environment)
-    assert process.returncode == -signal.SIGKILL
-    seen = json.loads(path.read_text())
-    assert not seen["finished"]
-    resumed = evaluate(whole.model, whole.images, whole.labels, log=path, **OPTIONS)
-    same(resumed, whole)
-    assert resumed.log["date"] == seen["date"]
-    assert Evaluation.load(path).log == resumed.log
-
-
-class Brighter(nn.Module):
-    """The same weights on other inputs."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        return self.network(1 - images)
-
-    def state_dict(self, *args, **kwargs):
-        return self.network.state_dict()
-
-
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -556,7 +465,7 @@ class Brighter(nn.Module):
         ({"labels": torch.arange(14) % 10}, "data"),
         ({"images": torch.zeros(14, 3, 8, 8)}, "data"),
         ({"images": torch.zeros(9, 3, 8, 8), "labels": torch.zeros(9).long()}, "n_examples 14 instead of 9; data"),
-        ({"model": Brighter(network()).eval()}, "predictions on the natural images"),
+        ({"model": hooked(lambda images: 1 - images)}, "predictions on the natural images"),
     ],
 )
 def test_the_log_of_another_evaluation_is_refused(copied, whole, changes, text):
@@ -647,26 +556,23 @@ FORMAT = "ikl_plugins.robustbench.evaluation/1"
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b'{"format": "ikl', "must be a log, but is damaged"),
-        (b"\xff\xfe\x00", "must be a log, but is damaged"),
-        (b"[1]", f"must be a log of the format {FORMAT}, got list"),
-        (b'{"a": 1}', f"must be a log of the format {FORMAT}, got None"),
-        (
-            json.dumps({"format": FORMAT, "versions": {}}).encode(),
-            "must be a whole log, but lacks weights_sha256, threat_model, dataset and 16 more",
-        ),
+        (b'{"format": "ikl', "is damaged"),
+        (b"\xff\xfe\x00", "is damaged"),
+        (b"[1]", "got list"),
+        (b'{"a": 1}', "got None"),
+        (json.dumps({"format": FORMAT, "versions": {}}).encode(), "lacks weights_sha256"),
     ],
 )
 def test_a_file_that_is_no_log_is_refused_and_kept(tmp_path, content, text):
     path = tmp_path / "log.json"
     path.write_bytes(content)
     model = network()
-    with message(f"Evaluation.load: {path} {text}"):
-        Evaluation.load(path)
-    with message(f"evaluate: {path} {text}"):
-        evaluate(model, *batch(model), eps="4/255", log=path)
+    for read in (lambda: Evaluation.load(path), lambda: evaluate(model, *batch(model), eps="4/255", log=path)):
+        with message(text) as caught:
+            read()
+        assert str(path) in str(caught.value)
     assert path.read_bytes() == content
-    with message(f"Evaluation.load: the log must be a file, but there is none at {tmp_path / 'none'}"):
+    with message(f"there is none at {tmp_path / 'none'}"):
         Evaluation.load(tmp_path / "none")
 
 
@@ -674,13 +580,6 @@ def test_a_file_that_is_no_log_is_refused_and_kept(tmp_path, content, text):
 def test_a_full_disk_leaves_the_old_log(tmp_path, whole, monkeypatch, what):
     path = tmp_path / "log.json"
     given = (whole.model, whole.images, whole.labels)
-    made = []
-
-    def stop(event):
-        made.append(event)
-        if len(made) == 2:
-            raise Interruption
-
     with pytest.raises(Interruption):
         evaluate(*given, log=path, progress=stop, **OPTIONS)
     before = path.read_bytes()
@@ -700,53 +599,45 @@ def test_a_full_disk_leaves_the_old_log(tmp_path, whole, monkeypatch, what):
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-class Tuples(nn.Module):
-    def forward(self, images):
-        return images.mean((2, 3)), images
-
-
-class Broken(nn.Module):
-    """Gives no number for one class."""
-
-    def forward(self, images):
-        return network()(images) + torch.tensor([0, 0, torch.nan] + [0] * 7)
+def without_class_2(_, logits):
+    return logits + torch.tensor([0, 0, torch.nan] + [0] * 7)
 
 
 @pytest.mark.parametrize(
     ("changes", "kind", "text"),
     [
-        ({"norm": "linf"}, ValueError, "unknown norm `linf`. Did you mean `Linf`? Known: L2, Linf"),
-        ({"version": "standart"}, ValueError, "unknown version `standart`. Did you mean `standard`?"),
-        ({"attacks": ["apgd"]}, ValueError, "unknown attack `apgd`. Did you mean `apgd-t`?"),
-        ({"attacks": "square"}, TypeError, "`attacks` must be a sequence of names, got 'square'"),
-        ({"attacks": []}, ValueError, "`attacks` must name at least one attack, and each once, got []"),
-        ({"attacks": ["square"] * 2}, ValueError, "and each once, got ['square', 'square']"),
-        ({"attacks": ["square"], "version": "plus"}, ValueError, "`attacks` must be None with version='plus'"),
-        ({"eps": 0}, ValueError, "`eps` must be above 0, got 0"),
-        ({"eps": "8:255"}, ValueError, "`eps` must be a fraction or a number, got '8:255'"),
-        ({"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1, got 0"),
-        ({"batch_size": 2.0}, TypeError, "`batch_size` must be an integer of at least 1, got 2.0"),
-        ({"batch_size": True}, TypeError, "`batch_size` must be an integer of at least 1, got True"),
-        ({"seed": None}, TypeError, "`seed` must be an integer, got None"),
-        ({"seed": True}, TypeError, "`seed` must be an integer, got True"),
-        ({"model": lambda images: images}, TypeError, "`model` must be a torch.nn.Module, got function"),
-        ({"model": network().train()}, ValueError, "`model` must be in eval mode, but it is in training mode"),
-        ({"model": network(1)}, ValueError, "`model` must have at least 2 classes, got 1"),
-        ({"model": nn.ReLU().eval()}, ValueError, "must give logits of shape (3, C) for 3 images, got shape (3, 3"),
-        ({"model": Tuples().eval()}, ValueError, "must give logits of shape (3, C) for 3 images, got a tuple"),
-        ({"model": Broken().eval()}, ValueError, "finite logits, got 3 of 30 that are not, in the batch from image 0"),
-        ({"images": torch.rand(3, 8, 8)}, TypeError, "`images` must be a floating tensor of shape (N, C, H, W), got"),
-        ({"images": torch.ones(3, 3, 8, 8).byte()}, TypeError, "got torch.uint8 of shape (3, 3, 8, 8). Divide uint8"),
-        ({"images": [1]}, TypeError, "`images` must be a floating tensor of shape (N, C, H, W), got list"),
-        ({"images": torch.full((3, 3, 8, 8), 1.5)}, ValueError, "pixels must lie in [0, 1], got values from 1.5 to"),
-        ({"images": -torch.ones(3, 3, 8, 8)}, ValueError, "got values from -1 to -1"),
-        ({"images": torch.rand(0, 3, 8, 8)}, ValueError, "there must be at least one image"),
-        ({"labels": torch.zeros(3)}, TypeError, "`labels` must be a tensor of class indices, got torch.float32"),
-        ({"labels": torch.ones(3).bool()}, TypeError, "`labels` must be a tensor of class indices, got torch.bool"),
-        ({"labels": [0, 1, 2]}, TypeError, "`labels` must be a tensor of class indices, got list"),
-        ({"labels": torch.tensor([0, 1])}, ValueError, "`labels` must have shape (3,), one per image, got (2,)"),
-        ({"labels": torch.tensor([0, 1, 10])}, ValueError, "must lie in [0, 9], the model's classes, got"),
-        ({"labels": torch.tensor([0, -1, 2])}, ValueError, "got values from -1 to 2"),
+        ({"norm": "linf"}, ValueError, "norm `linf`. Did you mean `Linf`?"),
+        ({"version": "standart"}, ValueError, "version `standart`. Did you mean `standard`?"),
+        ({"attacks": ["apgd"]}, ValueError, "attack `apgd`. Did you mean `apgd-t`?"),
+        ({"attacks": "square"}, TypeError, "`attacks` must be a sequence"),
+        ({"attacks": []}, ValueError, "got []"),
+        ({"attacks": ["square"] * 2}, ValueError, "got ['square', 'square']"),
+        ({"attacks": ["square"], "version": "plus"}, ValueError, "version='plus'"),
+        ({"eps": 0}, ValueError, "`eps` must be above 0"),
+        ({"eps": "8:255"}, ValueError, "got '8:255'"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be"),
+        ({"batch_size": 2.0}, TypeError, "got 2.0"),
+        ({"batch_size": True}, TypeError, "got True"),
+        ({"seed": None}, TypeError, "`seed` must be an integer"),
+        ({"seed": True}, TypeError, "got True"),
+        ({"model": lambda images: images}, TypeError, "got function"),
+        ({"model": network().train()}, ValueError, "must be in eval mode"),
+        ({"model": network(1)}, ValueError, "at least 2 classes, got 1"),
+        ({"model": nn.ReLU().eval()}, ValueError, "got shape (3, 3"),
+        ({"model": hooked(after=lambda images, logits: (logits, images))}, ValueError, "got a tuple"),
+        ({"model": hooked(after=without_class_2)}, ValueError, "finite logits, got 3 of 30"),
+        ({"images": torch.rand(3, 8, 8)}, TypeError, "`images` must be a floating tensor"),
+        ({"images": torch.ones(3, 3, 8, 8).byte()}, TypeError, "got torch.uint8"),
+        ({"images": [1]}, TypeError, "got list"),
+        ({"images": torch.full((3, 3, 8, 8), 1.5)}, ValueError, "got values from 1.5"),
+        ({"images": -torch.ones(3, 3, 8, 8)}, ValueError, "got values from -1"),
+        ({"images": torch.rand(0, 3, 8, 8)}, ValueError, "at least one image"),
+        ({"labels": torch.zeros(3)}, TypeError, "got torch.float32"),
+        ({"labels": torch.ones(3).bool()}, TypeError, "got torch.bool"),
+        ({"labels": [0, 1, 2]}, TypeError, "`labels` must be a tensor of class indices"),
+        ({"labels": torch.tensor([0, 1])}, ValueError, "got (2,)"),
+        ({"labels": torch.tensor([0, 1, 10])}, ValueError, "must lie in [0, 9]"),
+        ({"labels": torch.tensor([0, -1, 2])}, ValueError, "got values from -1"),
     ],
 )
 def test_bad_input_is_refused(changes, kind, text):
@@ -757,7 +648,7 @@ def test_bad_input_is_refused(changes, kind, text):
 
 def test_images_of_another_size_are_named():
     model = robustbench_network("WideResNet-10-1").eval()
-    with message("got shape (8, 10). Give images of the size that it was made for, such as 32x32: these are 64x64"):
+    with message("these are 64x64"):
         evaluate(model, torch.rand(2, 3, 64, 64), torch.tensor([0, 1]), eps="8/255")
 
 
@@ -765,22 +656,10 @@ def test_parts_in_training_mode_are_for_random_models_alone():
     model = nn.Sequential(nn.Dropout(0.1), network()).eval()
     model[0].train()
     images, labels = batch(model[1], count=4)
-    with message("`model` must be in eval mode, but these parts are in training mode: 0"):
+    with message("in training mode: 0"):
         evaluate(model, images, labels, eps="1/255")
     assert evaluate(model, images, labels, eps="1/255", version="rand").finished
     assert model[0].training
-
-
-def test_a_rounded_eps_warns_and_is_used_as_it_is():
-    model = network()
-    images, labels = batch(model, count=4)
-    with pytest.warns(UserWarning, match=re.escape("`eps` = 0.031 is 7.905/255 and not 8/255")):
-        found = evaluate(model, images, labels, eps=0.031, attacks=["apgd-ce"])
-    assert (found.log["eps"], found.log["eps_value"]) == ("0.031", 0.031)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = evaluate(model, images, labels, eps=8 / 255, attacks=["apgd-ce"])
-    assert (found.log["eps"], found.log["eps_value"]) == ("8/255", 8 / 255)
 
 
 # --- the curve -------------------------------------------------------------------------------------------------------

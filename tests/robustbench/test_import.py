@@ -117,10 +117,3 @@ def test_what_is_missing_is_named_with_the_command(missing, named):
         f"ImportError: ikl_plugins.robustbench needs RobustBench and an AutoAttack, but `{named}` is missing. "
         f"Run: pip install 'ikl_plugins[robustbench]'"
     )
-
-
-def test_public_names_have_documentation():
-    import ikl_plugins.robustbench as adapter
-
-    assert adapter.__all__ == sorted(adapter.__all__, key=lambda name: (name[0].islower(), name))
-    assert all(getattr(adapter, name).__doc__ for name in adapter.__all__)

@@ -12,9 +12,7 @@ from torch import nn
 
 pytest.importorskip("ikl_plugins.robustbench", reason="RobustBench is not installed", exc_type=ImportError)
 
-import robustbench.utils
 from PIL import Image
-from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
 
 from ikl_plugins import models
 from ikl_plugins.models.robustbench_zoo import robustbench_network
@@ -160,22 +158,6 @@ def test_a_device_is_moved_to(tmp_path):
 # --- RobustBench's own loader ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", [PLAIN, DM])
-def test_robustbench_loads_what_is_loaded_here(architecture, tmp_path, monkeypatch):
-    network = randomised(robustbench_network(architecture, 10))
-    torch.save({"model_state_dict": named(network.state_dict(), "module.0.")}, tmp_path / "official.pt")
-    loaded = load_checkpoint(tmp_path / "official.pt", architecture)
-    path = tmp_path / "models" / "cifar10" / "Linf" / "Some2030New.pt"
-    path.parent.mkdir(parents=True)
-    torch.save(loaded.state_dict(), path)
-    zoo = robustbench.utils.all_models[BenchmarkDataset.cifar_10][ThreatModel.Linf]
-    entry = {"model": lambda: robustbench_network(architecture), "gdrive_id": "none"}
-    monkeypatch.setitem(zoo, "Some2030New", entry)
-    theirs = robustbench.utils.load_model("Some2030New", tmp_path / "models", "cifar10", "Linf")
-    with torch.no_grad():
-        assert torch.equal(theirs(images()), network(images()))
-
-
 # --- refusing --------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +201,6 @@ def unknown():
     return {"backbone.conv1.weight": torch.ones(2), "head.fc.weight": torch.ones(3, 2)}
 
 
-LIKE = r"other shapes: block1\.layer\.0\.conv1\.weight \(32, 16, 3, 3\) instead of \(16, 16, 3, 3\).*'WideResNet-10-2'"
 THREE = (0.5,) * 3
 RESNET8 = ("resnet8", "cifar100")
 MISFITS = [
@@ -228,38 +209,28 @@ MISFITS = [
         other(DM),
         (PLAIN,),
         {},
-        r"a\.pt must fit WideResNet-10-1, .*missing: conv1\.weight, .* and \d+ more; ",
+        r"a\.pt .*missing: conv1\.weight, .* and \d+ more; unexpected: init_conv\.weight",
     ),
-    (
-        "unexpected",
-        other(DM),
-        (PLAIN,),
-        {},
-        r"unexpected: init_conv\.weight, .*like architecture='DMWideResNet-10-1-SiLU",
-    ),
-    ("width", other("WideResNet-10-2"), (PLAIN,), {}, LIKE),
-    ("ours", of_ours("resnet14"), RESNET8, {}, r"must fit resnet8, .*unexpected: .*architecture='resnet14'"),
-    ("not whole", plain(without("bn1.weight")), (PLAIN,), {}, r"missing: bn1\.weight\. The file is not whole"),
-    ("no known one", unknown, (PLAIN,), {}, r"no network known by name; use from_mmpretrain or from_torchdistill"),
+    ("width", other("WideResNet-10-2"), (PLAIN,), {}, r"\(32, 16, 3, 3\) instead of \(16, 16, 3, 3\).*WideResNet-10-2"),
+    ("ours", of_ours("resnet14"), RESNET8, {}, r"resnet8, .*unexpected: .*resnet14"),
+    ("not whole", plain(without("bn1.weight")), (PLAIN,), {}, r"missing: bn1\.weight\. .*not whole"),
+    ("no known one", unknown, (PLAIN,), {}, r"from_mmpretrain or from_torchdistill"),
     ("prefix", plain(mixed), (PLAIN,), {}, r"unexpected: module\.block1\.layer\.0\.bn1\.weight"),
     ("no statistic", extra("distill_loss.class_prior.x"), (PLAIN,), {}, r"unexpected: distill_loss\.class_prior\.x\."),
-    ("of nobody", extra("class_prior.matrix"), (PLAIN,), {}, r"unexpected: class_prior\.matrix\."),
     ("of another", extra("x.robust_loss.class_prior.matrix"), (PLAIN,), {}, r"unexpected: x\.robust_loss"),
     ("sub-block", of_ours("resnet8", **UNUSED), RESNET8, {}, r"unexpected: sub_block1"),
-    ("classes", other(PLAIN, 100), (PLAIN,), {}, r"It has 100 classes and not 10: .*num_classes=100\.$"),
-    ("three classes", of_ours("resnet8"), RESNET8, {"num_classes": 3}, r"has 100 classes and not 3"),
-    ("and more", plain(without("bn1.weight"), 100), (PLAIN,), {}, r"The file is not whole"),
-    ("no average", plain(), (PLAIN,), {"averaged": False}, r"weights beside their average"),
-    ("empty", dict, (PLAIN,), {}, r"weights by name, got an empty mapping"),
+    ("classes", other(PLAIN, 100), (PLAIN,), {}, r"100 classes and not 10.*num_classes=100"),
+    ("and more", plain(without("bn1.weight"), 100), (PLAIN,), {}, r"not whole"),
+    ("no average", plain(), (PLAIN,), {"averaged": False}, r"beside their average"),
+    ("empty", dict, (PLAIN,), {}, r"an empty mapping"),
     ("no tensors", lambda: {"epoch": 3}, (PLAIN,), {}, r"tensors alone, .*'epoch' \(int\)"),
-    ("data set", dict, (PLAIN, "cifar"), {}, r"data set `cifar`\. Did you mean `cifar10`\?.* num_classes, mean"),
-    ("architecture", dict, ("WideResNet-34",), {}, r"unknown architecture `WideResNet-34`.*Also .*resnet8"),
-    ("depth", dict, ("WideResNet-35-10",), {}, r"`architecture` must have a depth of 6n \+ 4"),
-    ("no mean", dict, ("resnet8",), {}, r"`mean` and `std` must be given for resnet8 on cifar10"),
-    ("no std", dict, (PLAIN,), {"mean": THREE}, r"`mean` and `std` must be given both or not at all"),
+    ("data set", dict, (PLAIN, "cifar"), {}, r"data set `cifar`\. Did you mean `cifar10`\?"),
+    ("architecture", dict, ("WideResNet-34",), {}, r"architecture `WideResNet-34`.*resnet8"),
+    ("no mean", dict, ("resnet8",), {}, r"`mean` and `std` must be given for resnet8"),
+    ("no std", dict, (PLAIN,), {"mean": THREE}, r"`mean` and `std` must be given both"),
     ("two means", dict, (PLAIN,), {"mean": (0.5,) * 2, "std": THREE}, r"`mean` must be three finite numbers"),
     ("no class", dict, (PLAIN,), {"num_classes": 0}, r"`num_classes` .* got 0"),
-    ("imagenet", plain(), (DM, "imagenet"), {}, r"DMWideResNet-10-1-SiLU must know mean and std.*Give `mean` and"),
+    ("imagenet", plain(), (DM, "imagenet"), {}, r"must know mean and std"),
 ]
 
 
@@ -271,16 +242,9 @@ def test_what_does_not_fit_is_refused(saved, content, arguments, keywords, messa
         load_checkpoint(saved(content()), *arguments, **keywords)
 
 
-def test_class_counts_are_those_of_the_data_set(saved):
-    path = saved(robustbench_network(PLAIN, 100).state_dict())
-    assert load_checkpoint(path, PLAIN, "cifar100")(images()).shape == (4, 100)
-
-
-@pytest.mark.parametrize("place", ["state_dict", "epoch"])
-def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(saved, tmp_path, place):
-    content = {"state_dict": robustbench_network(PLAIN).state_dict()}
-    content[place] = {"x": Bomb(tmp_path / "exploded")}
-    with pytest.raises(ValueError, match=r"a\.pt .* would run code .*mkdir"):
+def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(saved, tmp_path):
+    content = {"state_dict": robustbench_network(PLAIN).state_dict(), "epoch": {"x": Bomb(tmp_path / "exploded")}}
+    with pytest.raises(ValueError, match=r"a\.pt .*mkdir"):
         load_checkpoint(saved(content), PLAIN)
     assert not (tmp_path / "exploded").exists()
 
@@ -582,26 +546,23 @@ PIXELS = "mean=[0.0, 0.0, 0.0], std=[255.0, 255.0, 255.0], to_rgb=True"
 NORMALISED = "mean=[127.5, 102.0, 76.5], std=[63.75, 51.0, 76.5], to_rgb=True"
 
 
-OWN = r", or give mean=\(0\.5, 0\.4, 0\.3\), std=\(0\.25, 0\.2, 0\.3\)"
+OWN = r"give mean=\(0\.5, 0\.4, 0\.3\), std=\(0\.25, 0\.2, 0\.3\)"
 STORED = [
-    ("mean", NORMALISED, PLAIN, "as they are", r"RGB with mean \(0\.5, 0\.4, 0\.3\) and std \(0\.25", OWN),
-    ("order", PIXELS.replace("True", "False"), PLAIN, "as they are", r"BGR with mean \(0, 0, 0\)", ""),
-    ("bytes", "to_rgb=True", PLAIN, "as they are", r"RGB with .* std \(0\.003922, ", r", or give mean=.*"),
-    ("level", PIXELS.replace("0.0, 0.0", "1.0, 1.0"), PLAIN, "as they are", r"mean \(0\.003922, ", ", or give mean=.*"),
-    ("twice", NORMALISED, DM, "as they are", r"RGB with mean \(0\.5, ", ""),
-    ("ours", NORMALISED, "resnet8", r"with mean \(0\.5071, .* std \(0\.2675, ", r"RGB with mean \(0\.5, ", OWN),
+    ("mean", NORMALISED, PLAIN, r"RGB with mean \(0\.5, 0\.4, 0\.3\) and std \(0\.25.*" + OWN),
+    ("order", PIXELS.replace("True", "False"), PLAIN, r"BGR with mean \(0, 0, 0\)"),
+    ("bytes", "to_rgb=True", PLAIN, r"RGB with .* std \(0\.003922, .*give mean="),
+    ("level", PIXELS.replace("0.0, 0.0", "1.0, 1.0"), PLAIN, r"mean \(0\.003922, .*give mean="),
+    ("twice", NORMALISED, DM, r"RGB with mean \(0\.5, "),
+    ("ours", NORMALISED, "resnet8", r"with mean \(0\.5071, .* std \(0\.2675, .*RGB with mean \(0\.5, .*" + OWN),
 ]
 
 
 @pytest.mark.parametrize(
-    ("preprocessor", "name", "wanted", "found", "end"), [row[1:] for row in STORED], ids=[row[0] for row in STORED]
+    ("preprocessor", "name", "message"), [row[1:] for row in STORED], ids=[row[0] for row in STORED]
 )
-def test_a_checkpoint_whose_own_config_has_other_images_is_refused(saved, preprocessor, name, wanted, found, end):
+def test_a_checkpoint_whose_own_config_has_other_images_is_refused(saved, preprocessor, name, message):
     network = models.resnet8() if name == "resnet8" else robustbench_network(name)
-    message = (
-        rf"^load_checkpoint: {name} must get RGB images in \[0, 1\] {wanted}.*a\.pt has .*{found}.*checkpoint\){end}\.$"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^load_checkpoint: .*a\.pt.*{message}"):
         load_checkpoint(saved(stored(network, preprocessor)), name, "cifar100" if name == "resnet8" else "cifar10")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import sys
@@ -15,7 +14,7 @@ from torch import nn
 
 from ikl_plugins.models.robustbench_zoo import robustbench_network
 from ikl_plugins.robustbench.loading import HostClassifier, Normalised
-from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight, preflight
+from ikl_plugins.robustbench.preflight import CHECKS, Check, preflight
 
 N, CLASSES = 40, 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -181,12 +180,6 @@ def test_sound_classifiers_pass_every_check(name, images, labels):
     assert report["normalisation"].why.startswith(layers.get(name, ""))
 
 
-def test_a_robust_network_whose_gradients_are_small_passes(images, labels):
-    # Far from its boundary: the margin changes by a thousandth of the logits over the whole ball.
-    model = Around(after=lambda logits, x: 0.01 * logits + 10 * logits.detach().sign() + 10.0)
-    assert "gradients" not in run(model.eval(), images, labels).failed
-
-
 # --- what is left as it was ------------------------------------------------------------------------------------------
 
 
@@ -286,14 +279,6 @@ def test_works_without_the_callers_autocast_and_leaves_it_on(images, labels):
 # --- broken models ---------------------------------------------------------------------------------------------------
 
 
-class Drifting(Brightness):
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x) + self.calls * torch.arange(CLASSES)
-
-
 class Tracking(Brightness):
     def __init__(self):
         super().__init__()
@@ -363,22 +348,6 @@ def purified(x):
     return x - 1e-4 * step
 
 
-def purified_backward(x):
-    with torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        leaf.square().sum().backward()
-    return x - 1e-4 * leaf.grad
-
-
-def purified_by_the_engine(x):
-    with torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        loss = leaf.square().sum()
-    engine = torch.autograd.Variable._execution_engine
-    (step,) = engine.run_backward((loss,), (torch.ones(()),), False, False, (leaf,), False, accumulate_grad=False)
-    return x - 1e-4 * step
-
-
 def fitted(x):
     leaf = x.detach().clone().requires_grad_()
     optimiser = torch.optim.SGD([leaf], lr=1e-4)
@@ -428,10 +397,6 @@ ZERO = "The gradient of the cross entropy .* is zero for "
 BROKEN = {
     "eval mode": {
         "training": (partly_training, "In training mode: 0, 1. Call"),
-        "training, many": (
-            lambda: nn.Sequential(*map(nn.Identity, range(6)), Brightness()),
-            ".*: Sequential, 0, 1, 2 and",
-        ),
     },
     "output": {
         "double": (lambda: Around(lambda x: x.double()).double(), "net.templates is float64; .*The logits are float64"),
@@ -449,7 +414,6 @@ BROKEN = {
         "noise of torch": (before(lambda x: x + 1e-3 * torch.randn_like(x)), NOISE),
         "noise of numpy": (before(lambda x: x + 1e-3 * np.random.randn()), NOISE),
         "noise of python": (before(lambda x: x + 1e-3 * random.gauss(0, 1)), NOISE),
-        "drifting": (Drifting, "The same batch gave other logits the second time, by up to 9."),
         "remembering": (Remembering, "The logits depend on the batches that came before"),
         "changes a buffer": (Tracking, "The forward changes seen."),
         "sets the seed": (before(seeded), "The forward sets the seed of a global generator"),
@@ -474,15 +438,12 @@ BROKEN = {
     },
     "logits": {
         "softmax": (after(lambda logits, x: logits.softmax(1)), "The outputs lie in \\[0, 1\\]"),
-        "sigmoid": (after(lambda logits, x: logits.sigmoid()), "The outputs lie in \\[0, 1\\]"),
         "percent": (after(lambda logits, x: 100 * logits.softmax(1)), f"{SUM}100: "),
         "softmax, shifted": (after(lambda logits, x: logits.softmax(1) + 0.1), f"{SUM}2: "),
     },
     "optimisation": {
         "grad": (before(purified), f"{GRAD}.grad"),
-        "backward": (before(purified_backward), f"{GRAD}.backward"),
         "func": (before(functional), "The forward calls .*a derivative of torch.func"),
-        "engine": (before(purified_by_the_engine), f"{GRAD}'s run_backward"),
         "optimiser": (before(fitted), "The forward calls .*the step of an optimiser"),
         "grad under attack": (before(lambda x: purified(x) if x.requires_grad else x - 2e-4 * x.detach()), GRAD),
         "search": (Searching, "3 passes of the network in one forward, counted at `net.1`; .*passes=3,"),
@@ -515,20 +476,6 @@ def test_catches(check, name, images, labels):
         missing = "The model gives no finite logits of shape (N, C)."
         assert report["deterministic"] == Check("deterministic", None, missing)
         assert {"deterministic", "batch", "gradients", "logits", "normalisation"} <= set(report.unchecked)
-
-
-class Autocast(Around):
-    def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.net(x).float()
-
-
-def test_catches_autocast_and_names_the_modules():
-    report = run(Autocast(net=robustbench_network("WideResNet-10-1")).eval(), torch.rand(4, 3, 32, 32), None)
-    assert "output" in report.failed
-    why = report["output"].why
-    assert why.startswith("The forward computes in another precision: `net.conv1` gives bfloat16, `net.block1.layer.0.")
-    assert why.endswith(" more. Compute in float32.")
 
 
 def test_says_that_a_model_without_a_copy_is_not_checked_for_memory(images, labels):
@@ -688,11 +635,6 @@ def test_catches_two_normalising_layers_without_labels(build, names):
     assert report["normalisation"].why.startswith(names)
 
 
-def test_says_what_it_could_not_compare_without_labels(images):
-    why = "No normalising layer. Without labels the accuracy was not compared."
-    assert run(Brightness().eval(), images, None)["normalisation"] == Check("normalisation", True, why)
-
-
 # --- optimisation, radius and claim ----------------------------------------------------------------------------------
 
 
@@ -747,25 +689,6 @@ def test_wants_a_claim_that_is_not_above_what_was_measured(claimed, measured, pa
 
 
 # --- the report, and bad input ---------------------------------------------------------------------------------------
-
-
-def test_the_report_as_markdown_and_json():
-    report = Preflight(
-        (Check("output", True, "Fine."), Check("eps", None, "a | b"), Check("claim", False, "Too high."))
-    )
-    assert report.markdown() == (
-        "# Preflight: FAILED: claim\n\nNot checked: eps.\n\n| check | result | why |\n| --- | --- | --- |\n"
-        "| output | pass | Fine. |\n| eps | not checked | a \\| b |\n| claim | FAIL | Too high. |\n"
-    )
-    assert json.loads(report.to_json()) == {
-        "passed": False,
-        "checks": [
-            {"name": "output", "passed": True, "why": "Fine."},
-            {"name": "eps", "passed": None, "why": "a | b"},
-            {"name": "claim", "passed": False, "why": "Too high."},
-        ],
-    }
-    assert Preflight(report.checks[:1]).markdown().startswith("# Preflight: passed\n\n| check ")
 
 
 @pytest.mark.parametrize(
