@@ -318,25 +318,17 @@ def test_imagenet_that_is_not_whole_is_refused(imagenet, tmp_path):
 # --- names, numbers, checksums ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("source", "keywords", "error", "text"),
-    [
-        (
-            "cifar11",
-            {},
-            ValueError,
-            "`source` must be 'cifar10', 'cifar100', 'imagenet', a folder of class folders",
-        ),
-        ("none.npz", {}, ValueError, "there is none at none.npz (seen from "),
-        ("a.npz", {"preprocessing": "Res224"}, ValueError, "must be None for an .npz file, got 'Res224'"),
-        ("images", {"preprocessing": "Res225"}, ValueError, "preprocessing `Res225`. Did you mean `Res224`? Known: Bi"),
-        *(("images", {"n_examples": count}, ValueError, f"at least 1 or None, got {count}") for count in (0, -1)),
-        *(
-            ("images", {"n_examples": count}, TypeError, f"at least 1 or None, got {count!r}")
-            for count in (1.0, "3", True)
-        ),
-    ],
-)
+NO_SOURCE = [
+    ("cifar11", {}, ValueError, "`source` must be"),
+    ("none.npz", {}, ValueError, "there is none at none.npz"),
+    ("a.npz", {"preprocessing": "Res224"}, ValueError, "got 'Res224'"),
+    ("images", {"preprocessing": "Res225"}, ValueError, "preprocessing `Res225`. Did you mean `Res224`?"),
+    *(("images", {"n_examples": count}, ValueError, f"got {count}") for count in (0, -1)),
+    *(("images", {"n_examples": count}, TypeError, f"got {count!r}") for count in (1.0, "3", True)),
+]
+
+
+@pytest.mark.parametrize(("source", "keywords", "error", "text"), NO_SOURCE)
 def test_a_source_or_number_that_is_none_is_refused(folder, source, keywords, error, text, monkeypatch):
     monkeypatch.chdir(folder.parent)
     np.savez("a.npz", **arrays())

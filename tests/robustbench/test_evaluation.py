@@ -27,7 +27,6 @@ from quick_autoattack import Interruption, Quick, batch, message, network, witho
 
 from ikl_plugins import _files
 from ikl_plugins._robustbench_import import import_robustbench
-from ikl_plugins.models.robustbench_zoo import robustbench_network
 from ikl_plugins.robustbench.data import Images, content_sha256
 from ikl_plugins.robustbench.evaluation import curve, evaluate
 from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
@@ -38,11 +37,8 @@ QUICK = ("apgd-ce", "apgd-t")
 
 
 @pytest.fixture(autouse=True)
-def real_autoattack(monkeypatch):
-    """Gives the real one, and the quick one to everybody else."""
-    real = robustbench.eval.AutoAttack
+def _quick(monkeypatch):
     monkeypatch.setattr(robustbench.eval, "AutoAttack", Quick)
-    return real
 
 
 OPTIONS = {"eps": "4/255", "attacks": QUICK, "batch_size": 5}
@@ -161,12 +157,6 @@ def test_named_attacks_are_autoattacks_in_their_order(attacks):
     # Restarts may find nothing more, but take their passes. Ours are three on natural images, and one more within
     # AutoAttack's checks; theirs are three as well, and one of `autoattack` to count the classes.
     assert ours[-1] - 3 - 1 == model.calls - ours[-1] - 1 - 3
-
-
-def test_the_result_is_autoattacks_with_its_own_numbers_of_steps(monkeypatch, real_autoattack):
-    monkeypatch.setattr(robustbench.eval, "AutoAttack", real_autoattack)
-    found = checked(*sample(count=4, wrong=1, classes=4), eps="3/255", batch_size=4)
-    assert 0 < found.robust_accuracy < found.natural_accuracy
 
 
 def test_the_layout_of_the_images_does_not_matter():
@@ -302,9 +292,7 @@ def test_the_log_says_everything(tmp_path):
     assert set(log) == {*expected, "data", "versions", "date", "device", "progress"}
     digest = content_sha256(images, labels)
     assert log["data"] == {"name": "made up", "sha256": digest, "n_examples": 14, "preprocessing": "Res224"}
-    assert log["versions"]["torch"] == torch.__version__
     assert set(log["versions"]) - {"autoattack"} >= {"python", "torch", "torchvision", "robustbench", "ikl_plugins"}
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", log["date"])
     batches = [3, -(-standing[0] // 5)]
     assert [{**entry, "seconds": 0} for entry in log["progress"]] == [
         {"attack": name, "standing": left, "seconds": 0, "batches": number, "batches_done": number}
@@ -313,7 +301,6 @@ def test_the_log_says_everything(tmp_path):
     assert [(event.attack, event.batch, event.batches, event.n_examples) for event in made] == [
         (name, batch + 1, number, 14) for name, number in zip(QUICK, batches, strict=True) for batch in range(number)
     ]
-    assert [event.standing for event in made if event.batch == event.batches] == standing
 
 
 def test_a_log_is_read_with_its_images_and_without(copied, whole, tmp_path):
@@ -334,16 +321,6 @@ def test_a_log_of_which_nothing_fell_needs_no_images(tmp_path):
     assert found.robust_accuracy == found.natural_accuracy
     assert not (tmp_path / "log_adversarial").exists()
     assert torch.equal(Evaluation.load(tmp_path / "log.json").adversarial_images(images), images)
-
-
-def test_nothing_is_written_without_a_log(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model, images, labels = sample()
-    found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"])
-    assert list(tmp_path.iterdir()) == []
-    assert found.log["adversarial"] is None
-    assert len(found.adversarial) == sum(name is not None for name in found.log["fell_to"])
-    assert found.log["model"] == "Sequential"
 
 
 def test_the_caller_keeps_random_numbers_weights_and_tracer(monkeypatch):
@@ -485,17 +462,6 @@ def test_a_log_from_other_versions_is_refused(copied, whole, package):
     found.save(copied)
     with message(f"has other version of {package} 0.1 instead of {own}"):
         evaluate(whole.model, whole.images, whole.labels, log=copied, **OPTIONS)
-
-
-def test_a_log_keeps_what_was_added_and_learns_new_names(copied, whole):
-    found = Evaluation.load(copied)
-    found.log["curve"] = [{"eps": "1/255"}]
-    found.save(copied)
-    names = {"model_name": "renamed", "checkpoint": {"name": "renamed.pt", "sha256": "0" * 64}}
-    again = evaluate(whole.model, whole.images, whole.labels, log=copied, **OPTIONS, **names)
-    assert again.log["curve"] == [{"eps": "1/255"}]
-    assert (again.log["model"], again.log["checkpoint"]) == ("renamed", names["checkpoint"])
-    assert Evaluation.load(copied).log == again.log
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -646,12 +612,6 @@ def test_bad_input_is_refused(changes, kind, text):
         evaluate(**{**given, **changes})
 
 
-def test_images_of_another_size_are_named():
-    model = robustbench_network("WideResNet-10-1").eval()
-    with message("these are 64x64"):
-        evaluate(model, torch.rand(2, 3, 64, 64), torch.tensor([0, 1]), eps="8/255")
-
-
 def test_parts_in_training_mode_are_for_random_models_alone():
     model = nn.Sequential(nn.Dropout(0.1), network()).eval()
     model[0].train()
@@ -715,15 +675,15 @@ def test_a_curve_goes_on_where_all_have_fallen_and_from_its_logs(tmp_path, monke
         curve(model, images, labels, radii, attacks=["apgd-ce"], folder=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("radii", "kind", "text"),
-    [
-        ("8/255", TypeError, "curve: `radii` must be a sequence of radii, got '8/255'. Write ['2/255', '4/255']."),
-        ([], ValueError, "curve: `radii` must hold at least one radius, got none"),
-        (["4/255", "2/255", "8/510"], ValueError, "`radii` must be different, but 4/255 and 8/510 are one"),
-        (["x"], ValueError, "curve: `eps` must be a fraction or a number, got 'x'"),
-    ],
-)
+NO_RADII = [
+    ("8/255", TypeError, "`radii` must be a sequence"),
+    ([], ValueError, "`radii` must hold at least one"),
+    (["4/255", "2/255", "8/510"], ValueError, "4/255 and 8/510 are one"),
+    (["x"], ValueError, "curve: `eps`"),
+]
+
+
+@pytest.mark.parametrize(("radii", "kind", "text"), NO_RADII)
 def test_radii_that_make_no_curve_are_refused(radii, kind, text):
     model = network()
     with message(text, kind):

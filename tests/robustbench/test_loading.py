@@ -562,7 +562,7 @@ STORED = [
 )
 def test_a_checkpoint_whose_own_config_has_other_images_is_refused(saved, preprocessor, name, message):
     network = models.resnet8() if name == "resnet8" else robustbench_network(name)
-    with pytest.raises(ValueError, match=rf"^load_checkpoint: .*a\.pt.*{message}"):
+    with pytest.raises(ValueError, match=rf"^load_checkpoint: .*{message}"):
         load_checkpoint(saved(stored(network, preprocessor)), name, "cifar100" if name == "resnet8" else "cifar10")
 
 
