@@ -236,7 +236,7 @@ class PGD:
         graph, mode = torch.inference_mode(False), model_mode(model, self.model_mode)
         try:
             with graph, torch.enable_grad(), mode, frozen_statistics(model):
-                images = images.clone() if images.is_inference() else images.detach()
+                images = _recordable(images.detach())
                 if self.needs_labels:
                     objective = self._away_from_labels(labels)
                 else:
@@ -287,8 +287,7 @@ class PGD:
             nonlocal targets
             if targets is None:
                 checked = check.check_targets("PGD", labels, logits.shape[1], logits, name="labels")
-                # Those made in inference mode cannot be saved for backward.
-                targets = check.safe_index(checked.clone() if checked.is_inference() else checked, logits.shape[1])
+                targets = check.safe_index(_recordable(checked), logits.shape[1])
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if self.objective == "margin":
                 return _margins(wide, targets).sum()
@@ -366,6 +365,12 @@ class PGD:
     def __repr__(self) -> str:
         names = ("eps", "budget", "eps_ramp", "norm", "random_start", "objective", "model_mode")
         return f"PGD({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+
+def _recordable(tensor: Tensor) -> Tensor:
+    """The tensor; a copy if it was made in inference mode, as autograd cannot save that one."""
+    made_in_inference_mode = not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if made_in_inference_mode else tensor
 
 
 def _judge_pixels(low: float, high: float) -> str | None:

@@ -9,23 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from no_waits import NoWaits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ikl_plugins import ClassPrior, DKLLoss, GKLLoss, IKLLoss, _value_checks, ikl_loss, read_value_checks
 from ikl_plugins.adversarial import PGD, AdversarialWeightPerturbation, PixelSpace
-
-WAITS = ("_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "is_nonzero", "unique")
-
-
-class NoWaits(TorchDispatchMode):
-    """Refuses what would make the host wait for a device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        assert not name.startswith(WAITS), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

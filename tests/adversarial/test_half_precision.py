@@ -1,0 +1,109 @@
+"""Attack and weight perturbation in half precision: small gradients are not lost, overflows do no harm."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ikl_plugins.adversarial import PGD, AdversarialWeightPerturbation, attack
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels in (3, 16):
+        layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 10)).eval()
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The pixel gradients of each step."""
+    seen: list[Tensor] = []
+    step = PGD._step
+
+    def noting(self: PGD, adversarial: Tensor, gradient: Tensor, *rest: object) -> Tensor:
+        seen.append(gradient)
+        return step(self, adversarial, gradient, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PGD, "_step", noting)
+    return seen
+
+
+def run(dtype: torch.dtype | None, objective: str = "soft_cross_entropy", **settings: object) -> Tensor:
+    model = network()
+    torch.manual_seed(1)
+    images = torch.rand(8, 3, 16, 16)
+    pgd = PGD(eps="8/255", steps=3, step_size="2/255", random_start="normal", objective=objective, **settings)  # type: ignore[arg-type]
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        return pgd(model, images, labels=torch.zeros(8, dtype=torch.long))
+
+
+def zeros(gradients: list[Tensor]) -> float:
+    return max((gradient == 0).float().mean().item() for gradient in gradients)
+
+
+@pytest.mark.parametrize("objective", ["soft_cross_entropy", "ikl", "cross_entropy"])
+def test_float16_keeps_the_gradients_that_float32_has(
+    objective: str, gradients: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(None, objective)
+    assert zeros(gradients) == 0
+    gradients.clear()
+    run(torch.float16, objective)
+    assert zeros(gradients) < 0.02
+    if objective == "cross_entropy":  # whose gradients are not so small
+        return
+    gradients.clear()
+    monkeypatch.setattr(attack, "_FIRST_SCALE", 1.0)
+    run(torch.float16, objective)
+    assert zeros(gradients) > 0.1  # so the network is one that shows it
+
+
+def test_bfloat16_is_not_scaled(gradients: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(torch.bfloat16)
+    expected = [gradient.clone() for gradient in gradients]
+    gradients.clear()
+    monkeypatch.setattr(attack, "_FIRST_SCALE", 2.0)
+    run(torch.bfloat16)
+    assert all(map(torch.equal, gradients, expected))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_scale_that_overflows_is_lowered(norm: str, gradients: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a factor with which the first gradient overflows; the later ones are those of a factor that fits."""
+    monkeypatch.setattr(attack, "_FIRST_SCALE", 2.0**40)
+    monkeypatch.setattr(attack, "_LOWER_SCALE", 2.0**-28)
+    adversarial = run(torch.float16, norm=norm)
+    assert torch.isfinite(adversarial).all()
+    assert zeros(gradients[:1]) > 0.1
+    assert zeros(gradients[1:]) < 0.02
+    assert max(gradient.abs().max() for gradient in gradients[1:]) < 100
+
+
+def test_a_network_that_overflows_is_still_refused() -> None:
+    model = network()
+    nn.init.constant_(model[-1].bias, math.inf)
+    pgd = PGD(eps="8/255", steps=2, step_size="2/255")
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="must stay finite"):
+        pgd(model, torch.rand(2, 3, 16, 16), labels=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_overflowed_perturbs_nothing(bad: float) -> None:
+    model = network().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.rand(4, 3, 16, 16)
+    handle = model[3].weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), bad))
+    awp = AdversarialWeightPerturbation(gamma=0.1)
+    loss = model.eval()(images).square().sum()
+    with awp.perturbed(model, loss):
+        handle.remove()
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        model.train()(images).sum().backward()
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    with awp.perturbed(model, model(images).square().sum()):  # and the next step is perturbed again
+        assert not torch.equal(model[3].weight, before["3.weight"])

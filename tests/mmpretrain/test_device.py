@@ -1,0 +1,172 @@
+"""What the classifiers do on a device, shown on a CPU: no waits, no graph breaks, nothing lost to an overflow."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
+import pytest
+import torch
+import torch._dynamo
+from mmengine.optim import AmpOptimWrapper
+from mmpretrain.registry import MODELS
+from mmpretrain_runs import Record, distilled_network, loader, network, prior_of, runner, save_teacher
+from no_waits import NoWaits
+
+from ikl_plugins import _value_checks
+
+
+def adversarial_network(**changes):
+    attack = {"eps": "8/255", "steps": 2, "step_size": "2/255", "objective": "ikl"}
+    loss = {"type": "IKLLoss", "global_info": True}
+    return network(type="AdversarialClassifier", **{"attack": attack, "robust_loss": loss, **changes})
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return save_teacher(tmp_path / "teacher.pth")
+
+
+def build(config):
+    torch.manual_seed(0)
+    model = MODELS.build(config).train()
+    model.begin_epoch(1, 1)
+    return model
+
+
+def prepared(model, count=4):
+    (data,) = loader(count=count, batch_size=count)
+    return model.data_preprocessor(data, training=True)
+
+
+@pytest.mark.parametrize("kind", ["distillation", "adversarial", "weight perturbation"])
+def test_a_training_step_does_not_wait(kind, teacher, monkeypatch):
+    model = build(
+        {
+            "distillation": distilled_network(teacher),
+            "adversarial": adversarial_network(),
+            "weight perturbation": adversarial_network(awp={"warmup_epochs": 0}),
+        }[kind]
+    )
+    data = prepared(model)
+    monkeypatch.setattr(_value_checks, "on_host", lambda number: False)
+    with NoWaits():
+        total, _ = model.parse_losses(model(**data, mode="loss"))
+        total.backward()
+    _value_checks.read_value_checks()
+
+
+@pytest.mark.parametrize("model", [distilled_network, adversarial_network])
+def test_the_terms_of_an_iteration_are_read_together(model, teacher, tmp_path, monkeypatch):
+    """Before anything else asks for them one by one, and to the same numbers."""
+    config = model(teacher) if model is distilled_network else model()
+    before, after, reads = [], [], []
+    numbers = _value_checks.host_numbers
+    monkeypatch.setattr("ikl_plugins.mmengine.hooks.host_numbers", lambda groups: reads.append(1) or numbers(groups))
+    run = runner(tmp_path, config, epochs=1)
+    run.hooks.insert(0, Record(after_train_iter=lambda *_, outputs, **__: before.append(dict(outputs))))
+    run.register_hook(Record(after_train_iter=lambda *_, outputs, **__: after.append(dict(outputs))), "VERY_HIGH")
+    run.train()
+    assert len(reads) == len(after) == 3
+    for tensors, floats in zip(before, after, strict=True):
+        assert {"loss", "loss_ce", "weighted_mse", "soft_cross_entropy"} <= tensors.keys()
+        assert floats == {name: value.item() for name, value in tensors.items()}
+        assert all(type(value) is float for value in floats.values())
+
+
+def test_a_bad_label_on_a_device_stops_the_run_at_its_iteration(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(_value_checks, "on_host", lambda number: False)
+    data = loader()
+    data.dataset[0]["data_samples"].set_gt_label(7)
+    run = runner(tmp_path, distilled_network(teacher), epochs=1, train_dataloader=data)
+    # The head's own cross entropy would refuse it first, on a CPU.
+    monkeypatch.setattr("mmpretrain.models.heads.cls_head.ClsHead._get_loss", lambda *_, **__: {})
+    with pytest.raises(ValueError, match=r"IKLLoss: `targets` must lie in \[0, 2\], got values from [0-2] to 7"):
+        run.train()
+
+
+@pytest.mark.parametrize("global_info", [False, True])
+def test_distillation_compiles_without_a_graph_break(global_info, teacher):
+    config = distilled_network(teacher)
+    config["distill_loss"]["global_info"] = global_info
+    model = build(config)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(**prepared(model), mode="loss")
+    assert found.graph_break_count == 0, [reason.reason for reason in found.break_reasons]
+
+
+def test_adversarial_training_compiles_and_its_last_batch_may_be_smaller():
+    compiled, plain = build(adversarial_network()), build(adversarial_network())
+    torch._dynamo.reset()
+    step = torch.compile(compiled, backend="eager")
+    for count in (4, 4, 3):
+        data = prepared(plain, count)
+        torch.manual_seed(count)
+        expected = plain(**data, mode="loss")
+        torch.manual_seed(count)
+        found = step(**data, mode="loss")
+        torch.testing.assert_close(found, expected)
+
+
+# --- overflows -------------------------------------------------------------------------------------------------------
+
+
+class Overflowing:
+    """A teacher whose logits of one batch are not finite."""
+
+    def __init__(self, inner, value, batch):
+        self.inner, self.value, self.left = inner, value, batch
+
+    def __call__(self, inputs):
+        logits = self.inner(inputs)
+        self.left -= 1
+        return logits + self.value if self.left == 0 else logits
+
+    def apply(self, fn):
+        self.inner.apply(fn)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_teacher_batch_that_overflowed_under_amp_costs_one_step(value, teacher, tmp_path, monkeypatch, caplog):
+    """AmpOptimWrapper's scaler skips the step; two epochs later weights and prior are finite."""
+    monkeypatch.setattr(amp, "is_cuda_available", lambda: True)
+    monkeypatch.setattr(amp, "GradScaler", lambda **options: torch.amp.GradScaler("cpu", **options))
+    wrapper = {"type": "AmpOptimWrapper", "dtype": "bfloat16", "optimizer": {"type": "SGD", "lr": 0.05}}
+    run = runner(tmp_path, distilled_network(teacher), epochs=3, optim_wrapper=wrapper)
+    model = run.model
+    model.teacher = Overflowing(model.teacher, value, batch=2)
+    scales = []
+    note = Record(after_train_iter=lambda *_, **__: scales.append(run.optim_wrapper.loss_scaler.get_scale()))
+    run.register_hook(note, "LOWEST")
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    assert isinstance(run.optim_wrapper, AmpOptimWrapper)
+    assert scales[1] == scales[0] / 2  # so that step was skipped
+    assert scales[-1] == scales[1]
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    prior = prior_of(model)
+    assert not torch.equal(prior.matrix, torch.full_like(prior.matrix, 1 / 3))
+    assert sum("4 predictions of this epoch were not finite" in message for message in caplog.messages) == 1
+
+
+def test_a_gradient_that_overflowed_does_not_perturb_the_weights(monkeypatch):
+    """Weights, statistics of batch normalisation and prior stay finite, whatever AWP's own pass has met."""
+    model = build(adversarial_network(awp={"warmup_epochs": 0, "gamma": 0.1}))
+    data = prepared(model)
+    weight = model.head.fc.weight
+    passes = []
+
+    def overflow(gradient):
+        passes.append(gradient)
+        return gradient * math.inf if len(passes) == 1 else gradient
+
+    weight.register_hook(overflow)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    total, _ = model.parse_losses(model(**data, mode="loss"))
+    assert passes
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    total.backward()
+    model.end_iteration()
+    model.end_epoch()
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
