@@ -50,7 +50,7 @@ class WarmupEMA(BaseAveragedModel):  # type: ignore[misc]
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 < momentum < 1:
             raise ValueError(
                 f"WarmupEMA: `momentum` must be a number between 0 and 1, got {momentum!r}. "
-                f"For a final decay of 0.995 write 0.005."
+                f"Write 0.005 for a decay of 0.995."
             )
         super().__init__(model, interval, device, update_buffers)
         self.momentum = momentum

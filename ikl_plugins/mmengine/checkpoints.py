@@ -66,8 +66,8 @@ def verify(path: Path | str, *, resume: bool = False) -> None:
     scheme = re.match(r"[\w+.-]+(?=://)", str(path))
     if scheme:
         raise ValueError(
-            f"verify: a checkpoint must be a file or an http(s) address, got {path}. Fetch it and name the file, or "
-            f"trust {scheme[0]}://: custom_hooks = [dict(type='IKLHook', verify_checkpoints=False)]."
+            f"verify: a checkpoint must be a file or an http(s) address, got {path}. Fetch it, or trust "
+            f"{scheme[0]}://: custom_hooks = [dict(type='IKLHook', verify_checkpoints=False)]."
         )
     _check_run(load_content(path), path, resume)
 
@@ -76,8 +76,8 @@ def _check_run(content: Any, path: Path | str, resume: bool) -> None:
     missing = [key for key in _OF_A_RUN if not isinstance(content, Mapping) or key not in content]
     if resume and missing:
         raise ValueError(
-            f"verify: the checkpoint {path} must be one of MMEngine's for a run to go on from it, but lacks "
-            f"{', '.join(map(repr, missing))}. For its weights alone name it in `load_from` without `resume`."
+            f"verify: the checkpoint {path} must be one of MMEngine's, but lacks {', '.join(map(repr, missing))}. "
+            f"For weights alone use `load_from` without `resume`."
         )
 
 
@@ -104,10 +104,7 @@ def newest_whole(named: str, work_dir: str) -> str:
     note = Path(work_dir, "last_checkpoint")
     if not whole:
         what = f"names {named}, which was not written to its end" if named else "is empty"
-        raise ValueError(
-            f"IKLHook: {note} must name the checkpoint to go on from, but {what}, and there is no whole one beside it. "
-            f"Start anew, without --resume."
-        )
+        raise ValueError(f"IKLHook: {note} must name a whole checkpoint, but {what}. Start anew, without --resume.")
     # By time and not by number: the folder may have checkpoints of a longer run that was there before.
     newest = max(whole, key=lambda path: path.stat().st_mtime_ns)
     MMLogger.get_current_instance().warning(

@@ -43,8 +43,9 @@ def dry_run(runner: Any, model: nn.Module) -> None:
         for name in hook.save_best or ():
             if name != "auto" and name not in metrics:
                 raise ValueError(
-                    f"{_CALLER}: `save_best` of CheckpointHook must be a metric of `val_evaluator`, "
-                    f"{', '.join(map(repr, metrics))}, got {name!r}. Correct it in `default_hooks`."
+                    f"{_CALLER}: `save_best` must be a metric of `val_evaluator`, {', '.join(map(repr, metrics))}, "
+                    f"got {name!r}. "
+                    f"Correct it in `default_hooks`."
                 )
 
 
@@ -109,8 +110,8 @@ def _telling(block: str) -> Iterator[None]:
         yield
     except Exception as error:  # of data sets, transforms and metrics of any kind
         raise ValueError(
-            f"{_CALLER}: `{block}` must work after an epoch, but its first batch gives "
-            f"{type(error).__name__}: {error}. Correct it, or turn this off: dict(type='IKLHook', rehearse=False)."
+            f"{_CALLER}: `{block}` must work after an epoch, but gives {type(error).__name__}: {error}. "
+            f"Correct it, or set rehearse=False in dict(type='IKLHook')."
         ) from error
 
 

@@ -81,6 +81,6 @@ class EpochModel(nn.Module):
         """
         if self.epoch is None and self.training and (reasons := self.epoch_reasons()):
             raise ValueError(
-                f"{type(self).__name__}: {' and '.join(reasons)} must know where epochs begin. Add this line to the "
-                f"config, or its dict to the `custom_hooks` there:\n  {HOOK_LINE}"
+                f"{type(self).__name__}: {' and '.join(reasons)} must know where epochs begin. "
+                f"Add to the config:\n  {HOOK_LINE}"
             )

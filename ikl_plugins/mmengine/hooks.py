@@ -221,18 +221,17 @@ def _check_ranks(runner: Any, by_iteration: bool) -> None:
         return
     if not is_model_wrapper(runner.model):
         raise ValueError(
-            f"IKLHook: the model of {get_world_size()} ranks must be wrapped, or each trains for itself. "
-            f"Start the training with --launcher pytorch."
+            f"IKLHook: the model of {get_world_size()} ranks must be wrapped. Start with --launcher pytorch."
         )
     if not class_priors(_unwrap(runner.model)):
         return
     if getattr(runner.model, "broadcast_buffers", False):
         raise ValueError(
-            "IKLHook: `model_wrapper_cfg` must have broadcast_buffers=False, or rank 0's class statistics replace "
-            "those of the others. Use dict(type='MMDistributedDataParallel', broadcast_buffers=False)."
+            "IKLHook: `model_wrapper_cfg` must keep each rank's class statistics. "
+            "Use dict(type='MMDistributedDataParallel', broadcast_buffers=False)."
         )
     if by_iteration and any(isinstance(hook, SyncBuffersHook) for hook in runner.hooks):
         raise ValueError(
-            "IKLHook: a SyncBuffersHook must not be there in an iteration-based loop, where it averages the ranks' "
-            "class statistics in the middle of an epoch. Take it out of `custom_hooks`."
+            "IKLHook: SyncBuffersHook would average class statistics in mid-epoch of an iteration-based loop. "
+            "Take it out of `custom_hooks`."
         )

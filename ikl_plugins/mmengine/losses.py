@@ -186,8 +186,5 @@ class KLLoss(nn.Module):
 
 def _core_reduction(caller: str, reduction: str) -> str:
     if reduction not in _CORE_REDUCTION:
-        raise ValueError(
-            f"{caller}: `reduction` must be one of 'mean', 'sum', 'none', got {reduction!r}. "
-            f"Use 'mean' for the mean over samples."
-        )
+        raise ValueError(f"{caller}: `reduction` must be one of 'mean', 'sum', 'none', got {reduction!r}. Use 'mean'.")
     return _CORE_REDUCTION[reduction]

@@ -60,8 +60,9 @@ def register_entries(caller: str, entries: Sequence[Entry]) -> None:
             holder = where.module_dict.get(name)
             if holder is not None and _full_name(holder) != _full_name(ours):
                 raise ValueError(
-                    f"{caller}: the {kind} name '{name}' must be free, but {_full_name(holder)} holds it in the "
-                    f"registry of {where.scope}. Register that one under another name."
+                    f"{caller}: the {kind} name '{name}' must be free, but {_full_name(holder)} holds it in "
+                    f"{where.scope}. "
+                    f"Rename that one."
                 )
     for registry, _, name, ours in entries:
         if registry.module_dict.get(name) is not ours:

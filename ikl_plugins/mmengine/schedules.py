@@ -26,8 +26,8 @@ class _OneCycle(OneCycleParamScheduler):  # type: ignore[misc]
     def _get_value(self) -> list[float]:
         if self._schedule_phases[0]["end_step"] == 0:
             raise ValueError(
-                f"{type(self).__name__}: `pct_start` of `total_steps` must not be exactly one step, got that of "
-                f"{self.total_steps} steps. Change pct_start a little."
+                f"{type(self).__name__}: `pct_start` of {self.total_steps} steps must not be exactly one step. "
+                f"Change it a little."
             )
         values: list[float] = super()._get_value()
         return values
@@ -79,7 +79,7 @@ class _OneCycleMomentumValues(_OneCycle):
         momenta = {"base_momentum": base_momentum, "max_momentum": max_momentum}
         for name, value in {**momenta, "pct_start": pct_start}.items():
             if check.check_number(caller, name, value) > 1:
-                raise ValueError(f"{caller}: `{name}` must be from 0 to 1, got {value}. Choose a value in that range.")
+                raise ValueError(f"{caller}: `{name}` must be from 0 to 1, got {value}.")
         functions = {"cos": self._annealing_cos, "linear": self._annealing_linear}
         if anneal_strategy not in functions:
             raise ValueError(check.unknown_name_message(caller, "`anneal_strategy`", anneal_strategy, functions))
@@ -88,7 +88,7 @@ class _OneCycleMomentumValues(_OneCycle):
         if self.total_steps < 1 or self.total_steps >= INF:
             raise ValueError(
                 f"{caller}: `total_steps` must be the number of steps of the cycle, got {total_steps}. "
-                f"Give it, or `end`; MMEngine's runner knows the length of the training."
+                f"Give it, or `end`."
             )
         ends = (pct_start * self.total_steps - 1, self.total_steps - 1)
         ways = (("max_momentum", "base_momentum"), ("base_momentum", "max_momentum"))
@@ -158,10 +158,7 @@ class BatchNormMomentumHook(Hook):  # type: ignore[misc]
     def __init__(self, momentum: float = 0.01, first_momentum: float = 1.0) -> None:
         for name, value in (("momentum", momentum), ("first_momentum", first_momentum)):
             if check.check_number("BatchNormMomentumHook", name, value) > 1:
-                raise ValueError(
-                    f"BatchNormMomentumHook: `{name}` must be from 0 to 1, got {value}. "
-                    f"It is the share of the new batch."
-                )
+                raise ValueError(f"BatchNormMomentumHook: `{name}` must be from 0 to 1, got {value}.")
         self.momentum = momentum
         self.first_momentum = first_momentum
         self._layers: list[_BatchNorm] = []
@@ -172,8 +169,7 @@ class BatchNormMomentumHook(Hook):  # type: ignore[misc]
         self._layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if not self._layers:
             raise ValueError(
-                "BatchNormMomentumHook: the model must have batch normalisation, but it has none. "
-                "Take the hook out of `custom_hooks`."
+                "BatchNormMomentumHook: the model must have batch normalisation. Take the hook out of `custom_hooks`."
             )
         self._set(self.first_momentum if runner.iter == 0 else self.momentum)
 

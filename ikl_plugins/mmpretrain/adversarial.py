@@ -111,7 +111,7 @@ class AdversarialClassifier(EpochClassifier):
         if self.val_attack is not None and self.val_attack.changes:
             raise ValueError(
                 f"{_CALLER}: `val_attack` must be the same in all epochs, got {self.val_attack}. "
-                f"Leave `eps_ramp` and a budget of several rows to `attack`."
+                f"Leave `eps_ramp` to `attack`."
             )
         self.awp = None if awp is None else _build("awp", AdversarialWeightPerturbation, awp)
         self.robust_loss = self.build_loss("robust_loss", robust_loss)
@@ -192,8 +192,8 @@ class AdversarialClassifier(EpochClassifier):
         metrics = [] if runner.val_loop is None else runner.val_loop.evaluator.metrics
         if self.val_attack is None and any(isinstance(metric, RobustAccuracy) for metric in metrics):
             raise ValueError(
-                f"{_CALLER}: `val_attack` must be given for the RobustAccuracy in `val_evaluator`, got None. "
-                f"Write val_attack=dict(eps='8/255', steps=20, step_size='2/255'), or take the metric out."
+                f"{_CALLER}: `val_attack` must be given for RobustAccuracy. "
+                f"Write val_attack=dict(eps='8/255', steps=20, step_size='2/255')."
             )
         if self.awp is None:
             return
@@ -206,7 +206,7 @@ class AdversarialClassifier(EpochClassifier):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(
                 f"{_CALLER}: `awp` must have a single optimizer, got {type(runner.optim_wrapper).__name__}. "
-                f"Use one optimizer, with param groups if need be."
+                f"Use param groups."
             )
         optimizer.register_step_pre_hook(lambda *_: self._restore())
 
@@ -258,9 +258,8 @@ class AdversarialClassifier(EpochClassifier):
         views = [inputs] if isinstance(inputs, Tensor) else list(inputs)
         if (len(views) == 2) != (self.augmented_weight is not None) or len(views) > 2:
             raise ValueError(
-                f"{_CALLER}: `augmented_weight` goes with two views of each image, got {self.augmented_weight} and "
-                f"{len(views)}. Use MultiView(num_views=[1, 1]) in the pipeline and TwoViewDataPreprocessor inside "
-                f"`model`; for one view leave it out."
+                f"{_CALLER}: `augmented_weight` goes with two views, got {self.augmented_weight} and {len(views)}. "
+                f"Use MultiView(num_views=[1, 1]) and TwoViewDataPreprocessor, or leave it out."
             )
         return views
 
@@ -311,8 +310,8 @@ class AdversarialClassifier(EpochClassifier):
         if type(loss) is not CrossEntropyLoss or loss.use_soft or loss.use_sigmoid:
             how = " with use_soft or use_sigmoid" if type(loss) is CrossEntropyLoss else ""
             raise ValueError(
-                f"{_CALLER}: `label_smoothing` goes with a head whose loss is a plain CrossEntropyLoss, got "
-                f"{type(loss).__name__}{how}. Use label_smoothing=0."
+                f"{_CALLER}: `label_smoothing` goes with a plain CrossEntropyLoss, got {type(loss).__name__}{how}. "
+                f"Use label_smoothing=0."
             )
         self.head.loss_module = LabelSmoothLoss(
             smoothing,

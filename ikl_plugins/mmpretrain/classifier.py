@@ -62,8 +62,8 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         logits = self.head(feats)
         if not isinstance(logits, Tensor):
             raise ValueError(
-                f"{self._name}: `head` must give one tensor of logits, but {type(self.head).__name__} gives a "
-                f"{type(logits).__name__}. Use LinearClsHead, or another one with one set of logits."
+                f"{self._name}: `head` must give one tensor of logits, got a {type(logits).__name__}. "
+                f"Use LinearClsHead."
             )
         return logits
 
@@ -91,19 +91,19 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         if not data_samples or any("gt_label" not in sample for sample in data_samples):
             raise ValueError(
                 f"{self._name}: every data sample must have a `gt_label`, which {needed_by} needs. "
-                f"Let the data set give labels and end the pipeline with PackInputs, or {instead}."
+                f"End the pipeline with PackInputs, or {instead}."
             )
         # In validation images are not mixed, and scores that are there are the labels in another form.
         if self.training and any("gt_score" in sample for sample in data_samples):
             raise ValueError(
-                f"{self._name}: {needed_by} needs one class per sample, but these have a `gt_score` (one-hot, mixup or "
-                f"CutMix). Drop `augments` from `train_cfg` and `to_onehot` from `data_preprocessor`, or {instead}."
+                f"{self._name}: {needed_by} needs one class per sample, got a `gt_score`. "
+                f"Drop `augments` and `to_onehot`, or {instead}."
             )
         labels = [sample.gt_label for sample in data_samples]
         if any(label.numel() != 1 for label in labels):
             raise ValueError(
                 f"{self._name}: {needed_by} needs one class per sample, but some have none or several. "
-                f"Use a data set with one class per image, or {instead}."
+                f"Use other data, or {instead}."
             )
         return torch.cat([label.reshape(1) for label in labels])
 
@@ -127,14 +127,14 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
             )
         if not all(hasattr(loss, name) for name in ("class_prior", "last_terms", "end_epoch")):
             raise ValueError(
-                f"{self._name}: `{key}` must be a loss between two sets of logits, got {type(loss).__name__}. "
+                f"{self._name}: `{key}` must be a loss between logits, got {type(loss).__name__}. "
                 f"Use one of {', '.join(LOSSES)}, KLLoss."
             )
         own = getattr(loss, "num_classes", None)
         if own is not None and classes is not None and own != classes:
             raise ValueError(
                 f"{self._name}: `{key}` must have the class count of the head, {classes}, got num_classes={own}. "
-                f"Drop num_classes from `{key}`: it is taken from the head."
+                f"Drop it from `{key}`."
             )
         return loss
 

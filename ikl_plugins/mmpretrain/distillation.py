@@ -141,8 +141,8 @@ class DistillationClassifier(EpochClassifier):
         teacher_logits = self.teacher(inputs)
         if teacher_logits.shape != logits.shape:
             raise ValueError(
-                f"{type(self).__name__}: `teacher` must have the class count of the student, got logits of shape "
-                f"{tuple(teacher_logits.shape)} and {tuple(logits.shape)}. Take a teacher of the same classes."
+                f"{type(self).__name__}: `teacher` must have the student's class count, got logits of shape "
+                f"{tuple(teacher_logits.shape)} and {tuple(logits.shape)}. Take another teacher."
             )
         losses = self.head_losses(feats, logits, data_samples, self.ce_weight)
         scale = self.distill_weight

@@ -90,7 +90,7 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
         if len(self.label_files) != len(self.data_files):
             raise ValueError(
                 f"{_CALLER}: `label_file` must name as many files as `data_file`, got {len(self.label_files)} and "
-                f"{len(self.data_files)}. Name one for each, in the same order."
+                f"{len(self.data_files)}."
             )
         self._parts: list[tuple[MappedArray, MappedArray]] = []
         self._ends: list[int] = []
@@ -108,10 +108,7 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
             classes=classes,
         )
         if any(isinstance(transform, LoadImageFromFile) for transform in self.pipeline.transforms):
-            raise ValueError(
-                f"{_CALLER}: `pipeline` must not load images, but it has a LoadImageFromFile. "
-                f"Take it out: pipeline=train_pipeline[1:]."
-            )
+            raise ValueError(f"{_CALLER}: `pipeline` must not load images. Take LoadImageFromFile out.")
 
     def full_init(self) -> None:
         """Opens the files; a second call does nothing."""
@@ -121,10 +118,7 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
         self._parts = [map_images(data_file, label_file) for data_file, label_file in files]
         sizes = {images.shape[1:3] for images, _ in self._parts}
         if len(sizes) > 1:
-            raise ValueError(
-                f"{_CALLER}: all files of `data_file` must have images of one size, got {sorted(sizes)}. "
-                f"Make a data set of each."
-            )
+            raise ValueError(f"{_CALLER}: `data_file` must have images of one size, got {sorted(sizes)}. Split it.")
         self._ends = list(itertools.accumulate(len(images) for images, _ in self._parts))
         self._positions = range(self._ends[-1])
         self._fully_initialized = True
@@ -171,8 +165,8 @@ class GeneratedImages(BaseDataset):  # type: ignore[misc]
         chosen = numpy.asarray(indices, dtype=numpy.int64)
         if chosen.size and not (-count <= chosen.min() and chosen.max() < count):
             raise ValueError(
-                f"{_CALLER}: `indices` must lie below the {count} images there are, got {chosen.min()} to "
-                f"{chosen.max()}. Correct them, or take another file."
+                f"{_CALLER}: `indices` must lie below the {count} images, got {chosen.min()} to {chosen.max()}. "
+                f"Correct them."
             )
         chosen = numpy.where(chosen < 0, chosen + count, chosen)
         positions = self._positions

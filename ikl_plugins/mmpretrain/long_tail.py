@@ -69,14 +69,12 @@ class ManyMediumFew(BaseMetric):  # type: ignore[misc]
         super().__init__(**kwargs)
         if (train_counts is None) == (train_dataset is None):
             raise ValueError(
-                f"{_CALLER}: `train_counts` or `train_dataset` must be given, one of the two, got "
+                f"{_CALLER}: one of `train_counts` and `train_dataset` must be given, got "
                 f"{'neither' if train_counts is None else 'both'}. Write train_counts='ImageNet_LT_train.txt'."
             )
         check.check_number(_CALLER, "few", few)
         if check.check_number(_CALLER, "many", many) < few - 1:
-            raise ValueError(
-                f"{_CALLER}: `many` must be at least `few` - 1, got {many} and {few}. The usual bounds are 100 and 20."
-            )
+            raise ValueError(f"{_CALLER}: `many` must be at least `few` - 1, got {many} and {few}. Use 100 and 20.")
         self.many = many
         self.few = few
         if train_dataset is not None:
@@ -99,8 +97,8 @@ class ManyMediumFew(BaseMetric):  # type: ignore[misc]
         counts = self.train_counts
         if labels.size and labels.max() >= len(counts):
             raise ValueError(
-                f"{_CALLER}: `train_counts` must have every class of the test images, but it has {len(counts)} and "
-                f"there is a label {labels.max()}. Name the list file of the same data set."
+                f"{_CALLER}: `train_counts` must have every class of the test images, got {len(counts)} counts and "
+                f"label {labels.max()}. Name another list file."
             )
         images = numpy.bincount(labels, minlength=len(counts))
         right = numpy.bincount(labels[predicted == labels], minlength=len(counts))
@@ -125,16 +123,16 @@ def _tally(labels: Any, classes: int = 0) -> numpy.ndarray[Any, Any]:
 def _listed_labels(path: Path) -> list[int]:
     if not path.is_file():
         raise ValueError(
-            f"{_CALLER}: `train_counts` must be the list file of the training images, but there is none at {path} "
-            f"(seen from {Path.cwd()}). Correct the path."
+            f"{_CALLER}: `train_counts` must be a list file, but there is none at {path} (seen from {Path.cwd()}). "
+            f"Correct the path."
         )
     labels = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         _, _, label = line.rstrip().rpartition(" ")
         if not label.isdecimal():
             raise ValueError(
-                f'{_CALLER}: `train_counts` must be a file with lines "path label", but line {number} of {path} is '
-                f"{line!r}. Name the list file of the training images."
+                f'{_CALLER}: `train_counts` must hold lines "path label", but line {number} of {path} is {line!r}. '
+                f"Correct it."
             )
         labels.append(int(label))
     return labels
@@ -146,7 +144,7 @@ def _given(counts: Any) -> numpy.ndarray[Any, Any]:
     )
     if not whole or not len(counts):
         raise TypeError(
-            f"{_CALLER}: `train_counts` must be a list of image counts by class, or the path of a list file, got "
-            f"{counts!r}. Write train_counts=[500, 480, ...]."
+            f"{_CALLER}: `train_counts` must be a list of image counts or a path, got {counts!r}. "
+            f"Write train_counts=[500, 480, ...]."
         )
     return numpy.array(counts, dtype=numpy.int64)

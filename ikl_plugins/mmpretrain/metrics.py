@@ -38,8 +38,8 @@ class RobustAccuracy(Accuracy):  # type: ignore[misc]
         """Collects one batch of predictions, with 'robust_pred_score' and 'gt_label'."""
         if any(ROBUST_SCORE not in sample for sample in data_samples):
             raise ValueError(
-                "RobustAccuracy: the model must predict adversarial images, but its predictions hold none. Use "
-                "model=dict(type='AdversarialClassifier', val_attack=dict(...), ...)."
+                "RobustAccuracy: the predictions must hold adversarial images. "
+                "Use model=dict(type='AdversarialClassifier', val_attack=dict(...), ...)."
             )
         super().process(
             data_batch,

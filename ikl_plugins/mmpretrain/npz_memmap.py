@@ -79,13 +79,13 @@ def map_images(data_file: Path, label_file: Path | None = None) -> tuple[MappedA
     if (data_file.suffix == ".npy") != (label_file is not None):
         raise ValueError(
             f"{_CALLER}: `label_file` goes with `data_file` of type .npy, got {data_file.name} and "
-            f"{None if label_file is None else label_file.name}. Give an .npz file alone, or two .npy files."
+            f"{None if label_file is None else label_file.name}. Give one .npz or two .npy files."
         )
     for file in (data_file, label_file):
         if file is not None and not file.is_file():
             raise ValueError(
                 f"{_CALLER}: `data_file` must be a file, but there is none at {file} (seen from {Path.cwd()}). "
-                f"Correct the path or `data_root`."
+                f"Correct the path."
             )
     if label_file is None:
         images, labels = _members(data_file)
@@ -93,13 +93,13 @@ def map_images(data_file: Path, label_file: Path | None = None) -> tuple[MappedA
         images, labels = _array(data_file), _array(label_file)
     if images.dtype != numpy.uint8 or len(images.shape) != 4 or images.shape[3] != 3:
         raise ValueError(
-            f"{_CALLER}: the images of {data_file} must be of type uint8 and shape (N, H, W, 3), got {images.dtype} "
-            f"and {images.shape}. Convert them, channels last and values from 0 to 255."
+            f"{_CALLER}: the images of {data_file} must be uint8 of shape (N, H, W, 3), got {images.dtype} "
+            f"and {images.shape}. Convert them."
         )
     if not numpy.issubdtype(labels.dtype, numpy.integer) or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"{_CALLER}: the labels of {label_file or data_file} must be {len(images)} integers, one for each image, "
-            f"got {labels.dtype} of shape {labels.shape}. Save class indices."
+            f"{_CALLER}: the labels of {label_file or data_file} must be {len(images)} integers, got {labels.dtype} "
+            f"of shape {labels.shape}. Save class indices."
         )
     return images, labels
 
@@ -130,9 +130,7 @@ def unpack_npz(source: Path | str, target: Path | str) -> Path:
     """
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():
-        raise ValueError(
-            f"unpack_npz: `target` must be another file than `source`, got {target} for both. Name a new file."
-        )
+        raise ValueError(f"unpack_npz: `target` must be another file than `source`, got {target}. Name a new one.")
     try:
         with zipfile.ZipFile(source) as packed, written_aside(target) as aside, zipfile.ZipFile(aside, "w") as unpacked:
             for member in packed.infolist():
@@ -141,7 +139,7 @@ def unpack_npz(source: Path | str, target: Path | str) -> Path:
                     shutil.copyfileobj(data, copy, _CHUNK)
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
-            f"unpack_npz: `source` must be a whole .npz file, but reading {source} gave: {error}. Fetch it anew."
+            f"unpack_npz: `source` must be a whole .npz file, got {source}: {error}. Fetch it anew."
         ) from error
     return target
 
@@ -153,8 +151,7 @@ def _members(path: Path) -> list[MappedArray]:
             members = {member.filename: member for member in archive.infolist()}
     except zipfile.BadZipFile as error:
         raise ValueError(
-            f"{_CALLER}: `data_file` must be a whole .npz file, or of type .npy, but reading {path} gave: {error}. "
-            f"Fetch it anew."
+            f"{_CALLER}: `data_file` must be a whole .npz file or a .npy file, got {path}: {error}. Fetch it anew."
         ) from error
     return [_array(path, _member(path, members, key)) for key in _KEYS]
 
@@ -188,8 +185,7 @@ def _array(path: Path, member: zipfile.ZipInfo | None = None) -> MappedArray:
             shape, fortran_order, dtype = _header(file)
         except (ValueError, EOFError) as error:
             raise ValueError(
-                f"{_CALLER}: {name} must be an array that NumPy has saved, but reading its header gave: {error}. "
-                f"Fetch it anew."
+                f"{_CALLER}: {name} must be an array that NumPy has saved: {error}. Fetch it anew."
             ) from error
         offset = file.tell()
     if fortran_order or dtype.hasobject or not shape:
@@ -202,7 +198,7 @@ def _array(path: Path, member: zipfile.ZipInfo | None = None) -> MappedArray:
     if end > min(size, path.stat().st_size):
         raise ValueError(
             f"{_CALLER}: {name} must hold {shape} values of type {dtype}, but the file ends before the last. "
-            f"It is truncated: fetch it anew."
+            f"Fetch it anew."
         )
     return MappedArray(path, offset, shape, dtype)
 

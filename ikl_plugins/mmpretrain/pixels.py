@@ -43,8 +43,8 @@ def pixel_space(data_preprocessor: Any, pixel_range: float = 255.0, *, caller: s
     mean, std = (getattr(data_preprocessor, name, None) if normalises else None for name in ("mean", "std"))
     if normalises is not False and not (isinstance(mean, Tensor) and isinstance(std, Tensor)):
         raise ValueError(
-            f"{caller}: `data_preprocessor` must have `_enable_normalize` and, if that is True, the buffers `mean` and "
-            f"`std`, got {type(data_preprocessor).__name__} without. Use ClsDataPreprocessor or a subclass."
+            f"{caller}: `data_preprocessor` must have `_enable_normalize`, `mean` and `std`, got "
+            f"{type(data_preprocessor).__name__} without. Use ClsDataPreprocessor or a subclass."
         )
     return PixelSpace(
         None if mean is None else mean.flatten().tolist(),

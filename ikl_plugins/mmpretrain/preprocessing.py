@@ -39,8 +39,7 @@ class TwoViewDataPreprocessor(ClsDataPreprocessor):  # type: ignore[misc]
         super().__init__(**kwargs)
         if self.batch_augments is not None:
             raise ValueError(
-                "TwoViewDataPreprocessor: `batch_augments` must be None, got augmentations that mix images. "
-                "Remove `train_cfg: augments` from the model."
+                "TwoViewDataPreprocessor: `batch_augments` must be None. Remove `train_cfg: augments` from the model."
             )
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
@@ -51,7 +50,7 @@ class TwoViewDataPreprocessor(ClsDataPreprocessor):  # type: ignore[misc]
         if len(inputs) != 2:
             raise ValueError(
                 f"TwoViewDataPreprocessor: `inputs` must hold two views of each image, got {len(inputs)}. "
-                f"Set num_views=[1, 1] in MultiView."
+                f"Set num_views=[1, 1]."
             )
         # Padding depends on all images of a batch, so both views are prepared as one.
         merged = torch.cat(list(inputs)) if isinstance(inputs[0], Tensor) else [*inputs[0], *inputs[1]]

@@ -72,8 +72,8 @@ class GeneratedBatchSampler(Sampler[list[int]]):
         fraction = check.check_number(_CALLER, "fraction", fraction)
         if fraction >= 1:
             raise ValueError(
-                f"{_CALLER}: `fraction` must be below 1, got {fraction}. For generated images alone use that data set "
-                f"and no batch_sampler."
+                f"{_CALLER}: `fraction` must be below 1, got {fraction}. "
+                f"For generated images alone use no batch_sampler."
             )
         self.sampler = sampler
         self.batch_size = check.check_integer(_CALLER, "batch_size", batch_size)
@@ -117,15 +117,14 @@ def _sizes(sampler: Any) -> tuple[int, int]:
     if not isinstance(dataset, ConcatDataset) or len(dataset.datasets) < 2:
         what = type(dataset).__name__
         raise ValueError(
-            f"{_CALLER}: the data set must be a ConcatDataset of the real images and the generated ones, got "
+            f"{_CALLER}: the data set must be a ConcatDataset of real and generated images, got "
             f"{'one with a single part' if isinstance(dataset, ConcatDataset) else what}. {_WAY_OUT}."
         )
     real, *generated = dataset.datasets
     for part in dataset.datasets:
         if len(part) == 0:
             raise ValueError(
-                f"{_CALLER}: every data set must have images, got a {type(part).__name__} of none. Look at its paths "
-                f"and its `indices`."
+                f"{_CALLER}: every data set must have images, got a {type(part).__name__} of none. Look at its paths."
             )
     for part in generated:
         _check_channels(real, part)
@@ -142,5 +141,5 @@ def _check_channels(real: Any, generated: Any) -> None:
         preprocessor = "to_rgb=False" if order == "rgb" else "to_rgb=True"
         raise ValueError(
             f"{_CALLER}: GeneratedImages must have channel_order='{order}' beside {type(real).__name__}, got "
-            f"'{generated.channel_order}'. Change it, and let the data_preprocessor have {preprocessor}."
+            f"'{generated.channel_order}'. Change it and use {preprocessor}."
         )

@@ -56,7 +56,7 @@ class FrozenTeacher:
             what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(
                 f"teacher: `{type(self.module).__name__}` must give logits of shape (N, C), got {what}. "
-                f"Use a classifier whose head has one set of logits."
+                f"Use a classifier."
             )
         return logits
 
@@ -104,8 +104,8 @@ def build_teacher(
             config = copy.deepcopy(dict(teacher))
         else:
             raise TypeError(
-                f"{caller}: `teacher` must be the path of a config, a config dict or a module, got "
-                f"{type(teacher).__name__}. Write teacher='configs/.../teacher.py' or {_INLINE}."
+                f"{caller}: `teacher` must be the path of a config, a dict or a module, got {type(teacher).__name__}. "
+                f"Write {_INLINE}."
             )
         config = _plain_config(config)
         own_inputs = config.get("data_preprocessor") is not None or bool(origin)
@@ -123,7 +123,7 @@ def build_teacher(
     if None not in (classes, holder.num_classes) and classes != holder.num_classes:
         raise ValueError(
             f"{caller}: `teacher` must have the class count of the student, got {holder.num_classes} and {classes}. "
-            f"Take a teacher of the same classes, or correct num_classes of a head."
+            f"Take another teacher."
         )
     return holder
 
@@ -132,12 +132,12 @@ def _read_config(caller: str, path: str) -> dict[str, Any]:
     if not Path(path).expanduser().is_file():
         raise ValueError(
             f"{caller}: `teacher` must be the path of a config, but there is none at {path} (seen from {Path.cwd()}). "
-            f"Correct the path, or write {_INLINE}."
+            f"Correct it."
         )
     file = Config.fromfile(str(Path(path).expanduser()))
     model = file.get("model")
     if not isinstance(model, Mapping):
-        raise ValueError(f"{caller}: `teacher` must be a config with a `model`, but {path} has none. Name another one.")
+        raise ValueError(f"{caller}: `teacher` must be a config with a `model`, but {path} has none.")
     config = copy.deepcopy(dict(model))
     if config.get("data_preprocessor") is None:
         config["data_preprocessor"] = copy.deepcopy(file.get("data_preprocessor")) or {}
@@ -165,21 +165,19 @@ def _initialise(caller: str, module: nn.Module, config: Mapping[str, Any], origi
         _load(caller, module, str(named), origin)
         return
     raise ValueError(
-        f"{caller}: `teacher_ckpt` must be given, got None, or the teacher's config must name pretrained weights of "
-        f"more than a backbone alone. Write teacher_ckpt='....pth'."
+        f"{caller}: `teacher_ckpt` must be given, got None or weights of a backbone alone. Write "
+        f"teacher_ckpt='....pth'."
     )
 
 
 def _load(caller: str, module: nn.Module, path: str, origin: str) -> None:
     """Loads a checkpoint whose names and shapes are exactly those of the network."""
     if "://" in path and not is_address(path):
-        raise ValueError(
-            f"{caller}: `teacher_ckpt` must be a file or an http(s) address, got {path}. Fetch it and name the file."
-        )
+        raise ValueError(f"{caller}: `teacher_ckpt` must be a file or an http(s) address, got {path}. Fetch it.")
     if not is_address(path) and not Path(path).expanduser().is_file():
         raise ValueError(
-            f"{caller}: `teacher_ckpt` must be a checkpoint file, but there is none at {path} (seen from "
-            f"{Path.cwd()}). Correct the path, or train the teacher first: ikl train {origin or 'TEACHER_CONFIG'}"
+            f"{caller}: `teacher_ckpt` must be a file, but there is none at {path} (seen from {Path.cwd()}). "
+            f"Correct it, or train the teacher first: ikl train {origin or 'TEACHER_CONFIG'}"
         )
     own = module.state_dict()
     weights = {key: value for key, value in load_weights(path).items() if key in own or not key.startswith(_EXTRAS)}

@@ -32,7 +32,7 @@ def train_script() -> Path:
     script = Path(mmpretrain.__file__).parent / ".mim" / "tools" / "train.py"
     if not script.is_file():
         raise ValueError(
-            f"{CALLER}: mmpretrain must be installed with its tools, but there is no {script}. "
+            f"{CALLER}: mmpretrain must have its tools, but there is no {script}. "
             f"Run: python -m pip install --force-reinstall --no-deps mmpretrain"
         )
     return script

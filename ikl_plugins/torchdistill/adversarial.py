@@ -67,7 +67,7 @@ def adversarial_forward(
         if keyword not in known:
             raise TypeError(check.unknown_name_message(_CALLER, "keyword", keyword, [*known, "mean", "std"]))
     if "eps" not in attack:
-        raise TypeError(f"{_CALLER}: `eps` must be given, the radius of the attack. Pass a number or '8/255'.")
+        raise TypeError(f"{_CALLER}: `eps` must be given. Pass a number or '8/255'.")
     space = PixelSpace(mean, std, tolerance=_GREY_LEVEL, caller=_CALLER, way_out=_WAY_OUT)
     forward = AdversarialForward(PGD(**attack), space)
     settings = {**attack, "mean": mean, "std": std}
@@ -77,10 +77,7 @@ def adversarial_forward(
     if holder is None:
         register_forward_proc_func(key=key)(forward)
     elif not isinstance(holder, AdversarialForward):
-        raise ValueError(
-            f"{_CALLER}: the forward process key '{key}' must be free, but {holder!r} holds it. "
-            f"Register that one under another key."
-        )
+        raise ValueError(f"{_CALLER}: the key '{key}' must be free, but {holder!r} holds it. Rename that one.")
     return key
 
 
@@ -148,12 +145,13 @@ class AdversarialForward:
         """
         if self.strength is None and self.attack.changes:
             raise ValueError(
-                f"{_CALLER}: an attack that changes over the epochs must know where epochs begin. Add this line to "
-                f"`train:` of the config (or to each of its stages that uses it):\n  {PROCESS_LINE}"
+                f"{_CALLER}: an attack that changes must know where epochs begin. "
+                f"Add to `train:` of the config, or to each "
+                f"stage:\n  {PROCESS_LINE}"
             )
         if check_if_fsdp_wrapped(model):
             raise ValueError(
-                f"{_CALLER}: the model must be whole in each process, got one sharded by {type(model).__name__}. "
+                f"{_CALLER}: the model must be whole in each process, got {type(model).__name__}. "
                 f"Set `wrapper: 'DistributedDataParallel'` under `train: model:`."
             )
         bare: nn.Module = model.get_submodule("module") if check_if_wrapped(model) else model
@@ -191,7 +189,6 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     output = model(images)
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"{_CALLER}: the model must return the tensor of logits, got {shown_output(output)}. Attack a network "
-            f"whose forward gives the logits alone."
+            f"{_CALLER}: the model must return the tensor of logits, got {shown_output(output)}. Use another network."
         )
     return output

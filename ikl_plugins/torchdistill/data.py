@@ -58,8 +58,8 @@ def image_folder(
         command = _PREPARE.get(Path(split_dir).parts[0] if split_dir else "")
         way_out = f"Run: {command}" if command else "Put one folder per class there"
         raise ValueError(
-            f"image_folder: `split_dir` must lead to images in class folders, got '{split_dir}', which is {folder}: "
-            f"{what}. {way_out}, or set IKL_PLUGINS_DATA to the folder that holds '{split_dir}'."
+            f"image_folder: `split_dir` must lead to images in class folders, got {folder}: {what}. {way_out}, "
+            f"or set IKL_PLUGINS_DATA."
         ) from error
 
 
@@ -97,8 +97,8 @@ class ImageList(Dataset[tuple[Any, int]]):
         path, folder = _data_folder() / list_file, _data_folder() / image_dir
         if not path.is_file():
             raise ValueError(
-                f"ImageList: `list_file` must be a text file, got '{list_file}', which is {path}: no such file. "
-                f"Put it there, or set IKL_PLUGINS_DATA to the folder that holds '{list_file}'."
+                f"ImageList: `list_file` must be a text file, got {path}: no such file. "
+                f"Put it there, or set IKL_PLUGINS_DATA."
             )
         self.samples = [
             (str(folder / name), label)
@@ -110,8 +110,9 @@ class ImageList(Dataset[tuple[Any, int]]):
             raise ValueError(f"ImageList: `list_file` must list images, but {path} is empty.")
         if not Path(self.samples[0][0]).is_file():
             raise ValueError(
-                f"ImageList: `image_dir` must be the folder that the paths of '{list_file}' start from, got "
-                f"'{image_dir}': there is no {self.samples[0][0]}."
+                f"ImageList: `image_dir` must be where the paths of '{list_file}' start, got '{image_dir}': there "
+                f"is no "
+                f"{self.samples[0][0]}."
             )
         self.transform = transform
 
@@ -159,7 +160,7 @@ def share_of_batch(total: int) -> int:
     if total % processes:
         raise ValueError(
             f"share_of_batch: `total` must be a multiple of the number of processes, {processes}, got {total}. "
-            f"Start another number of processes, or change `total` and with it the learning rate."
+            f"Change one of them."
         )
     return total // processes
 

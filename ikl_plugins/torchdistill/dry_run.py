@@ -47,9 +47,8 @@ def _check_loader(where: str, config: Any, datasets: dict[str, Any]) -> None:
     except Exception as error:  # of data sets, transforms and workers of any kind
         transform = getattr(datasets[name], "transform", None)
         raise ValueError(
-            f"{CALLER}: `{where}:` with {config['kwargs']} must give batches of images and labels as tensors, but the "
-            f"first one of {name!r} gives {type(error).__name__}: {error}. Correct it, or the data set's `transform:`, "
-            f"{transform!r}."
+            f"{CALLER}: `{where}:` with {config['kwargs']} must give batches of images and labels, but {name!r} gives "
+            f"{type(error).__name__}: {error}. Correct it, or `transform:`, {transform!r}."
         ) from error
 
 
@@ -65,7 +64,7 @@ def _check_scheduler(box: Any, train: dict[str, Any]) -> None:
             scheduler.step()
     except Exception as error:  # of schedulers of any kind
         raise ValueError(
-            f"{CALLER}: `train: scheduler:` must be a learning rate schedule, but {train.get('scheduler')} gives "
+            f"{CALLER}: `train: scheduler:` must be a schedule, but {train.get('scheduler')} gives "
             f"{type(error).__name__} in its first step: {error}. Correct its `kwargs:`."
         ) from error
     scheduler.load_state_dict(before)

@@ -214,9 +214,9 @@ class MidLevelLoss(nn.Module):
             shape = tuple(saved.shape) if isinstance(saved, Tensor) else None
             if shape != tuple(buffer.shape):
                 raise ValueError(
-                    f"{type(self).__name__}: the checkpoint's class prior of term '{term}' must fit num_classes="
-                    f"{prior.num_classes}: its `{key}` must have shape {tuple(buffer.shape)}, got {shape}. "
-                    f"Resume with the config that wrote the checkpoint."
+                    f"{type(self).__name__}: the class prior of term '{term}' must fit "
+                    f"num_classes={prior.num_classes}: its "
+                    f"`{key}` must have shape {tuple(buffer.shape)}, got {shape}. Resume with the old config."
                 )
         with torch.no_grad():
             for key, buffer in prior.state_dict(keep_vars=True).items():
@@ -250,7 +250,8 @@ class MidLevelLoss(nn.Module):
             if path != _SELF:
                 raise ValueError(
                     f"{type(self).__name__}: `{role}_module_path` must be '.' in adversarial training, got '{path}' "
-                    f"({io}), which records one of several forwards. Set {role}_module_path: '.'."
+                    f"({io}). "
+                    f"Set {role}_module_path: '.'."
                 )
         teacher = self._logits("teacher", teacher_io) if teacher_io else views.natural
         return views.adversarial, teacher, views.natural
@@ -261,27 +262,27 @@ class MidLevelLoss(nn.Module):
         if role == "teacher" and not io_dict:
             raise ValueError(
                 f"{name}: `teacher_module_path` must lead to a teacher, but this config trains without one. Add a "
-                f"`teacher_model`, or for adversarial training the forward_proc of "
-                f"ikl_plugins.torchdistill.adversarial_forward."
+                f"`teacher_model`, or use ikl_plugins.torchdistill.adversarial_forward."
             )
         recorded = io_dict.get(path, {})
         if io not in recorded:
             known = [f"'{other}' ({', '.join(sorted(parts))})" for other, parts in io_dict.items() if parts]
             raise ValueError(
-                f"{name}: `{role}_module_path` must name a module whose {io} is recorded, but '{path}' is not; "
-                f"recorded of the {role}: {'; '.join(known) or 'nothing'}. {_hook_lines(role, path, io)}"
+                f"{name}: `{role}_module_path` must name a recorded module, got '{path}' ({io}); recorded of the "
+                f"{role}: "
+                f"{'; '.join(known) or 'nothing'}. {_hook_lines(role, path, io)}"
             )
         logits = recorded[io]
         if isinstance(logits, AdversarialLogits):
             raise ValueError(
-                f"{name}: a teacher must see natural images, but its forward_proc is one of adversarial training. "
+                f"{name}: a teacher must see natural images, got an adversarial forward_proc. "
                 f"Set `forward_proc: 'forward_batch_only'` under `train: {role}:`."
             )
         if not isinstance(logits, Tensor):
             raise ValueError(
-                f"{name}: `{role}_module_path` must name a module whose {io} is the tensor of logits, but that of "
-                f"'{path}' is {shown_output(logits)}. Name the layer that gives the logits, here called 'fc': "
-                f"{role}_module_path: 'fc'. {_hook_lines(role, 'fc', 'output')}"
+                f"{name}: `{role}_module_path` must name a module that gives logits, but that of '{path}' is "
+                f"{shown_output(logits)}. Name such a layer: {role}_module_path: 'fc'. "
+                f"{_hook_lines(role, 'fc', 'output')}"
             )
         return logits
 
@@ -299,14 +300,14 @@ class MidLevelLoss(nn.Module):
         if self._epoch is None and (prior is not None or self.warmup_epochs > 1):
             cause = "global_info=True" if prior is not None else f"warmup_epochs={self.warmup_epochs}"
             raise ValueError(
-                f"{name}: {cause} must know where epochs begin. Add this line to `train:` of the config (or to each of "
-                f"its stages that uses the loss):\n  {PROCESS_LINE}"
+                f"{name}: {cause} must know where epochs begin. Add to `train:` of the config, or to each stage:\n"
+                f"  {PROCESS_LINE}"
             )
         limit = self._batches_per_epoch
         if prior is not None and limit is not None and self._batches_seen >= limit:
             raise ValueError(
-                f"{name}: an epoch must have no more than the {limit} batches of `train_data_loader`, but another one "
-                f"came. Call forward_process once per batch, and pre_epoch_process before each epoch."
+                f"{name}: an epoch must have no more than the {limit} batches of `train_data_loader`. "
+                f"Call pre_epoch_process before each epoch."
             )
 
 
@@ -379,7 +380,7 @@ def _place(name: str, role: str, path: str, io: str) -> tuple[str, str]:
     if path == _SELF and io == "input":
         raise ValueError(
             f"{name}: `{role}_module_io` must be 'output' for the model itself, got 'input'. "
-            f"Name a module in `{role}_module_path`, or use its output."
+            f"Name a module in `{role}_module_path`."
         )
     return path, io
 

@@ -55,7 +55,7 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
             ranks without a wrapper.
     """
     if isinstance(epoch, bool) or not isinstance(epoch, int):
-        raise ValueError(f"{_CALLER}: `epoch` must be the number of the epoch, 0 for the first, got {epoch!r}.")
+        raise ValueError(f"{_CALLER}: `epoch` must be the number of the epoch, from 0, got {epoch!r}.")
     stage, first_epoch, epochs = _stage_of(box)
     epoch_of_stage = max(1, epoch - first_epoch + 1)
     with_teacher = isinstance(box, DistillationBox)
@@ -84,8 +84,8 @@ def _prior_of(losses: dict[str, MidLevelLoss], forward: AdversarialForward) -> C
     priors = {term: loss.class_prior for term, loss in losses.items() if loss.class_prior is not None}
     if len(priors) > 1 and forward.attack.uses_prior:
         raise ValueError(
-            f"{_CALLER}: the objective '{forward.attack.objective}' of the attack must have one class prior to be "
-            f"weighed by, got those of {', '.join(priors)}. Set global_info: False in all terms but one."
+            f"{_CALLER}: the attack's objective '{forward.attack.objective}' must have one class prior, got those of "
+            f"{', '.join(priors)}. Set global_info: False in all but one."
         )
     return next(iter(priors.values()), None)
 
@@ -119,7 +119,7 @@ def _settle_teacher(box: Any, *, first: bool) -> None:
     trained = len(get_updatable_param_names(box.teacher_model)) > 0
     if box.distributed and trained and not _keeps_step(box.teacher_model):
         raise ValueError(
-            f"{_CALLER}: a teacher that is trained on several ranks must be wrapped, got an unwrapped one. "
+            f"{_CALLER}: a teacher that is trained on several ranks must be wrapped. "
             f"Add to `train:` of the config:\n  teacher:\n    requires_grad: False\n"
             f"or, on CUDA:\n  teacher:\n    wrapper: 'DistributedDataParallel'"
         )

@@ -44,8 +44,9 @@ def register() -> None:
             for registry in registries:
                 if key in registry and _full_name(registry[key]) != _full_name(ours):
                     raise ValueError(
-                        f"ikl_plugins.torchdistill: the {kind} key '{key}' must be free, but "
-                        f"{_full_name(registry[key])} holds it. Register that one under another key."
+                        f"ikl_plugins.torchdistill: {kind} key '{key}' must be free, but "
+                        f"{_full_name(registry[key])} holds it. "
+                        f"Rename that one."
                     )
     for key, loss in losses.items():
         register_mid_level_loss(key=key)(loss)

@@ -121,8 +121,8 @@ class RunCheckpoints:
                 box.lr_scheduler.load_state_dict(content["lr_scheduler"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{CALLER}: {self.last} must fit the optimizer and scheduler of the config: {error}. "
-                f"Resume with the config that wrote it."
+                f"{CALLER}: {self.last} must fit the config's optimizer and scheduler: {error}. "
+                f"Resume with the old one."
             ) from error
         for parameter, gradient in zip(self._parameters(), content["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
@@ -134,7 +134,7 @@ class RunCheckpoints:
         path = self.last
         if not path.is_file():
             raise ValueError(
-                f"{CALLER}: --start_epoch {epoch} needs the last checkpoint of the run, but there is none at {path}. "
+                f"{CALLER}: --start_epoch {epoch} needs the last checkpoint, but there is none at {path}. "
                 f"Start with --start_epoch 0."
             )
         content = load_checkpoint(path)
@@ -164,8 +164,8 @@ class RunCheckpoints:
         for role in ("student", "teacher", "model"):
             if "dst_ckpt" in box.train_config.get(role, {}):
                 raise ValueError(
-                    f"{CALLER}: a run with `train: {role}: dst_ckpt:` cannot be resumed, as going to its stage would "
-                    f"overwrite the checkpoints of the stages. Start with --start_epoch 0."
+                    f"{CALLER}: a run with `train: {role}: dst_ckpt:` cannot be resumed, as it would overwrite that. "
+                    f"Start with --start_epoch 0."
                 )
         while box.stage_end_epoch <= epoch < box.num_epochs:
             box.advance_to_next_stage()

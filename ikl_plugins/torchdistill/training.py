@@ -98,8 +98,7 @@ class Trainer:
             loss = box.forward_process(images.to(self.device), targets.to(self.device), extra)
             if not isinstance(loss, Tensor):
                 raise ValueError(
-                    f"{CALLER}: `train: criterion:` must give a loss as a tensor, got {loss!r}. Name at least one loss "
-                    f"in its `kwargs: sub_terms:`."
+                    f"{CALLER}: `train: criterion:` must give a loss, got {loss!r}. Name one in `sub_terms:`."
                 )
             value = loss.item()
             box.post_forward_process(loss=loss)
@@ -107,7 +106,7 @@ class Trainer:
             if not math.isfinite(value):
                 raise DivergenceError(
                     f"{CALLER}: the loss must stay finite, got {value} in epoch {epoch}, step {step}. Lower the "
-                    f"learning rate, or set check_finite: True on the loss to see where this begins."
+                    f"learning rate, or set check_finite: True on the loss."
                 )
             terms = [float(part.sum()) for one in losses.values() for part in one.last_terms or ()]
             totals += torch.tensor([value, *terms, 1.0], dtype=torch.float64)
@@ -134,8 +133,9 @@ class Trainer:
             logits = self.model(images.to(self.device))
             if not isinstance(logits, Tensor):
                 raise ValueError(
-                    f"{CALLER}: the model '{self.checkpoints.key}' must return a tensor of logits to be evaluated, got "
-                    f"{type(logits).__name__}. Use upstream's script for other models."
+                    f"{CALLER}: the model '{self.checkpoints.key}' must return a tensor of logits, got "
+                    f"{type(logits).__name__}. "
+                    f"Use upstream's script."
                 )
             counts += torch.tensor([(logits.argmax(1) == targets.to(self.device)).sum().item(), len(targets)])
         right, total = self._sum_over_ranks(counts).tolist()
@@ -204,9 +204,7 @@ def run(
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
             raise ValueError(f"{CALLER}: `train: num_epochs:` must be a whole number of at least 1, got {epochs!r}.")
         if not 0 <= start_epoch <= epochs:
-            raise ValueError(
-                f"{CALLER}: --start_epoch must lie between 0 and the {epochs} epochs of the config, got {start_epoch}."
-            )
+            raise ValueError(f"{CALLER}: --start_epoch must lie between 0 and the {epochs} epochs, got {start_epoch}.")
         dry_run(trainer.box, config)
         if start_epoch > 0:
             trainer.checkpoints.resume(start_epoch)

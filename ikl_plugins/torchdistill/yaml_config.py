@@ -86,8 +86,9 @@ def build_model(model_config: dict[str, Any], role: str, device: torch.device, d
     kwargs = model_config.get("kwargs")
     if "key" not in model_config or not isinstance(kwargs, dict):
         raise ValueError(
-            f"{CALLER}: the {role} must have the name of a network as `key:` and its arguments as `kwargs:`, got "
-            f"{model_config}. Without arguments write `kwargs: {{}}`."
+            f"{CALLER}: the {role} must have a network's name as `key:` and arguments as `kwargs:`, got "
+            f"{model_config}. "
+            f"Write `kwargs: {{}}`."
         )
     model: nn.Module | None = get_image_classification_model(model_config, distributed)
     if model is None:

@@ -510,7 +510,7 @@ REFUSED = {
     "no gradient": (lambda: step(closed()), "must be differentiable with respect to its input"),
     "one view": (lambda: step(make(augmented_weight=0.5)), "`augmented_weight` goes with two views"),
     "two views": (lambda: make().loss([torch.zeros(1, 3, 8, 8)] * 2, []), "`augmented_weight` goes with two views"),
-    "metric alone": (lambda: attached(make(), val_loop=ROBUST_METRIC), "`val_attack` must be given for the Robust"),
+    "metric alone": (lambda: attached(make(), val_loop=ROBUST_METRIC), "`val_attack` must be given for Robust"),
     "optimizers": (lambda: attached(make(awp={}), optim_wrapper=OptimWrapperDict()), "`awp` must have a single optim"),
     "TypeError: name": (
         lambda: make(attack=ATTACK | {"epsilon": 1}),

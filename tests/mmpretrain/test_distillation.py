@@ -283,7 +283,7 @@ REFUSED = {
         ValueError,
         "got CrossEntropyLoss. Use one of DKLLoss, IKLLoss, GKLLoss, KLLoss",
     ),
-    "module": ({"distill_loss": nn.CrossEntropyLoss()}, ValueError, "between two sets of logits, got CrossEntropyLoss"),
+    "module": ({"distill_loss": nn.CrossEntropyLoss()}, ValueError, "between logits, got CrossEntropyLoss"),
     **{
         name: ({name: -1.0}, ValueError, f"Classifier: `{name}` must be a finite number of at least 0")
         for name in ("distill_weight", "warmup_epochs", "ce_weight")
@@ -368,7 +368,7 @@ def test_networks_that_do_not_fit_are_refused(make, small_network, small_batch):
             return [super().forward(feats)]
 
     model.head.__class__ = ListHead
-    with pytest.raises(ValueError, match=r"`head` must give one tensor of logits, but ListHead gives a list"):
+    with pytest.raises(ValueError, match=r"`head` must give one tensor of logits, got a list"):
         model.train().loss(*prepared(model, small_batch()))
 
 

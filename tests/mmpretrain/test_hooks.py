@@ -326,8 +326,8 @@ def test_what_would_train_ranks_apart_is_refused(begin, teacher):
     averaging = {"run_hooks": [SyncBuffersHook()], "iterations": True}
     for model, settings, message in (
         (plain, {"wrapped": False}, r"model of 2 ranks must be wrapped.*--launcher pytorch"),
-        (student, {"broadcast_buffers": True}, r"must have broadcast_buffers=False"),
-        (student, averaging, r"SyncBuffersHook must not be there in an iteration-based loop"),
+        (student, {"broadcast_buffers": True}, "broadcast_buffers=False"),
+        (student, averaging, "SyncBuffersHook .* iteration-based loop"),
     ):
         with pytest.raises(ValueError, match=message):
             begin(model, **settings)

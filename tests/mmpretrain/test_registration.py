@@ -67,7 +67,7 @@ def test_a_name_of_somebody_else_is_refused_and_kept(monkeypatch, registry, kind
 
     monkeypatch.setitem(registry.module_dict, name, Foreign)
     monkeypatch.delitem(other[0].module_dict, other[1])
-    with pytest.raises(ValueError, match=rf"the {kind} name '{name}' .*Foreign holds it in the registry of {scope}\."):
+    with pytest.raises(ValueError, match=rf"the {kind} name '{name}' .*Foreign holds it in {scope}\."):
         adapter.register()
     assert registry.module_dict[name] is Foreign
     assert other[1] not in other[0].module_dict  # nothing was registered

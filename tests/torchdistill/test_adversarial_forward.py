@@ -374,7 +374,7 @@ BATCHES = {
     "list": ({}, net, lambda x: [1, 2], TypeError, r"must be a torch\.Tensor, got list"),
     "no labels": ({"objective": "cross_entropy"}, net, torch.clone, ValueError, r"`labels` must be given"),
     "dict": ({}, DictNet, torch.clone, ValueError, r"a dict with the keys 'out', 'aux'"),
-    "shards": ({}, sharded, torch.clone, ValueError, r"whole in each process, .* by FullyShardedDataParallel"),
+    "shards": ({}, sharded, torch.clone, ValueError, r"whole in each process, got FullyShardedDataParallel"),
 }
 
 

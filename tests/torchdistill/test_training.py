@@ -244,14 +244,14 @@ STUDENT = ("models", "student_model")
 # What the config becomes, the options, and what is said.
 MISFITS = {
     "another epoch": (dict, {"start_epoch": 2}, r"Use --start_epoch 1\."),
-    "beyond the epochs": (dict, {"start_epoch": 4}, r"between 0 and the 3 epochs of the config, got 4"),
-    "below 0": (dict, {"start_epoch": -1}, r"between 0 and the 3 epochs of the config, got -1"),
+    "beyond the epochs": (dict, {"start_epoch": 4}, r"between 0 and the 3 epochs, got 4"),
+    "below 0": (dict, {"start_epoch": -1}, r"between 0 and the 3 epochs, got -1"),
     "another seed": (dict, {"seed": 9}, r"must have the seed of .*ikl_last\.pt, 0, got 9"),
     "another network": (change_at(*STUDENT, key="ikl_plugins.resnet14"), {}, r"fit the model 'ikl_plugins\.resnet14'"),
     "another optimizer": (
         change_at("train", "optimizer", module_wise_configs=[{"module": "fc"}]),
         {},
-        r"ikl_last\.pt must fit the optimizer and scheduler of the config",
+        r"ikl_last\.pt must fit the config's optimizer and scheduler",
     ),
     "checkpoints of stages": (
         lambda config: change_at("train", student={"dst_ckpt": "stage.pt"})(stages(config)),
@@ -300,7 +300,7 @@ def test_what_is_found_out_in_training(workplace):
     trainer = training.Trainer(config, torch.device("cpu"), 0)
     assert_same(trainer.box.teacher_model.state_dict(), bare)
     trainer.model.forward = lambda images: {"out": images}
-    with pytest.raises(ValueError, match=r"must return a tensor of logits .* got dict"):
+    with pytest.raises(ValueError, match=r"must return a tensor of logits, got dict"):
         trainer.accuracy(config["test"]["test_data_loader"])
 
 
@@ -379,9 +379,9 @@ LATE = {
     "a schedule of 0 epochs": (change_at(*SCHEDULE, T_max=0), r"`train: scheduler:` must .* ZeroDivisionError in its"),
     "epochs without end": (change_at("train", num_epochs=1e30), r"num_epochs:` must be a whole .*, got 1e\+30"),
     "no epochs": (change_at("train", num_epochs=0), r"num_epochs:` must be a whole number of at least 1, got 0"),
-    "no loss": (change_at("train", "criterion", kwargs=None), r"criterion:` must give a loss .*, got 0\. .*sub_terms"),
-    "no network": (change_at(*STUDENT, key=None), r"the student must have the name of a network as `key:`"),
-    "no arguments": (change_at(*STUDENT, kwargs=None), r"the student must have .* its arguments as `kwargs:`"),
+    "no loss": (change_at("train", "criterion", kwargs=None), r"criterion:` must give a loss, got 0\. .*sub_terms"),
+    "no network": (change_at(*STUDENT, key=None), r"the student must have a network's name as `key:`"),
+    "no arguments": (change_at(*STUDENT, kwargs=None), r"the student must have .* arguments as `kwargs:`"),
     "arguments of words": (change_at(*TEACHER, kwargs="words"), r"the teacher must have .* `kwargs:`, got .*'words'"),
     "another teacher": (change_at(*TEACHER, key="ikl_plugins.resnet32"), r"teacher\.pt must fit the model 'ikl_.*32'"),
     "weights of words": (change_at(*TEACHER, src_ckpt="words"), r"none at words\. Train it first, or correct the path"),
