@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._composed import Settings, compute_dtype, without_autocast
 
-__all__ = ["class_weights", "fused_rows"]
+__all__ = ["class_weights", "fused_loss"]
 
 # Elements of one block of rows. On a CPU the handful of float32 blocks in flight should fit the last-level cache; an
 # accelerator wants few, large launches and only needs the blocks to bound its memory.
@@ -28,12 +28,11 @@ class Block(NamedTuple):
     samples: slice
     places: slice
     size: int
-    whole: bool  # there is no other block
 
     def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows (k, C) of a (N, C) or (N, C, L) tensor; a view where layout and dtype allow."""
         if tensor.dim() == 2:
-            part = tensor if self.whole else tensor[self.samples]
+            part = tensor[self.samples]
         else:
             part = tensor[self.samples, :, self.places].transpose(1, 2).reshape(-1, tensor.shape[1])
         return part if part.dtype == dtype else part.to(dtype)
@@ -55,19 +54,68 @@ class Operands(NamedTuple):
     spare: Tensor
 
 
-def fused_rows(
+def fused_loss(
     student: Tensor,
     teacher: Tensor,
     class_prior: Tensor | None,
     settings: Settings,
     needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Per-row values of both parts, and the gradients of the reduced loss that ``needs`` asks for.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The reduced loss, its two terms, and the gradients for student and teacher that ``needs`` asks for.
 
-    Returns:
-        beta * weighted MSE and alpha * soft cross entropy, each (N * L,), and the gradients for student and teacher in
-        the compute dtype.
+    Terms have their weights ``beta`` and ``alpha``; all tensors are of the compute dtype.
     """
+    shape = student.shape
+    rows = shape.numel() // shape[1]
+    scale = 1.0 / rows if settings.reduction == "batchmean" and rows else 1.0
+    with without_autocast(student.device):
+        evaluate = _one_block if student.dim() == 2 and rows * shape[1] <= _block_elements(student) else _walk
+        mse, cross_entropy, gradients = evaluate(student, teacher, class_prior, settings, needs, scale)
+        # The parts of a row are the weighted MSE's sum of w (d - m)^2 and the cross entropy's of p log q.
+        mse_weight, ce_weight = 0.5 * settings.beta, 0.0 - settings.alpha
+        if settings.reduction == "none":
+            places = (shape[0], *shape[2:])
+            mse, cross_entropy = mse.view(places), cross_entropy.view(places)
+        else:
+            mse_weight, ce_weight = mse_weight * scale, ce_weight * scale
+        mse, cross_entropy = mse.mul_(mse_weight), cross_entropy.mul_(ce_weight)
+        return mse + cross_entropy, mse, cross_entropy, *gradients
+
+
+def _block_elements(logits: Tensor) -> int:
+    return _BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
+
+
+def _one_block(
+    student: Tensor,
+    teacher: Tensor,
+    class_prior: Tensor | None,
+    settings: Settings,
+    needs: tuple[bool, bool],
+    scale: float,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """(N, C) logits that fit a block: nothing is cut and nothing put together."""
+    dtype = compute_dtype(student, teacher)
+    student = student if student.dtype == dtype else student.to(dtype)
+    teacher = teacher if teacher.dtype == dtype else teacher.to(dtype)
+    if class_prior is not None:
+        class_prior = class_prior.to(dtype)
+    work = student.new_empty(student.shape, dtype=dtype)
+    part = Operands(student, teacher, class_prior, torch.empty_like(work), work, torch.empty_like(work))
+    gradients = (torch.empty_like(work) if needs[0] else None, torch.empty_like(work) if needs[1] else None)
+    mse, cross_entropy = _evaluate_block(part, settings, scale, *gradients)
+    return mse, cross_entropy, gradients
+
+
+def _walk(
+    student: Tensor,
+    teacher: Tensor,
+    class_prior: Tensor | None,
+    settings: Settings,
+    needs: tuple[bool, bool],
+    scale: float,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The same block by block, for (N, C) and (N, C, d1, ...) logits."""
     shape = student.shape
     dtype = compute_dtype(student, teacher)
     dense = student.dim() > 2
@@ -77,75 +125,66 @@ def fused_rows(
             whole = class_prior.dim() > 2
             class_prior = class_prior.flatten(2) if whole else class_prior[:, :, None].expand(*shape[:2], places)
         student, teacher = student.flatten(2), teacher.flatten(2)
-    rows = shape[0] * places
-    limit = _BLOCK_ELEMENTS_CPU if student.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
-    rows_per_block = max(1, min(rows, limit // shape[1]))
+    rows_per_block = max(1, min(shape[0] * places, _block_elements(student) // shape[1]))
+    blocks = _blocks(shape[0], places, rows_per_block)
+    scratch = student.new_empty((3, rows_per_block, shape[1]), dtype=dtype).unbind(0)
+    gradients = [student.new_empty(student.shape, dtype=dtype) if need else None for need in needs]
 
-    with without_autocast(student.device):
-        blocks = _blocks(shape[0], places, rows_per_block)
-        scratch = student.new_empty((3, rows_per_block, shape[1]), dtype=dtype).unbind(0)
-        gradients = [student.new_empty(student.shape, dtype=dtype) if need else None for need in needs]
+    def operands(block: Block) -> Operands:
+        prior_rows = None if class_prior is None else block.take(class_prior, dtype)
+        buffers = scratch if block.size == rows_per_block else tuple(buffer[: block.size] for buffer in scratch)
+        return Operands(block.take(student, dtype), block.take(teacher, dtype), prior_rows, *buffers)
 
-        def operands(block: Block) -> Operands:
-            prior_rows = None if class_prior is None else block.take(class_prior, dtype)
-            buffers = scratch if block.size == rows_per_block else tuple(buffer[: block.size] for buffer in scratch)
-            return Operands(block.take(student, dtype), block.take(teacher, dtype), prior_rows, *buffers)
-
-        # GKL's normaliser is the whole batch's and must be known before the first gradient: a pass of its own. It
-        # leaves the weights where the student's gradient will be written, if rows lie there as they do in a block.
-        weights_buffer = None if dense else gradients[0]
-        factors: list[Tensor] | None = None
-        if settings.divide_by_pairs and settings.beta > 0 and blocks:
-            squares = []
-            for block in blocks:
-                part = operands(block)
-                mass = class_weights(
-                    part, settings, out=part.weights if weights_buffer is None else weights_buffer[block.rows]
-                )
-                if mass is not None:
-                    squares.append(mass.square_())
-            pairs = torch.stack([square.sum() for square in squares]).sum()
-            share = rows / torch.where(pairs == 0, 1.0, pairs)
-            factors = [square * share for square in squares]
-
-        scale = 1.0 / rows if settings.reduction == "batchmean" and rows else 1.0
-        mse: list[Tensor] = []
-        cross_entropy: list[Tensor] = []
-        for index, block in enumerate(blocks):
+    # GKL's normaliser is the whole batch's and must be known before the first gradient: a pass of its own. It leaves
+    # the weights where the student's gradient will be written, if rows lie there as they do in a block.
+    weights_buffer = None if dense else gradients[0]
+    factors: list[Tensor] | None = None
+    if settings.divide_by_pairs and settings.beta > 0 and blocks:
+        squares = []
+        for block in blocks:
             part = operands(block)
-            student_out, teacher_out = (
-                None if gradient is None else torch.empty_like(part.work) if dense else block.take(gradient, dtype)
-                for gradient in gradients
-            )
-            block_mse, block_cross_entropy = _evaluate_block(
+            out = part.weights if weights_buffer is None else weights_buffer[block.rows]
+            mass = class_weights(part, settings, out=out)
+            if mass is not None:
+                squares.append(mass.square_())
+        factors = _pair_factors(squares)
+
+    found: list[tuple[Tensor, Tensor]] = []
+    for index, block in enumerate(blocks):
+        part = operands(block)
+        outs = [
+            None if gradient is None else torch.empty_like(part.work) if dense else block.take(gradient, dtype)
+            for gradient in gradients
+        ]
+        found.append(
+            _evaluate_block(
                 part,
                 settings,
-                scale=scale,
+                scale,
+                *outs,
                 factor=None if factors is None else factors[index],
-                student_out=student_out,
-                teacher_out=teacher_out,
                 weights_ready=factors is not None and weights_buffer is not None,
             )
-            mse.append(block_mse)
-            cross_entropy.append(block_cross_entropy)
-            if dense:
-                for gradient, out in zip(gradients, (student_out, teacher_out), strict=True):
-                    if gradient is not None and out is not None:
-                        block.put(gradient, out)
-
-        if len(blocks) != 1:
-            nothing = torch.empty(0, dtype=dtype, device=student.device)
-            mse, cross_entropy = [torch.cat([nothing, *mse])], [torch.cat([nothing, *cross_entropy])]
-        student_gradient, teacher_gradient = (
-            flat.view(shape) if dense and flat is not None else flat for flat in gradients
         )
-        return mse[0], cross_entropy[0], (student_gradient, teacher_gradient)
+        if dense:
+            for gradient, made in zip(gradients, outs, strict=True):
+                if gradient is not None and made is not None:
+                    block.put(gradient, made)
+
+    if len(found) == 1:
+        mse, cross_entropy = found[0]
+    elif settings.reduction == "none":
+        nothing = student.new_empty(0, dtype=dtype)
+        mse, cross_entropy = (torch.cat([nothing, *(pair[side] for pair in found)]) for side in (0, 1))
+    else:
+        nothing = student.new_zeros((), dtype=dtype)
+        mse, cross_entropy = (torch.stack([nothing, *(pair[side] for pair in found)]).sum() for side in (0, 1))
+    student_gradient, teacher_gradient = (flat if flat is None else flat.view(shape) for flat in gradients)
+    return mse, cross_entropy, (student_gradient, teacher_gradient)
 
 
 def _blocks(samples: int, places: int, rows_per_block: int) -> list[Block]:
     """All rows in order: whole samples at a time where their places fit a block, else the places of one sample."""
-    if 0 < samples * places <= rows_per_block:
-        return [Block(slice(0, samples * places), slice(0, samples), slice(0, places), samples * places, whole=True)]
     if places > rows_per_block:
         corners = [
             (n, n + 1, start, min(places, start + rows_per_block))
@@ -159,45 +198,47 @@ def _blocks(samples: int, places: int, rows_per_block: int) -> list[Block]:
     for first, last, start, stop in corners:
         size = (last - first) * (stop - start)
         rows = slice(first * places + start, first * places + start + size)
-        blocks.append(Block(rows, slice(first, last), slice(start, stop), size, whole=False))
+        blocks.append(Block(rows, slice(first, last), slice(start, stop), size))
     return blocks
 
 
 def _evaluate_block(
     part: Operands,
     settings: Settings,
-    *,
     scale: float,
-    factor: Tensor | None,
     student_out: Tensor | None,
     teacher_out: Tensor | None,
-    weights_ready: bool,
+    *,
+    factor: Tensor | None = None,
+    weights_ready: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Both parts of the loss for each row (k,), and the gradients of ``scale`` times their sum.
+    """The sums of both parts of the loss, and the gradients of ``scale`` times the loss.
 
     Args:
         part: operands and scratch.
         settings: the call's settings.
         scale: what the reduction multiplies each row by.
-        factor: GKL's factor (k, 1) on the weighted MSE of each row; None for 1.
         student_out: where the student's gradient (k, C) goes.
         teacher_out: where the teacher's goes.
+        factor: GKL's factor (k, 1) on the weighted MSE of each row, where the batch has other blocks.
         weights_ready: ``student_out``, if there is one, holds the class weights already.
+
+    Returns:
+        Of ``w (d - m)^2`` and of ``p log q`` the sum over the block, or that of each row (k,) for reduction 'none'.
     """
     student, teacher, class_prior, weights, work, spare = part
     s = settings
-    mse = cross_entropy = None
     weights_ready = weights_ready and student_out is not None
 
     # p - q, minus the derivative of the cross entropy with respect to s / T.
-    ce_gradient = None
+    cross_entropy = ce_gradient = None
     labels_are_weights = class_prior is None and s.gamma == 1.0 and s.weight_temperature == s.temperature
     if s.alpha > 0:
         labels = weights
         _softmax(teacher, s.temperature, out=labels, work=work)
         tempered = student if s.temperature == 1.0 else torch.mul(student, 1.0 / s.temperature, out=spare)
         torch.log_softmax(tempered, 1, out=work)
-        cross_entropy = torch.mul(labels, work, out=spare).sum(1).mul_(-s.alpha)
+        cross_entropy = _summed(torch.mul(labels, work, out=spare), s)
         if student_out is not None:
             # log_softmax's own backward: labels - softmax * (sum of labels), in one pass.
             ce_gradient = spare if weights_ready else student_out
@@ -205,7 +246,7 @@ def _evaluate_block(
 
     # w * (d - m), the derivative of the weighted MSE with respect to d. (Row by row, sums of products and no matrix
     # products: those may be set to fewer digits than float32 has.)
-    mse_gradient = None
+    mse = mse_gradient = None
     if s.beta > 0:
         product = spare
         if weights_ready and student_out is not None:
@@ -214,6 +255,8 @@ def _evaluate_block(
             mass = class_weights(part, s, out=weights)
             if factor is None and mass is not None:
                 factor = mass.square_()
+                if s.divide_by_pairs:
+                    (factor,) = _pair_factors([factor])
         torch.sub(teacher, student, out=work)
         if s.mse_temperature != 1.0:
             work.mul_(1.0 / s.mse_temperature)
@@ -221,7 +264,7 @@ def _evaluate_block(
         mse_gradient = weights.mul_(work)
         if factor is not None:
             mse_gradient.mul_(factor)
-        mse = work.mul_(mse_gradient).sum(1).mul_(0.5 * s.beta)
+        mse = _summed(work.mul_(mse_gradient), s)
 
     mse_scale = s.beta * scale / s.mse_temperature
     if teacher_out is not None:
@@ -229,8 +272,21 @@ def _evaluate_block(
     if student_out is not None:
         ce_scale = s.alpha * scale / s.temperature
         _combine(ce_gradient, ce_scale, mse_gradient if s.student_in_mse else None, mse_scale, out=student_out)
-    zeros = work.new_zeros(work.shape[0]) if mse is None or cross_entropy is None else work
-    return zeros if mse is None else mse, zeros if cross_entropy is None else cross_entropy
+    if mse is None:
+        mse = work.new_zeros(work.shape[0] if s.reduction == "none" else ())
+    return mse, torch.zeros_like(mse) if cross_entropy is None else cross_entropy
+
+
+def _summed(products: Tensor, settings: Settings) -> Tensor:
+    return products.sum(1) if settings.reduction == "none" else products.sum()
+
+
+def _pair_factors(squared_masses: list[Tensor]) -> list[Tensor]:
+    """GKL's factors from the squared masses (k, 1) of all blocks: divided by their sum, times the number of rows."""
+    sums = [square.sum() for square in squared_masses]
+    pairs = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    share = sum(map(len, squared_masses)) / torch.where(pairs == 0, 1.0, pairs)
+    return [square.mul_(share) for square in squared_masses]
 
 
 def _combine(

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import _validation as check
 from . import _value_checks, native
-from ._composed import Settings, composed_loss, reduce_rows
-from ._fused import fused_rows
+from ._composed import Settings, composed_loss
+from ._fused import fused_loss
 
 __all__ = ["LossTerms", "dkl_loss", "gkl_loss", "ikl_loss"]
 
@@ -341,7 +341,10 @@ class _AnalyticLoss(torch.autograd.Function):
         needs: tuple[bool, bool],
         with_terms: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        loss, terms, ctx.gradients = _value_and_gradients(student, teacher, class_prior, settings, needs, with_terms)
+        loss, mse, cross_entropy, *gradients = _value_and_gradients(student, teacher, class_prior, settings, needs)
+        ctx.settings = settings
+        ctx.needs = needs
+        ctx.gradients = gradients
         ctx.fixed = None
         if teacher.is_inference() or (class_prior is not None and class_prior.is_inference()):
             # Autograd refuses to save what torch.inference_mode() made; such tensors cannot change under our hands.
@@ -349,12 +352,10 @@ class _AnalyticLoss(torch.autograd.Function):
             ctx.save_for_backward(student, None, None)
         else:
             ctx.save_for_backward(student, teacher, class_prior)
-        ctx.settings = settings
-        ctx.needs = needs
-        if terms is None:
+        if not with_terms:
             return loss
-        ctx.mark_non_differentiable(*terms)
-        return loss, *terms
+        ctx.mark_non_differentiable(mse, cross_entropy)
+        return loss, mse, cross_entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -368,36 +369,26 @@ class _AnalyticLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # A second call on a retained graph: the first one scaled its tensors in place and gave them away.
-            gradients = _value_and_gradients(student, teacher, class_prior, ctx.settings, ctx.needs, False)[2]
+            gradients = _value_and_gradients(student, teacher, class_prior, ctx.settings, ctx.needs)[3:]
         finished = _finish(gradients[0], grad_loss, student), _finish(gradients[1], grad_loss, teacher)
         return *finished, None, None, None, None
 
 
 def _value_and_gradients(
-    student: Tensor,
-    teacher: Tensor,
-    class_prior: Tensor | None,
-    settings: Settings,
-    needs: tuple[bool, bool],
-    with_terms: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor | None, Tensor | None]]:
-    """The reduced loss, on request its two terms, and the gradients that are needed, in the compute dtype.
+    student: Tensor, teacher: Tensor, class_prior: Tensor | None, settings: Settings, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The reduced loss, its two terms, and the gradients that are needed, in the compute dtype.
 
     They are rounded to the inputs' dtype only after the chain rule's last factor, so that a loss scale keeps small ones
     from vanishing.
     """
     operator = native.operator()
     if operator is not None and native.serves(student, teacher, class_prior):
-        loss, mse, cross_entropy, *gradients = operator(
+        found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] = operator(
             student, teacher, class_prior, **settings._asdict(), student_needs=needs[0], teacher_needs=needs[1]
         )
-        return loss, (mse, cross_entropy) if with_terms else None, (gradients[0], gradients[1])
-    mse, cross_entropy, found = fused_rows(student, teacher, class_prior, settings, needs)
-    loss = reduce_rows(mse + cross_entropy, settings, student.shape)
-    terms = None
-    if with_terms:
-        terms = reduce_rows(mse, settings, student.shape), reduce_rows(cross_entropy, settings, student.shape)
-    return loss, terms, found
+        return found
+    return fused_loss(student, teacher, class_prior, settings, needs)
 
 
 def _finish(gradient: Tensor | None, grad_loss: Tensor, like: Tensor) -> Tensor | None:
