@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from typing import Any
 
@@ -36,6 +37,8 @@ class IKLHook(Hook):  # type: ignore[misc]
       the checkpoint of the epoch is written.
     - Random numbers are seeded for each epoch from the run's seed, the epoch and the rank, so that a resumed run draws
       what the uninterrupted one has drawn.
+    - With ``randomness=dict(deterministic=True)`` on CUDA the variable CUBLAS_WORKSPACE_CONFIG, which torch then needs,
+      is set to ':4096:8' unless it has a value.
     - Before the first step a batch is validated, so that a validation that cannot work is known then, and so are
       options of a ``CheckpointHook`` that would fail after an epoch.
     - With an ``EMAHook`` the checkpoint holds the class prior that is in use, not an average of past ones, both under
@@ -70,7 +73,10 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._data_stream: tuple[Any, Any, torch.Tensor] | None = None
 
     def before_run(self, runner: Any) -> None:
-        """Verifies the checkpoint that the runner is about to read."""
+        """Verifies the checkpoint that the runner is about to read; prepares cuBLAS for deterministic algorithms."""
+        if torch.are_deterministic_algorithms_enabled() and torch.cuda.is_available():
+            # Without a fixed workspace torch refuses the first matrix product. No product has run yet.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if not self.verify_checkpoints or runner._has_loaded:
             return
         path = runner._load_from

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 
 import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
 import pytest
@@ -15,6 +16,7 @@ from mmpretrain_runs import Record, distilled_network, loader, network, prior_of
 from no_waits import NoWaits
 
 from ikl_plugins import _value_checks
+from ikl_plugins.mmengine.hooks import IKLHook
 
 
 def adversarial_network(**changes):
@@ -107,6 +109,20 @@ def test_adversarial_training_compiles_and_its_last_batch_may_be_smaller():
         torch.manual_seed(count)
         found = step(**data, mode="loss")
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "before", "after"), [(True, None, ":4096:8"), (True, ":16:8", ":16:8"), (False, None, None)]
+)
+def test_deterministic_runs_have_a_cublas_workspace(deterministic, before, after, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", before)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    IKLHook(verify_checkpoints=False).before_run(None)
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == after
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before after this test
 
 
 # --- overflows -------------------------------------------------------------------------------------------------------
