@@ -115,14 +115,12 @@ def test_adversarial_training_compiles_and_its_last_batch_may_be_smaller():
     ("deterministic", "before", "after"), [(True, None, ":4096:8"), (True, ":16:8", ":16:8"), (False, None, None)]
 )
 def test_deterministic_runs_have_a_cublas_workspace(deterministic, before, after, monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    if before is not None:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", before)
+    environment = {} if before is None else {"CUBLAS_WORKSPACE_CONFIG": before}
+    monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     IKLHook(verify_checkpoints=False).before_run(None)
-    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == after
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before after this test
+    assert environment.get("CUBLAS_WORKSPACE_CONFIG") == after
 
 
 # --- overflows -------------------------------------------------------------------------------------------------------
