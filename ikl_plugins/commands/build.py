@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not difference < _TOLERANCE:
         path.unlink()
         raise RuntimeError(
-            f"ikl build: the operator's gradients must be those of the losses' own way, but differ by "
-            f"{difference:.1e} of the largest. It has been deleted: try another compiler (environment variable CXX)."
+            f"ikl build: the operator's gradients must be the losses', but differ by {difference:.1e}. It is "
+            "deleted; try another CXX."
         )
     print(f"Built: {path}")
     print(f"Gradients agree to {difference:.0e}. Switch it on with {native.VARIABLE}=1 in the environment.")

@@ -77,9 +77,7 @@ def copy(name: str, folder: Path = Path(), *, force: bool = False) -> list[Path]
     targets = [folder / source.relative_to(shared) for source in sources]
     for source, target in zip(sources, targets, strict=True):
         if target.exists() and not force and target.read_bytes() != source.read_bytes():
-            raise ValueError(
-                f"{CALLER}: {target} must not be there yet, and it differs. Use another folder, or --force."
-            )
+            raise ValueError(f"{CALLER}: {target} must not be there yet, but differs. Use another folder, or --force.")
     for source, target in zip(sources, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(target) as aside:

@@ -119,8 +119,7 @@ def images_from(arguments: argparse.Namespace, *, caller: str) -> Images:
 
     if arguments.data is None and (arguments.mmpretrain or arguments.torchdistill):
         raise ValueError(
-            f"{caller}: with a config the data must be named, as --dataset may not be what the model was trained on. "
-            f"Add --data FOLDER, --data FILE.npz or --data {arguments.dataset}."
+            f"{caller}: with a config the data must be named. Add --data FOLDER, FILE.npz or {arguments.dataset}."
         )
     return load_images(
         arguments.dataset if arguments.data is None else arguments.data,
@@ -184,13 +183,13 @@ def _way(caller: str, arguments: argparse.Namespace) -> str:
     if way != "zoo" and arguments.checkpoint is None:
         what = f"--{way} comes without" if ways else "there is no"
         raise ValueError(
-            f"{caller}: a model must be named, but {what} --checkpoint. Pass --checkpoint FILE with --architecture "
-            f"NAME, --mmpretrain CONFIG or --torchdistill YAML; or --zoo NAME."
+            f"{caller}: a model must be named, but {what} --checkpoint. Add --checkpoint FILE with its "
+            "network, or --zoo NAME."
         )
     if way == "checkpoint" and arguments.architecture is None:
         raise ValueError(
-            f"{caller}: --checkpoint needs the network that it belongs to. Add --architecture NAME, such as "
-            f"WideResNet-34-10, or --mmpretrain CONFIG or --torchdistill YAML."
+            f"{caller}: --checkpoint needs its network. Add --architecture NAME, --mmpretrain CONFIG or "
+            "--torchdistill YAML."
         )
     for name in _UNREAD[way]:
         if getattr(arguments, name) not in (None, WEIGHTS[0]):
@@ -217,8 +216,8 @@ def _from_zoo(caller: str, arguments: argparse.Namespace) -> LoadedModel:
     missing = [part for part in parts if not part.is_file()]
     if missing and getattr(arguments, "offline", False):
         raise ValueError(
-            f"{caller}: --zoo {name} with --offline needs its file, but there is none at {missing[0]}. "
-            f"Fetch it (Google Drive id {drive}), or leave out --offline."
+            f"{caller}: --zoo {name} with --offline needs its file, but there is none at {missing[0]}. Fetch "
+            f"{drive} from Google Drive."
         )
     try:
         model = robustbench.load_model(name, model_dir=arguments.model_dir, dataset=dataset, threat_model=threat_model)

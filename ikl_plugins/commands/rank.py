@@ -62,8 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         options.update(natural_accuracy=log["natural_accuracy"], eps=log["eps"], name=log["model"])
     elif arguments.robust is None or arguments.dataset is None:
         raise ValueError(
-            f"{CALLER}: a result must be named. Pass the evaluation.json of ikl evaluate, or --robust PERCENT with "
-            f"--dataset NAME."
+            f"{CALLER}: a result must be named. Pass evaluation.json, or --robust PERCENT with --dataset NAME."
         )
     else:
         dataset, threat_model, robust = arguments.dataset, arguments.threat_model or "Linf", arguments.robust
@@ -90,8 +89,8 @@ def _log(arguments: argparse.Namespace) -> dict[str, Any]:
     log = Evaluation.load(arguments.evaluation).log
     if not log["finished"]:
         raise ValueError(
-            f"{CALLER}: {arguments.evaluation} must be a finished evaluation, but was interrupted. "
-            f"Run ikl evaluate with the same arguments to go on."
+            f"{CALLER}: {arguments.evaluation} must be a finished evaluation, but was interrupted. Run ikl "
+            "evaluate again."
         )
     return log
 

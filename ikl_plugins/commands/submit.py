@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
     way = next((way for way in ("mmpretrain", "torchdistill", "zoo") if getattr(arguments, way) is not None), None)
     if way:
         raise ValueError(
-            f"{CALLER}: the model must be one of RobustBench's own architectures, got --{way}. Train it as "
-            f"RobustBenchNetwork or ikl_plugins.robustbench_network, and pass --checkpoint FILE --architecture NAME."
+            f"{CALLER}: the model must be of RobustBench's own architectures, got --{way}. Pass --checkpoint "
+            "FILE --architecture NAME."
         )
     if arguments.architecture is not None:
         parse_architecture(arguments.architecture, caller=CALLER)

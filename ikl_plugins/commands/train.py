@@ -40,8 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = Path(arguments.config or "")
     if config.suffix not in (".yaml", ".yml", ".py"):
         raise ValueError(
-            f"{CALLER}: the config must come first and end in .yaml, .yml (torchdistill) or .py (MMPretrain), got "
-            f"{arguments.config!r}."
+            f"{CALLER}: the config must come first and end in .yaml, .yml or .py, got {arguments.config!r}."
         )
     config = config_path(config)
     if config.suffix == ".py":

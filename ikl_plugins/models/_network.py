@@ -91,15 +91,14 @@ class Network(nn.Module, ABC):
         """Refuses what is not a batch of RGB images of sufficient size."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(
-                f"{self.name}: `images` must have shape (N, 3, H, W), got {tuple(images.shape)}. "
-                f"Pass RGB images, a single one with `.unsqueeze(0)`."
+                f"{self.name}: `images` must have shape (N, 3, H, W), got {tuple(images.shape)}. A single one "
+                "needs `.unsqueeze(0)`."
             )
         height, width = images.shape[2:]
         smallest = self.smallest(images)
         if min(height, width) < smallest:
             raise ValueError(
-                f"{self.name}: `images` must be at least {smallest} pixels high and wide, got {height} x {width}. "
-                f"Resize them first."
+                f"{self.name}: `images` must have at least {smallest} pixels a side, got {height} x {width}."
             )
 
 

@@ -149,7 +149,7 @@ class ResNet(StagedNetwork):
         self, depth: int, channels: tuple[int, int, int, int], num_classes: int, *, name: str = "ResNet"
     ) -> None:
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"{name}: `depth` must be 6n + 2 with n >= 1, got {depth}. Use 8, 14, 20, 26, 32, ...")
+            raise ValueError(f"{name}: `depth` must be 6n + 2 with n >= 1, got {depth}. Use 8, 14, 20, ...")
         blocks = (depth - 2) // 6
         stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         super().__init__(num_classes, stem, _stages(ThinBlock, channels[0], channels[1:], (blocks,) * 3), name)

@@ -208,8 +208,8 @@ def parse_architecture(name: str, *, caller: str = "parse_architecture") -> Arch
     if family not in _MODULES or depth is None or not complete:
         if re.match(r"DMWideResNet-\d+-\d+|DMPreActResNet-\d+", name):
             raise ValueError(
-                f"{caller}: `architecture` must end with the activation of a DM network, one of "
-                f"{', '.join(f'-{one}' for one in _ACTIVATIONS)}, got {name}. The official networks are {_EXAMPLES[1]}."
+                f"{caller}: `architecture` must end with {', '.join(f'-{one}' for one in _ACTIVATIONS)}, got "
+                f"{name}. The official one is {_EXAMPLES[1]}."
             )
         known = check.unknown_name_message(caller, "architecture", name, _EXAMPLES)
         raise ValueError(f"{known} Other depths and widths are named alike.")
@@ -222,11 +222,9 @@ def parse_architecture(name: str, *, caller: str = "parse_architecture") -> Arch
                 f"Use one of {', '.join(map(str, depths))}."
             )
     elif architecture.depth < 10 or (architecture.depth - 4) % 6:
-        raise ValueError(
-            f"{caller}: `architecture` must have a depth of 6n + 4 with n >= 1, got {name}. Use 10, 16, 22, 28, 34, ..."
-        )
+        raise ValueError(f"{caller}: `architecture` must have a depth of 6n + 4, n >= 1, got {name}.")
     elif not architecture.width:
-        raise ValueError(f"{caller}: `architecture` must have a width of at least 1, got {name}. Use 10 or 2.")
+        raise ValueError(f"{caller}: `architecture` must have a width of at least 1, got {name}.")
     return architecture
 
 
@@ -348,13 +346,13 @@ def _statistics(
     given = given_statistics(_CALLER, mean, std)
     if given is not None and not architecture.normalises:
         raise ValueError(
-            f"{_CALLER}: `mean` and `std` must be left out for {architecture.name}, which takes images as they are, "
-            f"got mean={mean}. Leave them out, or take a DMWideResNet or DMPreActResNet."
+            f"{_CALLER}: `mean` and `std` must be left out for {architecture.name}, got mean={mean}. A "
+            "DMWideResNet takes them."
         )
     if given is None and architecture.normalises and dataset not in _CONSTANTS:
         raise ValueError(
-            f"{_CALLER}: {architecture.name} must know mean and std, which RobustBench has for "
-            f"{' and '.join(_CONSTANTS)} alone, got dataset={dataset!r}. Give `mean` and `std`."
+            f"{_CALLER}: {architecture.name} must know mean and std, got neither for dataset={dataset!r}. "
+            "Give `mean` and `std`."
         )
     return given or (None, None)
 
@@ -364,9 +362,7 @@ def given_statistics(caller: str, mean: Sequence[float] | None, std: Sequence[fl
     if mean is None and std is None:
         return None
     if mean is None or std is None:
-        raise ValueError(
-            f"{caller}: `mean` and `std` must be given both or not at all, got mean={mean} and std={std}. Give both."
-        )
+        raise ValueError(f"{caller}: `mean` and `std` must be given both or neither, got mean={mean}, std={std}.")
     return check_statistics(caller, mean, std)
 
 

@@ -97,9 +97,9 @@ class WideResNet(Network):
     def __init__(self, depth: int, width: int, num_classes: int, *, name: str = "WideResNet") -> None:
         super().__init__(num_classes, name)
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"{name}: `depth` must be 6n + 4 with n >= 1, got {depth}. Use 10, 16, 22, 28, 34, ...")
+            raise ValueError(f"{name}: `depth` must be 6n + 4 with n >= 1, got {depth}. Use 10, 16, ...")
         if width < 1:
-            raise ValueError(f"{name}: `width` must be at least 1, got {width}. It multiplies 16, 32 and 64 channels.")
+            raise ValueError(f"{name}: `width` must be at least 1, got {width}. It multiplies 16 channels.")
         blocks = (depth - 4) // 6
         stem, first, second, third = 16, 16 * width, 32 * width, 64 * width
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)

@@ -184,8 +184,8 @@ class _Source:
             link = _robustbench.data.ZENODO_CORRUPTIONS_LINKS.get(self.dataset)
             source = f" ({', '.join(link[1])} of https://zenodo.org/records/{link[0]})" if link else ""
             raise ValueError(
-                f"{self.caller}: the corrupted images of {name} must lie in {root}, but {check.first_names(missing)} "
-                f"missing. Unpack them there{source}, or name the folder above with data_dir."
+                f"{self.caller}: the corrupted images of {name} must lie in {root}, but "
+                f"{check.first_names(missing)} missing. Unpack them there{source}."
             )
 
     def load(self, corruption: str, severity: int, n_examples: int) -> tuple[Tensor, Tensor]:
@@ -196,8 +196,8 @@ class _Source:
         images, labels = loader(n_examples, severity, str(self.data_dir), False, [corruption], geometry)
         if len(images) != n_examples:
             raise ValueError(
-                f"{self.caller}: `n_examples` must be at most {len(images)}, as many images as {corruption} has with "
-                f"severity {severity}, got {n_examples}. Lower it."
+                f"{self.caller}: `n_examples` must be at most {len(images)}, the images of "
+                f"{corruption}/{severity}, got {n_examples}."
             )
         check_pixels(self.caller, images)
         return images, labels

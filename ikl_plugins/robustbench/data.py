@@ -94,8 +94,7 @@ def load_images(
         number = isinstance(n_examples, int) and not isinstance(n_examples, bool)
         if not number or n_examples < 1:
             raise (ValueError if number else TypeError)(
-                f"{_CALLER}: `n_examples` must be an integer of at least 1 or None, got {n_examples!r}. "
-                f"Leave it out for all."
+                f"{_CALLER}: `n_examples` must be an integer of at least 1 or None, got {n_examples!r}."
             )
     named = _robustbench.data.PREPROCESSINGS
     if preprocessing is not None and preprocessing not in named:
@@ -109,8 +108,8 @@ def load_images(
     if path.suffix == ".npz":
         return _load_npz(path, n_examples, preprocessing)
     raise ValueError(
-        f"{_CALLER}: `source` must be {', '.join(map(repr, DATASETS))}, a folder of class folders or an .npz file, got "
-        f"{str(source)!r}, which is none (seen from {Path.cwd()}). Check the name."
+        f"{_CALLER}: `source` must be {', '.join(map(repr, DATASETS))}, a folder of classes or an .npz, "
+        f"got {str(source)!r} in {Path.cwd()}."
     )
 
 
@@ -164,8 +163,8 @@ def check_cifar(caller: str, name: str, data_dir: Path) -> None:
     except RuntimeError as error:
         files = ", ".join(file for file, _ in [*kind.train_list, *kind.test_list, (kind.meta["filename"], "")])
         raise ValueError(
-            f"{caller}: {name} must lie in {data_dir / _CIFAR_FOLDERS[name]} to be read offline, unchanged: {files}. "
-            f"Unpack {kind.url} in {data_dir}, or allow the download."
+            f"{caller}: {name} must lie in {data_dir / _CIFAR_FOLDERS[name]} to be read offline, unchanged: "
+            f"{files}. Unpack {kind.url} in {data_dir}."
         ) from error
 
 
@@ -214,8 +213,7 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None) 
         empty = [entry.name for entry in sorted(os.scandir(path), key=lambda entry: entry.name) if entry.is_dir()]
         found = f"no image in all of {', '.join(empty[:4])}" if empty else "no folder"
         raise ValueError(
-            f"{_CALLER}: `source` must have a folder of images per class, but {path} has {found} ({error}). "
-            f"Name the folder of one split."
+            f"{_CALLER}: `source` must have a folder per class, but {path} has {found} ({error}). Name one split."
         ) from error
     samples = _spread(folder.samples, n_examples, path)
     transform = _robustbench.data.PREPROCESSINGS[preprocessing]
@@ -225,7 +223,7 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None) 
             known = ", ".join(name for name in _robustbench.data.PREPROCESSINGS if name is not None)
             raise ValueError(
                 f"{_CALLER}: images must have one size, got {tuple(images[0].shape[1:])} ({samples[0][0]}) and "
-                f"{tuple(image.shape[1:])} ({file}). Choose the `preprocessing` of the network: {known}."
+                f"{tuple(image.shape[1:])} ({file}). Choose a `preprocessing`: {known}."
             )
     labels = torch.tensor([label for _, label in samples])
     files = tuple(str(Path(file).relative_to(path)) for file, _ in samples)
@@ -258,13 +256,11 @@ def _read(file: str, loader: Callable[[str], Any], transform: Callable[[Any], Te
 def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> Images:
     if preprocessing is not None:
         raise ValueError(
-            f"{_CALLER}: `preprocessing` must be None for an .npz file, got {preprocessing!r}. "
-            f"Store the images in the size that the network takes."
+            f"{_CALLER}: `preprocessing` must be None for an .npz file, got {preprocessing!r}. Store images "
+            "of the network's size."
         )
     if not path.is_file():
-        raise ValueError(
-            f"{_CALLER}: `source` must be a file, but there is none at {path} (seen from {Path.cwd()}). Check it."
-        )
+        raise ValueError(f"{_CALLER}: `source` must be a file, but there is none at {path} in {Path.cwd()}.")
     pixels, labels = _read_npz(path)
     if pixels.dtype == np.uint8:
         layout = pixels.ndim == 4 and pixels.shape[3] == 3
@@ -272,22 +268,18 @@ def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> 
         layout = pixels.ndim == 4 and pixels.shape[1] == 3
     else:
         raise TypeError(
-            f"{_CALLER}: images of {path} must be uint8 or floats, got {pixels.dtype}. "
-            f"Convert grey levels with .astype('uint8')."
+            f"{_CALLER}: images of {path} must be uint8 or floats, got {pixels.dtype}. Convert grey levels to uint8."
         )
     if not layout:
         raise ValueError(
             f"{_CALLER}: images of {path} must be (N, H, W, 3) as uint8 or (N, 3, H, W) as floats, got "
-            f"{pixels.shape} as {pixels.dtype}. Transpose them, or repeat a single channel."
+            f"{pixels.shape} as {pixels.dtype}."
         )
     if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(
-            f"{_CALLER}: labels of {path} must be integer class indices, got {labels.dtype}. Store one per image."
-        )
+        raise TypeError(f"{_CALLER}: labels of {path} must be integer class indices, got {labels.dtype}.")
     if labels.shape != pixels.shape[:1]:
         raise ValueError(
-            f"{_CALLER}: {path} must hold a label per image, got shape {labels.shape} for {len(pixels)} images. "
-            f"Store one index per image."
+            f"{_CALLER}: {path} must hold a label per image, got shape {labels.shape} for {len(pixels)} images."
         )
     if n_examples is not None:
         if n_examples > len(pixels):
@@ -312,14 +304,13 @@ def _read_npz(path: Path) -> tuple[Array, Array]:
     # A damaged archive raises any of them, and an array of objects, which would run code, a ValueError.
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"{_CALLER}: {path} must be an .npz file of plain arrays, but reading it gave: {error}. "
-            f"Write it with numpy.savez."
+            f"{_CALLER}: {path} must be an .npz file of plain arrays, but reading it gave: {error}."
         ) from error
     for keys, found in zip(_KEYS, chosen, strict=True):
         if len(found) != 1:
             raise ValueError(
                 f"{_CALLER}: {path} must hold either `{keys[0]}` or `{keys[1]}`, but has "
-                f"{', '.join(there) or 'nothing'}. Name the arrays `images` and `labels`."
+                f"{', '.join(there) or 'nothing'}."
             )
     return arrays[0], arrays[1]
 
@@ -346,14 +337,10 @@ def check_pixels(caller: str, images: Tensor) -> None:
     low, high = (bound.item() for bound in torch.aminmax(images))
     if not (low >= 0 and high <= 1):  # so that NaN is refused
         raise ValueError(
-            f"{caller}: pixels must lie in [0, 1], got values from {low:.4g} to {high:.4g}. "
-            f"Divide grey levels by 255; leave normalisation to the model."
+            f"{caller}: pixels must lie in [0, 1], got values from {low:.4g} to {high:.4g}. Divide grey levels by 255."
         )
     if 0 < high <= 1 / 255:
-        raise ValueError(
-            f"{caller}: pixels must reach up to 1, but the brightest is {high:.4g}, as if divided by 255 twice. "
-            f"Divide grey levels once."
-        )
+        raise ValueError(f"{caller}: pixels must reach 1, but the brightest is {high:.4g}, as if divided by 255 twice.")
 
 
 def _too_many(wanted: int, there: int, where: object) -> ValueError:

@@ -66,7 +66,7 @@ def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
             exact = as_fraction(value)
         except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
             raise ValueError(
-                f"{caller}: `eps` must be a fraction or a number, got {value!r}. Write it as 8/255 or 0.5."
+                f"{caller}: `eps` must be a fraction or a number, got {value!r}. Write 8/255 or 0.5."
             ) from error
         eps = Eps("".join(value.split()), exact)
     else:
@@ -82,8 +82,8 @@ def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
         raise ValueError(f"{caller}: `eps` must be above 0, got {value!r}. Write it as 8/255 or 0.5.")
     if norm == "Linf" and eps.exact > 1:
         raise ValueError(
-            f"{caller}: `eps` must be at most 1 for L-infinity, got {eps.text}. "
-            f"Write grey levels as {eps.text}/{_GREY_LEVELS}."
+            f"{caller}: `eps` must be at most 1 for L-infinity, got {eps.text}. Write "
+            f"{eps.text}/{_GREY_LEVELS} for grey levels."
         )
     if norm == "Linf":
         in_levels = float(eps.exact * _GREY_LEVELS)

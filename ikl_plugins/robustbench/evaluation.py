@@ -288,8 +288,8 @@ def _attacks(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str
             dropped.append({"attack": attack, "reason": f"its loss needs {least} classes, and the model has {classes}"})
     if not run:
         raise ValueError(
-            f"{caller}: of `attacks` at least one must work with {classes} classes, got {', '.join(wanted)}. "
-            f"Add apgd-ce, fab-t or square."
+            f"{caller}: `attacks` must have one that works with {classes} classes, got {', '.join(wanted)}. "
+            "Add apgd-ce."
         )
     return run, dropped
 
@@ -373,8 +373,7 @@ def natural_predictions(
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= classes:
         raise ValueError(
-            f"{caller}: `labels` must lie in [0, {classes - 1}], the model's classes, got values from {low} to "
-            f"{high}. Take the data that the model was trained for."
+            f"{caller}: `labels` must lie in [0, {classes - 1}], the model's classes, got values from {low} to {high}."
         )
     return torch.cat(found), classes
 
@@ -393,8 +392,8 @@ def _check_logits(caller: str, logits: object, batch: Tensor, start: int) -> Non
     bad = int((~torch.isfinite(logits)).sum())
     if bad:
         raise ValueError(
-            f"{caller}: `model` must give finite logits, got {bad} of {logits.numel()} that are not, in the batch "
-            f"from image {start}. Check its weights."
+            f"{caller}: `model` must give finite logits, got {bad} of {logits.numel()} that are not, from "
+            f"image {start} on."
         )
 
 
@@ -475,26 +474,24 @@ def check_model(caller: str, model: nn.Module, version: str) -> None:
             f"{caller}: `model` must be a torch.nn.Module, got {type(model).__name__}. Wrap a function in one."
         )
     if model.training:
-        raise ValueError(f"{caller}: `model` must be in eval mode, but it is in training mode. Call `model.eval()`.")
+        raise ValueError(f"{caller}: `model` must be in eval mode, but is in training mode. Call `model.eval()`.")
     training = [name for name, module in model.named_modules() if module.training]
     if training and version != "rand":
         raise ValueError(
-            f"{caller}: `model` must be in eval mode, but these parts are in training mode: "
-            f"{check.first_names(training)}. Call `model.eval()`, or take version='rand' if they draw random numbers."
+            f"{caller}: `model` must be in eval mode, but in training mode: {check.first_names(training)}. "
+            "Call `model.eval()`; random parts need version='rand'."
         )
 
 
 def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4:
         what = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(
-            f"{caller}: `images` must be a floating tensor of shape (N, C, H, W), got {what}. Divide uint8 by 255."
-        )
+        raise TypeError(f"{caller}: `images` must be a floating tensor (N, C, H, W), got {what}. Divide uint8 by 255.")
     check_pixels(caller, images)
     indices = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
     if not indices or labels.dtype == torch.bool:
         what = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{caller}: `labels` must be a tensor of class indices, got {what}. Pass a long tensor (N,).")
+        raise TypeError(f"{caller}: `labels` must be a tensor of class indices, got {what}. Pass a long tensor.")
     if labels.shape != images.shape[:1]:
         raise ValueError(
             f"{caller}: `labels` must have shape ({len(images)},), one per image, got {tuple(labels.shape)}."
@@ -512,4 +509,4 @@ def check_count(caller: str, name: str, value: object) -> None:
 
 def check_seed(caller: str, seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{caller}: `seed` must be an integer, got {seed!r}. A run without one cannot be repeated.")
+        raise TypeError(f"{caller}: `seed` must be an integer, got {seed!r}, as a run must be repeatable.")

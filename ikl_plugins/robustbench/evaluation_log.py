@@ -302,14 +302,14 @@ def _write_log(log: Mapping[str, Any], path: Path) -> None:
 
 def _read_log(caller: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{caller}: the log must be a file, but there is none at {path}. Check the path.")
+        raise ValueError(f"{caller}: the log must be a file, but there is none at {path}.")
     try:
         log = json.loads(path.read_text())
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{caller}: {path} must be a log, but is damaged ({error}). Remove it.") from error
     if not isinstance(log, dict) or log.get("format") != FORMAT:
         found = log.get("format") if isinstance(log, dict) else type(log).__name__
-        raise ValueError(f"{caller}: {path} must be a log of the format {FORMAT}, got {found}. Name another file.")
+        raise ValueError(f"{caller}: {path} must be a log of the format {FORMAT}, got {found}.")
     missing = [key for key in _KEYS if key not in log]
     if missing:
         raise ValueError(
@@ -337,6 +337,6 @@ def _read_adversarial(log: Mapping[str, Any], folder: Path) -> dict[int, Tensor]
     if len(found) != len(fell):
         raise ValueError(
             f"Evaluation: {folder} must hold the adversarial images of all {len(fell)} that fell, but has "
-            f"{len(found)}. Bring it back, or remove it and the log."
+            f"{len(found)}. Bring it back."
         )
     return dict(sorted(found.items()))

@@ -36,8 +36,8 @@ def mmpretrain_pixels(caller: str, config: Mapping[str, Any], channel_order: str
     for name in names:
         if name in changing:
             raise ValueError(
-                f"{caller}: the test pipeline must leave pixels as bytes, got {name}. "
-                f"Drop it, and let mean and std of `data_preprocessor` do the same."
+                f"{caller}: the test pipeline must leave pixels as bytes, got {name}. Let `data_preprocessor` "
+                "normalise."
             )
     if channel_order is not None:
         return white, channel_order == "bgr"
@@ -45,8 +45,7 @@ def mmpretrain_pixels(caller: str, config: Mapping[str, Any], channel_order: str
     bgr, rgb = (any(name in known for name in names) for known in (_READS_BGR, _HOLDS_RGB))
     if turns or not (bgr or rgb):
         raise ValueError(
-            f"{caller}: `channel_order` must be given, as the test pipeline does not show it, got None. "
-            f"Use 'bgr' for images that MMCV reads, 'rgb' where the data preprocessor gets RGB."
+            f"{caller}: `channel_order` must be given, as the test pipeline hides it. Use 'bgr' for MMCV, or 'rgb'."
         )
     return white, bgr
 
@@ -93,9 +92,8 @@ def check_stored_config(
     inside = architecture.startswith("DM")  # mean and std would be those inside the network, which the config's precede
     way_out = "" if bgr or inside else f", or give mean={shown[0]}, std={shown[1]}"
     raise ValueError(
-        f"{caller}: {architecture} must get RGB images in [0, 1] {ours}, but the config in {path} has "
-        f"{'BGR' if bgr else 'RGB'} with mean {shown[0]} and std {shown[1]}. "
-        f"Use from_mmpretrain(config, checkpoint){way_out}."
+        f"{caller}: {architecture} must get RGB images in [0, 1] {ours}, but {path} has "
+        f"{'BGR' if bgr else 'RGB'} with mean {shown[0]} and std {shown[1]}. Use from_mmpretrain{way_out}."
     )
 
 
@@ -147,8 +145,8 @@ def transform_statistics(caller: str, dataset: Any, identity: Any) -> Statistics
     scaled = bool(tensors) and tensors[0] in _SCALES
     if not scaled or tensors[1:] not in ([], ["Normalize"]) or (rest[-1] in _GEOMETRY and "Normalize" in tensors):
         raise ValueError(
-            f"{caller}: the transform of '{identity}' must make tensors in [0, 1], resized, cropped and normalised at "
-            f"most, got {', '.join(names) or 'none'}. End it with ToTensor and, if the model wants it, Normalize."
+            f"{caller}: the transform of '{identity}' must be sizes, crops, ToTensor and one Normalize at "
+            f"most, got {', '.join(names) or 'none'}."
         )
     if "Normalize" not in names:
         return None

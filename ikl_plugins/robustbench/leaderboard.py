@@ -393,13 +393,10 @@ def _radius(board: Sequence[Entry]) -> str | None:
 
 def _check_radius(caller: str, dataset: str, threat_model: str, eps: Eps, radius: str | None) -> None:
     if radius is None:
-        raise ValueError(
-            f"{caller}: `eps` must be None for {threat_model}, which have no radius, got {eps}. Leave it out."
-        )
+        raise ValueError(f"{caller}: `eps` must be None for {threat_model}, which have no radius, got {eps}.")
     if eps.exact != as_fraction(radius):
         raise ValueError(
-            f"{caller}: `eps` must be {radius}, the radius of the leaderboard for {dataset} and {threat_model}, "
-            f"got {eps}. Evaluate at {radius}."
+            f"{caller}: `eps` must be {radius}, as on the leaderboard for {dataset} and {threat_model}, got {eps}."
         )
 
 

@@ -105,8 +105,7 @@ class HostClassifier(nn.Module):
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(
-                f"from_mmpretrain: the classifier must give logits of shape (N, C), got {what}. "
-                f"Use a head with one set of logits."
+                f"from_mmpretrain: the classifier must give logits of shape (N, C), got {what}. Use another head."
             )
         return logits
 
@@ -230,7 +229,7 @@ def from_mmpretrain(
     elif config.get("custom_imports"):
         import_modules_from_strings(**config.custom_imports)
     if not isinstance(config.get("model"), Mapping):
-        raise ValueError(f"{caller}: {where} must have a `model`, but it has none. Name the config of the training.")
+        raise ValueError(f"{caller}: {where} must have a `model`, but has none. Name the training's config.")
     pixel_range, flip = mmpretrain_pixels(caller, config, channel_order)
     model = copy.deepcopy(dict(config.model))
     model.setdefault("data_preprocessor", copy.deepcopy(config.get("data_preprocessor")))
@@ -284,16 +283,14 @@ def from_torchdistill(config: Path | str, checkpoint: Path | str, *, device: tor
     except yaml.YAMLError as error:
         raise ValueError(f"{caller}: {config} must be YAML, but reading it gave: {error}. Correct it.") from error
     except (OSError, RuntimeError) as error:  # of a data set that is built while the file is read
-        raise ValueError(
-            f"{caller}: {config} must name data that is there, but loading it gave: {error}. Prepare the data first."
-        ) from error
+        raise ValueError(f"{caller}: {config} must name data that is there, but loading it gave: {error}.") from error
     import_dependencies(content.get("dependencies") if isinstance(content, Mapping) else None)
     named = _block(content, "models", "student_model") or _block(content, "models", "model")
     identity = _block(content, "test", "test_data_loader", "dataset_id")
     dataset = _block(content, "datasets", identity)
     if named is None or dataset is None:
         missing = "`models: student_model:` or `models: model:`" if named is None else "the data set of its `test:`"
-        raise ValueError(f"{caller}: {config} must have {missing}, but it has none. Name the file of the training.")
+        raise ValueError(f"{caller}: {config} must have {missing}, but has none. Name the training's file.")
     statistics = transform_statistics(caller, dataset, identity)
     network = get_image_classification_model(named)
     if network is None:
@@ -313,8 +310,7 @@ def _named(
     if name in models.__all__:
         if given is None and dataset != "cifar100":
             raise ValueError(
-                f"{caller}: `mean` and `std` must be given for {name} on {dataset}, got none. "
-                f"Give those of its training, for pixels in [0, 1]."
+                f"{caller}: `mean` and `std` must be given for {name} on {dataset}, got none. Give its training's."
             )
         return functools.partial(getattr(models, name), num_classes=num_classes), given or _DISTILLATION_STATISTICS
     try:

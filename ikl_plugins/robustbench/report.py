@@ -46,8 +46,7 @@ def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(
-            f"binomial_interval: `successes` must lie in [0, `trials`], and `trials` be at least 1, got {successes} of "
-            f"{trials}."
+            f"binomial_interval: `successes` must lie in [0, `trials`], `trials` above 0, got {successes} of {trials}."
         )
     share = successes / trials
     shrink = 1 + _Z**2 / trials
@@ -78,7 +77,7 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, images: Images |
     if pixels is not None and log["labels"] is not None and len(pixels) != len(log["labels"]):
         raise ValueError(
             f"write_report: `images` must be the {len(log['labels'])} that were evaluated, got {len(pixels)}. "
-            f"Load them with the same arguments."
+            "Load the same."
         )
     parts = [f"# Robustness of {log['model']}", _summary(log), _setting(log)]
     if log["fell_to"] is None:

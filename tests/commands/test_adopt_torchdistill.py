@@ -775,7 +775,7 @@ def test_a_check_that_fails_writes_nothing(kd, ikl):
 
 OPTIONS = [
     (["kd.yaml", "--teacher", "t.py"], "--teacher goes with an MMPretrain config (.py), got kd.yaml"),
-    (["kd.yaml", "--loss", "KL"], "--loss must be one of ours for torchdistill, got KL"),
+    (["kd.yaml", "--loss", "KL"], "--loss must be one of ours, got KL"),
     (["kd.yaml", "--set", "beta"], "--set must be KEY=VALUE, got 'beta'"),
     (["kd.yaml", "--in-place", "--output", "x.yaml"], "--in-place must stand without --output"),
     (["kd.yaml", "--output", "."], "--output must be a file, got the folder ."),

@@ -210,7 +210,7 @@ def test_corruptions_refuse_what_is_for_attacks(more):
     [
         ({"--eps": None}, "ikl evaluate: --threat-model Linf needs a radius"),
         ({"--checkpoint": None}, "ikl evaluate: a model must be named, but there is no --checkpoint"),
-        ({"--architecture": None}, "ikl evaluate: --checkpoint needs the network that it belongs to"),
+        ({"--architecture": None}, "ikl evaluate: --checkpoint needs its network"),
         ({"--checkpoint": "none.pt"}, "none.pt"),
         ({"--data": "cifar10", "--data-dir": "none", "--offline": ""}, "cifar10 must lie in none/cifar-10"),
         ({"--curve": "2/255,4/510"}, "ikl evaluate --curve: `radii` must be different"),

@@ -120,8 +120,8 @@ def test_a_failed_preflight_writes_nothing_unless_allowed(arguments, place, tmp_
 @pytest.mark.parametrize(
     ("changed", "fragment"),
     [
-        ("--mmpretrain config.py", "ikl submit: the model must be one of RobustBench's own .* got --mmpretrain"),
-        ("--zoo Standard", "ikl submit: the model must be one of RobustBench's own architectures, got --zoo"),
+        ("--mmpretrain config.py", "ikl submit: .* got --mmpretrain"),
+        ("--zoo Standard", "ikl submit: .* got --zoo"),
         ("--architecture resnet20", "ikl submit: unknown architecture `resnet20`"),
         ("--evaluation missing.json", "Evaluation.load: the log must be a file, but there is none at missing.json"),
         ("--generated-data yes", "write_submission: `footnote` must say what generated images were trained on"),

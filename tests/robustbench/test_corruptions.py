@@ -148,8 +148,8 @@ def test_interrupted_corruptions_go_on(corrupted, alexnet, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"n_examples": 10001}, "`n_examples` must be at most 10000, as many images as shot_noise has with severity 1"),
-        ({"n_examples": 0}, "`n_examples` must be an integer of at least 1, got 0"),
+        ({"n_examples": 10001}, "`n_examples` must be at most 10000"),
+        ({"n_examples": 0}, "`n_examples` must be"),
         ({"dataset": "cifar11"}, "unknown data set `cifar11`. Did you mean `cifar10`?"),
         ({"threat_model": "corruptions_3d"}, "unknown threat model of cifar10 `corruptions_3d`. Did you mean"),
         ({"model": linear().train()}, "`model` must be in eval mode"),

@@ -542,9 +542,9 @@ def with_a_buffer_more(network):
 @pytest.mark.parametrize(
     ("other", "fragment"),
     [
-        (with_a_buffer_more, "a WideResNet-10-1 .*unexpected: extra"),
-        (lambda _: robustbench_network("DMWideResNet-16-2-SiLU"), "a WideResNet-10-1 .*unexpected: init_conv.*DMWide"),
-        (lambda network: robustbench_network("WideResNet-10-2"), "a WideResNet-10-1 .*WideResNet-10-2"),
+        (with_a_buffer_more, "a WideResNet-10-1.*unexpected: extra"),
+        (lambda _: robustbench_network("DMWideResNet-16-2-SiLU"), "a WideResNet-10-1.*unexpected: init_conv.*DMWide"),
+        (lambda network: robustbench_network("WideResNet-10-2"), "a WideResNet-10-1.*WideResNet-10-2"),
         (lambda network: Normalised(network, (0.5,) * 3, (0.25,) * 3), ".* got a Normalised"),
         (defended, ".* got Defended"),
     ],

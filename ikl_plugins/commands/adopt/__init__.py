@@ -68,10 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
     sys.path.insert(0, os.getcwd())  # the config's own modules are looked for where they are when it trains
     config = arguments.config
     if not config.is_file():
-        raise ValueError(f"{CALLER}: the config must be a file, but there is none at {config}. Check the path.")
+        raise ValueError(f"{CALLER}: the config must be a file, but there is none at {config}.")
     if config.suffix not in (*YAML_ENDINGS, ".py"):
         raise ValueError(
-            f"{CALLER}: the config must end in .yaml, .yml (torchdistill) or .py (MMPretrain), got {config}. Rename it."
+            f"{CALLER}: the config must end in .yaml, .yml (torchdistill) or .py (MMPretrain), got {config}."
         )
     try:
         (_adopt_python if config.suffix == ".py" else _adopt_yaml)(arguments)
@@ -109,7 +109,7 @@ def _target(args: argparse.Namespace) -> Path | None:
     if output.exists() and output.samefile(args.config):
         raise ValueError(f"{CALLER}: --output must be another file than the config, got {output}. Use --in-place.")
     if output.is_dir():
-        raise ValueError(f"{CALLER}: --output must be a file, got the folder {output}. Name a file in it.")
+        raise ValueError(f"{CALLER}: --output must be a file, got the folder {output}.")
     if output.exists() and not args.force:
         raise ValueError(f"{CALLER}: --output must not be there yet, got {output}. Use another name, or --force.")
     return output
@@ -137,7 +137,7 @@ def _adopt_yaml(args: argparse.Namespace) -> None:
 
     _refuse(args, ("teacher", "teacher_ckpt", "adversarial", "eps"), "an MMPretrain config (.py)")
     if args.loss == "KL":
-        raise ValueError(f"{CALLER}: --loss must be one of ours for torchdistill, got KL. KDLoss is KL itself.")
+        raise ValueError(f"{CALLER}: --loss must be one of ours, got KL, which is KDLoss itself.")
     target, name = _target(args), str(args.config)
     with args.config.open(encoding="utf-8", newline="") as file:
         text = file.read()

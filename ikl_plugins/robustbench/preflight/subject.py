@@ -112,7 +112,7 @@ class Subject:
         if self.labels is not None and int(self.labels.max()) >= self.logits.shape[1]:
             raise ValueError(
                 f"{_CALLER}: `labels` must be below {self.logits.shape[1]}, the number of logits, got "
-                f"{int(self.labels.max())}. Pass images of the model's classes."
+                f"{int(self.labels.max())}."
             )
 
 
@@ -123,12 +123,10 @@ def _check_model_and_images(model: object, images: object) -> None:
         )
     if not isinstance(images, Tensor) or not images.is_floating_point():
         found = _kind(images)
-        raise TypeError(
-            f"{_CALLER}: `images` must be a tensor of floats in [0, 1], got {found}. Divide 8-bit images by 255."
-        )
+        raise TypeError(f"{_CALLER}: `images` must be floats in [0, 1], got {found}. Divide 8-bit images by 255.")
     if images.dim() != 4 or len(images) < 2:
         shape = tuple(images.shape)
-        raise ValueError(f"{_CALLER}: `images` must have shape (N, channels, H, W) with N of at least 2, got {shape}.")
+        raise ValueError(f"{_CALLER}: `images` must have shape (N, channels, H, W) with N >= 2, got {shape}.")
     if not torch.isfinite(images).all():
         raise ValueError(f"{_CALLER}: `images` must be finite, got inf or nan. Pass images in [0, 1].")
 
@@ -138,7 +136,7 @@ def _check_labels(labels: object, images: Tensor) -> None:
         return
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
         found = _kind(labels)
-        raise TypeError(f"{_CALLER}: `labels` must be a tensor of class indices, got {found}. Pass long integers.")
+        raise TypeError(f"{_CALLER}: `labels` must be a tensor of class indices, got {found}. Pass a long tensor.")
     if labels.shape != images.shape[:1] or int(labels.min()) < 0:
         found = f"shape {tuple(labels.shape)}" + (f" with {int(labels.min())}" if labels.numel() else "")
         raise ValueError(f"{_CALLER}: `labels` must be {len(images)} class indices from 0, got {found}.")

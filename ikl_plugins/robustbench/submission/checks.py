@@ -56,13 +56,11 @@ def check_paper(
         raise ValueError(f"{CALLER}: `licence` must be 'MIT' or the address of another one, got {licence!r}.")
     for argument, value in (("additional_data", additional_data), ("generated_data", generated_data)):
         if not isinstance(value, bool):
-            raise TypeError(
-                f"{CALLER}: `{argument}` must be declared with True or False, got {value!r}. Say what was trained on."
-            )
+            raise TypeError(f"{CALLER}: `{argument}` must be declared with True or False, got {value!r}.")
     if generated_data and footnote is None:
         raise ValueError(
-            f"{CALLER}: `footnote` must say what generated images were trained on, got None. "
-            f"Write 'It uses additional 1M synthetic images in training.'"
+            f"{CALLER}: `footnote` must say what generated images were trained on, got None. Write 'It uses 1M "
+            "synthetic images.'"
         )
     people = [person.strip() for person in (authors.split(",") if isinstance(authors, str) else authors)]
     if not people or not all(people):
@@ -81,8 +79,7 @@ def read_log(evaluation: object) -> dict[str, Any]:
     if isinstance(evaluation, (str, Path)):
         if not Path(evaluation).is_file():
             raise ValueError(
-                f"{CALLER}: `evaluation` must be the file of a log, but there is none at {evaluation}. "
-                f"Run ikl evaluate first."
+                f"{CALLER}: `evaluation` must be a log, but there is none at {evaluation}. Run ikl evaluate."
             )
         evaluation = Evaluation.load(evaluation)
     if isinstance(evaluation, Evaluation):
@@ -98,8 +95,7 @@ def check_dataset(dataset: str, threat_model: str) -> None:
     """Refuses what has no leaderboard, and ImageNet."""
     if dataset == "imagenet" or threat_model == "corruptions_3d":
         raise ValueError(
-            f"{CALLER}: `dataset` must be 'cifar10' or 'cifar100', got 'imagenet', whose networks are those of timm. "
-            f"Fill RobustBench's form by hand, with model_info(...)."
+            f"{CALLER}: `dataset` must be 'cifar10' or 'cifar100', got 'imagenet'. Fill RobustBench's form by hand."
         )
     if dataset not in _DATASETS:
         raise ValueError(check.unknown_name_message(CALLER, "data set", dataset, _DATASETS))
@@ -137,22 +133,18 @@ def check_always(log: Mapping[str, Any], reported: float | None, allow_failed: b
     natural, robust = log["natural_accuracy"], log["robust_accuracy"]
     if natural is None or robust is None:
         raise ValueError(
-            f"{CALLER}: `evaluation` must have the natural and the robust accuracy, got {natural} and {robust}. "
-            f"Evaluate on natural images too."
+            f"{CALLER}: `evaluation` must have natural and robust accuracy, got {natural} and {robust}. Evaluate both."
         )
     if log["threat_model"] == "Linf" and (as_fraction(log["eps"]) * 255).denominator != 1:
-        raise ValueError(
-            f"{CALLER}: `evaluation` must be at a radius of whole grey levels, got eps {log['eps']}. "
-            f"Evaluate again with --eps 8/255."
-        )
+        raise ValueError(f"{CALLER}: `evaluation` must be at whole grey levels, got eps {log['eps']}. Use --eps 8/255.")
     if reported is not None:
         claimed = check.check_number(CALLER, "reported", reported)
         if claimed > 100:
             raise ValueError(f"{CALLER}: `reported` must be in percent, 0 to 100, got {reported}. Pass 57.09.")
         if claimed > robust + _ROUNDING and not allow_failed:
             raise ValueError(
-                f"{CALLER}: `reported` must not be above the measured {robust:.2f} %, got {claimed:.2f} %. "
-                f"Claim the measured one, or pass {_FORCE}."
+                f"{CALLER}: `reported` must not be above the measured {robust:.2f} %, got {claimed:.2f} %. Lower "
+                f"it, or pass {_FORCE}."
             )
 
 
@@ -170,8 +162,8 @@ def check_preflight(preflight: object, allow_failed: bool) -> None:
     unchecked = [name for name in preflight.unchecked if name not in ("eps", "claim")]  # the log tells these
     if unchecked:
         raise ValueError(
-            f"{CALLER}: `preflight` must have made its checks, but not: {', '.join(unchecked)}. "
-            f"Mend what its report names, or pass {_FORCE}."
+            f"{CALLER}: `preflight` must have made its checks, but not: {', '.join(unchecked)}. Mend them, or "
+            f"pass {_FORCE}."
         )
 
 
@@ -196,13 +188,13 @@ def weights_to_save(
     """The state dict to save, of exactly this architecture and with exactly the weights that were evaluated."""
     if isinstance(model, (Normalised, HostClassifier)):
         raise ValueError(
-            f"{CALLER}: `model` must be a network of RobustBench's own class, got a {type(model).__name__} around one. "
-            f"Train a DMWideResNet, which normalises itself, or without normalisation."
+            f"{CALLER}: `model` must be of RobustBench's own class, got a {type(model).__name__} around one. "
+            "Train a DMWideResNet."
         )
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"{CALLER}: `model` must be the network that was evaluated, got {type(model).__name__}. "
-            f"Pass what load_checkpoint returned."
+            f"{CALLER}: `model` must be the network that was evaluated, got {type(model).__name__}. Use "
+            "load_checkpoint."
         )
     state = model.state_dict()
     network = architecture.build(class_count(state) or DATASET_CLASSES[dataset], dataset=dataset, mean=mean, std=std)
@@ -212,21 +204,20 @@ def weights_to_save(
     if missing or unexpected:
         nearest = nearest_architecture(state)
         raise ValueError(
-            f"{CALLER}: `model` must be a {architecture.name} of RobustBench's own class, got other entries "
-            f"(missing or of another shape: {check.first_names(missing) or 'none'}; unexpected: "
-            f"{check.first_names(unexpected) or 'none'}). "
-            f"{f'It looks like {nearest}: name that' if nearest else 'Name its own architecture'}."
+            f"{CALLER}: `model` must be a {architecture.name}, but has other entries (missing: "
+            f"{check.first_names(missing) or 'none'}; unexpected: {check.first_names(unexpected) or 'none'}). "
+            f"{'Name its own architecture' if nearest in (None, architecture.name) else f'Name {nearest}'}."
         )
     if type(model) is not type(network):
         raise ValueError(
-            f"{CALLER}: `model` must be an instance of RobustBench's {type(network).__name__}, got "
-            f"{type(model).__name__}. Load the checkpoint with load_checkpoint."
+            f"{CALLER}: `model` must be RobustBench's {type(network).__name__}, got {type(model).__name__}. "
+            "Use load_checkpoint."
         )
     found = weights_sha256(state)
     if found != log["weights_sha256"]:
         raise ValueError(
-            f"{CALLER}: `model` must have the weights of the evaluation, whose checksum is "
-            f"{log['weights_sha256'][:12]}, got {found[:12]}. Evaluate this checkpoint, or pass the evaluated one."
+            f"{CALLER}: `model` must have the weights of the evaluation, {log['weights_sha256'][:12]}, got "
+            f"{found[:12]}. Evaluate this one."
         )
     return {key: state[key].detach().cpu().contiguous().clone() for key in own}
 
@@ -238,6 +229,4 @@ def check_place(folder: Path, force: bool) -> None:
     if not force:
         raise ValueError(f"{CALLER}: `folder` must be new, but {folder} is there. Name another, or pass force=True.")
     if folder.is_symlink() or not all((folder / file).is_file() for file in OUR_FILES):
-        raise ValueError(
-            f"{CALLER}: `folder` must be new or a submission, but {folder} is something else. Name another."
-        )
+        raise ValueError(f"{CALLER}: `folder` must be new or a submission, but {folder} is something else.")

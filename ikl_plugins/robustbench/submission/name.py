@@ -42,8 +42,8 @@ def name_checked(caller: str, name: str, title: str | None, authors: Sequence[st
     found = _NAME.fullmatch(name)
     if found is None:
         raise ValueError(
-            f"{caller}: `name` must be <FamilyName><Year><FirstWordOfTitle>, with or without _<Suffix>, got {name!r}. "
-            f"Write it as Cui2023Decoupled_WRN-28-10."
+            f"{caller}: `name` must be <FamilyName><Year><FirstWordOfTitle>, perhaps with _<Suffix>, got "
+            f"{name!r}. Write Cui2023Decoupled_WRN-28-10."
         )
     if title is not None:
         words = [word for word in title.split() if word.casefold() not in _ARTICLES and _letters(word)]

@@ -202,17 +202,15 @@ def _read_back(zoo_entry: Path, checkpoint: Path, model: nn.Module) -> None:
         state = robustbench.utils.rm_substr_from_state_dict(state, prefix)
     network.load_state_dict(state, strict=True)
     if weights_sha256(network) != weights_sha256(model):
-        raise ValueError(
-            f"{CALLER}: {checkpoint.name} must read back as it was written, but does not. Write to another disk."
-        )
+        raise ValueError(f"{CALLER}: {checkpoint.name} must read back as written, but does not. Use another disk.")
     # What no weight tells: the activation, mean and std.
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         same = torch.equal(network(images), copy.deepcopy(model).cpu().eval()(images))
     if not same:
         raise ValueError(
-            f"{CALLER}: `model` must give the logits of the zoo entry, but does not, although the weights fit. "
-            f"Name its activation in `architecture`, and pass its `mean` and `std`."
+            f"{CALLER}: `model` must give the logits of the zoo entry, but does not. Check activation, `mean` "
+            "and `std`."
         )
 
 
