@@ -65,7 +65,7 @@ def check_reduction(caller: str, reduction: str) -> None:
         return
     known = ", ".join(repr(name) for name in REDUCTIONS)
     raise ValueError(
-        f"{caller}: `reduction` must be one of {known}, got {reduction!r}. Use 'batchmean' for the mean over samples."
+        f"{caller}: `reduction` must be one of {known}, got {reduction!r}. 'batchmean' is the mean over samples."
     )
 
 
@@ -98,7 +98,7 @@ def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, *,
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"{caller}: `student_logits` and `teacher_logits` must have one shape, got {shapes[0]} and {shapes[1]}. "
-            f"Pass logits of the same samples over the same number of classes."
+            f"Pass the same samples and classes."
         )
     if student_logits.device != teacher_logits.device:
         raise ValueError(
@@ -134,7 +134,7 @@ def check_class_prior(caller: str, class_prior: Tensor, student_logits: Tensor, 
     rows = tuple(student_logits.shape[:2])
     if tuple(class_prior.shape) not in (rows, tuple(student_logits.shape)):
         raise ValueError(
-            f"{caller}: `class_prior` must have shape {rows}, one row per sample, or that of the logits "
+            f"{caller}: `class_prior` must have shape {rows} or that of the logits "
             f"{tuple(student_logits.shape)}, got {tuple(class_prior.shape)}. Pass ClassPrior.prior(targets)."
         )
     if class_prior.device != student_logits.device:
@@ -200,7 +200,7 @@ def check_targets(
             return None
         return (
             f"{caller}: `{name}` must lie in [0, {num_classes - 1}], got values from {int(low)} to {int(high)}. "
-            f"Correct the number of classes, or drop ignored samples."
+            f"Correct the class count, or drop ignored samples."
         )
 
     # torch has no comparisons of the wide unsigned types; beyond int64 they turn negative, and are refused as such.

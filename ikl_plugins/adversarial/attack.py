@@ -125,20 +125,19 @@ class PGD:
         self.eps_ramp = check.check_number("PGD", "eps_ramp", eps_ramp)
         if self.eps_ramp > 1:
             raise ValueError(
-                f"PGD: `eps_ramp` must be a fraction of the training, from 0 to 1, got {eps_ramp}. "
-                f"Pass 1.0 for all epochs."
+                f"PGD: `eps_ramp` must be a fraction from 0 to 1, got {eps_ramp}. Pass 1.0 for all epochs."
             )
         if random_start == "none" and not self.needs_labels:
             raise ValueError(
                 f"PGD: `random_start` must be 'normal' or 'uniform' with objective='{objective}', got 'none'. "
-                f"That objective has no gradient at the natural images."
+                f"It has no gradient at natural images."
             )
         if (budget is None) == (steps is None) or (steps is None) != (step_size is None):
             given = {"steps": steps, "step_size": step_size, "budget": budget}
             shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
             raise ValueError(
-                f"PGD: `steps` and `step_size` must both be given, or a `budget` instead, got {shown}. "
-                f"Write steps=10, step_size='2/255' for one."
+                f"PGD: `steps` and `step_size` must be given, or `budget`, got {shown}. "
+                f"Write steps=10, step_size='2/255'."
             )
         if budget is None:
             size = pixel_number("PGD", "step_size", step_size)
@@ -227,8 +226,7 @@ class PGD:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"PGD: `model` must be a torch.nn.Module, got {type(model).__name__}. "
-                f"Pass the network, and the function from images to logits as `forward`."
+                f"PGD: `model` must be a torch.nn.Module, got {type(model).__name__}. A function goes to `forward`."
             )
         eps, steps, step_size = self.strength() if strength is None else _check_strength(strength)
         self._check_images(images, eps, values=check_values)
@@ -262,7 +260,7 @@ class PGD:
                 return None
             return (
                 f"PGD: objective '{self.objective}' and its gradient must stay finite, got the value {objective}. "
-                f"Lower the learning rate, or look for a layer that overflows."
+                f"Look for a layer that overflows."
             )
 
         if not torch.compiler.is_compiling():
@@ -272,7 +270,7 @@ class PGD:
         check.check_floating("PGD", "images", images, "Divide by 255.")
         if images.dim() < 2 or images.numel() == 0:
             raise ValueError(
-                f"PGD: `images` must be a batch (N, C, H, W) of at least one image, got shape {tuple(images.shape)}. "
+                f"PGD: `images` must be a batch (N, C, H, W) of images, got shape {tuple(images.shape)}. "
                 f"Skip empty batches."
             )
         if values and not torch.compiler.is_compiling():
@@ -309,7 +307,7 @@ class PGD:
         elif not isinstance(natural_logits, Tensor) or natural_logits.dim() != 2:
             raise TypeError(
                 f"PGD: `natural_logits` must be a tensor of shape (N, classes), got {_kind(natural_logits)}. "
-                f"Leave them out, or pass the model's logits of `images`."
+                f"Leave them out, or pass those of `images`."
             )
         reference = natural_logits.detach()
         settings = ikl_settings(
@@ -378,7 +376,7 @@ def _judge_pixels(low: float, high: float) -> str | None:
         return None
     return (
         f"PGD: `images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}. "
-        f"Attack the pixels and normalise in the model or in `forward`."
+        f"Normalise in the model or in `forward`."
     )
 
 
@@ -425,13 +423,12 @@ def _value_and_gradient(
             if "use_reentrant" not in str(error):
                 raise
             raise ValueError(
-                "PGD: `model` must not use reentrant activation checkpointing, which gives no gradient of the images. "
+                "PGD: `model` must not use reentrant checkpointing, which hides the images' gradient. "
                 "Set with_cp=False (OpenMMLab) or use_reentrant=False (torch)."
             ) from error
     if gradient is None:
         raise ValueError(
-            "PGD: `model` must be differentiable with respect to its input, but its logits carry no gradient. "
-            "Look for a detach() or torch.no_grad() on the way."
+            "PGD: `model` must be differentiable, but its logits carry no gradient. Look for a detach() or no_grad()."
         )
     return value.detach(), gradient if scale is None else scale.adapted(gradient)
 
@@ -440,7 +437,7 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise ValueError(
             f"PGD: `model` must return logits of shape (N, classes), got {_kind(output)}. "
-            f"Name them with forward=lambda images: model(images)[0], for one."
+            f"Name them: forward=lambda images: model(images)[0]."
         )
     return output
 
@@ -482,6 +479,5 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
 def _check_radius(name: str, number: float, given: object, largest: float) -> None:
     if number > largest:
         raise ValueError(
-            f"PGD: `{name}` must be at most {largest:.4g}, as pixels lie in [0, 1], got {given!r}. "
-            f"Write it as a fraction, such as '{number:g}/255'."
+            f"PGD: `{name}` must be at most {largest:.4g}, got {given!r}. Pixels lie in [0, 1]: '{number:g}/255'?"
         )

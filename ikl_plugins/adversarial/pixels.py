@@ -112,8 +112,8 @@ class PixelSpace:
         # Images in [0, 1] taken for bytes would make a perturbation of 8/255 vanish; a batch of black ones is fine.
         if self.white == 255.0 and tolerance < high <= (1 + tolerance) / self.white:
             return (
-                f"{self._caller}: images must reach up to {self.white:g}, but the largest value of this batch is "
-                f"{high * self.white:.4g}, as in [0, 1]. {self._way_out}"
+                f"{self._caller}: images must reach up to {self.white:g}, but these end at {high * self.white:.4g}. "
+                f"{self._way_out}"
             )
         return None
 

@@ -76,8 +76,8 @@ def check_budget(caller: str, budget: object) -> tuple[BudgetRow, ...]:
         return BUDGETS[budget]
     if not isinstance(budget, Sequence) or not all(isinstance(row, Sequence) and len(row) == 3 for row in budget):
         raise TypeError(
-            f"{caller}: `budget` must be rows of (until, steps, step size / eps), or one of "
-            f"{', '.join(sorted(BUDGETS))}, got {budget!r}. Write [(0.5, 2, 1.0), (1.0, 5, 0.5)] for one."
+            f"{caller}: `budget` must be a name ({', '.join(sorted(BUDGETS))}) or rows, got {budget!r}. "
+            f"Write rows as [(0.5, 2, 1.0), (1.0, 5, 0.5)]."
         )
     rows = [
         BudgetRow(
@@ -90,7 +90,7 @@ def check_budget(caller: str, budget: object) -> tuple[BudgetRow, ...]:
     ends = [row.until for row in rows]
     if not rows or ends[-1] != 1.0 or any(one >= next_one for one, next_one in pairwise(ends)):
         raise ValueError(
-            f"{caller}: `budget` must be rows whose first entries rise and end with 1, got {ends}. "
+            f"{caller}: `budget` must have first entries that rise to 1, got {ends}. "
             f"They are fractions of the training."
         )
     return tuple(rows)
@@ -112,13 +112,11 @@ def check_epoch(caller: str, epoch: object, epochs: object) -> tuple[int, int]:
     for name, value in (("epoch", epoch), ("epochs", epochs)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(
-                f"{caller}: `{name}` must be an integer of at least 1, as the strength changes over the epochs, got "
-                f"{value!r}. Pass strength=attack.strength(epoch, epochs)."
+                f"{caller}: `{name}` must be at least 1 where the strength changes, got {value!r}. "
+                f"Pass strength=attack.strength(epoch, epochs)."
             )
     if epoch > epochs:  # type: ignore[operator]
-        raise ValueError(
-            f"{caller}: `epoch` must be at most the {epochs} epochs of the training, got {epoch}. Count from 1."
-        )
+        raise ValueError(f"{caller}: `epoch` must be at most {epochs}, the training's, got {epoch}. Count from 1.")
     return epoch, epochs  # type: ignore[return-value]
 
 

@@ -82,7 +82,7 @@ class AdversarialWeightPerturbation:
         """
         caller = f"{type(self).__name__}.perturb"
         if self._originals:
-            raise ValueError(f"{caller}: weights must be restored first, but they are perturbed. Call restore().")
+            raise ValueError(f"{caller}: weights must be restored first. Call restore().")
         if is_sharded(model):
             raise ValueError(
                 f"{caller}: `model` must hold whole weights, got one sharded by FSDP. Use DistributedDataParallel."
@@ -90,7 +90,7 @@ class AdversarialWeightPerturbation:
         if loss.dim() > 0 or not loss.requires_grad:
             raise ValueError(
                 f"{caller}: `loss` must be a scalar with a graph, got shape {tuple(loss.shape)} and "
-                f"requires_grad={loss.requires_grad}. Pass the training loss, not detached."
+                f"requires_grad={loss.requires_grad}."
             )
         weights: list[Tensor] = [
             parameter
@@ -100,8 +100,7 @@ class AdversarialWeightPerturbation:
         found = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
         if all(gradient is None for gradient in found):
             raise ValueError(
-                f"{caller}: `loss` must depend on a trainable weight of `model` with at least two dimensions. "
-                f"Pass the model that the loss was computed with."
+                f"{caller}: `loss` must depend on a trainable weight of `model` with at least two dimensions."
             )
         self._move(
             weights,

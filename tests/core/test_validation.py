@@ -179,7 +179,7 @@ def prior_rows(function: Any) -> list[Row]:
         ((4, 3, 2), (4, 3, 5)),
         ((4, 5), (4, 3, 5)),
     ):
-        fragment = f"{name} have shape {logits[:2]}, one row per sample, or that of the logits {logits}, got {prior}"
+        fragment = f"{name} have shape {logits[:2]} or that of the logits {logits}, got {prior}"
         rows.append((f"{prior}-{logits}", call(torch.ones(prior), logits), ValueError, fragment))
     return [(f"{function.__name__}-{label}", *rest) for label, *rest in rows]
 
