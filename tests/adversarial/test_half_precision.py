@@ -107,3 +107,23 @@ def test_a_gradient_that_overflowed_perturbs_nothing(bad: float) -> None:
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     with awp.perturbed(model, model(images).square().sum()):  # and the next step is perturbed again
         assert not torch.equal(model[3].weight, before["3.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
+@pytest.mark.parametrize("kind", ["wrapper", "wrapper with flat parameters", "composable"])
+def test_sharded_weights_are_refused(kind: str) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        if kind == "composable":
+            shard = getattr(fsdp, "fully_shard", None) or pytest.skip("this torch has no fully_shard")
+            shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        else:
+            options = {"use_orig_params": kind == "wrapper", "device_id": torch.device("cpu")}
+            model = fsdp.FullyShardedDataParallel(model, **options)
+        loss = model(torch.ones(1, 4)).sum()
+        with pytest.raises(ValueError, match="whole weights, got one sharded by FSDP"):
+            AdversarialWeightPerturbation(gamma=0.1).perturb(model, loss)
+    finally:
+        torch.distributed.destroy_process_group()
