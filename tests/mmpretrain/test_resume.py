@@ -71,7 +71,14 @@ def resumed(run):
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(whole, stopped, start):
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(noted, whole, stopped, start):
+    """Also where it was stopped while it noted its last checkpoint."""
+    if not noted:
+        (stopped / "last_checkpoint").write_text("")
+        for name in ("best_accuracy_epoch_9.pth", "epoch_7.pth"):  # not one to go on from; of an earlier run
+            shutil.copy(whole[0] / "epoch_3.pth", stopped / name)
+        os.utime(stopped / "epoch_7.pth", (0, 0))
     epochs, state = resumed(start(stopped, resume=True))
     assert epochs == [3, 3, 3]
     assert_same(state, whole[1])
@@ -120,17 +127,6 @@ def test_an_iteration_based_run_goes_on_with_the_numbers_it_would_have_drawn(ite
 
 
 # --- a run that was stopped while it wrote ---------------------------------------------------------------------------
-
-
-def test_a_run_that_was_stopped_while_it_noted_its_last_checkpoint_goes_on(whole, stopped, start):
-    (stopped / "last_checkpoint").write_text("")
-    shutil.copy(whole[0] / "epoch_3.pth", stopped / "best_accuracy_epoch_9.pth")  # not one to go on from
-    left = stopped / "epoch_7.pth"  # of an earlier run in the same folder
-    shutil.copy(whole[0] / "epoch_3.pth", left)
-    os.utime(left, (0, 0))
-    epochs, state = resumed(start(stopped, resume=True))
-    assert epochs == [3, 3, 3]
-    assert_same(state, whole[1])
 
 
 @pytest.mark.parametrize("length", [0, 4, 0.5, 0.999])
