@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+from types import SimpleNamespace
 
 import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed
 from mmengine.optim import AmpOptimWrapper
 from mmpretrain.registry import MODELS
 from mmpretrain_runs import Record, distilled_network, loader, network, prior_of, runner, save_teacher
@@ -184,3 +186,16 @@ def test_a_gradient_that_overflowed_does_not_perturb_the_weights(monkeypatch):
     model.end_iteration()
     model.end_epoch()
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
+def test_weight_perturbation_of_a_sharded_model_is_refused():
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
+    model = build(adversarial_network(awp={"warmup_epochs": 0}))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"AdversarialClassifier: `awp` must see whole weights, .* FSDP"):
+            model.attach(SimpleNamespace(val_loop=None, model=wrapped))
+    finally:
+        torch.distributed.destroy_process_group()
