@@ -83,15 +83,10 @@ def test_single_images_pass_as_through_the_parent(folder, collate):
     assert torch.equal(prepared["inputs"], plain_images(folder))
 
 
-def test_padding_is_that_of_both_views(folder):
-    data = dataset(folder, "Cutout")
-    batch = pseudo_collate([data[index] for index in range(4)])
-    first, second = TwoViewDataPreprocessor(mean=MEAN, std=STD, pad_size_divisor=16)(batch, True)["inputs"]
+def test_both_views_are_padded_and_three_are_refused(folder):
+    two, three = (dataset(folder, "Cutout", views=(1,) * count) for count in (2, 3))
+    preprocessor = TwoViewDataPreprocessor(mean=MEAN, std=STD, pad_size_divisor=16)
+    first, second = preprocessor(pseudo_collate([two[index] for index in range(4)]), True)["inputs"]
     assert first.shape == second.shape == (4, 3, 16, 16)
-
-
-def test_three_views_are_refused(folder):
-    data = dataset(folder, "Cutout", views=(1, 1, 1))
-    batch = pseudo_collate([data[index] for index in range(4)])
     with pytest.raises(ValueError, match=r"two views of each image, got 3. Set num_views=\[1, 1\]"):
-        TwoViewDataPreprocessor(mean=MEAN, std=STD)(batch, True)
+        preprocessor(pseudo_collate([three[index] for index in range(4)]), True)

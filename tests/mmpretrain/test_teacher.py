@@ -49,31 +49,31 @@ def inputs_of(model, raw):
     return model.data_preprocessor({"inputs": raw, "data_samples": None})["inputs"]
 
 
+def agrees(holder, student, module, seen=None):
+    """The teacher sees the images as its network would that has the preprocessor of ``seen`` (its own)."""
+    raw = images()
+    with torch.no_grad():
+        expected = module(inputs_of(seen or module, raw))
+    torch.testing.assert_close(holder(inputs_of(student, raw)), expected, rtol=1e-4, atol=1e-4)
+
+
 # --- building --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preprocessor", ["model", "file"])
 @pytest.mark.parametrize("keywords", [{}, {"mean": OTHER_MEAN}, {"std": (1.0, 2.0, 3.0)}])
-def test_a_config_file_and_its_checkpoint_give_the_teacher_and_its_inputs(student, trained, preprocessor, keywords):
+@pytest.mark.parametrize("to_rgb", [True, False])
+def test_a_config_file_and_its_checkpoint_give_the_teacher_and_its_inputs(
+    small_network, trained, preprocessor, keywords, to_rgb
+):
     module, config, ckpt = trained(preprocessor=preprocessor, **keywords)
+    network = small_network()
+    network["data_preprocessor"]["to_rgb"] = to_rgb  # where it is not the teacher's the channels are turned
+    student = EpochClassifier(**network)
     holder = build_teacher(config, ckpt, student=student)
-    raw = images()
-    with torch.no_grad():
-        expected = module(inputs_of(module, raw))
-    torch.testing.assert_close(holder(inputs_of(student, raw)), expected, rtol=1e-4, atol=1e-4)
-    assert (holder.conversion is None) == (not keywords)
+    agrees(holder, student, module)
+    assert (holder.conversion is None) == (to_rgb and not keywords)
     assert holder.num_classes == 3
-
-
-def test_another_channel_order_is_turned(small_network, student, trained):
-    module, config, ckpt = trained()
-    bgr = small_network()
-    bgr["data_preprocessor"]["to_rgb"] = False
-    raw = images()
-    holder = build_teacher(config, ckpt, student=EpochClassifier(**bgr))
-    with torch.no_grad():
-        expected = module(inputs_of(module, raw))
-    torch.testing.assert_close(holder(inputs_of(EpochClassifier(**bgr), raw)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_config_file_without_preprocessor_sees_raw_images(student, trained):
@@ -95,56 +95,42 @@ def test_a_dict_without_preprocessor_sees_the_students_inputs(student, trained, 
     else:
         del settings["data_preprocessor"]
     before = copy.deepcopy(settings)
-    holder = build_teacher(settings, ckpt, student=student)
+    agrees(build_teacher(settings, ckpt, student=student), student, module, module if own else student)
     assert settings == before
-    raw = images()
-    with torch.no_grad():
-        expected = module(inputs_of(module if own else student, raw))
-    torch.testing.assert_close(holder(inputs_of(student, raw)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_network_is_taken_as_it_is(student, trained):
     bare = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
-    raw = images()
     holder = build_teacher(bare, student=student)
     assert holder.module is bare
     assert (holder.conversion, holder.num_classes) == (None, None)
+    raw = images()
     torch.testing.assert_close(holder(inputs_of(student, raw)), bare(inputs_of(student, raw)))
 
     module, _, ckpt = trained(mean=OTHER_MEAN)
-    holder = build_teacher(module, student=student)
-    with torch.no_grad():
-        expected = module(inputs_of(module, raw))
-    torch.testing.assert_close(holder(inputs_of(student, raw)), expected, rtol=1e-4, atol=1e-4)
-
+    agrees(build_teacher(module, student=student), student, module)
     untrained = copy.deepcopy(module)
     nn.init.zeros_(untrained.head.fc.weight)
     build_teacher(untrained, ckpt, student=student)
     torch.testing.assert_close(untrained.head.fc.weight, module.head.fc.weight)
 
 
-def test_pretrained_weights_that_the_config_names_will_do(small_network, student, trained):
+def test_weights_that_the_config_names_and_those_of_a_classifier_of_this_package(small_network, student, trained):
+    """Of the latter the plain one is taken, without its own teacher."""
     module, _, ckpt = trained()
-    for way in ({"pretrained": ckpt}, {"init_cfg": {"type": "Pretrained", "checkpoint": ckpt}}):
-        config = {"type": "ImageClassifier", **small_network(channels=3), **way}
-        holder = build_teacher(config, student=student)
-        torch.testing.assert_close(holder.module.head.fc.weight, module.head.fc.weight, msg=str(way))
-        assert not holder.module.head.fc.weight.requires_grad
-
-
-def test_of_a_classifier_of_this_package_the_plain_one_is_taken(student, trained, small_network, tmp_path):
-    module, _, _ = trained()
-    config = {
-        "type": "DistillationClassifier",
-        **small_network(channels=3),
-        "teacher": "gone.py",
-        "teacher_ckpt": "gone.pth",
-    }
+    network = {"type": "ImageClassifier", **small_network(channels=3)}
+    ours = {**network, "type": "DistillationClassifier", "teacher": "gone.py", "teacher_ckpt": "gone.pth"}
     weights = {**module.state_dict(), "distill_loss.class_prior.matrix": torch.zeros(3, 3)}
-    torch.save({"state_dict": weights}, tmp_path / "distilled.pth")
-    holder = build_teacher(config, str(tmp_path / "distilled.pth"), student=student)
-    assert type(holder.module) is ImageClassifier
-    torch.testing.assert_close(holder.module.head.fc.weight, module.head.fc.weight)
+    torch.save({"state_dict": weights}, f"{ckpt}.ours")
+    for config, path in (
+        ({**network, "pretrained": ckpt}, None),
+        ({**network, "init_cfg": {"type": "Pretrained", "checkpoint": ckpt}}, None),
+        (ours, f"{ckpt}.ours"),
+    ):
+        holder = build_teacher(config, path, student=student)
+        assert type(holder.module) is ImageClassifier
+        torch.testing.assert_close(holder.module.head.fc.weight, module.head.fc.weight)
+        assert not holder.module.head.fc.weight.requires_grad
 
 
 # --- the holder ------------------------------------------------------------------------------------------------------
