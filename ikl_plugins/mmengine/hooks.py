@@ -18,6 +18,7 @@ from mmengine.runner.checkpoint import find_latest_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .. import _value_checks
 from .._value_checks import host_numbers, judge_findings, read_value_checks, take_findings
 from .checkpoints import cut_off, newest_whole, verify
 from .dry_run import dry_run
@@ -187,17 +188,21 @@ class IKLHook(Hook):  # type: ignore[misc]
 
 
 def _read_terms(outputs: Any) -> None:
-    """Turns the terms of an iteration into numbers and judges the checks of values, all in one copy from the device.
+    """Brings the terms of an iteration to the CPU and judges the checks of values, all in one copy from the device.
 
     Raises:
         ValueError: a check of values has failed.
     """
     findings = take_findings()
     logged = outputs if isinstance(outputs, dict) else {}
-    terms = {name: term for name, term in logged.items() if isinstance(term, Tensor) and term.numel() == 1}
+    terms = {
+        name: term
+        for name, term in logged.items()
+        if isinstance(term, Tensor) and term.numel() == 1 and not _value_checks.on_host(term)
+    }
     values = host_numbers([*((term.reshape(()),) for term in terms.values()), *(found.numbers for found in findings)])
-    for name, (value,) in zip(terms, values[: len(terms)], strict=True):
-        logged[name] = value
+    for (name, term), (value,) in zip(terms.items(), values[: len(terms)], strict=True):
+        logged[name] = torch.tensor(value, dtype=term.dtype)  # other hooks expect tensors
     judge_findings(findings, values[len(terms) :])
 
 

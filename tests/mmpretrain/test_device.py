@@ -68,15 +68,16 @@ def test_the_terms_of_an_iteration_are_read_together(model, teacher, tmp_path, m
     before, after, reads = [], [], []
     numbers = _value_checks.host_numbers
     monkeypatch.setattr("ikl_plugins.mmengine.hooks.host_numbers", lambda groups: reads.append(1) or numbers(groups))
+    monkeypatch.setattr(_value_checks, "on_host", lambda number: False)
     run = runner(tmp_path, config, epochs=1)
     run.hooks.insert(0, Record(after_train_iter=lambda *_, outputs, **__: before.append(dict(outputs))))
     run.register_hook(Record(after_train_iter=lambda *_, outputs, **__: after.append(dict(outputs))), "VERY_HIGH")
     run.train()
     assert len(reads) == len(after) == 3
-    for tensors, floats in zip(before, after, strict=True):
-        assert {"loss", "loss_ce", "weighted_mse", "soft_cross_entropy"} <= tensors.keys()
-        assert floats == {name: value.item() for name, value in tensors.items()}
-        assert all(type(value) is float for value in floats.values())
+    for terms, read in zip(before, after, strict=True):
+        assert {"loss", "loss_ce", "weighted_mse", "soft_cross_entropy"} <= terms.keys()
+        assert read == terms
+        assert all(read[name] is not term and read[name].dtype == term.dtype for name, term in terms.items())
 
 
 def test_a_bad_label_on_a_device_stops_the_run_at_its_iteration(teacher, tmp_path, monkeypatch):
