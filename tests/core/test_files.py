@@ -14,24 +14,19 @@ import torch
 from ikl_plugins._files import naming, written_aside
 
 
-def test_takes_the_name_once_all_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", [True, False])
+def test_takes_the_name_once_all_is_written(tmp_path: Path, old: bool) -> None:
     path = tmp_path / "deep" / "log.json"
-    with written_aside(path) as aside:
+    if old:
+        path.parent.mkdir()
+        path.write_text("old")
+    with written_aside(path if old else str(path)) as aside:
         assert aside.suffix == ".json"
         assert aside.parent == path.parent
-        aside.write_text("{}")
-        assert not path.exists()
-    assert path.read_text() == "{}"
-    assert os.listdir(path.parent) == ["log.json"]
-
-
-def test_takes_the_place_of_an_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "log.json"
-    path.write_text("old")
-    with written_aside(str(path)) as aside:
         aside.write_text("new")
-        assert path.read_text() == "old"
+        assert path.read_text() == "old" if old else not path.exists()
     assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["log.json"]
 
 
 def test_leaves_the_old_file_on_a_full_disk(tmp_path: Path) -> None:
@@ -72,13 +67,10 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_write_that_fails_is_named(tmp_path: Path) -> None:
+def test_a_write_that_fails_is_named_unless_it_has_a_name(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: '.*a\.bin'") as caught, naming(tmp_path / "a.bin"):
         raise FULL
     assert caught.value.errno == errno.ENOSPC
-
-
-def test_an_error_that_has_a_name_keeps_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="another"), naming(tmp_path / "a.bin"):
         (tmp_path / "another").read_bytes()
 
@@ -105,15 +97,9 @@ def test_what_torch_says_of_a_file_that_it_writes_by_itself(tmp_path: Path) -> N
 
 
 def test_other_errors_are_left_alone(tmp_path: Path) -> None:
-    for error in (RuntimeError("shapes"), ValueError("values")):
+    behind = RuntimeError("there is no compiler")
+    behind.__context__ = OSError(errno.ENOENT, "No such file or directory")
+    for error in (RuntimeError("shapes"), ValueError("values"), behind):
         with pytest.raises(type(error)) as caught, naming(tmp_path / "a.bin"):
             raise error
         assert caught.value is error
-
-
-def test_an_error_of_ones_own_behind_one_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
-    error = RuntimeError("there is no compiler")
-    error.__context__ = OSError(errno.ENOENT, "No such file or directory")
-    with pytest.raises(RuntimeError) as caught, naming(tmp_path / "a.bin"):
-        raise error
-    assert caught.value is error
