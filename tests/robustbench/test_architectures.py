@@ -16,9 +16,6 @@ from ikl_plugins.models.robustbench_zoo import (
     robustbench_network,
 )
 
-# By its companion: the folder tests/robustbench would be found under its own name.
-if importlib.util.find_spec("pyautoattack") is None:
-    pytest.skip("the architectures are RobustBench's", allow_module_level=True)
 import_robustbench()
 dm_wide_resnet, resnet, wide_resnet = (
     importlib.import_module(f"robustbench.model_zoo.architectures.{name}")

@@ -1,18 +1,12 @@
 """ikl_plugins.robustbench.corruptions: RobustBench's own numbers, from its own loaders, with a log to go on from."""
 
 import csv
-import importlib.util
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-# By its companion: the folder tests/robustbench would be found under its own name.
-if importlib.util.find_spec("pyautoattack") is None:
-    pytest.skip("needs robustbench (extra `robustbench`)", allow_module_level=True)
-
 from quick_autoattack import Interruption, message, without_times
+from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.robustbench.corruptions import evaluate_corruptions

@@ -1,7 +1,6 @@
 """ikl_plugins.robustbench.data: images from RobustBench's data sets, class folders and .npz files."""
 
 import hashlib
-import importlib.util
 import pickle
 import re
 from pathlib import Path
@@ -9,13 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-# By its companion: the folder tests/robustbench would be found under its own name.
-if importlib.util.find_spec("pyautoattack") is None:
-    pytest.skip("needs robustbench (extra `robustbench`)", allow_module_level=True)
-
 import torchvision.datasets
+from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from ikl_plugins._robustbench_import import import_robustbench

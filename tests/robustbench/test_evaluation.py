@@ -4,7 +4,6 @@ import collections
 import errno
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import logging
@@ -17,13 +16,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-# By its companion: the folder tests/robustbench would be found under its own name.
-if importlib.util.find_spec("pyautoattack") is None:
-    pytest.skip("needs robustbench (extra `robustbench`)", allow_module_level=True)
-
 from quick_autoattack import Interruption, Quick, batch, message, network, without_times
+from torch import nn
 
 from ikl_plugins import _files
 from ikl_plugins._robustbench_import import import_robustbench

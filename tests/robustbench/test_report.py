@@ -1,17 +1,11 @@
 """ikl_plugins.robustbench.report: the numbers of an evaluation as Markdown, and its pictures."""
 
-import importlib.util
 import re
 import sys
 
 import pytest
 import torch
 from PIL import Image
-
-# By its companion: the folder tests/robustbench would be found under its own name.
-if None in (importlib.util.find_spec("pyautoattack"), importlib.util.find_spec("matplotlib")):
-    pytest.skip("needs robustbench and matplotlib (extra `demo`)", allow_module_level=True)
-
 from quick_autoattack import Quick, batch, network, robustbench
 
 from ikl_plugins.robustbench import report as module

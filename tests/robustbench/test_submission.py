@@ -16,11 +16,13 @@ import warnings
 import pytest
 import torch
 
-from ikl_plugins.models.robustbench_zoo import robustbench_network
+from ikl_plugins.models.robustbench_zoo import parse_architecture, robustbench_network
 from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
+from ikl_plugins.robustbench.leaderboard import entries
 from ikl_plugins.robustbench.loading import Normalised
 from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight
 from ikl_plugins.robustbench.submission import DEMONSTRATION, check_name, model_info, write_submission
+from ikl_plugins.robustbench.submission.form import worded
 
 # An entry of RobustBench's model_info/cifar100/Linf, as it is there.
 CUI = """{
@@ -197,6 +199,15 @@ def test_the_folder_has_everything(write):
     assert json.loads((folder / "preflight.json").read_text()) == json.loads(PASSED.to_json())
     assert (folder / "preflight.md").read_text() == PASSED.markdown()
     assert not any("emonstration" in path.name or "emonstration" in path.read_text() for path in texts(folder))
+    form = (folder / "new_models_form.md").read_text()
+    for fragment in (
+        "- [x] I want to add",
+        "- [x] I agree to release",
+        "- [ ] under a custom",
+        "TO BE FILLED IN",
+        "57.09",
+    ):
+        assert fragment in form, fragment
     sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
     assert sorted(sums) == [name for name in files(folder) if name != "SHA256SUMS"]
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
@@ -267,6 +278,19 @@ def test_refuses_what_the_weights_do_not_tell_but_the_logits_do(architecture, st
     with pytest.raises(ValueError, match=r"`model` must give the logits of the zoo entry"):
         write(model=net, architecture=architecture, evaluation=log(net), **statistics)
     assert list(tmp_path.iterdir()) == []
+
+
+WORDED = {
+    "WideResNet-28-10": "WideResNet-28-10",
+    "DMWideResNet-28-10-SiLU": "WideResNet-28-10",
+    "ResNet-50": "ResNet-50",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), WORDED.items())
+def test_the_architecture_is_worded_as_on_the_leaderboard(name, expected):
+    assert worded(parse_architecture(name)) == expected
+    assert expected in {entry.architecture for board in ("Linf", "corruptions") for entry in entries("cifar10", board)}
 
 
 # --- the form --------------------------------------------------------------------------------------------------------
