@@ -34,9 +34,7 @@ class AdversarialClassifier(EpochClassifier):
     Backbone, neck and head stay where an ``ImageClassifier`` has them, and the plain config tests the checkpoint.
 
     Args:
-        backbone: as in ``ImageClassifier``.
-        neck: likewise.
-        head: likewise; its loss is the natural cross entropy.
+        *args: those of ``ImageClassifier``: backbone, neck, head; the head's loss is the natural cross entropy.
         attack: keywords of :class:`ikl_plugins.adversarial.PGD`, in pixel units whatever the data preprocessor does:
             the inner maximisation of the training. The objective ``'ikl'`` is weighed by the class prior of the robust
             loss if it has one.
@@ -54,10 +52,7 @@ class AdversarialClassifier(EpochClassifier):
         pixel_range: value of a white pixel before the data preprocessor: 255, or 1 where the pipeline divides.
         channels_last: lays weights and images out channels last, which makes convolutions faster on CPUs and under
             mixed precision on GPUs. Checkpoints are the same.
-        pretrained: as in ``ImageClassifier``.
-        train_cfg: likewise.
-        data_preprocessor: likewise; mean, std and channel order are read from it.
-        init_cfg: likewise.
+        **kwargs: those of ``ImageClassifier``; mean, std and channel order are read from its ``data_preprocessor``.
 
     Raises:
         TypeError: a number that is none, or an unknown keyword.
@@ -78,10 +73,7 @@ class AdversarialClassifier(EpochClassifier):
 
     def __init__(
         self,
-        backbone: Any,
-        neck: Any = None,
-        head: Any = None,
-        *,
+        *args: Any,
         attack: Mapping[str, Any],
         robust_loss: Any,
         natural_weight: float = 1.0,
@@ -92,20 +84,9 @@ class AdversarialClassifier(EpochClassifier):
         val_seed: int = 0,
         pixel_range: float = 255.0,
         channels_last: bool = False,
-        pretrained: str | None = None,
-        train_cfg: Any = None,
-        data_preprocessor: Any = None,
-        init_cfg: Any = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            neck=neck,
-            head=head,
-            pretrained=pretrained,
-            train_cfg=train_cfg,
-            data_preprocessor=data_preprocessor,
-            init_cfg=init_cfg,
-        )
+        super().__init__(*args, **kwargs)
         self.attack = _build("attack", PGD, attack)
         self.val_attack = None if val_attack is None else _build("val_attack", PGD, val_attack)
         if self.val_attack is not None and self.val_attack.changes:

@@ -29,9 +29,7 @@ class DistillationClassifier(EpochClassifier):
     optimizer nor a weight average knows it.
 
     Args:
-        backbone: config of the student's backbone.
-        neck: config of its neck.
-        head: config of its head.
+        *args: those of ``ImageClassifier``, for the student: backbone, neck, head.
         teacher: path of a config, config dict of a model, or the network (see
             :func:`ikl_plugins.mmpretrain.build_teacher`).
         teacher_ckpt: file or http(s) address of the teacher's checkpoint.
@@ -42,10 +40,8 @@ class DistillationClassifier(EpochClassifier):
             ramp.
         ce_weight: weight of the head's own loss, at least 0. It is not ramped.
         teacher_val_batches: before training, log the teacher's accuracy on so many batches of the validation data.
-        train_cfg: that of ``ImageClassifier``. Mixup and CutMix go with every loss that has no class prior.
-        data_preprocessor: likewise. A teacher with other means, stds or channel order gets its own inputs.
-        pretrained: likewise.
-        init_cfg: likewise.
+        **kwargs: those of ``ImageClassifier``. Mixup and CutMix in ``train_cfg`` go with every loss that has no class
+            prior; a teacher with other means, stds or channel order in ``data_preprocessor`` gets its own inputs.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -59,10 +55,7 @@ class DistillationClassifier(EpochClassifier):
 
     def __init__(
         self,
-        backbone: Any,
-        neck: Any = None,
-        head: Any = None,
-        *,
+        *args: Any,
         teacher: str | Path | Mapping[str, Any] | nn.Module,
         teacher_ckpt: str | Path | None = None,
         distill_loss: Mapping[str, Any] | nn.Module | None = None,
@@ -70,10 +63,7 @@ class DistillationClassifier(EpochClassifier):
         warmup_epochs: int = 0,
         ce_weight: float = 1.0,
         teacher_val_batches: int = 0,
-        train_cfg: Any = None,
-        data_preprocessor: Any = None,
-        pretrained: str | None = None,
-        init_cfg: Any = None,
+        **kwargs: Any,
     ) -> None:
         name = type(self).__name__
         check.check_number(name, "distill_weight", distill_weight)
@@ -83,15 +73,7 @@ class DistillationClassifier(EpochClassifier):
             raise ValueError(
                 f"{name}: `teacher_val_batches` must be a number of batches, got {teacher_val_batches!r}. Use 0."
             )
-        super().__init__(
-            backbone=backbone,
-            neck=neck,
-            head=head,
-            pretrained=pretrained,
-            train_cfg=train_cfg,
-            data_preprocessor=data_preprocessor,
-            init_cfg=init_cfg,
-        )
+        super().__init__(*args, **kwargs)
         loss = {"type": "IKLLoss"} if distill_loss is None else distill_loss
         self.distill_loss = self.build_loss("distill_loss", loss)
         self.distill_weight = distill_weight
