@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import _validation as check
 from .._robustbench_import import import_robustbench
 from .data import Images, check_pixels, content_sha256
-from .evaluation import Progress, check_count, check_data, check_model, check_seed, natural_predictions, quiet
+from .evaluation import Progress, check_data, check_model, check_seed, natural_predictions, quiet
 from .evaluation_log import Evaluation, Record, class_names, data_facts, identity
 
 __all__ = ["evaluate_corruptions"]
@@ -77,8 +77,8 @@ def evaluate_corruptions(
     source = _source(caller, dataset, threat_model, Path(data_dir))
     check_model(caller, model, "standard")
     n_examples = (5000 if dataset == "imagenet" else 10000) if n_examples is None else n_examples
-    check_count(caller, "n_examples", n_examples)
-    check_count(caller, "batch_size", batch_size)
+    check.check_integer(caller, "n_examples", n_examples)
+    check.check_integer(caller, "batch_size", batch_size)
     check_seed(caller, seed)
     device = torch.device(device)
     model = model.to(device)

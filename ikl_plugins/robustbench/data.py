@@ -91,11 +91,7 @@ def load_images(
             where), empty, unreadable (named), of differing sizes or outside [0, 1]; fewer images than ``n_examples``.
     """
     if n_examples is not None:
-        number = isinstance(n_examples, int) and not isinstance(n_examples, bool)
-        if not number or n_examples < 1:
-            raise (ValueError if number else TypeError)(
-                f"{_CALLER}: `n_examples` must be an integer of at least 1 or None, got {n_examples!r}."
-            )
+        check.check_integer(_CALLER, "n_examples", n_examples, "None takes all.")
     named = _robustbench.data.PREPROCESSINGS
     if preprocessing is not None and preprocessing not in named:
         known = [name for name in named if name is not None]

@@ -31,7 +31,6 @@ __all__ = [
     "ATTACKS",
     "VERSIONS",
     "Progress",
-    "check_count",
     "check_data",
     "check_model",
     "check_radii",
@@ -129,7 +128,7 @@ def evaluate(
     version, chosen = _check_version(caller, version, attacks)
     check_model(caller, model, version)
     images, labels = check_data(caller, images, labels)
-    check_count(caller, "batch_size", batch_size)
+    check.check_integer(caller, "batch_size", batch_size)
     check_seed(caller, seed)
     device = torch.device(device)
     model = model.to(device)
@@ -490,7 +489,7 @@ def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     check_pixels(caller, images)
     indices = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
     if not indices or labels.dtype == torch.bool:
-        what = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+        what = check.kind_of(labels)
         raise TypeError(f"{caller}: `labels` must be a tensor of class indices, got {what}. Pass a long tensor.")
     if labels.shape != images.shape[:1]:
         raise ValueError(
@@ -498,13 +497,6 @@ def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
         )
     # AutoAttack takes views of gradients, which have the layout of the images.
     return images.detach().cpu().float().contiguous(), labels.detach().cpu().long()
-
-
-def check_count(caller: str, name: str, value: object) -> None:
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    if not integer or value < 1:  # type: ignore[operator]
-        kind = ValueError if integer else TypeError
-        raise kind(f"{caller}: `{name}` must be an integer of at least 1, got {value!r}.")
 
 
 def check_seed(caller: str, seed: object) -> None:

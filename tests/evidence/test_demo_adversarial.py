@@ -1,38 +1,10 @@
 """The adversarial part of the demo: its report, its pictures, its processes and its attack."""
 
-import re
-
 import pytest
 import torch
 from demo import adversarial
-from demo_adversarial_results import made_up_adversarial_results
 
 from ikl_plugins.commands.data import prepare_digits
-
-
-def test_the_report_has_the_numbers_and_says_what_they_are():
-    report = adversarial.markdown(made_up_adversarial_results(), threads=1)
-    rows = [line for line in report.splitlines() if re.match(r"\| (natural|TRADES|IKL) ", line)]
-    cells = [[cell.strip() for cell in row.split("|")[3:-1]] for row in rows]
-    # The fifth radius is that of the training: 15, 10 and 5 points less for each radius.
-    assert cells == [["99.00", "39.00", "10"], ["98.00", "58.00", "11"], ["97.00", "77.00", "12"]]
-    assert "eps = 16/255" in report
-    assert "(accuracy/top1 for natural, robust/top1 for TRADES and IKL)" in report
-    # The widest of the margins is that of 58 %: 1.96 sqrt(.58 * .42 / 300) = 5.59 %.
-    assert "One seed on 300 test images orders nothing that lies closer than about ±5.6 points" in report
-
-
-def test_the_pictures_are_images(tmp_path):
-    from PIL import Image
-
-    for draw in (adversarial.draw_images, adversarial.draw_robust_accuracy):
-        path = tmp_path / f"{draw.__name__}.png"
-        draw(made_up_adversarial_results(), path)
-        with Image.open(path) as drawn:
-            assert drawn.format == "PNG"
-            assert drawn.height > 400
-            assert len(drawn.convert("RGB").getcolors(2**24)) > 20
-
 
 # --- what is kept, and what is made anew -----------------------------------------------------------------------------
 

@@ -694,22 +694,6 @@ def test_torchdistill_s_own_test_gives_the_same(role, steps, torchdistill_config
     assert 100 * (logits.argmax(1) == labels).double().mean().item() == theirs_accuracy
 
 
-def test_a_robustbench_network_of_torchdistill_is_robustbench_s(torchdistill_config):
-    network = robustbench_network(PLAIN, 3)
-    path, checkpoint, network = torchdistill_config(
-        "tensor",
-        key="ikl_plugins.robustbench_network",
-        kwargs=f"{{architecture: '{PLAIN}', num_classes: 3}}",
-        network=network,
-    )
-    model = from_torchdistill(path, checkpoint)
-    named_model = load_checkpoint(checkpoint, PLAIN, num_classes=3)
-    assert type(model) is type(named_model) is type(network)
-    with torch.no_grad():
-        assert torch.equal(model(images()), network(images()))
-        assert torch.equal(named_model(images()), network(images()))
-
-
 @pytest.mark.parametrize(
     ("steps", "got"),
     [

@@ -179,6 +179,12 @@ def test_sound_classifiers_pass_every_check(name, images, labels):
     assert report["normalisation"].why.startswith(layers.get(name, ""))
 
 
+def test_a_robust_network_whose_gradients_are_small_passes(images, labels):
+    # Far from its boundary: the margin changes by a thousandth of the logits over the whole ball.
+    model = Around(after=lambda logits, x: 0.01 * logits + 10 * logits.detach().sign() + 10.0)
+    assert "gradients" not in run(model.eval(), images, labels).failed
+
+
 # --- what is left as it was ------------------------------------------------------------------------------------------
 
 
@@ -275,6 +281,14 @@ def test_works_without_the_callers_autocast_and_leaves_it_on(images, labels):
     assert report.passed, report.markdown()
 
 
+class Drifting(Brightness):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) + self.calls * torch.arange(CLASSES)
+
+
 # --- broken models ---------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +361,22 @@ def purified(x):
     return x - 1e-4 * step
 
 
+def purified_backward(x):
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        leaf.square().sum().backward()
+    return x - 1e-4 * leaf.grad
+
+
+def purified_by_the_engine(x):
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        loss = leaf.square().sum()
+    engine = torch.autograd.Variable._execution_engine
+    (step,) = engine.run_backward((loss,), (torch.ones(()),), False, False, (leaf,), False, accumulate_grad=False)
+    return x - 1e-4 * step
+
+
 def fitted(x):
     leaf = x.detach().clone().requires_grad_()
     optimiser = torch.optim.SGD([leaf], lr=1e-4)
@@ -413,6 +443,7 @@ BROKEN = {
         "noise of torch": (before(lambda x: x + 1e-3 * torch.randn_like(x)), NOISE),
         "noise of numpy": (before(lambda x: x + 1e-3 * np.random.randn()), NOISE),
         "noise of python": (before(lambda x: x + 1e-3 * random.gauss(0, 1)), NOISE),
+        "drifting": (Drifting, "The same batch gave other logits the second time"),
         "remembering": (Remembering, "The logits depend on the batches that came before"),
         "changes a buffer": (Tracking, "The forward changes seen."),
         "sets the seed": (before(seeded), "The forward sets the seed of a global generator"),
@@ -442,6 +473,8 @@ BROKEN = {
     },
     "optimisation": {
         "grad": (before(purified), f"{GRAD}.grad"),
+        "backward": (before(purified_backward), f"{GRAD}.backward"),
+        "engine": (before(purified_by_the_engine), f"{GRAD}'s run_backward"),
         "func": (before(functional), "The forward calls .*a derivative of torch.func"),
         "optimiser": (before(fitted), "The forward calls .*the step of an optimiser"),
         "grad under attack": (before(lambda x: purified(x) if x.requires_grad else x - 2e-4 * x.detach()), GRAD),
@@ -656,6 +689,7 @@ def test_a_network_in_torchscript_cannot_be_looked_into(images, labels):
         ("8/255", "Linf", True, "8/255 is exact."),
         ("0.031", "Linf", False, "0.031 is 7.905/255"),
         ("1", "Linf", True, "1 is exactly 255/255"),
+        ("2", "L2", True, "2 is exact"),
         ("7.9/255", "Linf", True, "7.9/255 is exact, but"),
         ("256/255", "Linf", False, "256/255 is above 1"),
         (None, "Linf", None, "No radius"),
@@ -690,18 +724,18 @@ def test_wants_a_claim_that_is_not_above_what_was_measured(claimed, measured, pa
     ("change", "error", "fragment"),
     [
         ({"model": len}, TypeError, "`model` .* got builtin_function_or_method"),
-        ({"images": torch.zeros(4, 3, 8, 8).byte()}, TypeError, "`images` .* got dtype torch.uint8"),
+        ({"images": torch.zeros(4, 3, 8, 8).byte()}, TypeError, "`images` .* got torch.uint8"),
         ({"images": torch.zeros(1, 3, 8, 8)}, ValueError, r"`images` .* got \(1, 3, 8, 8\)"),
         ({"images": torch.zeros(4, 3, 8)}, ValueError, r"`images` .* got \(4, 3, 8\)"),
         ({"images": torch.full((4, 3, 8, 8), torch.nan)}, ValueError, "`images` must be finite"),
-        ({"labels": torch.zeros(40)}, TypeError, "`labels` .* got dtype torch.float32"),
+        ({"labels": torch.zeros(40)}, TypeError, "`labels` .* got torch.float32"),
         ({"labels": torch.zeros(3).long()}, ValueError, r"`labels` .* got shape \(3,\) with 0"),
         ({"labels": torch.full((40,), 10)}, ValueError, "`labels` must be below 10, .* got 10"),
         ({"mean": MEAN}, ValueError, "`mean` and `std` must be given together"),
         ({"mean": MEAN, "std": (0.5,)}, ValueError, r"`std` .* got \(0.5,\)"),
         ({"batch_size": 0}, ValueError, "`batch_size` .* got 0"),
         ({"number_forward_passes": 0}, ValueError, "`number_forward_passes` .* got 0"),
-        ({"number_forward_passes": True}, ValueError, "`number_forward_passes` .* got True"),
+        ({"number_forward_passes": True}, TypeError, "`number_forward_passes` .* got True"),
         ({"claimed": 101.0}, ValueError, "`claimed` .* got 101.0"),
         ({"measured": -1}, ValueError, "`measured` .* got -1"),
     ],

@@ -92,9 +92,7 @@ class Subject:
 
     def _check_numbers(self) -> None:
         for name in ("batch_size", "number_forward_passes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{_CALLER}: `{name}` must be an integer of at least 1, got {value!r}.")
+            check.check_integer(_CALLER, name, getattr(self, name))
         for name in ("claimed", "measured"):
             value = getattr(self, name)
             if value is not None and check.check_number(_CALLER, name, value) > 100:
@@ -122,7 +120,7 @@ def _check_model_and_images(model: object, images: object) -> None:
             f"{_CALLER}: `model` must be a torch.nn.Module, got {type(model).__name__}. Wrap a function in one."
         )
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        found = _kind(images)
+        found = check.kind_of(images)
         raise TypeError(f"{_CALLER}: `images` must be floats in [0, 1], got {found}. Divide 8-bit images by 255.")
     if images.dim() != 4 or len(images) < 2:
         shape = tuple(images.shape)
@@ -135,15 +133,11 @@ def _check_labels(labels: object, images: Tensor) -> None:
     if labels is None:
         return
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        found = _kind(labels)
+        found = check.kind_of(labels)
         raise TypeError(f"{_CALLER}: `labels` must be a tensor of class indices, got {found}. Pass a long tensor.")
     if labels.shape != images.shape[:1] or int(labels.min()) < 0:
         found = f"shape {tuple(labels.shape)}" + (f" with {int(labels.min())}" if labels.numel() else "")
         raise ValueError(f"{_CALLER}: `labels` must be {len(images)} class indices from 0, got {found}.")
-
-
-def _kind(value: object) -> str:
-    return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def copied(model: nn.Module) -> nn.Module | None:

@@ -67,10 +67,7 @@ def check_paper(
         raise ValueError(f"{CALLER}: `authors` must name at least one person, got {authors!r}. Write them out.")
     if not re.match(r"https?://\S", link):
         raise ValueError(f"{CALLER}: `link` must be an http(s) address, got {link!r}. Write https://arxiv.org/abs/...")
-    passes = number_forward_passes
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-        kind = ValueError if isinstance(passes, int) and not isinstance(passes, bool) else TypeError
-        raise kind(f"{CALLER}: `number_forward_passes` must be an integer of at least 1, got {passes!r}.")
+    check.check_integer(CALLER, "number_forward_passes", number_forward_passes)
     return people
 
 
