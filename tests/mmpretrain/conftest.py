@@ -15,10 +15,21 @@ with warnings.catch_warnings():
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.structures import DataSample
-from mmpretrain_runs import CONFIGS
+from mmpretrain_runs import CONFIGS, save_teacher
 
 CLASSES = 3
 _READ = {}  # configs as read, by path and what their text looks at
+
+
+@pytest.fixture(autouse=True)
+def _scope():
+    init_default_scope("mmpretrain")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A checkpoint for ``mmpretrain_runs.network()`` that tells images apart."""
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
 
 
 @pytest.fixture
@@ -27,7 +38,6 @@ def load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IKL_PLUGINS_DATA", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    init_default_scope("mmpretrain")
 
     def read(path):
         key = path, os.environ.get("WORLD_SIZE"), os.environ.get("IKL_PLUGINS_DATA")

@@ -11,18 +11,13 @@ import torch
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS as ROOT_MODELS
-from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
+from mmengine.registry import PARAM_SCHEDULERS
 from mmpretrain.registry import MODELS
 from mmpretrain_runs import CLASSES, Record, assert_same, loader, network, runner
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ikl_plugins.mmpretrain import OneCycleMomentum, WarmupEMA
-
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope("mmpretrain")
 
 
 def state_of(model):

@@ -12,7 +12,6 @@ import numpy
 import pytest
 import torch
 from mmengine.dataset import default_collate
-from mmengine.registry import init_default_scope
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
 from PIL import Image
@@ -26,11 +25,6 @@ PIPELINE = [
     {"type": "RandomFlip", "prob": 0.5, "direction": "horizontal"},
     {"type": "PackInputs"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope("mmpretrain")
 
 
 def arrays(count=7, seed=0, size=32, dtype="int64"):

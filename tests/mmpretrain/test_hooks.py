@@ -18,7 +18,6 @@ from mmpretrain_runs import (
     network,
     prior_of,
     runner,
-    save_teacher,
 )
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -27,11 +26,6 @@ from ikl_plugins.mmengine import hooks
 from ikl_plugins.mmpretrain import DistillationClassifier, IKLHook, IKLLoss
 
 PRIOR = "distill_loss.class_prior"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
 
 
 def run_of(teacher, work_dir, **keywords):

@@ -6,7 +6,6 @@ import numpy
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
-from mmengine.registry import init_default_scope
 from mmpretrain.evaluation import Accuracy
 from mmpretrain.structures import DataSample
 from mmpretrain_runs import CLASSES, loader, network, runner
@@ -15,11 +14,6 @@ from PIL import Image
 from ikl_plugins.mmpretrain import ManyMediumFew
 
 COUNTS = [500, 101, 100, 50, 20, 19, 1, 0]  # many: 0, 1; medium: 2, 3, 4; few: 5, 6, 7
-
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope("mmpretrain")
 
 
 def samples(pairs, scores=False):

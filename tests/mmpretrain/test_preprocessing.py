@@ -6,7 +6,6 @@ import numpy
 import pytest
 import torch
 from mmengine.dataset import default_collate, pseudo_collate
-from mmengine.registry import init_default_scope
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.models import ClsDataPreprocessor
 from PIL import Image
@@ -20,11 +19,6 @@ AUGMENTED = {
     "AutoAugment": {"type": "AutoAugment", "policies": [[{"type": "Invert", "prob": 1.0}]]},
     "Cutout": {"type": "Cutout", "shape": 4, "pad_val": 0, "prob": 1.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope("mmpretrain")
 
 
 @pytest.fixture

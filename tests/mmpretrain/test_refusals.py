@@ -10,7 +10,6 @@ import pytest
 import torch
 from mmengine.dataset import ConcatDataset, DefaultSampler, InfiniteSampler
 from mmengine.optim import OptimWrapper
-from mmengine.registry import init_default_scope
 from mmpretrain.datasets import CIFAR10, CustomDataset
 from mmpretrain.registry import MODELS
 from torch import nn
@@ -38,7 +37,6 @@ PACK = [{"type": "PackInputs"}]
 
 
 def check(call, error, message):
-    init_default_scope("mmpretrain")
     with pytest.raises(error, match=message):
         call()
 
@@ -277,7 +275,6 @@ def test_samplers(case, folder):
 
 
 def test_what_is_next_to_a_refusal_works(folder):
-    init_default_scope("mmpretrain")
     for parts in (
         [cifar(folder), made(folder, channel_order="rgb")],
         [loaded(folder), made(folder)],
@@ -292,7 +289,6 @@ def test_what_is_next_to_a_refusal_works(folder):
 @pytest.fixture
 def teacher(small_network, tmp_path):
     """Builds a teacher from what a case changes; a checkpoint that fits is at `fits.pth`."""
-    init_default_scope("mmpretrain")
     student = EpochClassifier(**small_network())
     config = {"type": "ImageClassifier", **small_network(channels=3)}
     weights = MODELS.build(config).state_dict()

@@ -19,16 +19,10 @@ from mmpretrain_runs import (
     network,
     prior_of,
     runner,
-    save_teacher,
 )
 from torch.utils.data import DataLoader, Dataset
 
 from ikl_plugins.mmengine import hooks
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy
 import pytest
 import torch
 from mmengine.dataset import ConcatDataset, DefaultSampler
-from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmpretrain_runs import Record, network, runner
 
@@ -16,11 +15,6 @@ from ikl_plugins.mmpretrain import GeneratedBatchSampler, GeneratedImages, sampl
 
 REAL, GENERATED = 50, 30
 PACK = [{"type": "PackInputs"}]
-
-
-@pytest.fixture(autouse=True)
-def _scope():
-    init_default_scope("mmpretrain")
 
 
 @pytest.fixture(scope="module")
