@@ -41,7 +41,6 @@ from torchdistill.optim.registry import get_scheduler
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from ikl_plugins._files import configs_folder
-from ikl_plugins.commands.main import main as run_command
 from ikl_plugins.torchdistill.training import Trainer, load_checkpoint, load_config
 
 CONFIGS = configs_folder() / "torchdistill"
@@ -413,25 +412,3 @@ def test_the_commands_of_a_readme_name_files_that_are_there(folder):
     for processes, path in commands:
         assert path in SHIPPED
         assert processes in ("", str(family_of(f"{folder}/").processes))
-
-
-def test_a_missing_teacher_of_imagenet_lt_names_the_file_that_trains_it(workplace):
-    told = (
-        r"none at runs/torchdistill/(\S+)\. Train it first: ikl train torchdistill/imagenet_lt/resnext101_32x4d\.yaml"
-    )
-    with pytest.raises(SystemExit, match=told):
-        run_command(["train", "torchdistill/imagenet_lt/resnet18_from_resnext101_32x4d-ikl.yaml", "--device", "cpu"])
-
-
-def test_the_schedule_and_the_prior_survive_a_resume(workplace):
-    """The last checkpoint of a long-tailed GKL run is read without running code, and brings back both."""
-    config = prepare("imagenet_lt/resnet18_from_resnext101_32x4d-gkl.yaml")
-    config["models"]["teacher_model"] = {"key": "resnet18", "kwargs": {"num_classes": 1000}}
-    trainer = Trainer(config, torch.device("cpu"), 0)
-    trainer.finish_epoch({**trainer.train_epoch(0), "val_accuracy": -1.0})
-    resumed = Trainer(config, torch.device("cpu"), 0)
-    resumed.checkpoints.resume(1)
-    assert resumed.box.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * 2 / 10)
-    record = resumed.box.optimizer.param_groups[0]["ikl_plugins"]["gkl"]["matrix"]
-    assert torch.equal(record, trainer.class_priors()["gkl"])
-    assert not torch.equal(record, torch.full((1000, 1000), 1 / 1000))
