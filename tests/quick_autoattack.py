@@ -2,11 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
+from ikl_plugins.models.robustbench_zoo import robustbench_network
 
 robustbench = import_robustbench()
 
@@ -38,6 +40,42 @@ def batch(model, count=14, wrong=2, seed=0):
     labels = logits.argmax(1)
     labels[:wrong] = (labels[:wrong] + 1) % logits.shape[1]
     return images, labels
+
+
+def write_network_and_images(folder, count, wrong=0):
+    """Writes net.pt, a small WideResNet, and images.npz, which it gets right but for the first ones."""
+    torch.manual_seed(2)
+    model = robustbench_network("WideResNet-10-1").eval()
+    torch.save({"state_dict": model.state_dict()}, folder / "net.pt")
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        labels = model(pixels / 255).argmax(1)
+    labels[:wrong] = (labels[:wrong] + 1) % 10
+    np.savez(folder / "images.npz", images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    return model, pixels / 255, labels
+
+
+def made_up_log(**changes):
+    """What the evaluation of 10,000 test images says, as far as others read it."""
+    unread = ("versions", "weights_sha256", "version", "dropped", "labels", "natural_correct", "robust", "progress")
+    return {
+        **dict.fromkeys(unread),
+        "format": "ikl_plugins.robustbench.evaluation/1",
+        "model": "network",
+        "threat_model": "Linf",
+        "eps": "8/255",
+        "dataset": None,
+        "data": {"name": "cifar10"},
+        "standard": True,
+        "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"],
+        "n_examples": 10000,
+        "natural_accuracy": 85.3,
+        "robust_accuracy": 57.09,
+        "finished": True,
+        "adversarial": False,
+        "fell_to": [],
+        **changes,
+    }
 
 
 def without_times(log):

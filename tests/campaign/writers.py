@@ -6,9 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from campaign import runs
 from campaign.digits import TORCHDISTILL
 from campaign.record import ROOT
@@ -44,21 +41,16 @@ def _make_configs(work: Path) -> Command:
 
 
 def _submission(work: Path) -> Command:
-    from ikl_plugins.models.robustbench_zoo import robustbench_network
+    from quick_autoattack import write_network_and_images
+
     from ikl_plugins.robustbench.evaluation import evaluate
 
     folder = work / "submission"
     log = folder / "evaluation.json"
     if not log.exists():
         folder.mkdir(exist_ok=True)
-        torch.manual_seed(2)
-        net = robustbench_network("WideResNet-10-1").eval()
-        torch.save({"state_dict": net.state_dict()}, folder / "net.pt")
-        images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-        with torch.no_grad():
-            labels = net(images / 255).argmax(dim=1)
-        np.savez(folder / "images.npz", image=images.permute(0, 2, 3, 1).numpy(), label=labels.numpy())
-        evaluate(net, images / 255, labels, eps="1/255", attacks=["apgd-ce"], log=log, data="images.npz")
+        net, images, labels = write_network_and_images(folder, 8)
+        evaluate(net, images, labels, eps="1/255", attacks=["apgd-ce"], log=log, data="images.npz")
 
     def result(out: Path) -> Any:
         # Seconds of the checks, and the checksums of the files that hold them, differ from run to run.

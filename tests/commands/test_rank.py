@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from quick_autoattack import made_up_log
 
 from ikl_plugins.commands.main import main as ikl
 from ikl_plugins.robustbench.leaderboard import entries
@@ -18,26 +19,9 @@ def main(arguments):
 
 
 def log(**changes):
-    """What an evaluation of 10,000 images says; the rest is there and not read."""
-    unread = ("versions", "weights_sha256", "version", "dropped", "labels", "natural_correct", "robust", "progress")
-    return {
-        **dict.fromkeys(unread),
-        "format": "ikl_plugins.robustbench.evaluation/1",
-        "model": "WideResNet-34-10",
-        "threat_model": "Linf",
-        "eps": "8/255",
-        "dataset": None,
-        "data": {"name": "cifar100"},
-        "standard": True,
-        "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"],
-        "n_examples": 10000,
-        "natural_accuracy": 65.76,
-        "robust_accuracy": 31.91,
-        "finished": True,
-        "adversarial": False,
-        "fell_to": [],
-        **changes,
-    }
+    """Of a result on CIFAR-100."""
+    numbers = {"natural_accuracy": 65.76, "robust_accuracy": 31.91}
+    return made_up_log(**{"model": "WideResNet-34-10", "data": {"name": "cifar100"}, **numbers, **changes})
 
 
 @pytest.fixture

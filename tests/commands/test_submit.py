@@ -10,7 +10,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from quick_autoattack import Quick, robustbench
+from quick_autoattack import Quick, robustbench, write_network_and_images
 
 from ikl_plugins.commands.main import main as ikl
 from ikl_plugins.models.robustbench_zoo import robustbench_network
@@ -30,17 +30,11 @@ DECLARED = ["--additional-data", "no", "--generated-data", "no"]
 def place(tmp_path_factory):
     """A checkpoint, images, and an evaluation of 12 of them by one attack."""
     folder = tmp_path_factory.mktemp("submit")
-    torch.manual_seed(2)
-    net = robustbench_network("WideResNet-10-1").eval()
-    torch.save({"state_dict": {f"module.{key}": value for key, value in net.state_dict().items()}}, folder / "net.pt")
-    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        labels = net(images / 255).argmax(dim=1)
-    np.savez(folder / "images.npz", image=images.permute(0, 2, 3, 1).numpy(), label=labels.numpy())
+    net, images, labels = write_network_and_images(folder, 12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(robustbench.eval, "AutoAttack", Quick)
         options = {"eps": "1/255", "attacks": ["apgd-ce"], "data": "images.npz"}
-        evaluate(net, images / 255, labels, log=folder / "evaluation.json", **options)
+        evaluate(net, images, labels, log=folder / "evaluation.json", **options)
     return folder
 
 
@@ -106,7 +100,7 @@ def test_writes_a_submission_of_what_robustbench_evaluates(arguments, place, tmp
 
 def test_a_failed_preflight_writes_nothing_unless_allowed(arguments, place, tmp_path, capsys):
     with np.load(place / "images.npz") as content:
-        np.savez(tmp_path / "dark.npz", image=np.zeros_like(content["image"]), label=content["label"])
+        np.savez(tmp_path / "dark.npz", images=np.zeros_like(content["images"]), labels=content["labels"])
     arguments[arguments.index("--data") + 1] = str(tmp_path / "dark.npz")
     message = refused([*arguments, "--demonstration"])
     assert message.startswith("write_submission: `preflight` must have passed, but failed. ")

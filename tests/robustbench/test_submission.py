@@ -15,6 +15,7 @@ import warnings
 
 import pytest
 import torch
+from quick_autoattack import made_up_log
 
 from ikl_plugins.models.robustbench_zoo import parse_architecture, robustbench_network
 from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
@@ -53,32 +54,16 @@ FAILED = Preflight((Check("output", True, "Fine."), Check("gradients", False, "A
 
 
 def log(network, data="cifar10", **changes):
-    """What the evaluation of a network on the 10,000 test images says, as far as it is read."""
-    unread = ("dropped", "labels", "natural_correct", "robust", "progress")
-    return {
-        **dict.fromkeys(unread),
-        "format": "ikl_plugins.robustbench.evaluation/1",
+    facts = {
         "versions": {"python": "3.11.2", "torch": "2.14.1", "robustbench": "1.1.1"},
-        "model": "network",
         "weights_sha256": weights_sha256(network),
-        "threat_model": "Linf",
-        "eps": "8/255",
         "eps_value": 8 / 255,
         "version": "standard",
-        "standard": True,
-        "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"],
-        "dataset": None,
         "data": {"name": data} if isinstance(data, str) else data,
         "n_classes": 100 if data == "cifar100" else 10,
-        "n_examples": 10000,
         "seed": 0,
-        "natural_accuracy": 85.3,
-        "robust_accuracy": 57.09,
-        "finished": True,
-        "fell_to": [],
-        "adversarial": False,
-        **changes,
     }
+    return made_up_log(**{**facts, **changes})
 
 
 def corruptions(network, **changes):
