@@ -116,8 +116,8 @@ def attack_by_hand(
 
 def start_by_hand(images: Tensor, norm: str, random_start: str, eps: float, seed: int) -> Tensor:
     """The first point of the attack, from the numbers that the generator gives, one image and pixel at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    options: dict[str, Any] = {"generator": generator, "dtype": images.dtype}
+    generator = seeded(seed)
+    options: dict[str, Any] = {"generator": generator, "dtype": images.dtype, "device": images.device}
     flat = images.flatten(1)
     start = flat.clone()
     if random_start == "normal":
@@ -156,7 +156,7 @@ def test_the_attack_is_that_of_the_papers(norm: str, objective: str, random_star
     images[0, 0, 0] = torch.tensor([0.0, 1.0, 0.01])  # at the ends of the range
     eps = 0.2 if norm == "linf" else 0.6
     attack = PGD(eps=eps, steps=5, step_size=0.3 * eps, norm=norm, objective=objective, random_start=random_start)
-    found = attack(model, images, labels=LABELS, generator=torch.Generator().manual_seed(7))
+    found = attack(model, images, labels=LABELS, generator=seeded(7))
 
     starts = start_by_hand(images, norm, random_start, eps, seed=7)
     for n in range(3):
@@ -176,8 +176,8 @@ def test_the_weights_of_ikl_come_from_the_class_prior(norm: str) -> None:
     images = torch.rand(3, *SHAPE, dtype=torch.float64)
     prior = torch.softmax(3 * torch.randn(3, CLASSES, dtype=torch.float64), 1)
     attack = PGD(eps=0.4, steps=3, step_size=0.15, norm=norm, objective="ikl")
-    found = attack(model, images, class_prior=prior, generator=torch.Generator().manual_seed(7))
-    without = attack(model, images, generator=torch.Generator().manual_seed(7))
+    found = attack(model, images, class_prior=prior, generator=seeded(7))
+    without = attack(model, images, generator=seeded(7))
     starts = start_by_hand(images, norm, "uniform", 0.4, seed=7)
     for n in range(3):
         image, start = images[n].flatten().tolist(), starts[n].flatten().tolist()
@@ -232,7 +232,7 @@ def labels() -> Tensor:
 
 
 def seeded(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.empty(0).device).manual_seed(seed)
 
 
 def linf(**settings: Any) -> PGD:

@@ -38,7 +38,7 @@ def run(dtype: torch.dtype | None, objective: str = "soft_cross_entropy", **sett
     torch.manual_seed(1)
     images = torch.rand(8, 3, 16, 16)
     pgd = PGD(eps="8/255", steps=3, step_size="2/255", random_start="normal", objective=objective, **settings)  # type: ignore[arg-type]
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         return pgd(model, images, labels=torch.zeros(8, dtype=torch.long))
 
 
@@ -88,8 +88,9 @@ def test_a_network_that_overflows_is_still_refused() -> None:
     model = network()
     nn.init.constant_(model[-1].bias, math.inf)
     pgd = PGD(eps="8/255", steps=2, step_size="2/255")
-    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="must stay finite"):
-        pgd(model, torch.rand(2, 3, 16, 16), labels=torch.tensor([0, 1]))
+    images = torch.rand(2, 3, 16, 16)
+    with torch.autocast(images.device.type, torch.float16), pytest.raises(ValueError, match="must stay finite"):
+        pgd(model, images, labels=torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -97,7 +98,8 @@ def test_a_gradient_that_overflowed_perturbs_nothing(bad: float) -> None:
     model = network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(4, 3, 16, 16)
-    handle = model[3].weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), bad))
+    one = torch.tensor([1])
+    handle = model[3].weight.register_hook(lambda gradient: gradient.index_fill(0, one, bad))
     awp = AdversarialWeightPerturbation(gamma=0.1)
     loss = model.eval()(images).square().sum()
     with awp.perturbed(model, loss):
