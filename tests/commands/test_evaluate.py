@@ -71,7 +71,7 @@ def files(tmp_path_factory):
 def line(files, output, *more):
     place = files.folder
     model = f"--checkpoint {place}/net.pt --architecture WideResNet-10-1 --data {place}/images.npz"
-    return [*f"{model} --eps 8/255 --device cpu --output {output}".split(), *more]
+    return [*f"{model} --eps 1/255 --device cpu --output {output}".split(), *more]
 
 
 def main(*arguments):
@@ -95,7 +95,7 @@ def failure(*arguments):
 def test_the_command_evaluates_and_reports(files, tmp_path, capsys):
     main(*line(files, tmp_path, "--attacks", ATTACKS, "--batch-size", "4", "--seed", "3"))
     direct = evaluate(
-        files.model, files.images, files.labels, eps="8/255", attacks=ATTACKS.split(","), batch_size=4, seed=3
+        files.model, files.images, files.labels, eps="1/255", attacks=ATTACKS.split(","), batch_size=4, seed=3
     )
     log = json.loads((tmp_path / "evaluation.json").read_text())
     for key in ("predictions", "natural_predictions", "robust", "fell_to", "attacks", "eps", "weights_sha256", "seed"):
@@ -104,7 +104,7 @@ def test_the_command_evaluates_and_reports(files, tmp_path, capsys):
     assert log["data"]["name"] == str(files.folder / "images.npz")
     loaded = Evaluation.load(tmp_path / "evaluation.json")
     assert torch.equal(loaded.adversarial_images(files.images), direct.adversarial_images(files.images))
-    assert len(loaded.adversarial) > 0
+    assert 0 < len(loaded.adversarial) < 5
     assert (tmp_path / "report.md").read_text().startswith("# Robustness of WideResNet-10-1")
     shown = capsys.readouterr().out
     for entry in log["progress"]:
