@@ -14,58 +14,19 @@ from torch.utils.data import TensorDataset
 
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
+import torchdistill_boxes as boxes
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT
 from torchdistill.core.training import get_training_box
+from torchdistill_boxes import BATCH, CLASSES, CPU, IMAGES, PRIOR, the_loss, train_epoch
 
 from ikl_plugins.adversarial import PGD
-from ikl_plugins.torchdistill import adversarial_forward, find_losses
+from ikl_plugins.torchdistill import adversarial_forward
 
-CLASSES, IMAGES, BATCH = 4, 24, 8
-CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 NORMALISED = {"mean": list(MEAN), "std": list(STD)}
 WEAK = {"eps": "8/255", "steps": 2, "step_size": "4/255"}
-STAGE = """
-num_epochs: {epochs}
-train_data_loader: &loader
-  dataset_id: 'train'
-  sampler:
-    class_or_func: !import_get
-      key: 'torch.utils.data.RandomSampler'
-    kwargs:
-  kwargs:
-    batch_size: 8
-val_data_loader: *loader
-{models}
-optimizer:
-  key: 'SGD'
-  kwargs:
-    lr: 0.1
-{process}
-criterion:
-  key: 'WeightedSumLoss'
-  kwargs:
-    sub_terms:
-      term:
-        criterion:
-          key: '{key}'
-          kwargs: {loss}
-        weight: 1.0
-"""
-MODEL = """
-model:
-  forward_proc: !import_call
-    key: 'ikl_plugins.torchdistill.adversarial_forward'
-    init:
-      kwargs: {attack}
-"""
-ROLES = ("student", "teacher")
-PLACES = {f"{role}_module_{part}": place for role in ROLES for part, place in (("path", "."), ("io", "output"))}
-PRIOR = {"global_info": True, "num_classes": CLASSES, "weight_temperature": 2.0}
-PROCESS = "pre_epoch_process: 'ikl_pre_epoch_process'"
 
 
 def net(seed=2):
@@ -94,29 +55,16 @@ def dataset():
     return TensorDataset(normalise(pixels), labels)
 
 
-def stage(folder, *, key="IKLLoss", epochs=4, attack=WEAK, process=PROCESS, models=MODEL, **loss):
-    """The `train:` block of a YAML file."""
-    path = folder / "train.yaml"
-    models = models.format(attack={**NORMALISED, **attack})
-    path.write_text(STAGE.format(epochs=epochs, models=models, process=process, key=key, loss={**PLACES, **loss}))
-    return load_yaml_file(str(path))
+def stage(key="IKLLoss", *, epochs=4, attack=WEAK, **settings):
+    """The `train:` block of adversarial training."""
+    config = boxes.stage(key, term="term", epochs=epochs, **settings)
+    del config["teacher"], config["student"]
+    config["model"] = {"forward_proc": adversarial_forward(**NORMALISED, **attack)}
+    return config
 
 
 def make_box(config, model=None, distributed=False):
     return get_training_box(model or net(), {"train": dataset()}, config, CPU, None, distributed, 1)
-
-
-def train_epoch(box, epoch):
-    torch.manual_seed(100 + epoch)
-    box.pre_epoch_process(epoch=epoch)
-    for x, y, extra in box.train_data_loader:
-        box.post_forward_process(loss=box.forward_process(x, y, extra))
-    box.post_epoch_process()
-
-
-def the_loss(box):
-    (loss,) = find_losses(box.criterion).values()
-    return loss
 
 
 class Record:
@@ -139,11 +87,11 @@ class Record:
 
 
 @pytest.mark.parametrize("key", ["DKLLoss", "IKLLoss", "GKLLoss"])
-def test_a_step_is_that_of_the_formula(tmp_path, key):
+def test_a_step_is_that_of_the_formula(key):
     settings = {"alpha": 4.0, "beta": 20.0}
     if key != "DKLLoss":
         settings["weight_temperature"] = 4.0
-    box = make_box(stage(tmp_path, key=key, ce_weight=1.5, **settings))
+    box = make_box(stage(key=key, ce_weight=1.5, **settings))
     wide = copy.deepcopy(box.model).double().train()
     record = Record(box.model)
     x, y = dataset()[:BATCH]
@@ -179,8 +127,8 @@ def test_a_step_is_that_of_the_formula(tmp_path, key):
         {"eps": "64/255", "eps_ramp": 1.0, "budget": "high"},
     ],
 )
-def test_the_attack_is_that_of_the_package_in_pixel_space(tmp_path, attack):
-    box = make_box(stage(tmp_path, attack=attack))
+def test_the_attack_is_that_of_the_package_in_pixel_space(attack):
+    box = make_box(stage(attack=attack))
     bare = copy.deepcopy(box.model)
     record = Record(box.model)
     pixels, y = images()
@@ -206,33 +154,13 @@ def test_the_attack_is_that_of_the_package_in_pixel_space(tmp_path, attack):
     assert torch.equal(record.forwards[-1][1], normalise(pixels))
 
 
-def test_the_attack_leaves_gradients_and_modes_alone(tmp_path):
-    box = make_box(stage(tmp_path))
-    x, y = dataset()[:BATCH]
-    box.pre_epoch_process(epoch=0)
-    box.model[1].eval()  # a frozen layer
-    flags = [module.training for module in box.model.modules()]
-    statistics = box.model[1].running_mean.clone()
-    loss = box.forward_process(x, y)
-    assert all(parameter.grad is None for parameter in box.model.parameters())
-    assert all(parameter.requires_grad for parameter in box.model.parameters())
-    assert [module.training for module in box.model.modules()] == flags
-    assert torch.equal(box.model[1].running_mean, statistics)
-    assert box.model[4].num_batches_tracked == 2
-    loss.backward()
-    before = [parameter.grad.clone() for parameter in box.model.parameters()]
-    box.forward_process(x, y)  # a second batch of an accumulation
-    for parameter, gradient in zip(box.model.parameters(), before, strict=True):
-        assert torch.equal(parameter.grad, gradient)
-
-
 # --- epochs and the class prior --------------------------------------------------------------------------------------
 
 
-def test_eps_and_steps_follow_the_epochs_of_each_stage(tmp_path):
+def test_eps_and_steps_follow_the_epochs_of_each_stage():
     attack = {"eps": 0.4, "eps_ramp": 1.0, "budget": "high"}
     second = {**WEAK, "eps": 0.2, "eps_ramp": 1.0}
-    config = {"stage1": stage(tmp_path, attack=attack), "stage2": stage(tmp_path, attack=second, epochs=2)}
+    config = {"stage1": stage(attack=attack), "stage2": stage(attack=second, epochs=2)}
     box, other = make_box(config), make_box(config)
     assert box.model_forward_proc.strength is None
     strengths = []
@@ -250,8 +178,8 @@ def test_eps_and_steps_follow_the_epochs_of_each_stage(tmp_path):
     assert other.model_forward_proc.strength == strengths[1]
 
 
-def test_the_prior_holds_the_natural_predictions_of_the_training_forward(tmp_path):
-    box = make_box(stage(tmp_path, **PRIOR))
+def test_the_prior_holds_the_natural_predictions_of_the_training_forward():
+    box = make_box(stage(**PRIOR))
     record = Record(box.model)
     x, y = dataset().tensors
     torch.testing.assert_close(the_loss(box).class_prior.matrix, torch.full((CLASSES, CLASSES), 0.25))
@@ -277,9 +205,9 @@ def test_the_prior_holds_the_natural_predictions_of_the_training_forward(tmp_pat
 
 
 @pytest.mark.parametrize("objective", ["ikl", "soft_cross_entropy"])
-def test_the_class_prior_weighs_the_objective_ikl_alone(tmp_path, objective):
+def test_the_class_prior_weighs_the_objective_ikl_alone(objective):
     attack = {"eps": 0.2, "steps": 3, "step_size": 0.1, "objective": objective, "random_start": "normal"}
-    box = make_box(stage(tmp_path, attack=attack, **PRIOR))
+    box = make_box(stage(attack=attack, **PRIOR))
     train_epoch(box, 0)
     box.pre_epoch_process(epoch=1)
     bare, record = copy.deepcopy(box.model), Record(box.model)
@@ -301,15 +229,18 @@ def test_the_class_prior_weighs_the_objective_ikl_alone(tmp_path, objective):
 # --- beside a teacher ------------------------------------------------------------------------------------------------
 
 
-def distillation_box(folder, teacher_proc, **loss):
-    models = MODEL.replace("model:", "student:", 1) + teacher_proc
-    config = stage(folder, models=models, **loss)
+FROZEN = {"requires_grad": False}
+
+
+def distillation_box(teacher, attack=WEAK, **loss):
+    config = boxes.stage(epochs=4, **loss)
+    attacked = {"forward_proc": adversarial_forward(**NORMALISED, **attack)}
+    config.update(student=attacked, teacher={**(attacked if teacher == "attacked" else config["teacher"]), **FROZEN})
     return get_distillation_box(net(1), net(2), {"train": dataset()}, config, CPU, None, False, 1)
 
 
-def test_a_teacher_takes_the_place_of_the_natural_logits(tmp_path):
-    proc = "teacher: {{forward_proc: 'forward_batch_only', requires_grad: False}}"
-    box = distillation_box(tmp_path, proc, ce_weight=1.0, attack={**WEAK, "eps_ramp": 1.0})
+def test_a_teacher_takes_the_place_of_the_natural_logits():
+    box = distillation_box("natural", ce_weight=1.0, attack={**WEAK, "eps_ramp": 1.0})
     student = Record(box.student_model)
     x, y = dataset()[:BATCH]
     box.pre_epoch_process(epoch=2)
@@ -414,45 +345,42 @@ def test_settings_that_do_not_fit_are_refused():
 
 
 def hooked(role):
-    hook = "\n  forward_hook: {{output: ['7']}}\n"
-    return lambda folder: make_box(stage(folder, models=MODEL.rstrip() + hook, **{f"{role}_module_path": "7"}))
+    config = stage(**{f"{role}_module_path": "7"})
+    config["model"]["forward_hook"] = {"output": ["7"]}
+    return make_box(config)
 
 
-def two_priors(folder):
-    config = stage(folder, attack={**WEAK, "objective": "ikl"}, **PRIOR)
+def two_priors():
+    config = stage(attack={**WEAK, "objective": "ikl"}, **PRIOR)
     terms = config["criterion"]["kwargs"]["sub_terms"]
     terms["other"] = copy.deepcopy(terms["term"])
     return make_box(config)
 
 
-def attacked_teacher(folder):
-    return distillation_box(folder, MODEL.replace("model:", "teacher:", 1).rstrip() + "\n  requires_grad: False\n")
-
-
 def changing(process):
-    return lambda folder: make_box(stage(folder, process=process, attack={**WEAK, "eps_ramp": 0.5}))
+    return make_box(stage(process=process, attack={**WEAK, "eps_ramp": 0.5}))
 
 
-WITHOUT_OURS = "pre_epoch_process: 'default_pre_epoch_process_without_teacher'"
+WITHOUT_OURS = "default_pre_epoch_process_without_teacher"
 BOXES = {
-    "hook of the student": (hooked("student"), r"`student_module_path` must be '\.' in adversarial training"),
-    "hook of the teacher": (hooked("teacher"), r"`teacher_module_path` must be '\.' in adversarial training"),
-    "teacher": (attacked_teacher, "a teacher must see natural images"),
+    "hook of the student": (lambda: hooked("student"), r"`student_module_path` must be '\.' in adversarial training"),
+    "hook of the teacher": (lambda: hooked("teacher"), r"`teacher_module_path` must be '\.' in adversarial training"),
+    "teacher": (lambda: distillation_box("attacked"), "a teacher must see natural images"),
     "two priors": (two_priors, "got those of term, other"),
-    "no process": (changing(""), r"must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"),
-    "another process": (changing(WITHOUT_OURS), r"must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"),
+    "no process": (lambda: changing(None), r"must know where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"),
+    "another process": (lambda: changing(WITHOUT_OURS), r"where epochs begin(.|\n)*\n  pre_epoch_process: 'ikl_pre"),
 }
 
 
 @pytest.mark.parametrize("case", BOXES)
-def test_a_config_that_does_not_fit_is_refused(tmp_path, case):
+def test_a_config_that_does_not_fit_is_refused(case):
     make, message = BOXES[case]
-    box = make(tmp_path)
+    box = make()
     with pytest.raises(ValueError, match=message):
         train_epoch(box, 0)
 
 
-def test_what_is_next_to_a_refusal_works(tmp_path):
+def test_what_is_next_to_a_refusal_works():
     """Labels where nothing uses them, one number for all channels, rounding, a strength that stays without epochs."""
     pixels, y = images()
     views = FORWARD_PROC_FUNC_DICT[adversarial_forward(**WEAK, objective="ikl")](net(), pixels)
@@ -463,7 +391,7 @@ def test_what_is_next_to_a_refusal_works(tmp_path):
     edge = pixels.round().bfloat16()
     forward(model, (edge - 0.5) / 0.25 * 1.01, y)
     assert (record.adversarial * 0.25 + 0.5 - edge).abs().max() <= 8 / 255 + 0.02
-    train_epoch(make_box(stage(tmp_path, process=WITHOUT_OURS)), 0)
+    train_epoch(make_box(stage(process=WITHOUT_OURS)), 0)
 
 
 @pytest.mark.parametrize(("mean", "warned"), [([0.25], True), ([0.0], False)])
@@ -485,9 +413,9 @@ def test_images_that_seem_not_normalised_are_warned_of_once(caplog, mean, warned
 
 
 @pytest.mark.usefixtures("process_group")
-def test_the_wrapper_sees_the_adversarial_images_alone(tmp_path):
+def test_the_wrapper_sees_the_adversarial_images_alone():
     settings = {"global_info": True, "num_classes": CLASSES, "ce_weight": 1.0}
-    boxes = [make_box(stage(tmp_path, **settings), distributed=distributed) for distributed in (True, False)]
+    boxes = [make_box(stage(**settings), distributed=distributed) for distributed in (True, False)]
     for box in boxes:
         torch.manual_seed(5)
         box.pre_epoch_process(epoch=0)

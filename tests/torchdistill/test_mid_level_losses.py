@@ -14,13 +14,12 @@ pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill ada
 
 from torchdistill.losses.high_level import WeightedSumLoss
 from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
+from torchdistill_boxes import PLACES, ROLES
 
 from ikl_plugins import losses as core
 from ikl_plugins.torchdistill import AdversarialLogits, DKLLoss, GKLLoss, IKLLoss, find_losses
 
 KEYS = {"DKLLoss": "dkl", "DKL": "dkl", "IKLLoss": "ikl", "IKL": "ikl", "GKLLoss": "gkl", "GKL": "gkl"}
-ROLES = ("student", "teacher")
-PLACES = {f"{role}_module_{part}": place for role in ROLES for part, place in (("path", "."), ("io", "output"))}
 PRIOR = {"global_info": True, "num_classes": 5}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
@@ -17,17 +17,10 @@ from torchdistill.common.main_util import load_ckpt, save_ckpt
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
 from torchdistill.models.wrapper import EmptyModule
+from torchdistill_boxes import BATCH, CLASSES, CPU, IMAGES, PRIOR, stage, the_loss, train_epoch
 
-from ikl_plugins.torchdistill import find_losses
-
-CLASSES, IMAGES, BATCH = 4, 24, 8
-CPU = torch.device("cpu")
-OURS = "ikl_pre_epoch_process"
 DEFAULT = "default_pre_epoch_process_with_teacher"
-ROLES = ("student", "teacher")
-PLACES = {f"{role}_module_{part}": place for role in ROLES for part, place in (("path", "."), ("io", "output"))}
 UNIFORM = torch.full((CLASSES, CLASSES), 1 / CLASSES)
-PRIOR = {"global_info": True, "num_classes": CLASSES, "weight_temperature": 2.0}
 
 
 def net(seed):
@@ -52,49 +45,10 @@ def images():
     return TensorDataset(x, torch.randint(CLASSES, (IMAGES,), generator=generator))
 
 
-def loader(sampler):
-    return {
-        "dataset_id": "train",
-        "sampler": {"class_or_func": sampler, "kwargs": None},
-        "kwargs": {"batch_size": BATCH},
-    }
-
-
-def stage(key="IKLLoss", *, term="ikl", process=OURS, epochs=3, optimizer=True, accumulate=1, **kwargs):
-    loss = {"criterion": {"key": key, "kwargs": {**PLACES, **kwargs}}, "weight": 1.0}
-    config = {
-        "num_epochs": epochs,
-        "train_data_loader": loader(RandomSampler),
-        "val_data_loader": loader(SequentialSampler),
-        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
-        "student": {"forward_proc": "forward_batch_only"},
-        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {term: loss}}},
-    }
-    if optimizer:
-        config["optimizer"] = {"key": "SGD", "kwargs": {"lr": 0.1, "momentum": 0.9}, "grad_accum_step": accumulate}
-    if process is not None:
-        config["pre_epoch_process"] = process
-    return config
-
-
 def make_box(config, teacher=None, student=None, distributed=False):
     teacher = net(1) if teacher is None else teacher
     student = net(2) if student is None else student
     return get_distillation_box(teacher, student, {"train": images()}, config, CPU, None, distributed, 1)
-
-
-def train_epoch(box, epoch, *, steps=None):
-    box.pre_epoch_process(epoch=epoch)
-    torch.manual_seed(100 + epoch)
-    for step, (x, y, extra) in enumerate(box.train_data_loader):
-        if step == steps:
-            break
-        box.post_forward_process(loss=box.forward_process(x, y, extra))
-
-
-def the_loss(box):
-    (loss,) = find_losses(box.criterion).values()
-    return loss
 
 
 @torch.no_grad()
@@ -108,7 +62,7 @@ def mean_predictions(teacher, temperature=2.0):
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("process", "moves"), [(OURS, False), (DEFAULT, True), (None, True)])
+@pytest.mark.parametrize(("process", "moves"), [("ikl_pre_epoch_process", False), (DEFAULT, True), (None, True)])
 def test_only_our_process_keeps_the_teachers_statistics(process, moves):
     teacher = net(1)
     box = make_box(stage(process=process), teacher=teacher)
