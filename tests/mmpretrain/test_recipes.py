@@ -123,93 +123,76 @@ CROP_AND_FLIP = [
     {"type": "RandomFlip", "prob": 0.5, "direction": "horizontal"},
 ]
 PACK = {"type": "PackInputs"}
+TURN = {"type": "Rotate", "magnitude_range": (0, 15), "magnitude_std": "inf", "prob": 1.0, "pad_val": 0}
+FILE = {"type": "LoadImageFromFile"}
+RESIZED = [FILE, {"type": "RandomResizedCrop", "scale": 224, "backend": "pillow"}, CROP_AND_FLIP[1], PACK]
+EDGE = {"type": "ResizeEdge", "scale": 256, "edge": "short", "backend": "pillow"}
+CENTRE = [FILE, EDGE, {"type": "CenterCrop", "crop_size": 224}, PACK]
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# whether the images come as BGR, mean and std of pixels, training and test pipeline; of other folders the last row
+PREPARED = {
+    "imagenet": (True, IMAGENET_STATISTICS, RESIZED, CENTRE),
+    "imagenet_lt": (True, IMAGENET_STATISTICS, RESIZED, CENTRE),
+    "cifar100": (False, ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)), [*CROP_AND_FLIP, PACK], [PACK]),
+    "": (False, ([0] * 3, [1] * 3), [*CROP_AND_FLIP, PACK], [PACK]),
+}
 
 
 @pytest.mark.parametrize("path", SHIPPED)
 def test_images_are_prepared_as_published(path, load):
-    family = family_of(path)
-    folder = path.split("/")[0]
     config = load(path)
     preprocessor = config.model.data_preprocessor
     train, val, test = (config[f"{split}_dataloader"].dataset for split in ("train", "val", "test"))
+    to_rgb, statistics, expected, of_test = PREPARED.get(path.split("/")[0], PREPARED[""])
+    assert preprocessor.to_rgb is to_rgb
     pixels = [numpy.array(preprocessor[name]) / 255 for name in ("mean", "std")]
-    if folder.startswith("imagenet"):
-        assert preprocessor.to_rgb is True  # images come as BGR
-        numpy.testing.assert_allclose(pixels, [(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])
-        load_image = {"type": "LoadImageFromFile"}
-        crop = {"type": "RandomResizedCrop", "scale": 224, "backend": "pillow"}
-        assert train.pipeline == [load_image, crop, CROP_AND_FLIP[1], PACK]
-        assert (
-            val.pipeline
-            == test.pipeline
-            == [
-                load_image,
-                {"type": "ResizeEdge", "scale": 256, "edge": "short", "backend": "pillow"},
-                {"type": "CenterCrop", "crop_size": 224},
-                PACK,
-            ]
-        )
-    else:
-        assert preprocessor.to_rgb is False  # MMPretrain's CIFAR sets give RGB
-        published = ([0] * 3, [1] * 3)
-        if folder == "cifar100":
-            published = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-        numpy.testing.assert_allclose(pixels, published)
-        assert val.pipeline == test.pipeline == [PACK]
-        if path in GENERATED:
-            turn = {
-                "type": "Rotate",
-                "magnitude_range": (0, 15),
-                "magnitude_std": "inf",
-                "prob": 1.0,
-                "random_negative_prob": 0.5,
-                "pad_val": 0,
-            }
-            expected = [*CROP_AND_FLIP, *([turn] if family.classes == 100 else []), PACK]
-            assert [part.pipeline for part in train.datasets] == [expected] * 2
-        elif path not in AUGMENTED_WEIGHTS:
-            assert train.pipeline == [*CROP_AND_FLIP, PACK]
+    numpy.testing.assert_allclose(pixels, statistics)
+    assert val.pipeline == test.pipeline == of_test
+    if path in GENERATED:
+        turns = [{**TURN, "random_negative_prob": 0.5}] if family_of(path).classes == 100 else []
+        assert [part.pipeline for part in train.datasets] == [[*CROP_AND_FLIP, *turns, PACK]] * 2
+    elif path not in AUGMENTED_WEIGHTS:
+        assert train.pipeline == expected
     assert preprocessor.get("type", "") == ("TwoViewDataPreprocessor" if path in AUGMENTED_WEIGHTS else "")
+
+
+# type, folder and other keys of the training and the test images
+LISTED = {"data_prefix": "imagenet"}
+IMAGES = {
+    "cifar100": ("CIFAR100", "data/cifar100", {"split": "train"}, {"split": "test"}),
+    "imagenet": ("ImageNet", "data/imagenet", {"split": "train"}, {"split": "val"}),
+    "imagenet_lt": (
+        "ImageNet",
+        "data",
+        {**LISTED, "ann_file": "imagenet_lt/ImageNet_LT_train.txt"},
+        {**LISTED, "ann_file": "imagenet_lt/ImageNet_LT_test.txt"},
+    ),
+}
 
 
 @pytest.mark.parametrize("path", SHIPPED)
 def test_no_checkpoint_is_chosen_by_test_images(path, load):
+    """Under attack the best is chosen by the first 1,024 training images, which are not trained on."""
     config = load(path)
     folder = path.split("/")[0]
-    train, val, test = (config[f"{split}_dataloader"].dataset for split in ("train", "val", "test"))
+    sets = {split: config[f"{split}_dataloader"].dataset for split in ("train", "val", "test")}
+    if path in GENERATED:
+        sets["train"] = sets["train"].datasets[0]
+    found = [{key: value for key, value in one.items() if key != "pipeline"} for one in sets.values()]
     metrics = [config.val_evaluator] if isinstance(config.val_evaluator, dict) else config.val_evaluator
     assert config.test_evaluator == config.val_evaluator
     if path in ROBUST:
-        # The first 1,024 training images, which are not trained on.
-        real = train.datasets[0] if path in GENERATED else train
-        name = folder.split("_")[0]
-        common = {"type": name.upper(), "data_root": f"data/{name}"}
-        assert {**real, "pipeline": 0} == {**common, "split": "train", "indices": 1024 - 50_000, "pipeline": 0}
-        assert {**val, "pipeline": 0} == {**common, "split": "train", "indices": 1024, "pipeline": 0}
-        assert {**test, "pipeline": 0} == {**common, "split": "test", "pipeline": 0}
+        common = {"type": folder.split("_")[0].upper(), "data_root": f"data/{folder.split('_')[0]}", "split": "train"}
+        held_out = [{"indices": 1024 - 50_000}, {"indices": 1024}, {"split": "test"}]
+        assert found == [{**common, **keys} for keys in held_out]
         assert config.default_hooks.checkpoint.save_best == "robust/top1"
         assert metrics == [{"type": kind, "topk": (1,)} for kind in ("Accuracy", "RobustAccuracy")]
         return
     assert config.default_hooks.checkpoint.save_best is None
-    assert val == test
-    if folder == "cifar100":
-        assert (train.type, train.split, train.data_root) == ("CIFAR100", "train", "data/cifar100")
-        assert (test.type, test.split, test.data_root) == ("CIFAR100", "test", "data/cifar100")
-        assert config.test_dataloader.batch_size == 64
-    elif folder == "imagenet":
-        assert (train.type, train.split, train.data_root) == ("ImageNet", "train", "data/imagenet")
-        assert (test.type, test.split, test.data_root) == ("ImageNet", "val", "data/imagenet")
-    else:
-        for dataset, name in ((train, "train"), (test, "test")):
-            assert {**dataset, "pipeline": 0} == {
-                "type": "ImageNet",
-                "data_root": "data",
-                "data_prefix": "imagenet",
-                "ann_file": f"imagenet_lt/ImageNet_LT_{name}.txt",
-                "pipeline": 0,
-            }
+    kind, root, train, test = IMAGES[folder]
+    assert found == [{"type": kind, "data_root": root, **keys} for keys in (train, test, test)]
+    if folder == "imagenet_lt":
         assert metrics[1] == {"type": "ManyMediumFew", "train_counts": "data/imagenet_lt/ImageNet_LT_train.txt"}
-    assert "indices" not in train
 
 
 # --- adversarial training --------------------------------------------------------------------------------------------
