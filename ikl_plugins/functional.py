@@ -8,9 +8,9 @@ class weights. The weighted MSE of the paper runs over all pairs of classes. Wit
 
 so nothing of size C x C is ever formed.
 
-Three ways compute the same numbers: :mod:`ikl_plugins._fused`, value and analytic gradient at once;
-:mod:`ikl_plugins._composed`, plain differentiable tensor code; and, where somebody has built it, the C++ operator of
-:mod:`ikl_plugins.native`.
+Four ways compute the same numbers: :mod:`ikl_plugins._fused`, value and analytic gradient at once;
+:mod:`ikl_plugins._composed`, plain differentiable tensor code; where somebody has built it, the C++ operator of
+:mod:`ikl_plugins.native`; and on CUDA the kernels of :mod:`ikl_plugins.kernels`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _validation as check
-from . import _value_checks, native
+from . import _value_checks, kernels, native
 from ._composed import Settings, composed_loss
 from ._fused import fused_loss
 
@@ -366,6 +366,8 @@ class _AnalyticLoss(torch.autograd.Function):
             # Somebody wants the derivative of this gradient: hand out one that has a graph of its own.
             attached = _composed_gradients(student, teacher, class_prior, ctx.settings, ctx.needs, grad_loss)
             return *attached, None, None, None, None
+        if ctx.gradients is not None and isinstance(ctx.gradients[0], kernels.Later):
+            return *ctx.gradients[0](student, teacher, class_prior, grad_loss), None, None, None, None
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # A second call on a retained graph: the first one scaled its tensors in place and gave them away.
@@ -382,9 +384,14 @@ def _value_and_gradients(
     They are rounded to the inputs' dtype only after the chain rule's last factor, so that a loss scale keeps small ones
     from vanishing.
     """
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+    fused = kernels.operator() if kernels.serves(student, teacher, class_prior) else None
+    if fused is not None:
+        found = fused(student, teacher, class_prior, settings, needs)
+        return found
     operator = native.operator()
     if operator is not None and native.serves(student, teacher, class_prior):
-        found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] = operator(
+        found = operator(
             student, teacher, class_prior, **settings._asdict(), student_needs=needs[0], teacher_needs=needs[1]
         )
         return found
