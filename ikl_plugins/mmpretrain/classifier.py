@@ -116,7 +116,7 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
                 if classes is None:
                     raise ValueError(
                         f"{self._name}: `{key}` must give `num_classes` with global_info=True, as "
-                        f"{type(self.head).__name__} has none. Add num_classes=... to `{key}`."
+                        f"{type(self.head).__name__} has none. Add num_classes=...."
                     )
                 config["num_classes"] = classes
             loss = MODELS.build(config)

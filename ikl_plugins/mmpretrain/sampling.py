@@ -72,8 +72,7 @@ class GeneratedBatchSampler(Sampler[list[int]]):
         fraction = check.check_number(_CALLER, "fraction", fraction)
         if fraction >= 1:
             raise ValueError(
-                f"{_CALLER}: `fraction` must be below 1, got {fraction}. "
-                f"For generated images alone use no batch_sampler."
+                f"{_CALLER}: `fraction` must be below 1, got {fraction}. Without real images use no batch_sampler."
             )
         self.sampler = sampler
         self.batch_size = check.check_integer(_CALLER, "batch_size", batch_size)

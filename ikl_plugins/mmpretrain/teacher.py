@@ -165,8 +165,7 @@ def _initialise(caller: str, module: nn.Module, config: Mapping[str, Any], origi
         _load(caller, module, str(named), origin)
         return
     raise ValueError(
-        f"{caller}: `teacher_ckpt` must be given, got None or weights of a backbone alone. Write "
-        f"teacher_ckpt='....pth'."
+        f"{caller}: `teacher_ckpt` must be given, got None or a backbone alone. Write teacher_ckpt='....pth'."
     )
 
 
