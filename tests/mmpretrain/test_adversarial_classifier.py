@@ -134,6 +134,24 @@ def total_of(losses):
     return sum(value for name, value in losses.items() if "loss" in name)
 
 
+def alike(model, network):
+    """Gradients and statistics are those of the network trained by hand."""
+    for ours, theirs in zip(network_of(model).parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+    for ours, theirs in zip(network_of(model).buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def observed(labels, logits):
+    """What a class prior has collected of a batch, at weight temperature 4."""
+    sums = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
+    return sums.index_add_(0, labels, torch.softmax(logits.detach() / 4.0, 1))
+
+
+def step(model, data=None):
+    return model.train().train_step(data or batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+
+
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +160,7 @@ def test_a_trades_step_equals_the_one_by_hand():
     inputs, samples, labels = prepared(model, batch())
     network = copy.deepcopy(network_of(model))
     adversarial = attack_by_hand(network, inputs, seed=5)
-    student, teacher = network(adversarial), network(inputs)
+    student, teacher = network(adversarial), network(inputs)  # the adversarial images first
     expected = F.cross_entropy(teacher, labels) + 6.0 * kl(student, teacher)
     expected.backward()
 
@@ -151,10 +169,7 @@ def test_a_trades_step_equals_the_one_by_hand():
     total_of(losses).backward()
     torch.testing.assert_close(losses["loss_robust"], 6.0 * kl(student, teacher), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(total_of(losses), expected, rtol=1e-9, atol=1e-12)
-    for ours, theirs in zip(network_of(model).parameters(), network.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-10)
-    for ours, theirs in zip(network_of(model).buffers(), network.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)  # the adversarial images first
+    alike(model, network)
 
 
 def test_an_ikl_step_with_prior_and_awp_equals_the_one_by_hand():
@@ -188,16 +203,11 @@ def test_an_ikl_step_with_prior_and_awp_equals_the_one_by_hand():
     total_of(losses).backward()
     torch.testing.assert_close(total_of(losses), expected, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(losses["weighted_mse"], mse.detach(), rtol=1e-8, atol=1e-10)
-    for ours, theirs in zip(network_of(model).parameters(), network.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
-    for ours, theirs in zip(network_of(model).buffers(), network.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)  # neither attack nor AWP's pass moved them
+    alike(model, network)  # neither attack nor AWP's pass moved the statistics
     model.end_iteration()
     assert all(map(torch.equal, model.parameters(), before))
     # The prior collects the natural predictions of the training pass, of the perturbed weights, and collects once.
-    sums = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
-    sums.index_add_(0, labels, torch.softmax(teacher.detach() / 4.0, 1))
-    torch.testing.assert_close(model.robust_loss.class_prior.sums, sums, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(model.robust_loss.class_prior.sums, observed(labels, teacher), rtol=1e-8, atol=1e-10)
 
 
 def test_the_objective_ikl_is_weighed_by_the_class_prior():
@@ -240,9 +250,7 @@ def test_two_views_weigh_the_second_and_collect_the_first():
     torch.manual_seed(5)
     losses = model.loss([inputs, second], samples)
     torch.testing.assert_close(total_of(losses), expected, rtol=1e-8, atol=1e-10)
-    sums = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
-    sums.index_add_(0, labels, torch.softmax(teacher[:6].detach() / 4.0, 1))
-    torch.testing.assert_close(model.robust_loss.class_prior.sums, sums, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(model.robust_loss.class_prior.sums, observed(labels, teacher[:6]), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +262,7 @@ def test_the_attack_is_measured_in_pixels(settings):
     model = make(data_preprocessor=preprocessor(**settings)).train()
     seen = []
     model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if module.training else None)
-    model.train_step(batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+    step(model)
     adversarial, natural = (model.pixels.to_pixels(inputs) for inputs in seen)
     images = torch.stack(batch()["inputs"]).float() / 255
     torch.testing.assert_close(natural, images.flip(1) if settings.get("to_rgb", True) else images)
@@ -265,12 +273,11 @@ def test_the_attack_is_measured_in_pixels(settings):
 
 
 def test_eps_grows_with_the_epochs_and_is_logged():
-    model = make(attack={"eps": "8/255", "budget": "high_as_executed", "eps_ramp": 1.0, "objective": "ikl"}).train()
-    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))
+    model = make(attack={"eps": "8/255", "budget": "high_as_executed", "eps_ramp": 1.0, "objective": "ikl"})
     seen = []
     for epoch in (1, 2, 4):
         model.begin_epoch(epoch, 4)
-        seen.append(model.train_step(batch(), wrapper)["eps"].item())
+        seen.append(step(model)["eps"].item())
     assert seen == pytest.approx([2 / 255, 4 / 255, 8 / 255])
 
 
@@ -280,10 +287,7 @@ def test_eps_grows_with_the_epochs_and_is_logged():
     ids=lambda loss: loss["type"],
 )
 def test_the_log_counts_nothing_twice(loss):
-    model = make(robust_loss=loss).train()
-    model.begin_epoch(1, 4)
-    log = model.train_step(batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
-    values = {name: value.item() for name, value in log.items()}
+    values = {name: value.item() for name, value in step(told(make(robust_loss=loss))).items()}
     assert values["loss"] == pytest.approx(values["loss_ce"] + values["loss_robust"])
     assert values["loss_robust"] == pytest.approx(values["weighted_mse"] + values["soft_cross_entropy"], rel=1e-5)
     assert 0 <= values["adversarial_accuracy"] <= 100
@@ -430,10 +434,6 @@ def test_robust_accuracy_reads_what_the_model_predicts():
 ATTACK = {"eps": "8/255", "steps": 2, "step_size": "4/255"}
 SCORES = preprocessor(to_onehot=True, num_classes=CLASSES)
 RAW = preprocessor(mean=None, std=None)
-
-
-def step(model, data=None):
-    return model.train().train_step(data or batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
 
 
 class Checkpointed(TinyBackbone):
