@@ -120,6 +120,30 @@ def test_places_with_and_without_additional_data():
     assert found.overall.place == (found.with_data.place - 1) + (found.without_data.place - 1) + 1
 
 
+def test_says_how_many_are_better_in_both():
+    found = rank("cifar100", "Linf", 39.18, natural_accuracy=73.85, name="Cui2023Decoupled_WRN-28-10")
+    board = entries("cifar100", "Linf")
+    expected = [e.id for e in board if e.natural_accuracy > 73.85 and e.robust_accuracy > 39.18]
+    assert list(found.better_in_both) == expected
+    assert len(expected) == 3
+    equal = rank("cifar100", "Linf", 39.0, natural_accuracy=73.85)  # better in one, equal in the other
+    assert "Cui2023Decoupled_WRN-28-10" not in equal.better_in_both
+    assert rank("cifar100", "Linf", 39.18).better_in_both == ()
+
+
+def test_the_markdown_explains_external_evaluations():
+    text = rank("cifar10", "Linf", 64.0, additional_data=True).markdown()
+    assert "64.20 (e)" in text
+    assert "\n(e): " in text
+    assert "(e)" not in rank("cifar10", "corruptions", 90.0).markdown()
+
+
+def test_the_ranking_as_json():
+    found = json.loads(json.dumps(rank("imagenet", "Linf", 59.56).to_dict()))
+    assert found["overall"]["place"] == 1 + sum(e.robust_accuracy > 59.56 for e in entries("imagenet", "Linf"))
+    assert (found["date"], found["eps"], found["natural_accuracy"]) == ("2025-03-31", "4/255", None)
+
+
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
