@@ -2,6 +2,8 @@
 
     python tools/bench.py                       # losses, training, adversarial, each in a process of its own
     python tools/bench.py losses --seconds 30   # one of them
+    python tools/bench.py losses --device cuda  # the same on a device
+    python tools/bench.py device                # launches and waits of training steps on a CUDA device
     python tools/bench.py docs                  # what was measured, into docs/benchmarks.md and docs/results
     python tools/bench.py docs --check          # the page's tables are those of docs/results
 
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 
+from evidence import device as devices
 from evidence.cache import TOOLS, processor
 from evidence.report import settle
 from ikl_plugins import native
@@ -90,9 +93,10 @@ def peak_of(benchmark: str, method: str, *, runs: int = 1, env: dict[str, str] |
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[Row], device: torch.device) -> str:
     """The rows, and what all of them depend on."""
     origin = {
+        **({} if device.type == "cpu" else devices.facts(device)),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
@@ -112,16 +116,16 @@ def rendered(name: str, table: str) -> str:
     return text
 
 
-def measure(name: str, output: Path, seconds: float | None, threads: int) -> None:
+def measure(name: str, output: Path, seconds: float | None, threads: int, device: torch.device) -> None:
     """Runs one benchmark in this process and writes its files."""
     module = importlib.import_module(f"evidence.bench_{name}")
     torch.set_num_threads(threads)
     native.disable()  # but where a method has it in its name
     rows = []
-    for row in module.measure(module.SECONDS if seconds is None else seconds):
+    for row in module.measure(module.SECONDS if seconds is None else seconds, device):
         rows.append(row)
         print(", ".join(f"{value}" for value in row.values()), flush=True)
-    table = as_csv(rows)
+    table = as_csv(rows, device)
     text = rendered(name, table)
     written = settle({output / f"{name}.csv": table, output / f"{name}.md": text + "\n"})
     print(f"\n{text}\nWritten: {', '.join(map(str, written))}")
@@ -159,10 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", nargs="?", choices=(*NAMES, "docs"), help="default: the three benchmarks")
+    parser.add_argument("what", nargs="?", choices=(*NAMES, "device", "docs"), help="default: the three benchmarks")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default: runs/bench)")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--seconds", type=float, help="least time spent on each shape, pair of networks or case")
+    parser.add_argument("--device", help="default: cpu, and cuda for `device`")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     docs = parser.add_argument_group("docs")
     docs.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
@@ -183,7 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
             native.disable()
             print(importlib.import_module(f"evidence.bench_{args.what}").peak(args.memory_of))
         elif args.what:
-            measure(args.what, args.output, args.seconds, args.threads)
+            device = torch.device(args.device or ("cuda" if args.what == "device" else "cpu"))
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"{CALLER}: `--device` must be there, but torch finds no CUDA device. Choose cpu.")
+            measure(args.what, args.output, args.seconds, args.threads, device)
         else:
             given = sys.argv[1:] if arguments is None else arguments
             for name in NAMES:

@@ -337,7 +337,7 @@ def gradients(step: Step, start: Problem, adversarial: Tensor | None = None) -> 
     return torch.cat([gradient.reshape(-1) for gradient in found if gradient is not None]), adversarial
 
 
-def measure(seconds: float) -> Iterator[Row]:
+def measure(seconds: float, device: torch.device) -> Iterator[Row]:
     """Rows of the CSV file."""
     for case in CASES:
         times = interleaved(case, problem(case.classes), seconds)

@@ -233,7 +233,7 @@ def import_seconds() -> float:
     return statistics.median(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(7))
 
 
-def measure(seconds: float) -> Iterator[Row]:
+def measure(seconds: float, device: torch.device) -> Iterator[Row]:
     """Rows of the CSV file."""
     warm_heap()
     built = bench.can_build()

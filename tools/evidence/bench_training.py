@@ -229,7 +229,7 @@ def peak_of(method: str) -> float:
     return bench.peak_of("training", method, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)})
 
 
-def measure(seconds: float) -> Iterator[Row]:
+def measure(seconds: float, device: torch.device) -> Iterator[Row]:
     """Rows of the CSV file."""
     built = bench.can_build()
 
