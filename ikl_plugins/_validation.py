@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _value_checks
-from ._value_checks import check_values
+from ._value_checks import check_values, is_recorded
 
 REDUCTIONS = ("batchmean", "sum", "none")
 # What the losses compute with. torch counts its 8-bit formats as floating, but they have no arithmetic.
@@ -186,12 +186,13 @@ def check_targets(
             f"{caller}: `{name}` must have shape {expected} for logits of shape {tuple(logits.shape)}, got "
             f"{tuple(targets.shape)}. Pass one class index per prediction."
         )
-    if torch.compiler.is_compiling() or targets.numel() == 0 or targets.is_meta:
+    if targets.numel() == 0 or targets.is_meta or is_recorded(targets):
         return targets
     global _seen_targets
     version = None if targets.is_inference() else targets._version
-    if _seen_targets is not None and version is not None and _seen_targets[1:] == (version, num_classes):
-        whole = _seen_targets[0]()
+    seen = _seen_targets  # another thread may change it
+    if seen is not None and version is not None and seen[1:] == (version, num_classes):
+        whole = seen[0]()
         if whole is not None and (whole is targets or whole is targets._base):
             return targets
 
@@ -212,10 +213,13 @@ def check_targets(
 def safe_index(targets: Tensor, num_classes: int) -> Tensor:
     """Checked targets as an index.
 
-    On a device the check is read later, and an index out of range would end the process before that.
+    On a device the check is read later, and an index out of range would end the process before that. Where nothing is
+    checked it shall.
     """
     labels = targets.long()
-    return labels if _value_checks.on_host(labels) else labels.clamp(0, num_classes - 1)
+    if is_recorded(labels) or _value_checks.on_host(labels):
+        return labels
+    return labels.clamp(0, num_classes - 1)
 
 
 def unknown_name_message(caller: str, kind: str, name: str, known: Iterable[str]) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -45,6 +47,7 @@ class Finding(NamedTuple):
         return f"{message} (Batch {self.call} of this check on {where}; {VARIABLE}=immediate stops at once.)"
 
 
+_lock = threading.Lock()
 _findings: list[Finding] = []
 _calls: Counter[tuple[str, str]] = Counter()
 
@@ -81,14 +84,22 @@ def check_values(caller: str, name: str, numbers: tuple[Tensor, ...], judge: Jud
         if message is not None:
             raise ValueError(message)
         return
-    if first.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # a graph is recorded: there are no values yet, and its memory is not ours afterwards
+    if is_recorded(first):
+        return  # there are no values yet, and a graph's memory is not ours afterwards
     if not _calls:
         atexit.register(_read_at_exit)
-    _calls[caller, name] += 1
-    _findings.append(Finding(caller, _calls[caller, name], numbers, judge))
+    with _lock:  # DataParallel has a thread for each device
+        _calls[caller, name] += 1
+        _findings.append(Finding(caller, _calls[caller, name], numbers, judge))
     if len(_findings) >= _READ_EVERY or immediate():
         read_value_checks()
+
+
+def is_recorded(values: Tensor) -> bool:
+    """Whether torch.compile or a CUDA graph records what is done with these values: nothing is checked there."""
+    if torch.compiler.is_compiling():
+        return True
+    return values.is_cuda and not isinstance(values, FakeTensor) and torch.cuda.is_current_stream_capturing()
 
 
 def on_host(number: Tensor) -> bool:
@@ -104,8 +115,9 @@ def largest(values: Tensor) -> Tensor:
 
 def take_findings() -> list[Finding]:
     """The findings that nobody has read, for a caller who copies them to the host with numbers of its own."""
-    taken = _findings.copy()
-    _findings.clear()
+    with _lock:
+        taken = _findings.copy()
+        _findings.clear()
     return taken
 
 
@@ -121,17 +133,18 @@ def read_value_checks() -> None:
 
 
 def host_numbers(groups: list[tuple[Tensor, ...]]) -> list[list[float]]:
-    """The values of 0-dim tensors, one copy to the host for each device."""
+    """The values of 0-dim tensors; one copy to the host for each CUDA device, elsewhere one for each dtype."""
     places: dict[torch.device, dict[torch.dtype, list[tuple[int, int]]]] = {}
     for row, group in enumerate(groups):
         for column, number in enumerate(group):
             places.setdefault(number.device, {}).setdefault(number.dtype, []).append((row, column))
     values: list[list[float]] = [[0.0] * len(group) for group in groups]
     for device, dtypes in places.items():
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        stacks = [torch.stack([groups[r][c].detach() for r, c in spots]).to(wide) for spots in dtypes.values()]
+        stacks = [torch.stack([groups[r][c].detach() for r, c in spots]) for spots in dtypes.values()]
+        if device.type == "cuda":  # a single copy; elsewhere float64 may be missing
+            stacks = [torch.cat([stack.double() for stack in stacks])]
         spots = [spot for spots in dtypes.values() for spot in spots]
-        for (row, column), value in zip(spots, torch.cat(stacks).tolist(), strict=True):
+        for (row, column), value in zip(spots, chain.from_iterable(stack.tolist() for stack in stacks), strict=True):
             values[row][column] = value
     return values
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from . import _validation as check
-from ._value_checks import read_value_checks
+from ._value_checks import is_recorded, read_value_checks
 
 __all__ = ["ClassPrior"]
 
@@ -94,9 +95,9 @@ class ClassPrior(nn.Module):
 
     def check_matrix(self, caller: str) -> None:
         """Refuses a matrix with negative or non-finite entries; looks at it again only after it has changed."""
-        if torch.compiler.is_compiling():
-            return
         matrix = self.matrix
+        if is_recorded(matrix):
+            return
         state = None if matrix.is_inference() else (id(matrix), matrix._version)
         if state is None or state != self._passed:
             check.check_weights(caller, matrix)
@@ -173,6 +174,17 @@ class ClassPrior(nn.Module):
         self.sums.zero_()
         self.counts.zero_()
         self.left_out.zero_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._passed = None  # of another matrix: this is a copy
+        if "left_out" not in self._buffers:  # pickled by an older release
+            self.register_buffer("left_out", torch.zeros_like(self.counts[0]), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # No part of a checkpoint; on the meta device until now, perhaps.
+        self.left_out = torch.zeros_like(self.left_out, device=self.counts.device)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}"

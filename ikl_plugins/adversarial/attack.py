@@ -241,9 +241,10 @@ class PGD:
                     objective = self._away_from_predictions(forward, images, natural_logits, class_prior)
                 low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
                 adversarial = self._start(images, low, high, eps, generator)
-                scale = _Float16Scale(images) if _computes_in_float16(images) else None
+                scale: _Float16Scale | None = None
                 for _ in range(steps):
-                    value, gradient = _value_and_gradient(forward, objective, adversarial.requires_grad_(), scale)
+                    adversarial.requires_grad_()
+                    value, gradient, scale = _value_and_gradient(forward, objective, adversarial, scale)
                     adversarial = self._step(adversarial.detach(), gradient, images, low, high, eps, step_size)
         finally:
             # Under autocast older releases of torch keep the natural pass's copies of the weights, which have no graph.
@@ -380,10 +381,15 @@ def _judge_pixels(low: float, high: float) -> str | None:
     )
 
 
-def _computes_in_float16(images: Tensor) -> bool:
+def _computes_in_float16(images: Tensor, logits: Tensor) -> bool:
+    """Whether gradients of the pixels are, in parts, of float16; a model may have an autocast block of its own."""
+    if torch.float16 in (images.dtype, logits.dtype):
+        return True
     kind = images.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    return autocast or images.dtype == torch.float16
+    # Older releases of torch cannot compile the first question; whoever compiles has a device that knows autocast.
+    if not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)):
+        return False
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
 
 
 class _Float16Scale:
@@ -410,9 +416,11 @@ def _value_and_gradient(
     objective: Callable[[Tensor], Tensor],
     adversarial: Tensor,
     scale: _Float16Scale | None,
-) -> tuple[Tensor, Tensor]:
-    """The objective's value at these images, and its gradient of them."""
+) -> tuple[Tensor, Tensor, _Float16Scale | None]:
+    """The objective's value at these images, its gradient of them, and the scale for the next step."""
     logits = _logits(forward(adversarial))
+    if scale is None and _computes_in_float16(adversarial, logits):
+        scale = _Float16Scale(adversarial)
     gradient = None
     if logits.requires_grad:
         value = objective(logits)
@@ -430,7 +438,7 @@ def _value_and_gradient(
         raise ValueError(
             "PGD: `model` must be differentiable, but its logits carry no gradient. Look for a detach() or no_grad()."
         )
-    return value.detach(), gradient if scale is None else scale.adapted(gradient)
+    return value.detach(), gradient if scale is None else scale.adapted(gradient), scale
 
 
 def _logits(output: Any) -> Tensor:

@@ -114,17 +114,28 @@ class AdversarialWeightPerturbation:
     @torch.no_grad()
     def _move(self, weights: list[Tensor], gradients: list[Tensor]) -> None:
         """A few launches for all weights together, and one for each to add its part."""
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))  # knows numbers as small as _TINY
+        devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for weight, gradient in zip(weights, gradients, strict=True):
+            devices.setdefault(weight.device, []).append((weight, gradient))
+        flats = [torch.cat([gradient.reshape(-1) for _, gradient in pairs]) for pairs in devices.values()]
+        flats = [flat.to(torch.promote_types(flat.dtype, torch.float32)) for flat in flats]  # for numbers like _TINY
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(flat)  # the sum: the perturbation does not depend on its scale
-        # What has overflowed in half precision gives no direction: the step is taken at the weights as they are.
-        flat = torch.where(largest(flat) < torch.inf, flat, 0.0)
+            for flat in flats:
+                torch.distributed.all_reduce(flat)  # the sum: the perturbation does not depend on its scale
+        bound = largest(flats[0])
+        for flat in flats[1:]:
+            bound = bound + largest(flat).to(bound.device)
+        for flat, pairs in zip(flats, devices.values(), strict=True):
+            # What has overflowed in half precision gives no direction: the step is taken at the weights as they are.
+            flat = torch.where(bound.to(flat.device) < torch.inf, flat, 0.0)
+            self._move_along(flat, [weight for weight, _ in pairs])
+
+    def _move_along(self, flat: Tensor, weights: list[Tensor]) -> None:
         parts = torch.split(flat, [weight.numel() for weight in weights])
         scales = self.gamma * _norms(weights) / (_norms(parts) + _TINY)
         originals = [torch.empty_like(weight) for weight in weights]
         torch._foreach_copy_(originals, weights)
-        self._originals = list(zip(weights, originals, strict=True))
+        self._originals += zip(weights, originals, strict=True)
         for weight, part, scale in zip(weights, parts, scales.unbind(), strict=True):
             weight.addcmul_(part.view(weight.shape), scale)
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import _validation as check
+from .._value_checks import read_value_checks
 
 __all__ = ["batches", "dry_run", "kept_random_states"]
 
@@ -94,6 +95,7 @@ def _validated(runner: Any, model: nn.Module) -> dict[str, Any] | None:
                 return None
             model.eval()
             outputs = runner.model.val_step(batch)  # an error of the network is shown as it is
+            read_value_checks()
             with _telling("val_evaluator"):
                 evaluator.process(data_samples=outputs, data_batch=batch)
                 metrics: dict[str, Any] = evaluator.evaluate(len(outputs) * get_world_size())

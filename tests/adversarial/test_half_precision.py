@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ikl_plugins.adversarial import PGD, AdversarialWeightPerturbation, attack
 
@@ -63,6 +64,26 @@ def test_float16_keeps_the_gradients_that_float32_has(
     assert zeros(gradients) > 0.1  # so the network is one that shows it
 
 
+def test_autocast_inside_the_model_is_float16_too(gradients: list[Tensor]) -> None:
+    model = network()
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return model(images)  # type: ignore[no-any-return]
+
+    pgd = PGD(eps="8/255", steps=3, step_size="2/255", random_start="normal", objective="soft_cross_entropy")
+    pgd(model, torch.rand(8, 3, 16, 16), forward=forward)
+    assert zeros(gradients) < 0.02
+
+
+def test_a_device_without_autocast_is_not_asked_for_it() -> None:
+    """MPS in older releases of torch is one."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).to("meta")
+    images = torch.empty(4, 3, 2, 2, device="meta")
+    pgd = PGD(eps=0.1, steps=2, step_size=0.1)
+    assert pgd(model, images, labels=torch.empty(4, dtype=torch.long, device="meta")).shape == images.shape
+
+
 def test_bfloat16_is_not_scaled(gradients: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     run(torch.bfloat16)
     expected = [gradient.clone() for gradient in gradients]
@@ -109,6 +130,15 @@ def test_a_gradient_that_overflowed_perturbs_nothing(bad: float) -> None:
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     with awp.perturbed(model, model(images).square().sum()):  # and the next step is perturbed again
         assert not torch.equal(model[3].weight, before["3.weight"])
+
+
+def test_weights_may_lie_on_several_devices() -> None:
+    with FakeTensorMode():
+        weights = [torch.zeros(2, 3, device=device) for device in ("cpu", "cuda", "cpu")]
+        awp = AdversarialWeightPerturbation(gamma=0.1)
+        awp._move(weights, [torch.ones_like(weight) for weight in weights])
+        awp.restore()
+    assert [weight.device.type for weight in weights] == ["cpu", "cuda", "cpu"]
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")

@@ -205,6 +205,37 @@ def test_copies_are_equal_and_independent(duplicate: object) -> None:
     assert prior.counts.sum() == 7
 
 
+def test_a_module_saved_whole_before_it_counted_what_is_left_out_still_works() -> None:
+    old = ClassPrior(3)
+    old.observe(torch.eye(3), torch.arange(3))
+    del old._passed, old._buffers["left_out"]
+    old._non_persistent_buffers_set.clear()
+    prior = pickle.loads(pickle.dumps(old))  # noqa: S301
+    prior.check_matrix("test")
+    prior.end_epoch()
+    assert torch.equal(prior.matrix, torch.eye(3))
+    assert list(prior.state_dict()) == ["matrix", "sums", "counts"]
+
+
+def test_a_copy_is_checked_anew() -> None:
+    prior = ClassPrior(3)
+    prior.check_matrix("test")
+    assert copy.deepcopy(prior)._passed is None
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_prior_made_on_meta_has_left_nothing_out(assign: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with torch.device("meta"):
+        prior = ClassPrior(3)
+    if not assign:
+        prior.to_empty(device="cpu").left_out.fill_(7)  # whatever the memory held
+    prior.load_state_dict(ClassPrior(3).state_dict(), assign=assign)
+    prior.observe(torch.eye(3), torch.arange(3))
+    prior.end_epoch()
+    assert not caplog.records
+    assert torch.equal(prior.matrix, torch.eye(3))
+
+
 @pytest.mark.parametrize("shrink", ["half", "bfloat16", "to"])
 def test_half_precision_leaves_the_sums_in_float32(shrink: str) -> None:
     prior = _filled()

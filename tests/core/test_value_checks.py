@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from no_waits import NoWaits
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ikl_plugins import ClassPrior, DKLLoss, GKLLoss, IKLLoss, _value_checks, ikl_loss, read_value_checks
 from ikl_plugins.adversarial import PGD, AdversarialWeightPerturbation, PixelSpace
@@ -202,6 +205,54 @@ def test_the_labels_of_a_batch_are_looked_at_once(monkeypatch: pytest.MonkeyPatc
     labels += 7
     with pytest.raises(ValueError, match="got values from 10 to 10"):
         train()
+
+
+def test_a_recorded_step_keeps_bad_labels(device: None) -> None:
+    """Nobody reads a finding there, so that the nearest class must not stand for them."""
+    loss = IKLLoss(global_info=True, num_classes=5)
+    step = torch.compile(loss, backend="eager")
+    with pytest.raises(IndexError, match="index 7 is out of bounds"):
+        step(*batch()[:2], torch.full((6,), 7))
+
+
+def test_findings_need_no_wide_numbers(device: None) -> None:
+    """Not every device has float64, and float32 would round large integers."""
+
+    class NoDoubles(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            assert not isinstance(result, Tensor) or result.dtype is not torch.float64
+            return result
+
+    large = 2**24 + 1
+    numbers = [(torch.tensor(large), torch.tensor(0.5)), (torch.tensor(7, dtype=torch.int32),)]
+    with NoDoubles():
+        assert _value_checks.host_numbers(numbers) == [[large, 0.5], [7]]
+
+
+def test_findings_of_several_threads_are_read_once_each(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(list):  # type: ignore[type-arg]
+        def copy(self) -> list[Any]:
+            taken = super().copy()
+            time.sleep(1e-4)
+            return taken
+
+    prior, read = ClassPrior(5), []
+    monkeypatch.setattr(_value_checks, "_READ_EVERY", 10_000)
+    monkeypatch.setattr(_value_checks, "_findings", Slow())
+
+    def work() -> None:
+        for _ in range(200):
+            prior.prior(torch.tensor([0]))
+            read.extend(_value_checks.take_findings())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    read += _value_checks.take_findings()
+    assert len(read) == len(set(map(id, read))) == 800
 
 
 # --- predictions that are not finite ---------------------------------------------------------------------------------

@@ -91,6 +91,18 @@ def test_a_bad_label_on_a_device_stops_the_run_at_its_iteration(teacher, tmp_pat
         run.train()
 
 
+def test_the_rehearsal_of_the_validation_reads_what_it_has_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(_value_checks, "on_host", lambda number: False)
+    data = loader()
+    data.dataset[0]["data_samples"].set_gt_label(7)
+    validation = {"val_dataloader": data, "val_cfg": {}, "val_evaluator": {"type": "Accuracy"}}
+    model = adversarial_network(val_attack={"eps": "8/255", "steps": 1, "step_size": "8/255"})
+    run = runner(tmp_path, model, epochs=1, **validation)
+    run.register_hook(Record(before_train_iter=lambda *_, **__: pytest.fail("a step was taken")), "LOW")
+    with pytest.raises(ValueError, match=r"PGD: `labels` must lie in \[0, 2\], got values from [0-2] to 7"):
+        run.train()
+
+
 @pytest.mark.parametrize("global_info", [False, True])
 def test_distillation_compiles_without_a_graph_break(global_info, teacher):
     config = distilled_network(teacher)
