@@ -37,7 +37,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_table_of_the_counting_runtime_claims_no_gpu() -> None:
     row = {"part": "loss", "step": "IKL", "way": "walk", "launches": "22", "waits": "0", "torch": "2.14.1"}
     table = bench_device.render([{**row, "counter": "counting runtime"}])
-    assert table.startswith("Counted with a CUDA runtime that launches nothing, not on a GPU")
+    assert table.startswith("Counted by a CUDA runtime that launches nothing, on no GPU")
     assert "| loss | IKL (walk) | 22 | 0 |" in table
     assert "Counted on H, driver 5" in bench_device.render([{**row, "counter": "", "device": "H", "driver": "5"}])
 

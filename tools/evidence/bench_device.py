@@ -234,7 +234,7 @@ def render(rows: list[Row]) -> str:
     """The table from the rows of the CSV file."""
     first = rows[0]
     if first["counter"] == "counting runtime":
-        by = f"Counted with a CUDA runtime that launches nothing, not on a GPU, torch {first['torch']}; it has no times."
+        by = f"Counted by a CUDA runtime that launches nothing, on no GPU, torch {first['torch']}: it has no times."
     else:
         by = f"Counted on {first.get('device', 'cpu')}, driver {first.get('driver', 'none')}, torch {first['torch']}."
     cells = [
