@@ -244,9 +244,7 @@ def _read(file: str, loader: Callable[[str], Any], transform: Callable[[Any], Te
     try:
         return transform(loader(file))
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises any of them on a damaged file
-        raise ValueError(
-            f"{_CALLER}: every image must be readable, but {file} is not: {error}. Remove or replace it."
-        ) from error
+        raise ValueError(f"{_CALLER}: every image must be readable, but {file} is not: {error}.") from error
 
 
 def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> Images:

@@ -368,7 +368,7 @@ def natural_predictions(
         classes = logits.shape[1]
         found.append(logits.max(dim=1)[1].cpu())
     if classes is None or classes < 2:
-        raise ValueError(f"{caller}: `model` must have at least 2 classes, got {classes}. A single one cannot fall.")
+        raise ValueError(f"{caller}: `model` must have at least 2 classes, got {classes}.")
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= classes:
         raise ValueError(
@@ -453,25 +453,18 @@ def _check_version(caller: str, version: str, attacks: Sequence[str] | None) -> 
     if isinstance(attacks, str):
         raise TypeError(f"{caller}: `attacks` must be a sequence of names, got {attacks!r}. Write [{attacks!r}].")
     if version != "standard":
-        raise ValueError(
-            f"{caller}: `attacks` must be None with version={version!r}, which brings its own, got {list(attacks)}."
-        )
+        raise ValueError(f"{caller}: `attacks` must be None with version={version!r}, got {list(attacks)}.")
     for attack in attacks:
         if attack not in ATTACKS:
             raise ValueError(check.unknown_name_message(caller, "attack", attack, ATTACKS))
     if not attacks or len(set(attacks)) != len(attacks):
-        raise ValueError(
-            f"{caller}: `attacks` must name at least one attack, and each once, got {list(attacks)}. "
-            f"Known: {', '.join(ATTACKS)}."
-        )
+        raise ValueError(f"{caller}: `attacks` must name one at least, each once, got {list(attacks)}.")
     return "custom", list(attacks)
 
 
 def check_model(caller: str, model: nn.Module, version: str) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{caller}: `model` must be a torch.nn.Module, got {type(model).__name__}. Wrap a function in one."
-        )
+        raise TypeError(f"{caller}: `model` must be a torch.nn.Module, got {type(model).__name__}.")
     if model.training:
         raise ValueError(f"{caller}: `model` must be in eval mode, but is in training mode. Call `model.eval()`.")
     training = [name for name, module in model.named_modules() if module.training]
@@ -492,9 +485,7 @@ def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
         what = check.kind_of(labels)
         raise TypeError(f"{caller}: `labels` must be a tensor of class indices, got {what}. Pass a long tensor.")
     if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"{caller}: `labels` must have shape ({len(images)},), one per image, got {tuple(labels.shape)}."
-        )
+        raise ValueError(f"{caller}: `labels` must have shape ({len(images)},), got {tuple(labels.shape)}.")
     # AutoAttack takes views of gradients, which have the layout of the images.
     return images.detach().cpu().float().contiguous(), labels.detach().cpu().long()
 

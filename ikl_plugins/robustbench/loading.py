@@ -219,7 +219,7 @@ def from_mmpretrain(
     if isinstance(config, (str, Path)):
         where = str(config)
         if not Path(config).expanduser().is_file():
-            raise ValueError(f"{caller}: `config` must be a file, but there is none at {config}. Check the path.")
+            raise ValueError(f"{caller}: `config` must be a file, but there is none at {config}.")
         config = Config.fromfile(str(Path(config).expanduser()))
     elif not isinstance(config, Config):
         raise TypeError(
@@ -277,7 +277,7 @@ def from_torchdistill(config: Path | str, checkpoint: Path | str, *, device: tor
             name=error.name,
         ) from error
     if not Path(config).expanduser().is_file():
-        raise ValueError(f"{caller}: `config` must be a file, but there is none at {config}. Check the path.")
+        raise ValueError(f"{caller}: `config` must be a file, but there is none at {config}.")
     try:
         content = load_yaml_file(os.fspath(Path(config).expanduser()))
     except yaml.YAMLError as error:

@@ -116,9 +116,7 @@ class Subject:
 
 def _check_model_and_images(model: object, images: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{_CALLER}: `model` must be a torch.nn.Module, got {type(model).__name__}. Wrap a function in one."
-        )
+        raise TypeError(f"{_CALLER}: `model` must be a torch.nn.Module, got {type(model).__name__}.")
     if not isinstance(images, Tensor) or not images.is_floating_point():
         found = check.kind_of(images)
         raise TypeError(f"{_CALLER}: `images` must be floats in [0, 1], got {found}. Divide 8-bit images by 255.")
