@@ -11,7 +11,7 @@ import numpy
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank, get_world_size
-from mmengine.hooks import EMAHook, Hook, SyncBuffersHook
+from mmengine.hooks import EMAHook, Hook, RuntimeInfoHook, SyncBuffersHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import find_latest_checkpoint
@@ -107,6 +107,9 @@ class IKLHook(Hook):  # type: ignore[misc]
         if isinstance(model, EpochModel):
             model.attach(runner)
             if self.rehearse:
+                for hook in runner.hooks:  # its turn comes later; whoever is rehearsed may ask for what it tells
+                    if isinstance(hook, RuntimeInfoHook):
+                        RuntimeInfoHook.before_train(hook, runner)
                 dry_run(runner, model)
 
     def before_train_epoch(self, runner: Any) -> None:

@@ -260,6 +260,21 @@ def test_the_dry_run_changes_nothing(teacher, tmp_path):
     assert ours[1] == plain[1] == [True]
 
 
+def test_a_metric_may_ask_the_message_hub_during_the_rehearsal(teacher, tmp_path):
+    run = run_of(teacher, tmp_path, epochs=1, **validated())
+    (metric,) = run.val_loop.evaluator.metrics
+    told = []
+    process = metric.process
+
+    def asking(*args, **kwargs):
+        told.append([run.message_hub.get_info(name) for name in ("epoch", "max_epochs", "max_iters")])
+        return process(*args, **kwargs)
+
+    metric.process = asking
+    run.train()
+    assert told[0] == [0, 1, 3]
+
+
 @pytest.mark.parametrize("rehearse", [True, False])
 def test_without_images_or_when_turned_off_the_host_finds_out_itself(rehearse, teacher, tmp_path):
     settings = validated(val_dataloader=loader(count=0, shuffle=False)) if rehearse else validated(**WRONG)
