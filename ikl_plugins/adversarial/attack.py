@@ -242,7 +242,9 @@ class PGD:
                 low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
                 adversarial = self._start(images, low, high, eps, generator)
                 scale: _Float16Scale | None = None
-                for _ in range(steps):
+                for step in range(steps):
+                    if scale is not None and step == steps - 1:
+                        scale.settle()
                     adversarial.requires_grad_()
                     value, gradient, scale = _value_and_gradient(forward, objective, adversarial, scale)
                     adversarial = self._step(adversarial.detach(), gradient, images, low, high, eps, step_size)
@@ -408,7 +410,12 @@ class _Float16Scale:
         finite = bound < torch.inf
         self.bound = torch.where(finite | (self.factor <= 1), bound, 0.0)
         self.factor = torch.where(finite, self.factor, self.factor * _LOWER_SCALE)
+        self._finite = finite
         return gradient.nan_to_num_()
+
+    def settle(self) -> None:
+        """Before the last gradient: where the one before it overflowed, it is not scaled up, so as to tell why."""
+        self.factor = torch.where(self._finite, self.factor, self.factor.clamp(max=1))
 
 
 def _value_and_gradient(

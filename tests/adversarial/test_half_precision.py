@@ -114,6 +114,19 @@ def test_a_network_that_overflows_is_still_refused() -> None:
         pgd(model, images, labels=torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_a_gradient_that_never_is_finite_is_refused_though_the_value_is(steps: int) -> None:
+    """Of few steps the last one is not scaled up where the one before it overflowed: it is then the network's fault."""
+
+    def forward(images: Tensor) -> Tensor:
+        logits = images.flatten(1)[:, :3]
+        return logits + (logits - logits).abs().sqrt()
+
+    pgd = PGD(eps="8/255", steps=steps, step_size="2/255")
+    with pytest.raises(ValueError, match="must stay finite"):
+        pgd(nn.Identity(), torch.rand(2, 3, 4, 4).half(), forward=forward, labels=torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_gradient_that_overflowed_perturbs_nothing(bad: float) -> None:
     model = network().train()
