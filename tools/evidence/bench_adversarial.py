@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from evidence import bench
 from evidence.bench import Row
+from evidence.device import wait
 from evidence.report import narrow_table
 from evidence.timing import in_turn, median_ratio
 from ikl_plugins import IKLLoss
@@ -44,6 +45,7 @@ CHANNELS_LAST = "ours, channels_last"
 
 
 SECONDS = 60.0
+CPU = torch.device("cpu")
 
 
 class Case(NamedTuple):
@@ -77,7 +79,9 @@ class Problem(NamedTuple):
     prior: Tensor  # (C, C), one row a class
 
 
-def problem(classes: int, dtype: torch.dtype = torch.float32, batch: int | None = None) -> Problem:
+def problem(
+    classes: int, dtype: torch.dtype = torch.float32, batch: int | None = None, device: torch.device = CPU
+) -> Problem:
     """A network whose normalisation has seen data, a batch, a class prior that is not uniform."""
     torch.manual_seed(classes)
     batch = BATCH if batch is None else batch
@@ -88,7 +92,7 @@ def problem(classes: int, dtype: torch.dtype = torch.float32, batch: int | None 
             model(images)
     labels = torch.arange(batch) % classes
     prior = torch.softmax(torch.randn(classes, classes) + 3 * torch.eye(classes), 1)
-    return Problem(model.to(dtype), images.to(dtype), labels, prior.to(dtype))
+    return Problem(model.to(device, dtype), images.to(device, dtype), labels.to(device), prior.to(device, dtype))
 
 
 PARTS = ("step", "attack", "awp", "training", "update")
@@ -122,16 +126,22 @@ class Step:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """One step; the seconds that its parts took."""
-        marks = [time.perf_counter()]
+        marks: list[float] = []
+
+        def mark() -> None:
+            wait(images.device)
+            marks.append(time.perf_counter())
+
+        mark()
         images, labels = self.begin(images, labels)
         adversarial = self.attack(images, labels)
-        marks.append(time.perf_counter())
+        mark()
         self.perturb(images, adversarial, labels)
-        marks.append(time.perf_counter())
+        mark()
         self.backward(images, adversarial, labels)
-        marks.append(time.perf_counter())
+        mark()
         self.update()
-        marks.append(time.perf_counter())
+        mark()
         spans = [end - start for start, end in itertools.pairwise(marks)]
         return dict(zip(PARTS, [sum(spans), *spans], strict=True))
 
@@ -161,7 +171,7 @@ class OfficialStep(Step):
 
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
         self.model.eval()
-        adversarial = images.detach() + 0.001 * torch.randn(images.shape, dtype=images.dtype)
+        adversarial = images.detach() + 0.001 * torch.randn(images.shape, dtype=images.dtype, device=images.device)
         for _ in range(STEPS):
             adversarial.requires_grad_()
             loss = self._robust(self.model(images), self.model(adversarial), 1.0, self.attack_beta)
@@ -232,7 +242,7 @@ class OurStep(Step):
         self.pgd = PGD(eps=EPS, steps=STEPS, step_size=STEP_SIZE, random_start="normal", objective=case.objective)
         self.criterion = IKLLoss(
             alpha=ALPHA, beta=BETA, weight_temperature=PRIOR_TEMPERATURE, global_info=True, num_classes=case.classes
-        ).to(start.prior.dtype)
+        ).to(start.prior)
         self.prior = self.criterion.class_prior
         if self.prior is None:
             raise RuntimeError("IKLLoss made no class prior")
@@ -301,12 +311,12 @@ class Deviation(NamedTuple):
     pixels: float  # share of the pixels in which the two attacks in float32 end more than half a step apart
 
 
-def deviations(case: Case) -> dict[str, Deviation]:
+def deviations(case: Case, device: torch.device = CPU) -> dict[str, Deviation]:
     """Compares the gradients that one step of each method hands to the optimizer with those of the authors' step.
 
     The authors' own row says what the rounding of float32 does to them.
     """
-    double, single = (problem(case.classes, dtype, GRADIENT_BATCH) for dtype in (torch.float64, torch.float32))
+    double, single = (problem(case.classes, dtype, GRADIENT_BATCH, device) for dtype in (torch.float64, torch.float32))
     exact, exact_images = gradients(METHODS[OFFICIAL](double, case), double)
     rounded, rounded_images = gradients(METHODS[OFFICIAL](single, case), single)
     found = {}
@@ -340,7 +350,7 @@ def gradients(step: Step, start: Problem, adversarial: Tensor | None = None) -> 
 def measure(seconds: float, device: torch.device) -> Iterator[Row]:
     """Rows of the CSV file."""
     for case in CASES:
-        times = interleaved(case, problem(case.classes), seconds)
+        times = interleaved(case, problem(case.classes, device=device), seconds)
         for name in METHODS:
             for part in PARTS:
                 if part != "awp" or case.awp:
@@ -348,7 +358,7 @@ def measure(seconds: float, device: torch.device) -> Iterator[Row]:
                     figures = {"seconds": f"{spent:.6g}", "faster": f"{faster:.4f}"}
                     yield {"kind": "time", **case._asdict(), "method": name, "part": part, **figures}
     for case in CASES:
-        for name, deviation in deviations(case).items():
+        for name, deviation in deviations(case, device).items():
             figures = {field: f"{value:.3g}" for field, value in deviation._asdict().items()}
             yield {"kind": "gradients", **case._asdict(), "method": name, **figures}
 

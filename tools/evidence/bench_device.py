@@ -217,17 +217,16 @@ def measure(seconds: float, device: torch.device) -> Iterator[Row]:
         return {"part": part, "step": name, "way": way, **found._asdict(), "counter": counter}
 
     counter = "counting runtime" if on.counting_runtime() else "torch.profiler, sync debug mode"
-    with on.without_judgement():
-        for way in on.ways(device):
-            with on.going(way):
-                for steps in (loss_steps, criterion_steps):
-                    for part, name, step in steps(device):
-                        if way == on.WALK or name not in ("F.kl_div", "KDLoss"):
-                            yield row(part, name, way if "KL" in name else "", on.count(step, device))
-        for part, name, step in attack_steps(device):
-            yield row(part, name, "", on.count(step, device))
-        for name, found in mmpretrain_counts(device):
-            yield row("iteration of MMPretrain", name, "", found)
+    for way in on.ways(device):
+        with on.going(way):
+            for steps in (loss_steps, criterion_steps):
+                for part, name, step in steps(device):
+                    if way == on.WALK or name not in ("F.kl_div", "KDLoss"):
+                        yield row(part, name, way if "KL" in name else "", on.count(step, device))
+    for part, name, step in attack_steps(device):
+        yield row(part, name, "", on.count(step, device))
+    for name, found in mmpretrain_counts(device):
+        yield row("iteration of MMPretrain", name, "", found)
 
 
 def render(rows: list[Row]) -> str:

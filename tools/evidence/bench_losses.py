@@ -3,10 +3,14 @@
 Each shape's methods run in turn, round after round, in one process; a figure is the median over the rounds, and ratios
 are taken between medians of the same run. The pairwise form alone has rounds of its own: what it leaves in the caches
 would treble the time of the next one. Peak memory is measured in a process of its own for each method.
+
+On a device (`--device cuda`) time is that between two events of the stream, for each dtype, and peak memory that of
+torch's allocator.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evidence import bench
+from evidence import device as on
 from evidence.bench import Row
 from evidence.report import narrow_table
 from evidence.timing import in_turn, timed
@@ -233,8 +238,92 @@ def import_seconds() -> float:
     return statistics.median(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(7))
 
 
+# --- on a device -----------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kl_under_autocast(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL with both softmaxes in float32, as autocast has them."""
+    wide = torch.float32
+    predictions, labels = torch.log_softmax(student, 1, dtype=wide), torch.softmax(teacher, 1, dtype=wide)
+    return F.kl_div(predictions, labels, reduction="batchmean")
+
+
+def device_methods(device: torch.device, prior: Tensor) -> dict[str, tuple[str, Loss]]:
+    """The losses by their names in the table, and the way that each goes."""
+    found: dict[str, tuple[str, Loss]] = {"KL": (on.WALK, kl_under_autocast)}
+    try:
+        from liger_kernel.transformers import LigerKLDIVLoss
+    except ImportError:
+        print("Without Liger-Kernel, which is not installed", flush=True)
+    else:
+        liger = LigerKLDIVLoss(reduction="batchmean")
+        found["KL, Liger-Kernel"] = (
+            on.WALK,
+            lambda student, teacher: liger(
+                torch.log_softmax(student, 1, dtype=torch.float32), torch.softmax(teacher, 1, dtype=torch.float32)
+            ),
+        )
+    found["IKL composed"] = on.WALK, composed
+    for way in on.ways(device):
+        for name in ("IKL", "IKL temperature 4", "DKL", "GKL gamma 0.5"):
+            found[f"{name}, {way}"] = way, METHODS[name]
+        found[f"IKL class prior, {way}"] = way, partial(ikl_loss, class_prior=prior)
+    return found
+
+
+def measure_on(seconds: float, device: torch.device) -> Iterator[Row]:
+    """Time and peak memory of forward and backward on a device, the student alone with a gradient."""
+    for dtype, shape in itertools.product(DTYPES, SHAPES):
+        student, teacher = (side.to(device, dtype) for side in logits(*shape))
+        methods = device_methods(device, torch.softmax(teacher.float(), 1))
+
+        def step(loss: Loss, student: Tensor = student, teacher: Tensor = teacher) -> None:
+            loss(student.clone().requires_grad_(), teacher).backward()
+
+        def stepped(way: str, loss: Loss, step: Callable[[Loss], None] = step) -> float:
+            with on.going(way):
+                return on.timed_on(device, partial(step, loss))()
+
+        found = medians({name: partial(stepped, *method) for name, method in methods.items()}, seconds)
+        for name, (way, loss) in methods.items():
+            row: Row = {"kind": "device", "dtype": str(dtype).removeprefix("torch."), "rows": shape[0]}
+            row |= {"classes": shape[1], "method": name, "seconds": f"{found[name]:.6g}"}
+            row |= {"ratio": f"{found[name] / found['KL']:.4f}"}
+            if device.type == "cuda":
+                with on.going(way):
+                    peak_bytes = on.peak_bytes(device, partial(step, loss))
+                row["logits_tensors"] = f"{peak_bytes / (student.numel() * student.element_size()):.3f}"
+            yield row
+
+
+def render_device(rows: list[Row]) -> str:
+    """The tables of a device from the rows of the CSV file."""
+    found = bench.by_kind(rows, lambda row: f"{row['dtype']} ({row['rows']}, {row['classes']})")["device"]
+    names = list(next(iter(found.values())))
+
+    def table(cell: Callable[[Row], str]) -> str:
+        return narrow_table(["logits", *names], [[key, *map(cell, line.values())] for key, line in found.items()])
+
+    parts = [
+        f"{bench.describe(rows[0])}.",
+        "Forward and backward, relative to KL (milliseconds in brackets):",
+        table(lambda row: f"{float(row['ratio']):.2f} ({1e3 * float(row['seconds']):.3f})"),
+    ]
+    if "logits_tensors" in rows[0]:
+        parts += [
+            "Peak memory above the inputs, in logits tensors (the copied student and its gradient are 2):",
+            table(lambda row: f"{float(row['logits_tensors']):.2f}"),
+        ]
+    return "\n\n".join(parts)
+
+
 def measure(seconds: float, device: torch.device) -> Iterator[Row]:
     """Rows of the CSV file."""
+    if device.type != "cpu":
+        yield from measure_on(seconds, device)
+        return
     warm_heap()
     built = bench.can_build()
     methods = {name: METHODS[name] for name in bench.runnable(METHODS, built=built)}
@@ -272,6 +361,8 @@ def measure(seconds: float, device: torch.device) -> Iterator[Row]:
 
 def render(rows: list[Row]) -> str:
     """The tables from the rows of the CSV file."""
+    if rows[0]["kind"] == "device":
+        return render_device(rows)
     kinds = bench.by_kind(rows, lambda row: f"({row['rows']}, {row['classes']})")
 
     def ratios(kind: str) -> str:

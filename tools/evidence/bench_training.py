@@ -35,11 +35,13 @@ from torchdistill.models.registry import get_model
 import ikl_plugins.torchdistill  # noqa: F401 - registers losses, networks and processes
 from evidence import bench
 from evidence.bench import Row
+from evidence.device import timed_on
 from evidence.report import narrow_table
-from evidence.timing import in_turn, median_ratio, timed
+from evidence.timing import in_turn, median_ratio
 from ikl_plugins import native
 
 SECONDS = 120.0
+CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill"
 EPOCH = 16  # batches; the class prior is rolled behind the last of them
 MEMORY_STEPS = 2
@@ -130,11 +132,12 @@ def network(config: dict[str, Any]) -> nn.Module:
 class Training:
     """torchdistill's box for a method, one batch after the other, epoch after epoch."""
 
-    def __init__(self, case: Case, method: str, batches: int = EPOCH) -> None:
+    def __init__(self, case: Case, method: str, batches: int = EPOCH, device: torch.device = CPU) -> None:
         self.method = method
+        self.device = device
         config = configured(case, method)
         set_seed(0)
-        teacher, student = (network(config["models"][f"{role}_model"]) for role in ("teacher", "student"))
+        teacher, student = (network(config["models"][f"{role}_model"]).to(device) for role in ("teacher", "student"))
         images = torch.randn(batches * case.batch, 3, case.size, case.size)
         labels = torch.arange(len(images)) % case.classes
         train = config["train"]
@@ -147,7 +150,7 @@ class Training:
         # Low: random labels are not to be learnt, and no figure depends on it.
         train["optimizer"]["kwargs"]["lr"] = 0.001
         datasets = {"train": TensorDataset(images, labels)}
-        self.box = get_distillation_box(teacher, student, datasets, train, torch.device("cpu"), None, False, 1)
+        self.box = get_distillation_box(teacher, student, datasets, train, device, None, False, 1)
         self.batches = self._batches()
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:
@@ -160,9 +163,10 @@ class Training:
 
     def step(self) -> float:
         """One training step; its seconds, those of loading the batch not among them."""
-        batch = next(self.batches)
+        images, labels, extra = next(self.batches)
+        images, labels = images.to(self.device), labels.to(self.device)
         with switched(self.method):
-            return timed(lambda: self._step(*batch))()
+            return timed_on(self.device, lambda: self._step(images, labels, extra))()
 
     def _step(self, images: Tensor, labels: Tensor, extra: Any) -> None:
         loss = self.box.forward_process(images, labels, extra)
@@ -184,19 +188,19 @@ def switched(method: str) -> Iterator[None]:
 Times = dict[str, list[float]]
 
 
-def time_steps(case: Case, names: list[str], seconds: float) -> Times:
-    return in_turn({name: Training(case, name).step for name in names}, seconds, least=LEAST_ROUNDS)
+def time_steps(case: Case, names: list[str], seconds: float, device: torch.device) -> Times:
+    return in_turn({name: Training(case, name, device=device).step for name in names}, seconds, least=LEAST_ROUNDS)
 
 
 def _descend(criterion: nn.Module, io_dict: dict[str, Any], labels: Tensor) -> None:
     criterion(io_dict, {}, labels).backward()
 
 
-def time_criteria(case: Case, names: list[str], seconds: float) -> Times:
+def time_criteria(case: Case, names: list[str], seconds: float, device: torch.device) -> Times:
     """The criteria alone, forward and backward on the same logits and labels."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (3 * torch.randn(case.batch, case.classes, generator=generator) for _ in range(2))
-    labels = torch.arange(case.batch) % case.classes
+    student, teacher = (3 * torch.randn(case.batch, case.classes, generator=generator).to(device) for _ in range(2))
+    labels = torch.arange(case.batch, device=device) % case.classes
 
     def calls(training: Training) -> Iterator[float]:
         for number in itertools.count():
@@ -205,9 +209,9 @@ def time_criteria(case: Case, names: list[str], seconds: float) -> Times:
             leaf = student.clone().requires_grad_()
             io_dict = {"student": {".": {"output": leaf}}, "teacher": {".": {"output": teacher}}}
             with switched(training.method):
-                yield timed(partial(_descend, training.box.criterion, io_dict, labels))()
+                yield timed_on(device, partial(_descend, training.box.criterion, io_dict, labels))()
 
-    methods = {name: calls(Training(case, name)).__next__ for name in names}
+    methods = {name: calls(Training(case, name, device=device)).__next__ for name in names}
     return in_turn(methods, seconds, least=20)
 
 
@@ -231,7 +235,7 @@ def peak_of(method: str) -> float:
 
 def measure(seconds: float, device: torch.device) -> Iterator[Row]:
     """Rows of the CSV file."""
-    built = bench.can_build()
+    built = device.type == "cpu" and bench.can_build()
 
     def row(kind: str, case: Case, part: str, method: str) -> Row:
         place = {"networks": case.name, "classes": case.classes, "batch": case.batch, "pixels": case.size}
@@ -239,12 +243,12 @@ def measure(seconds: float, device: torch.device) -> Iterator[Row]:
 
     for case in CASES:
         for part, time_part, share in (("step", time_steps, 1.0), ("criterion alone", time_criteria, 0.1)):
-            times = time_part(case, bench.runnable(TIMED, built=built), share * seconds)
+            times = time_part(case, bench.runnable(TIMED, built=built), share * seconds, device)
             for name, values in times.items():
                 figures = {"seconds": f"{statistics.median(values):.6g}", "rounds": len(values)}
                 yield {**row("time", case, part, name), **figures, "ratio": f"{median_ratio(values, times[KD]):.4f}"}
             gc.collect()
-    if Path("/proc/self/status").exists():
+    if device.type == "cpu" and Path("/proc/self/status").exists():
         peaks: dict[str, float] = {}
         for name in bench.runnable(MEASURED, built=built):
             peaks[name] = peak_of(name)
