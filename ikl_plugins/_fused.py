@@ -13,7 +13,11 @@ from torch import Tensor
 
 from ._composed import Settings, compute_dtype, without_autocast
 
-__all__ = ["class_weights", "fused_loss"]
+__all__ = ["Result", "class_weights", "fused_loss"]
+
+Gradients = tuple[Tensor | None, Tensor | None]
+# The loss, its two terms and the gradients for student and teacher.
+Result = tuple[Tensor, tuple[Tensor, Tensor] | None, Gradients]
 
 # Elements of one block of rows. On a CPU the handful of float32 blocks in flight should fit the last-level cache; an
 # accelerator wants few, large launches and only needs the blocks to bound its memory.
@@ -60,10 +64,11 @@ def fused_loss(
     class_prior: Tensor | None,
     settings: Settings,
     needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The reduced loss, its two terms, and the gradients for student and teacher that ``needs`` asks for.
+    with_terms: bool,
+) -> Result:
+    """The reduced loss, on request its two terms, and the gradients that ``needs`` asks for.
 
-    Terms have their weights ``beta`` and ``alpha``; all tensors are of the compute dtype.
+    Terms have their weights ``beta`` and ``alpha``. All tensors are of the compute dtype.
     """
     shape = student.shape
     rows = shape.numel() // shape[1]
@@ -71,15 +76,15 @@ def fused_loss(
     with without_autocast(student.device):
         evaluate = _one_block if student.dim() == 2 and rows * shape[1] <= _block_elements(student) else _walk
         mse, cross_entropy, gradients = evaluate(student, teacher, class_prior, settings, needs, scale)
-        # The parts of a row are the weighted MSE's sum of w (d - m)^2 and the cross entropy's of p log q.
-        mse_weight, ce_weight = 0.5 * settings.beta, 0.0 - settings.alpha
         if settings.reduction == "none":
             places = (shape[0], *shape[2:])
             mse, cross_entropy = mse.view(places), cross_entropy.view(places)
+            mse_weight, ce_weight = 0.5 * settings.beta, 0.0 - settings.alpha
         else:
-            mse_weight, ce_weight = mse_weight * scale, ce_weight * scale
-        mse, cross_entropy = mse.mul_(mse_weight), cross_entropy.mul_(ce_weight)
-        return mse + cross_entropy, mse, cross_entropy, *gradients
+            mse_weight, ce_weight = 0.5 * settings.beta * scale, 0.0 - settings.alpha * scale
+        mse.mul_(mse_weight)
+        loss = torch.add(mse, cross_entropy, alpha=ce_weight)
+        return loss, (mse, cross_entropy.mul_(ce_weight)) if with_terms else None, gradients
 
 
 def _block_elements(logits: Tensor) -> int:
@@ -93,8 +98,12 @@ def _one_block(
     settings: Settings,
     needs: tuple[bool, bool],
     scale: float,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """(N, C) logits that fit a block: nothing is cut and nothing put together."""
+) -> tuple[Tensor, Tensor, Gradients]:
+    """(N, C) logits that fit a block: nothing is cut and nothing put together.
+
+    Returns:
+        Both parts' sums as :func:`_evaluate_block` has them, and the gradients.
+    """
     dtype = compute_dtype(student, teacher)
     student = student if student.dtype == dtype else student.to(dtype)
     teacher = teacher if teacher.dtype == dtype else teacher.to(dtype)
@@ -114,7 +123,7 @@ def _walk(
     settings: Settings,
     needs: tuple[bool, bool],
     scale: float,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+) -> tuple[Tensor, Tensor, Gradients]:
     """The same block by block, for (N, C) and (N, C, d1, ...) logits."""
     shape = student.shape
     dtype = compute_dtype(student, teacher)

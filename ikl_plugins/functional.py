@@ -16,6 +16,7 @@ Four ways compute the same numbers: :mod:`ikl_plugins._fused`, value and analyti
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,13 @@ from torch import Tensor
 from . import _validation as check
 from . import _value_checks, kernels, native
 from ._composed import Settings, composed_loss
-from ._fused import fused_loss
+from ._fused import Gradients, fused_loss
+from ._way import VARIABLE, named_way
 
 __all__ = ["LossTerms", "dkl_loss", "gkl_loss", "ikl_loss"]
+
+
+Needs = tuple[bool, bool]  # whether the student's gradient is wanted, and the teacher's
 
 
 class LossTerms(NamedTuple):
@@ -323,8 +328,8 @@ def evaluate(
     recorded = torch.is_grad_enabled()
     needs = recorded and student.requires_grad, recorded and teacher.requires_grad
     if not with_terms:
-        return _AnalyticLoss.apply(student, teacher, class_prior, settings, needs, False), None
-    loss, mse, cross_entropy = _AnalyticLoss.apply(student, teacher, class_prior, settings, needs, True)
+        return _AnalyticLoss.apply(student, teacher, class_prior, (settings, needs, False)), None
+    loss, mse, cross_entropy = _AnalyticLoss.apply(student, teacher, class_prior, (settings, needs, True))
     return loss, LossTerms(mse, cross_entropy)
 
 
@@ -333,69 +338,76 @@ class _AnalyticLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        class_prior: Tensor | None,
-        settings: Settings,
-        needs: tuple[bool, bool],
-        with_terms: bool,
+        ctx: Any, student: Tensor, teacher: Tensor, class_prior: Tensor | None, call: tuple[Settings, Needs, bool]
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        loss, mse, cross_entropy, *gradients = _value_and_gradients(student, teacher, class_prior, settings, needs)
-        ctx.settings = settings
-        ctx.needs = needs
-        ctx.gradients = gradients
-        ctx.fixed = None
+        loss, terms, ctx.gradients = _value_and_gradients(student, teacher, class_prior, *call)
+        ctx.call = call
         if teacher.is_inference() or (class_prior is not None and class_prior.is_inference()):
             # Autograd refuses to save what torch.inference_mode() made; such tensors cannot change under our hands.
             ctx.fixed = teacher, class_prior
-            ctx.save_for_backward(student, None, None)
+            ctx.save_for_backward(student)
         else:
             ctx.save_for_backward(student, teacher, class_prior)
-        if not with_terms:
+        if terms is None:
             return loss
-        ctx.mark_non_differentiable(mse, cross_entropy)
-        return loss, mse, cross_entropy
+        ctx.mark_non_differentiable(*terms)
+        return loss, *terms
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, class_prior = ctx.saved_tensors
-        if ctx.fixed is not None:
-            teacher, class_prior = ctx.fixed
+        student, *others = ctx.saved_tensors
+        teacher, class_prior = others or ctx.fixed
+        settings, needs, _ = ctx.call
         if torch.is_grad_enabled():
             # Somebody wants the derivative of this gradient: hand out one that has a graph of its own.
-            attached = _composed_gradients(student, teacher, class_prior, ctx.settings, ctx.needs, grad_loss)
-            return *attached, None, None, None, None
-        if ctx.gradients is not None and isinstance(ctx.gradients[0], kernels.Later):
-            return *ctx.gradients[0](student, teacher, class_prior, grad_loss), None, None, None, None
-        gradients, ctx.gradients = ctx.gradients, None
+            return *_composed_gradients(student, teacher, class_prior, settings, needs, grad_loss), None, None
+        gradients = ctx.gradients
         if gradients is None:
             # A second call on a retained graph: the first one scaled its tensors in place and gave them away.
-            gradients = _value_and_gradients(student, teacher, class_prior, ctx.settings, ctx.needs)[3:]
-        finished = _finish(gradients[0], grad_loss, student), _finish(gradients[1], grad_loss, teacher)
-        return *finished, None, None, None, None
+            gradients = _value_and_gradients(student, teacher, class_prior, settings, needs, False)[2]
+        if isinstance(gradients, kernels.Later):
+            return *gradients(student, teacher, class_prior, grad_loss), None, None
+        ctx.gradients = None
+        return _finish(gradients[0], grad_loss, student), _finish(gradients[1], grad_loss, teacher), None, None
 
 
 def _value_and_gradients(
-    student: Tensor, teacher: Tensor, class_prior: Tensor | None, settings: Settings, needs: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The reduced loss, its two terms, and the gradients that are needed, in the compute dtype.
+    student: Tensor,
+    teacher: Tensor,
+    class_prior: Tensor | None,
+    settings: Settings,
+    needs: Needs,
+    with_terms: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Gradients | kernels.Later]:
+    """The reduced loss, on request its two terms, and the gradients that are needed, in the compute dtype.
 
     They are rounded to the inputs' dtype only after the chain rule's last factor, so that a loss scale keeps small ones
     from vanishing.
     """
-    found: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-    fused = kernels.operator() if kernels.serves(student, teacher, class_prior) else None
-    if fused is not None:
-        found = fused(student, teacher, class_prior, settings, needs)
-        return found
-    operator = native.operator()
-    if operator is not None and native.serves(student, teacher, class_prior):
-        found = operator(
-            student, teacher, class_prior, **settings._asdict(), student_needs=needs[0], teacher_needs=needs[1]
-        )
-        return found
-    return fused_loss(student, teacher, class_prior, settings, needs)
+    operands = student, teacher, class_prior
+    named = named_way()
+    if named in (None, "triton") and kernels.serves(*operands):
+        kernel = kernels.operator()
+        if kernel is not None:
+            loss, mse, cross_entropy, later, _ = kernel(*operands, settings, needs)
+            return loss, (mse, cross_entropy) if with_terms else None, later or (None, None)
+    served = named != "triton" and native.serves(*operands)
+    operator = native.operator() if served else None
+    if operator is not None:
+        return operator(*operands, settings, needs, with_terms)
+    if named == "triton" or (named == "native" and not served):  # native.operator() says itself what fails
+        _say_once(named, student)
+    return fused_loss(*operands, settings, needs, with_terms)
+
+
+_said: set[str] = set()
+
+
+def _say_once(named: str, student: Tensor) -> None:
+    if named not in _said:
+        _said.add(named)
+        what = f"{student.dim()}-dimensional logits on {student.device.type}"
+        warnings.warn(f"{VARIABLE}={named} cannot serve {what}: the walk does.", RuntimeWarning, stacklevel=2)
 
 
 def _finish(gradient: Tensor | None, grad_loss: Tensor, like: Tensor) -> Tensor | None:

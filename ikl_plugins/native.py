@@ -1,59 +1,68 @@
-"""The losses as one C++ operator, for logits on a CPU. Opt-in: it needs a compiler once, and nobody needs it.
+"""The losses as one C++ operator, for logits on a CPU. It needs a compiler once; nobody needs it.
 
-``ikl build`` builds the operator and checks it; ``IKL_PLUGINS_NATIVE=1`` in the environment of a training, or
-:func:`enable` in its code, makes the losses use it. Values and gradients agree with those of
-:mod:`ikl_plugins.functional` within rounding, not to the bit: keep to one of the two in runs that are to be compared.
-
-It serves (N, C) logits on a CPU under Linux. Everything else (other devices, dense logits, ``torch.compile``, second
-derivatives, subclasses of tensors) goes the way it goes without it. As long as it is not switched on, no file is read
-and no compiler looked for.
+``ikl build`` builds the operator and checks it; from then on the losses use it where it serves: (N, C) logits on a CPU
+under Linux. Everything else (other devices, dense logits, ``torch.compile``, second derivatives, subclasses of tensors)
+goes the way it goes without it. ``IKL_PLUGINS_KERNEL=walk`` in the environment of a training, or :func:`disable` in its
+code, leaves the operator out. Values and gradients agree with the other ways within rounding, not to the bit: keep to
+one of them in runs that are to be compared.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._composed import Settings, compute_dtype
 from ._files import written_aside
+from ._fused import Result
+from ._way import named_way
 
-__all__ = ["VARIABLE", "build", "disable", "enable", "is_enabled", "library_path"]
+__all__ = ["build", "disable", "enable", "is_enabled", "library_path"]
 
-VARIABLE = "IKL_PLUGINS_NATIVE"
+# See ikl_plugins._fused.fused_loss, whose arguments and results are an operator's.
+Operator = Callable[[Tensor, Tensor, Tensor | None, Settings, tuple[bool, bool], bool], Result]
 
 _SOURCE = Path(__file__).parent / "csrc" / "decoupled_kl.cpp"
 _COMPILERS = ("g++", "clang++", "c++")
-_WAY_OUT = "Run `ikl build` with this interpreter"
-_WITHOUT = "The losses compute the same without the operator"
 
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fwrapv", "-ffp-contract=off", "-w")
 # What torch itself uses of the processor -> the compiler's names for it. Others get what every processor has.
 _PROCESSOR_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
 
-_operator: Callable[..., Any] | None = None
-_ask_environment = True  # until the first loss, or whoever decides before it
+# struct Call of the source, and its enumerations.
+_CALL = struct.Struct("=3q12q6d8q")
+_TYPES = {torch.float64: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+_NOTHING = (0, 0, 0, 0)
+_REDUCTIONS = {"batchmean": 0, "sum": 1, "none": 2}
+
+_loaded: Operator | None = None
+_operator: Operator | None = None  # what the losses use
+_undecided = True  # until the first loss, or whoever decides before it
+_forked = False
 _building = threading.Lock()
-# Whoever comes while a thread loads or builds waits for it: else that one's losses and this one's go different ways.
+# Whoever comes while a thread loads waits for it: else that one's losses and this one's go different ways.
 _deciding = threading.RLock()
 
 
 def build(*, verbose: bool = False) -> Path:
-    """Compiles the operator for this release of torch and this kind of processor, unless that has been done.
+    """Compiles the operator for this kind of processor, unless that has been done.
 
     A damaged library is replaced. Processes that build at once leave one whole library.
 
@@ -69,7 +78,7 @@ def build(*, verbose: bool = False) -> Path:
     """
     caller = "ikl_plugins.native.build"
     if sys.platform != "linux":
-        raise RuntimeError(f"{caller}: the system must be Linux, got {sys.platform}. {_WITHOUT}.")
+        raise RuntimeError(f"{caller}: the system must be Linux, got {sys.platform}. The losses need no operator.")
     with _building:
         path = library_path()
         try:
@@ -80,14 +89,12 @@ def build(*, verbose: bool = False) -> Path:
                     content = aside.read_bytes()
                     aside.write_bytes(content + hashlib.sha256(content).digest())
         except OSError as error:
-            raise RuntimeError(
-                f"{caller}: the folder {path.parent} must be writable, but {error}. Name another one in XDG_CACHE_HOME."
-            ) from error
+            raise RuntimeError(f"{caller}: {path.parent} must be writable: {error}. Set XDG_CACHE_HOME.") from error
     return path
 
 
 def library_path() -> Path:
-    """Where the operator is, or will be, on this machine: one file for each source, release of torch and processor.
+    """Where the operator is, or will be, on this machine: one file for each source and kind of processor.
 
     The folder is ``ikl_plugins`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``.
 
@@ -99,115 +106,168 @@ def library_path() -> Path:
     try:
         source = _SOURCE.read_text(encoding="utf-8")
     except OSError as error:
-        raise RuntimeError(
-            f"ikl_plugins.native: the package must hold the operator's source, but {error}. Install it again."
-        ) from error
-    parts = [source, torch.__version__, platform.machine(), *_flags()]
+        raise RuntimeError(f"ikl_plugins.native: the package lacks its C++ source: {error}. Reinstall it.") from error
+    parts = [source, platform.machine(), *_flags()]
     return folder / "ikl_plugins" / f"decoupled_kl-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
 
 
 def enable() -> None:
-    """Loads the operator that :func:`build` has left; from then on the losses of this process use it.
+    """Loads the operator that :func:`build` has left; the losses of this process use it, whatever the environment says.
 
     Raises:
         RuntimeError: it has not been built, or cannot be loaded.
     """
-    global _operator, _ask_environment
+    global _operator, _undecided
     with _deciding:
         # In this order: operator() reads the answer without the lock as soon as there is no question left.
-        _operator, _ask_environment = _loaded() or _load(), False
+        _operator, _undecided = _load(), False
 
 
 def disable() -> None:
-    """The losses of this process go back to :mod:`ikl_plugins.functional`'s own way, whatever the environment says."""
-    global _operator, _ask_environment
+    """The losses of this process do without the operator, whatever the environment says."""
+    global _operator, _undecided
     with _deciding:
-        _operator, _ask_environment = None, False
+        _operator, _undecided = None, False
 
 
 def is_enabled() -> bool:
     """Whether the losses of this process use the operator, where it serves.
 
     Raises:
-        ValueError: the environment variable has a value that it does not know.
+        ValueError: the environment names a way that there is not.
     """
     return operator() is not None
 
 
-def operator() -> Callable[..., Any] | None:
-    """The operator, if it is enabled. The first call does what the environment asks for."""
-    if _ask_environment:
-        _follow_environment()
+def operator() -> Operator | None:
+    """The operator, if the losses shall use it. The first call loads it where it has been built."""
+    if _undecided:
+        _decide()
     return _operator
 
 
 def serves(student: Tensor, teacher: Tensor, class_prior: Tensor | None) -> bool:
-    """Whether the operator takes these tensors, which fit each other; the operator itself is loaded."""
+    """Whether the operator takes these tensors, which fit each other. It sees their memory alone."""
     return (
         student.device.type == "cpu"
         and student.dim() == 2
-        and all(x is None or type(x) is Tensor or type(x) is nn.Parameter for x in (student, teacher, class_prior))
+        and _is_plain(student)
+        and _is_plain(teacher)
+        and (class_prior is None or _is_plain(class_prior))
         # Whoever watches or replaces each operation of torch shall see the operations of torch.
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
-def _follow_environment() -> None:
-    """What the variable says: 1 uses a built operator, 'build' builds it if need be, 0 and nothing leave it out."""
-    global _ask_environment
+def _is_plain(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    return (kind is Tensor or kind is nn.Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+def _decide() -> None:
+    """What the environment says; by default an operator that has been built is used."""
+    global _operator, _undecided
     with _deciding:
-        if not _ask_environment:  # another thread has decided meanwhile
+        if not _undecided:  # another thread has decided meanwhile
             return
-        value = os.environ.get(VARIABLE, "0")
-        if value not in ("", "0", "1", "build"):
-            raise ValueError(
-                f"ikl_plugins.native: the environment variable {VARIABLE} must be '0', '1' or 'build', got {value!r}. "
-                f"1 uses a built operator, build compiles a missing one."
-            )
-        refusal = ""
-        if value in ("1", "build"):
+        named, refusal = named_way(), ""
+        found: Operator | None = None
+        if named == "native" or (named is None and _is_built()):
             try:
-                if value == "build":
-                    build()
-                enable()
+                found = _load()
             except RuntimeError as error:
                 refusal = str(error)
-        _ask_environment = False
+        _operator, _undecided = found, False
     if refusal:
-        warnings.warn(
-            f"{VARIABLE}={value} fails, the losses go on without the C++ operator. {refusal}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        warnings.warn(f"The losses go on without the C++ operator. {refusal}", RuntimeWarning, stacklevel=4)
 
 
-def _loaded() -> Callable[..., Any] | None:
-    """The operator, if this process has loaded it: torch takes one of a name, and ends the process at a second."""
+def _is_built() -> bool:
     try:
-        found: Callable[..., Any] = torch.ops.ikl_plugins.decoupled_kl.default
-    except AttributeError:
-        return None
-    return found
+        return sys.platform == "linux" and library_path().exists()
+    except (OSError, RuntimeError):
+        return False
 
 
-def _load() -> Callable[..., Any]:
+def _load() -> Operator:
+    global _loaded
+    if _loaded is not None:
+        return _loaded
+    caller = "ikl_plugins.native.enable"
     path = library_path()
+    if not path.exists():
+        raise RuntimeError(f"{caller}: there is no {path}. Run `ikl build` with this interpreter.")
     try:
-        if not path.exists():
-            raise RuntimeError(
-                f"ikl_plugins.native.enable: the operator must be built, but there is no {path}. {_WAY_OUT}."
-            )
         if not _is_whole(path):
-            raise OSError("it is not what was written there")
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-        found = _loaded()
-        if found is None:
-            raise OSError("it holds no operator")
-    except OSError as error:
-        raise RuntimeError(
-            f"ikl_plugins.native.enable: the operator at {path} cannot be loaded: {error}. Delete the file. {_WAY_OUT}."
-        ) from error
-    return found
+            raise OSError("it is damaged")
+        function = ctypes.CDLL(str(path)).decoupled_kl
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"{caller}: cannot load {path}: {error}. Delete it and run `ikl build`.") from error
+    function.argtypes = (ctypes.c_char_p,)
+    _loaded = _calling(function)
+    return _loaded
+
+
+def _calling(function: Callable[[bytes], int]) -> Operator:
+    """The library's function as an operator on tensors that it serves."""
+
+    def decoupled_kl(
+        student: Tensor,
+        teacher: Tensor,
+        class_prior: Tensor | None,
+        settings: Settings,
+        needs: tuple[bool, bool],
+        with_terms: bool,
+    ) -> Result:
+        rows, classes = shape = student.shape
+        dtype = compute_dtype(student, teacher)
+        values = (rows,) if settings.reduction == "none" else ()
+        loss = student.new_empty(values, dtype=dtype)
+        terms = (torch.empty_like(loss), torch.empty_like(loss)) if with_terms else None
+        student_gradient = student.new_empty(shape, dtype=dtype) if needs[0] else None
+        teacher_gradient = student.new_empty(shape, dtype=dtype) if needs[1] else None
+        call = _CALL.pack(
+            rows,
+            classes,
+            1 if _forked else torch.get_num_threads(),
+            *_array(student),
+            *_array(teacher),
+            *(_NOTHING if class_prior is None else _array(class_prior)),
+            settings.alpha,
+            settings.beta,
+            settings.temperature,
+            settings.weight_temperature,
+            settings.gamma,
+            settings.mse_temperature,
+            settings.student_in_mse,
+            settings.divide_by_pairs,
+            _REDUCTIONS[settings.reduction],
+            loss.data_ptr(),
+            0 if terms is None else terms[0].data_ptr(),
+            0 if terms is None else terms[1].data_ptr(),
+            0 if student_gradient is None else student_gradient.data_ptr(),
+            0 if teacher_gradient is None else teacher_gradient.data_ptr(),
+        )
+        if function(call):
+            raise MemoryError("ikl_plugins.native: no memory for the C++ operator.")
+        return loss, terms, (student_gradient, teacher_gradient)
+
+    return decoupled_kl
+
+
+def _array(tensor: Tensor) -> tuple[int, int, int, int]:
+    row_stride, class_stride = tensor.stride()
+    return tensor.data_ptr(), row_stride, class_stride, _TYPES[tensor.dtype]
+
+
+def _after_fork() -> None:
+    """A forked process lacks the threads that the operator's runtime has started, and would wait for them for ever."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _is_whole(path: Path) -> bool:
@@ -225,19 +285,15 @@ def _compile(caller: str, output: Path, *, verbose: bool) -> None:
     compiler = shlex.split(named) if named else [found for found in map(shutil.which, _COMPILERS) if found][:1]
     if not compiler:
         raise RuntimeError(
-            f"{caller}: it needs a C++ compiler, but none of {', '.join(_COMPILERS)} is on the PATH. "
-            f"Install one, or name it in CXX."
+            f"{caller}: it needs a C++ compiler, but none of {', '.join(_COMPILERS)} is on the PATH. Set CXX."
         )
-    command = [*compiler, *_flags(), str(_SOURCE), "-o", str(output), *_libraries()]
+    command = [*compiler, *_flags(), str(_SOURCE), "-o", str(output)]
     if verbose:
         print(shlex.join(command), flush=True)
     status, said = _run(command)
     if status != 0 or not output.exists():
         last = "\n".join(said.splitlines()[-20:])
-        raise RuntimeError(
-            f"{caller}: {compiler[0]} must compile {_SOURCE}, but ended with {status}:\n{last}\n"
-            f"Name another compiler in CXX."
-        )
+        raise RuntimeError(f"{caller}: {compiler[0]} ended with {status}:\n{last}\nName another compiler in CXX.")
 
 
 def _run(command: list[str]) -> tuple[int, str]:
@@ -251,18 +307,5 @@ def _run(command: list[str]) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def _flags() -> list[str]:
-    headers = Path(torch.__file__).parent / "include"
-    # torch's headers want the standard that torch was built with.
-    standard = re.search(r"C\+\+ Version: 20(\d\d)", torch.__config__.show())
-    return [
-        f"-std=c++{standard.group(1) if standard else 17}",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *["-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fwrapv", "-ffp-contract=off", "-w"],
-        *("-isystem", str(headers), "-isystem", str(headers / "torch" / "csrc" / "api" / "include")),
-        *_PROCESSOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()),
-    ]
-
-
-def _libraries() -> list[str]:
-    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+def _flags() -> tuple[str, ...]:
+    return (*_FLAGS, *_PROCESSOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))

@@ -1,9 +1,7 @@
 """Builds the C++ operator of the losses for CPUs, and checks its gradients.
 
-    ikl build
-    IKL_PLUGINS_NATIVE=1 ikl train CONFIG      # uses it
-
-It needs a C++ compiler; the environment variable CXX names another one.
+It needs a C++ compiler; the environment variable CXX names another one. Once it is built the losses use it wherever it
+serves; IKL_PLUGINS_KERNEL=walk in the environment of a training leaves it out.
 """
 
 from __future__ import annotations
@@ -25,17 +23,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Builds the operator unless it is there, and compares its gradients with those of the losses' own way."""
     from ikl_plugins import native
+    from ikl_plugins._way import VARIABLE
 
     path = native.build(verbose=arguments.verbose)
     difference = largest_difference()
     if not difference < _TOLERANCE:
         path.unlink()
         raise RuntimeError(
-            f"ikl build: the operator's gradients must be the losses', but differ by {difference:.1e}. It is "
-            "deleted; try another CXX."
+            f"ikl build: the operator's gradients are off by {difference:.1e}; it has been deleted. "
+            f"Name another compiler in CXX."
         )
     print(f"Built: {path}")
-    print(f"Gradients agree to {difference:.0e}. Switch it on with {native.VARIABLE}=1 in the environment.")
+    print(f"Gradients agree to {difference:.0e}. The losses use it on CPUs; {VARIABLE}=walk leaves it out.")
 
 
 def largest_difference() -> float:

@@ -22,6 +22,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ikl_plugins._way import BUILD_ADVICE, VARIABLE
+
 __all__ = ["Facts", "Host", "Trap", "configure", "diagnose", "gather", "probe", "run"]
 
 CALLER = "ikl doctor"
@@ -391,8 +393,9 @@ def _report(facts: Facts, hosts: Sequence[Host], traps: Sequence[Trap], wanted: 
     build = f"built for {facts.cuda}" if facts.cuda else "a CPU build"
     rows["GPU"] = f"{', '.join(facts.gpus) or 'none'} (torch is {build})"
     if facts.operator is not None:
-        how = "built; IKL_PLUGINS_NATIVE=1 switches it on" if facts.operator else "not built; `ikl build` makes it"
-        rows["C++ operator"] = how
+        rows["C++ operator"] = (
+            f"built; {VARIABLE}=walk leaves it out" if facts.operator else f"not built; {BUILD_ADVICE}"
+        )
     lines = ["Versions", *(f"  {name:<18}{value}" for name, value in rows.items()), "", "Hosts"]
     for host in hosts:
         state = "works" if host.works else "BROKEN" if host.installed else "absent"

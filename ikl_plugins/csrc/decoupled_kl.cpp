@@ -9,23 +9,21 @@
 // Three passes over a row: its maxima; exponentials and their sums; what depends on these sums. GKL's normaliser is one
 // number for the batch and takes a pass over all rows before that. Rows are independent of each other and of the number
 // of threads, and the sums over them run in order: so do not the results depend on it.
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <c10/util/string_view.h>
-#include <torch/library.h>
+//
+// Plain C++ without torch: ikl_plugins/native.py hands over addresses, and one library serves every release of torch.
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
-#include <optional>
-#include <string>
+#include <new>
 #include <tuple>
 #include <type_traits>
+
+#include <omp.h>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -55,7 +53,9 @@ struct Lanes<float> {
   static constexpr float magic = 12582912.0F;
   static constexpr float ln2_high = 0.693359375F, ln2_low = -2.12194440e-4F;
   static constexpr float least_exponent = -87.0F;  // exp of less counts as 0, as denormal numbers do
-  static constexpr int exp_terms = 7, log_terms = 5;
+  static constexpr int log_terms = 5;
+  // exp(r) for |r| <= ln(2) / 2 within 4e-9; the first two make exp(0) = 1.
+  static constexpr float exp_terms[] = {1.0F, 1.0F, 0.49999994F, 0.16666521F, 0.041668389F, 0.008368724F, 0.0013814583F};
 };
 template <>
 struct Lanes<double> {
@@ -66,7 +66,9 @@ struct Lanes<double> {
   static constexpr double magic = 6755399441055744.0;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
   static constexpr double least_exponent = -708.0;
-  static constexpr int exp_terms = 13, log_terms = 11;
+  static constexpr int log_terms = 11;
+  static constexpr double exp_terms[] = {1., 1., 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040, 1. / 40320,
+                                         1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
 };
 
 template <typename T>
@@ -190,32 +192,34 @@ inline void store_some(T* to, V<T> values, int64_t count) {
 }
 #endif
 
-template <typename T>
-constexpr auto inverse_factorials() {
-  std::array<T, Lanes<T>::exp_terms + 1> found{};
-  double factorial = 1;
-  for (int k = 0; k <= Lanes<T>::exp_terms; ++k) {
-    if (k > 0) factorial *= k;
-    found[k] = T(1 / factorial);
-  }
-  return found;
-}
-
-// exp(x) for x <= 0 or NaN: 2^n exp(r) with |r| <= ln(2) / 2, exp(r) by its series.
+// exp(x) for x <= 0 or NaN: 2^n exp(r) with |r| <= ln(2) / 2, exp(r) by a polynomial.
 template <typename T>
 inline V<T> exponential(V<T> x) {
   using L = Lanes<T>;
-  constexpr auto coefficients = inverse_factorials<T>();
+#if !defined(__AVX512F__)
   const auto vanishes = x < L::least_exponent;
   x = vanishes ? fill<T>(L::least_exponent) : x;
+#endif
   const V<T> shifted = fused(x, fill<T>(T(1.4426950408889634074)), fill<T>(L::magic));
   const V<T> n = shifted - L::magic;
   V<T> r = fused(n, fill<T>(-L::ln2_high), x);
   r = fused(n, fill<T>(-L::ln2_low), r);
-  V<T> sum = fill<T>(coefficients[L::exp_terms]);
-  for (int k = L::exp_terms - 1; k >= 0; --k) sum = fused(sum, r, fill<T>(coefficients[k]));
+  constexpr int last = std::size(L::exp_terms) - 1;
+  V<T> sum = fill<T>(L::exp_terms[last]);
+  for (int k = last - 1; k >= 0; --k) sum = fused(sum, r, fill<T>(L::exp_terms[k]));
+#if defined(__AVX512F__)
+  // Lanes that vanish, minus infinity among them, are masked out at the end; not less than: NaN stays.
+  if constexpr (std::is_same_v<T, float>) {
+    const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(L::least_exponent), _CMP_NLT_UQ);
+    return (V<T>)_mm512_maskz_scalef_ps(counts, (__m512)sum, (__m512)n);
+  } else {
+    const __mmask8 counts = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(L::least_exponent), _CMP_NLT_UQ);
+    return (V<T>)_mm512_maskz_scalef_pd(counts, (__m512d)sum, (__m512d)n);
+  }
+#else
   const V<T> power_of_two = (V<T>)(((I<T>)shifted + L::bias) << L::mantissa_bits);
   return vanishes ? V<T>{} : sum * power_of_two;
+#endif
 }
 
 // log(x) for positive and finite x: x = 2^n m with m in [sqrt(1/2), sqrt(2)), log(m) = 2 artanh((m - 1) / (m + 1)).
@@ -261,6 +265,7 @@ struct Sum {
   V<T> lanes{};
   double whole = 0;
   inline void add(V<T> values) { lanes += values; }
+  inline void add(V<T> values, V<T> factors) { lanes = fused(values, factors, lanes); }
   inline void settle() {
     whole += double(total<T>(lanes));
     lanes = V<T>{};
@@ -319,54 +324,111 @@ inline T largest(const T* row, int64_t classes) {
   return highest<T>(top);
 }
 
-// A (N, C) tensor of any floating dtype and any strides. Rows that lie as they are needed are read in place, others are
-// brought to scratch one by one: nothing of the tensor's size is made.
+// Of two rows in one pass.
 template <typename T>
-struct Operand {
-  const char* data = nullptr;
-  int64_t row_stride = 0, class_stride = 0, classes = 0;
-  c10::ScalarType type = c10::ScalarType::Undefined;
-  bool direct = false;
+inline void largest(const T* one, const T* other, int64_t classes, T* top_of_one, T* top_of_other) {
+  constexpr T none = -std::numeric_limits<T>::infinity();
+  V<T> tops[] = {fill<T>(none), fill<T>(none)};
+  over_row<T>(
+      classes,
+      [&](auto place) {
+        const V<T> x = place.kept(place.get(one), none), y = place.kept(place.get(other), none);
+        tops[0] = x > tops[0] ? x : tops[0];
+        tops[1] = y > tops[1] ? y : tops[1];
+      },
+      [] {});
+  *top_of_one = highest<T>(tops[0]);
+  *top_of_other = highest<T>(tops[1]);
+}
 
+// --- what comes from Python ------------------------------------------------------------------------------------------
+
+enum Type : int64_t { kNone, kDouble, kFloat, kHalf, kBFloat16 };
+
+// A (N, C) tensor, strides in elements.
+struct Array {
+  int64_t data, row_stride, class_stride, type;
+};
+
+// One call: native.py packs it, in this order, 8 bytes each. Addresses are 0 for what is not there.
+struct Call {
+  int64_t rows, classes, threads;
+  Array student, teacher, class_prior;
+  double alpha, beta, temperature, weight_temperature, gamma, mse_temperature;
+  int64_t student_in_mse, divide_by_pairs, reduction;
+  int64_t loss, mse, cross_entropy, student_gradient, teacher_gradient;
+};
+enum Reduction : int64_t { kBatchMean, kSum, kEach };
+
+struct Half {
+  uint16_t bits;
+  operator float() const {
+    // A float with the exponent's bias of a half; infinity and NaN have all bits of the exponent in either.
+    const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
+    float found;
+    std::memcpy(&found, &magnitude, sizeof(found));
+    found *= 5.192296858534828e33F;  // 2^112
+    uint32_t whole;
+    std::memcpy(&whole, &found, sizeof(whole));
+    whole |= uint32_t(bits & 0x8000) << 16 | ((bits & 0x7c00) == 0x7c00 ? 0x7f800000U : 0U);
+    std::memcpy(&found, &whole, sizeof(found));
+    return found;
+  }
+};
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t whole = uint32_t(bits) << 16;
+    float found;
+    std::memcpy(&found, &whole, sizeof(found));
+    return found;
+  }
+};
+
+// Rows of an array. Those that lie as they are needed are read in place, others are brought to scratch one by one:
+// nothing of the tensor's size is made.
+template <typename T>
+class Operand {
+ public:
   Operand() = default;
-  explicit Operand(const at::Tensor& tensor)
-      : data(static_cast<const char*>(tensor.const_data_ptr())),
-        row_stride(tensor.stride(0)),
-        class_stride(tensor.stride(1)),
-        classes(tensor.size(1)),
-        type(tensor.scalar_type()),
-        direct(type == c10::CppTypeToScalarType<T>::value && (class_stride == 1 || classes == 1)) {}
+  Operand(const Array& array, int64_t classes)
+      : array_(array),
+        classes_(classes),
+        direct_(array.type == (std::is_same_v<T, double> ? kDouble : kFloat) && (array.class_stride == 1 || classes == 1)) {}
 
   const T* row(int64_t index, T* scratch) const {
-    if (direct) return reinterpret_cast<const T*>(data) + index * row_stride;
-    switch (type) {
-      case c10::ScalarType::Float:
-        return copied<float>(index, scratch);
-      case c10::ScalarType::Double:
+    if (direct_) return from<T>(index);
+    switch (array_.type) {
+      case kDouble:
         return copied<double>(index, scratch);
-      case c10::ScalarType::Half:
-        return copied<c10::Half>(index, scratch);
+      case kFloat:
+        return copied<float>(index, scratch);
+      case kHalf:
+        return copied<Half>(index, scratch);
       default:
-        return copied<c10::BFloat16>(index, scratch);
+        return copied<BFloat16>(index, scratch);
     }
   }
 
  private:
   template <typename From>
+  const From* from(int64_t index) const {
+    return reinterpret_cast<const From*>(array_.data) + index * array_.row_stride;
+  }
+  template <typename From>
   const T* copied(int64_t index, T* scratch) const {
-    const From* from = reinterpret_cast<const From*>(data) + index * row_stride;
-    if (class_stride == 1) {
-      for (int64_t i = 0; i < classes; ++i) scratch[i] = static_cast<T>(from[i]);
+    const From* row = from<From>(index);
+    if (array_.class_stride == 1) {
+      for (int64_t i = 0; i < classes_; ++i) scratch[i] = static_cast<T>(row[i]);
     } else {
-      for (int64_t i = 0; i < classes; ++i) scratch[i] = static_cast<T>(from[i * class_stride]);
+      for (int64_t i = 0; i < classes_; ++i) scratch[i] = static_cast<T>(row[i * array_.class_stride]);
     }
     return scratch;
   }
-};
 
-struct Settings {
-  double alpha, beta, temperature, weight_temperature, gamma, mse_temperature;
-  bool student_in_mse, divide_by_pairs;
+  Array array_{};
+  int64_t classes_ = 0;
+  bool direct_ = false;
 };
 
 // Where the weights of the weighted MSE come from.
@@ -382,7 +444,7 @@ enum class Weights {
 template <typename T>
 struct Problem {
   Operand<T> student, teacher, prior;
-  Settings settings;
+  Call settings;
   int64_t classes;
   double scale;                              // by the reduction, of each row's gradients
   T *student_gradient, *teacher_gradient;    // null where nobody wants them
@@ -403,7 +465,7 @@ constexpr int64_t pitch_of(int64_t classes) {
 // weights_buffer if there is one.
 template <typename T, Weights kind>
 double weigh(const Problem<T>& problem, int64_t index, T* scratch) {
-  const Settings& s = problem.settings;
+  const Call& s = problem.settings;
   const int64_t classes = problem.classes;
   T* weights_buffer = problem.weights_buffer == nullptr ? scratch : problem.weights_buffer + index * classes;
   T* room = scratch + pitch_of<T>(classes);
@@ -445,7 +507,7 @@ template <typename T, Weights kind, bool entropy>
 void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
   constexpr bool mse = kind != Weights::absent;
   constexpr bool soft_labels = entropy || kind == Weights::labels;
-  const Settings& s = problem.settings;
+  const Call& s = problem.settings;
   const int64_t classes = problem.classes, pitch = pitch_of<T>(classes);
   const T* student = problem.student.row(index, scratch);
   const T* teacher = problem.teacher.row(index, scratch + pitch);
@@ -461,8 +523,12 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
   if ((kind == Weights::prior || kind == Weights::power) && !buffered) prior = problem.prior.row(index, weights);
 
   // Exponentials, and the sums that the rest needs.
-  const T teacher_top = soft_labels || (kind == Weights::softmax && !buffered) ? largest<T>(teacher, classes) : T(0);
-  const T student_top = entropy ? largest<T>(student, classes) : T(0);
+  T teacher_top = 0, student_top = 0;
+  if constexpr (entropy) {
+    largest<T>(student, teacher, classes, &student_top, &teacher_top);
+  } else if (soft_labels || (kind == Weights::softmax && !buffered)) {
+    teacher_top = largest<T>(teacher, classes);
+  }
   const T cold = T(1 / s.temperature), flat = T(s.gamma / s.weight_temperature);
   Sum<T> label_sum, prediction_sum, product_sum, weight_sum, difference_sum;
   over_row<T>(
@@ -479,7 +545,7 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
           const V<T> x = (u - student_top) * cold;
           const V<T> prediction = place.kept(exponential<T>(x));
           prediction_sum.add(prediction);
-          product_sum.add(label * x);
+          product_sum.add(label, x);
           store<T>(predictions + place.index, prediction);
         }
         if constexpr (mse) {
@@ -498,15 +564,17 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
             }
             store<T>(weights + place.index, weight);
           }
-          weight_sum.add(weight);
-          difference_sum.add(weight * (t - u));
+          if constexpr (kind != Weights::labels) weight_sum.add(weight);
+          difference_sum.add(weight, t - u);
         }
       },
       [&] {
         if constexpr (soft_labels) label_sum.settle();
         if constexpr (entropy) prediction_sum.settle(), product_sum.settle();
-        if constexpr (mse) weight_sum.settle(), difference_sum.settle();
+        if constexpr (mse) difference_sum.settle();
+        if constexpr (mse && kind != Weights::labels) weight_sum.settle();
       });
+  if constexpr (kind == Weights::labels) weight_sum = label_sum;
 
   if constexpr (entropy) {
     // -sum p log q, where log q = x - log(sum exp x): all terms are at least 0.
@@ -539,15 +607,15 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
     factor = mass * mass;
   }
   factor *= s.beta / (s.mse_temperature * s.mse_temperature);
-  const T mean = T(difference_sum.whole / weight_mass), per_mass = T(1 / weight_mass);
-  const T force_scale = T(problem.scale * factor), pull_scale = T(problem.scale * s.alpha / s.temperature);
-  const T per_label = T(1 / label_sum.whole), per_prediction = T(1 / prediction_sum.whole);
-  const bool force_on_student = mse && s.student_in_mse;
+  const T mean = T(difference_sum.whole / weight_mass);
+  const T mse_scale = T(problem.scale * factor / weight_mass), ce_scale = T(problem.scale * s.alpha / s.temperature);
+  const T label_scale = T(ce_scale / label_sum.whole), prediction_scale = T(ce_scale / prediction_sum.whole);
+  const bool mse_on_student = mse && s.student_in_mse;
   Sum<T> square_sum;
   over_row<T>(
       classes,
       [&](auto place) {
-        V<T> pull{}, force{};
+        V<T> ce_gradient{}, mse_gradient{};
         if constexpr (mse) {
           V<T> weight;
           if constexpr (kind == Weights::uniform) {
@@ -556,22 +624,22 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
             weight = load<T>(weights + place.index);
           }
           const V<T> centred = (place.get(teacher) - place.get(student)) - mean;
-          force = weight * per_mass * centred;
-          square_sum.add(force * centred);
-          force *= force_scale;
+          mse_gradient = weight * centred;
+          square_sum.add(mse_gradient, centred);
+          mse_gradient *= mse_scale;
         }
         if (student_out) {
           if constexpr (entropy) {
-            pull = (load<T>(predictions + place.index) * per_prediction - load<T>(labels + place.index) * per_label) * pull_scale;
+            ce_gradient = load<T>(predictions + place.index) * prediction_scale - load<T>(labels + place.index) * label_scale;
           }
-          place.put(student_out, force_on_student ? pull - force : pull);
+          place.put(student_out, mse_on_student ? ce_gradient - mse_gradient : ce_gradient);
         }
-        if (teacher_out) place.put(teacher_out, force);
+        if (teacher_out) place.put(teacher_out, mse_gradient);
       },
       [&] {
         if constexpr (mse) square_sum.settle();
       });
-  if constexpr (mse) problem.mse[index] = 0.5 * factor * square_sum.whole;
+  if constexpr (mse) problem.mse[index] = 0.5 * factor * square_sum.whole / weight_mass;
 }
 
 // --- batches ---------------------------------------------------------------------------------------------------------
@@ -604,34 +672,25 @@ std::tuple<RowFunction<T>, MassFunction<T>> functions(Weights kind, bool entropy
   }
 }
 
-Weights weights_of(const Settings& s, bool with_prior) {
+Weights weights_of(const Call& s) {
   if (s.beta == 0) return Weights::absent;
   if (s.gamma == 0) return Weights::uniform;
-  if (with_prior) return s.gamma == 1 ? Weights::prior : Weights::power;
+  if (s.class_prior.data != 0) return s.gamma == 1 ? Weights::prior : Weights::power;
   return s.gamma == 1 && s.weight_temperature == s.temperature ? Weights::labels : Weights::softmax;
 }
 
-using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 template <typename T>
-Results walk(
-    const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& class_prior,
-    const Settings& settings, const std::string& reduction, bool student_needs, bool teacher_needs) {
-  const int64_t rows = student.size(0), classes = student.size(1);
-  const auto options = student.options().dtype(c10::CppTypeToScalarType<T>::value);
-  at::Tensor student_gradient, teacher_gradient;
-  if (student_needs) student_gradient = at::empty({rows, classes}, options);
-  if (teacher_needs) teacher_gradient = at::empty({rows, classes}, options);
-
+void run(const Call& call) {
+  const int64_t rows = call.rows, classes = call.classes;
   Problem<T> problem;
-  problem.student = Operand<T>(student);
-  problem.teacher = Operand<T>(teacher);
-  if (class_prior) problem.prior = Operand<T>(*class_prior);
-  problem.settings = settings;
+  problem.student = Operand<T>(call.student, classes);
+  problem.teacher = Operand<T>(call.teacher, classes);
+  problem.prior = Operand<T>(call.class_prior, classes);
+  problem.settings = call;
   problem.classes = classes;
-  problem.scale = reduction == "batchmean" && rows > 0 ? 1.0 / double(rows) : 1.0;
-  problem.student_gradient = student_needs ? student_gradient.data_ptr<T>() : nullptr;
-  problem.teacher_gradient = teacher_needs ? teacher_gradient.data_ptr<T>() : nullptr;
+  problem.scale = call.reduction == kBatchMean && rows > 0 ? 1.0 / double(rows) : 1.0;
+  problem.student_gradient = reinterpret_cast<T*>(call.student_gradient);
+  problem.teacher_gradient = reinterpret_cast<T*>(call.teacher_gradient);
   const std::unique_ptr<double[]> values(new double[3 * rows + 1]());
   problem.mse = values.get();
   problem.cross_entropy = values.get() + rows;
@@ -639,80 +698,61 @@ Results walk(
   problem.share = 1;
   problem.weights_buffer = nullptr;
 
-  const auto [evaluate_row, mass_of_row] = functions<T>(weights_of(settings, class_prior.has_value()), settings.alpha > 0);
+  const int64_t rows_of_a_thread = std::max<int64_t>(1, 8192 / classes);
+  const int threads = int(std::min(std::max<int64_t>(call.threads, 1), (rows + rows_of_a_thread - 1) / rows_of_a_thread));
+  const int64_t room = kScratchRows * pitch_of<T>(classes);
+  const std::unique_ptr<T[]> scratch(new T[std::max(threads, 1) * room]);
+  const auto [evaluate_row, mass_of_row] = functions<T>(weights_of(call), call.alpha > 0);
   const auto all_rows = [&](auto body) {
-    at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / classes), [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<T[]> scratch(new T[kScratchRows * pitch_of<T>(classes)]);
-      for (int64_t index = begin; index < end; ++index) body(index, scratch.get());
-    });
+    if (threads <= 1) {
+      for (int64_t index = 0; index < rows; ++index) body(index, scratch.get());
+      return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+      for (int64_t index = rows * thread / all; index < rows * (thread + 1) / all; ++index) {
+        body(index, scratch.get() + thread * room);
+      }
+    }
   };
-  if (settings.divide_by_pairs && settings.beta > 0) {
-    problem.weights_buffer = student_needs ? problem.student_gradient : problem.teacher_gradient;
-    all_rows([&](int64_t index, T* scratch) { problem.mass[index] = mass_of_row(problem, index, scratch); });
+  if (call.divide_by_pairs && call.beta > 0) {
+    problem.weights_buffer = problem.student_gradient ? problem.student_gradient : problem.teacher_gradient;
+    all_rows([&](int64_t index, T* own) { problem.mass[index] = mass_of_row(problem, index, own); });
     double pairs = 0;
     for (int64_t index = 0; index < rows; ++index) pairs += problem.mass[index] * problem.mass[index];
     problem.share = double(rows) / (pairs == 0 ? 1 : pairs);
   }
-  all_rows([&](int64_t index, T* scratch) { evaluate_row(problem, index, scratch); });
+  all_rows([&](int64_t index, T* own) { evaluate_row(problem, index, own); });
 
-  const bool each = reduction == "none";
-  const auto reduced = [&](auto value) {
-    at::Tensor result = each ? at::empty({rows}, options) : at::empty({}, options);
-    T* to = result.template data_ptr<T>();
-    if (each) {
-      for (int64_t index = 0; index < rows; ++index) to[index] = T(value(index));
-    } else {
-      double sum = 0;
-      for (int64_t index = 0; index < rows; ++index) sum += value(index);
-      *to = T(sum * problem.scale);
+  const auto reduced = [&](int64_t address, auto value) {
+    T* to = reinterpret_cast<T*>(address);
+    if (to == nullptr) return;
+    double sum = 0;
+    for (int64_t index = 0; index < rows; ++index) {
+      if (call.reduction == kEach) {
+        to[index] = T(value(index));
+      } else {
+        sum += value(index);
+      }
     }
-    return result;
+    if (call.reduction != kEach) *to = T(sum * problem.scale);
   };
   const double *mse = problem.mse, *cross_entropy = problem.cross_entropy;
-  return {
-      reduced([&](int64_t index) { return mse[index] + cross_entropy[index]; }),
-      reduced([&](int64_t index) { return mse[index]; }),
-      reduced([&](int64_t index) { return cross_entropy[index]; }),
-      student_gradient,
-      teacher_gradient,
-  };
-}
-
-// The caller has checked its arguments: (N, C) tensors of one shape on the CPU, each float64, float32, float16 or
-// bfloat16, and settings in their ranges. A string is torch's own string_view: older releases register no other.
-Results decoupled_kl(
-    const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& class_prior, double alpha,
-    double beta, double temperature, double weight_temperature, double gamma, double mse_temperature,
-    bool student_in_mse, bool divide_by_pairs, c10::string_view reduction, bool student_needs, bool teacher_needs) {
-  TORCH_CHECK(student.dim() == 2 && student.sizes() == teacher.sizes() && student.size(1) > 0,
-              "decoupled_kl: logits must be two (N, C)");
-  TORCH_CHECK(!class_prior || class_prior->sizes() == student.sizes(), "decoupled_kl: class_prior must be (N, C)");
-  for (const at::Tensor& tensor : {student, teacher, class_prior.value_or(student)}) {
-    const auto type = tensor.scalar_type();
-    TORCH_CHECK(tensor.is_cpu() && tensor.layout() == c10::kStrided &&
-                    (type == c10::ScalarType::Double || type == c10::ScalarType::Float ||
-                     type == c10::ScalarType::Half || type == c10::ScalarType::BFloat16),
-                "decoupled_kl: tensors must be dense, on the CPU and of a floating dtype of at least 16 bits");
-  }
-  const Settings settings{alpha, beta, temperature, weight_temperature, gamma, mse_temperature, student_in_mse,
-                          divide_by_pairs};
-  const bool wide = student.scalar_type() == c10::ScalarType::Double || teacher.scalar_type() == c10::ScalarType::Double;
-  const auto function = wide ? walk<double> : walk<float>;
-  return function(student, teacher, class_prior, settings, std::string(reduction), student_needs, teacher_needs);
-}
-
-TORCH_LIBRARY(ikl_plugins, library) {
-  library.def(
-      "decoupled_kl(Tensor student, Tensor teacher, Tensor? class_prior, float alpha, float beta, float temperature, "
-      "float weight_temperature, float gamma, float mse_temperature, bool student_in_mse, bool divide_by_pairs, "
-      "str reduction, bool student_needs, bool teacher_needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(ikl_plugins, CPU, library) { library.impl("decoupled_kl", decoupled_kl); }
-
-// The gradients are the caller's business: ikl_plugins/functional.py.
-TORCH_LIBRARY_IMPL(ikl_plugins, Autograd, library) {
-  library.impl("decoupled_kl", torch::CppFunction::makeFallthrough());
+  reduced(call.loss, [&](int64_t index) { return mse[index] + cross_entropy[index]; });
+  reduced(call.mse, [&](int64_t index) { return mse[index]; });
+  reduced(call.cross_entropy, [&](int64_t index) { return cross_entropy[index]; });
 }
 
 }  // namespace
+
+// Computes in double where either logits are double, else in float; results are of that type. The caller has checked
+// what it hands over. Returns 0, or 1 without memory.
+extern "C" int decoupled_kl(const Call* call) {
+  try {
+    call->student.type == kDouble || call->teacher.type == kDouble ? run<double>(*call) : run<float>(*call);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}

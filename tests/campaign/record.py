@@ -27,7 +27,7 @@ from evidence.cache import processor, sha256
 
 import ikl_plugins
 from campaign.tables import NAMES, render
-from ikl_plugins import __version__, native
+from ikl_plugins import __version__
 from ikl_plugins._files import written_aside
 
 FORMAT = "ikl_plugins.reliability/1"
@@ -82,7 +82,7 @@ def is_quick(config: pytest.Config) -> bool:
 def child_environment(**more: str) -> dict[str, str]:
     """The environment of a process that the campaign starts: one thread, no GPU, no warnings beside the output."""
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    operator = {native.VARIABLE: "0"}  # the C++ operator rounds otherwise, and has a part of its own
+    operator = {"IKL_PLUGINS_KERNEL": "walk"}  # the C++ operator rounds otherwise, and has a part of its own
     return {**os.environ, **quiet, **operator, **more}
 
 

@@ -30,7 +30,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.module.__name__.rpartition(".")[2] not in BOTH_WAYS:
         return
     ways = ["own"] if metafunc.function.__name__.startswith(OWN_WAY_ONLY) else ["own", "operator"]
-    metafunc.fixturenames.append("way")
     metafunc.parametrize("way", ways, indirect=True, scope="module")
 
 
@@ -50,14 +49,14 @@ def built_operator(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Which of the two ways the losses go."""
+    """Which of the two ways the losses go; their own where a test does not say."""
     with pytest.MonkeyPatch.context() as state:
         # Whatever the environment asks for, and as it was afterwards.
-        state.setattr(native, "_ask_environment", False)
+        state.setattr(native, "_undecided", False)
         state.setattr(native, "_operator", None)
-        if request.param == "own":
+        if getattr(request, "param", "own") == "own":
             yield "own"
             return
         state.setenv("XDG_CACHE_HOME", str(request.getfixturevalue("built_operator")))

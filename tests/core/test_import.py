@@ -22,8 +22,8 @@ HOSTS = (
     "torchdistill",
     "torchvision",
 )
-CORE = {"_composed", "_files", "_fused", "_validation", "class_prior", "functional", "losses", "native", "presets"}
-CORE |= {"_value_checks", "kernels", "kernels._launch"}
+CORE = {"_composed", "_files", "_fused", "_validation", "_value_checks", "_way", "class_prior", "functional", "kernels"}
+CORE |= {"kernels._launch", "losses", "native", "presets"}
 
 
 def _loaded_by(statement: str, stubs: Path) -> set[str]:

@@ -20,7 +20,7 @@ by_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 @pytest.fixture(autouse=True)
 def off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_operator", None)
-    monkeypatch.setattr(native, "_ask_environment", False)
+    monkeypatch.setattr(native, "_undecided", False)
     monkeypatch.setattr(bench_training, "EPOCH", 2)
     # The operator has tests of its own; here it shall not need a compiler.
     monkeypatch.setattr(native, "enable", native.disable)

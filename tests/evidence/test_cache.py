@@ -19,7 +19,7 @@ WORK = """
     def double(settings, folder):
         with (folder / "calls").open("a") as calls:
             calls.write("x")
-        return {"doubled": 2 * settings["number"], "native": os.environ["IKL_PLUGINS_NATIVE"],
+        return {"doubled": 2 * settings["number"], "native": os.environ["IKL_PLUGINS_KERNEL"],
                 "threads": os.environ["OMP_NUM_THREADS"]}
 
     def fail(settings, folder):
@@ -98,7 +98,7 @@ def test_interrupted_work_goes_on_in_its_folder(tmp_path):
 
 
 def test_results_come_in_order_and_are_computed_once(work, monkeypatch):
-    monkeypatch.setenv("IKL_PLUGINS_NATIVE", "1")
+    monkeypatch.setenv("IKL_PLUGINS_KERNEL", "native")
     lines = []
     files = {"config": "1", "data": "2"}
     options = {"processes": 2, "threads": 1, "sources": lambda job: files, "report": lines.append}
@@ -110,7 +110,7 @@ def test_results_come_in_order_and_are_computed_once(work, monkeypatch):
     assert first["double-3"]["versions"]["torchvision"]
     assert first["double-3"]["sources"] == files
     again = run_jobs(doubles(3, 1, 5), work, **options)
-    assert again["double-5"]["result"] == {"doubled": 10, "native": "0", "threads": "1"}
+    assert again["double-5"]["result"] == {"doubled": 10, "native": "walk", "threads": "1"}
     assert (work / "double-3" / "calls").read_text() == "x"
     assert again["double-3"] == first["double-3"]
 

@@ -127,8 +127,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error.strerror if error.filename is None else error}")
     except ValueError as error:
         sys.exit(f"error: {error}")
+    from ikl_plugins import native
+    from ikl_plugins._way import BUILD_ADVICE
+
     print(f"\n{report}")
     pictures = ("table", "curves", "class_prior", "adversarial_images", "robust_accuracy")
     print(f"{args.output}: table.md, {', '.join(f'{name}.png' for name in pictures)}, robustbench, results.json")
     spent = time.perf_counter() - begin
     print(f"{results['done']} parts done, {results['kept']} kept from an earlier call, {spent:.0f} s")
+    if not native.library_path().is_file():
+        print(f"C++ operator: not built; {BUILD_ADVICE}")

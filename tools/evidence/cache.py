@@ -173,7 +173,7 @@ def _start(folder: Path, threads: int) -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join(path),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "IKL_PLUGINS_NATIVE": "0",  # the C++ operator rounds otherwise, and results go on from one another
+        "IKL_PLUGINS_KERNEL": "walk",  # the C++ operator rounds otherwise, and results go on from one another
     }
     with (folder / "log.txt").open("ab") as log:
         command = [sys.executable, "-m", "evidence.cache", str(folder)]
