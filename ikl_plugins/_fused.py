@@ -109,7 +109,8 @@ def _one_block(
     teacher = teacher if teacher.dtype == dtype else teacher.to(dtype)
     if class_prior is not None:
         class_prior = class_prior.to(dtype)
-    work = student.new_empty(student.shape, dtype=dtype)
+    # (The second costs twice as much as the first.)
+    work = torch.empty_like(student) if student.is_contiguous() else student.new_empty(student.shape)
     part = Operands(student, teacher, class_prior, torch.empty_like(work), work, torch.empty_like(work))
     gradients = (torch.empty_like(work) if needs[0] else None, torch.empty_like(work) if needs[1] else None)
     mse, cross_entropy = _evaluate_block(part, settings, scale, *gradients)
@@ -294,8 +295,14 @@ def _pair_factors(squared_masses: list[Tensor]) -> list[Tensor]:
     """GKL's factors from the squared masses (k, 1) of all blocks: divided by their sum, times the number of rows."""
     sums = [square.sum() for square in squared_masses]
     pairs = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    share = sum(map(len, squared_masses)) / torch.where(pairs == 0, 1.0, pairs)
-    return [square.mul_(share) for square in squared_masses]
+    pairs = _not_zero(pairs)
+    rows = sum(map(len, squared_masses))
+    return [square.div_(pairs).mul_(rows) for square in squared_masses]
+
+
+def _not_zero(masses: Tensor) -> Tensor:
+    """1 in place of 0: what is divided by it is 0 as well."""
+    return masses + (masses == 0)
 
 
 def _combine(
@@ -328,8 +335,9 @@ def class_weights(part: Operands, settings: Settings, *, out: Tensor) -> Tensor 
     The mass of a row is the sum of its weights to the power gamma. Of a softmax these are exp(gamma * log softmax), and
     one of them at least is C**-gamma: they do not vanish together.
     """
+    weights = out
     if part.class_prior is not None:
-        torch.pow(part.class_prior, settings.gamma, out=out)
+        weights = part.class_prior if settings.gamma == 1.0 else torch.pow(part.class_prior, settings.gamma, out=out)
     elif settings.gamma == 1.0:
         _softmax(part.teacher, settings.weight_temperature, out=out, work=part.work)
         return None
@@ -341,6 +349,6 @@ def class_weights(part: Operands, settings: Settings, *, out: Tensor) -> Tensor 
             tempered = torch.mul(part.teacher, 1.0 / settings.weight_temperature, out=part.work)
         torch.log_softmax(tempered, 1, out=out)
         out.mul_(settings.gamma).exp_()
-    mass = out.sum(1, keepdim=True)
-    out.div_(torch.where(mass > 0, mass, 1.0))
+    mass = weights.sum(1, keepdim=True)
+    torch.div(weights, _not_zero(mass), out=out)
     return mass

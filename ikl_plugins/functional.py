@@ -391,12 +391,11 @@ def _value_and_gradients(
         if kernel is not None:
             loss, mse, cross_entropy, later, _ = kernel(*operands, settings, needs)
             return loss, (mse, cross_entropy) if with_terms else None, later or (None, None)
-    served = named != "triton" and native.serves(*operands)
-    operator = native.operator() if served else None
-    if operator is not None:
+    operator = native.operator() if student.is_cpu else None
+    if operator is not None and named != "triton" and native.serves(*operands):
         return operator(*operands, settings, needs, with_terms)
-    if named == "triton" or (named == "native" and not served):  # native.operator() says itself what fails
-        _say_once(named, student)
+    if named == "triton" or (named == "native" and (operator is not None or not student.is_cpu)):
+        _say_once(named, student)  # of an operator that cannot be had native tells
     return fused_loss(*operands, settings, needs, with_terms)
 
 

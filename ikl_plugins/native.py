@@ -149,7 +149,7 @@ def operator() -> Operator | None:
 def serves(student: Tensor, teacher: Tensor, class_prior: Tensor | None) -> bool:
     """Whether the operator takes these tensors, which fit each other. It sees their memory alone."""
     return (
-        student.device.type == "cpu"
+        student.is_cpu
         and student.dim() == 2
         and _is_plain(student)
         and _is_plain(teacher)
