@@ -389,7 +389,7 @@ def _value_and_gradients(
     if named in (None, "triton") and kernels.serves(*operands):
         kernel = kernels.operator()
         if kernel is not None:
-            loss, mse, cross_entropy, later, _ = kernel(*operands, settings, needs)
+            loss, mse, cross_entropy, later = kernel(*operands, settings, needs)
             return loss, (mse, cross_entropy) if with_terms else None, later or (None, None)
     operator = native.operator() if student.is_cpu else None
     if operator is not None and named != "triton" and native.serves(*operands):

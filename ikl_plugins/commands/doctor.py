@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import shutil
@@ -112,6 +113,11 @@ try:
     found["operator"] = native.library_path().is_file()
 except Exception:
     pass
+try:
+    from ikl_plugins import kernels
+    found["kernels"] = [kernels.why_not(torch.device("cuda", number)) for number in range(gpus)]
+except Exception as error:
+    found["kernels"] = [f"the comparison fails: {error}"]
 print("worked: " + json.dumps(found))
 """
 PROBES = {"core": _CORE, "torchdistill": _TORCHDISTILL, "mmpretrain": _MMPRETRAIN, "robustbench": _ROBUSTBENCH}
@@ -151,6 +157,7 @@ class Facts(NamedTuple):
         gpu_driver: whether a GPU's driver is there, whatever torch says.
         safe_globals: whether MMEngine brings its own list of names that a checkpoint may hold; None without MMEngine.
         operator: whether the C++ operator of the losses is built; None where the losses cannot be imported.
+        kernels: of each GPU, why the Triton kernels do not serve there, '' if they agree with the composed losses.
     """
 
     python: str
@@ -162,6 +169,7 @@ class Facts(NamedTuple):
     gpu_driver: bool = False
     safe_globals: bool | None = None
     operator: bool | None = None
+    kernels: Sequence[str] = ()
 
     def has(self, *names: str) -> bool:
         """Whether any of these distributions is installed."""
@@ -386,6 +394,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on the standard output")
 
 
+def _kernels_state(reason: str) -> str:
+    return f"not used: {reason}" if reason else "agree with the composed losses"
+
+
 def _report(facts: Facts, hosts: Sequence[Host], traps: Sequence[Trap], wanted: Sequence[str]) -> str:
     rows = {"python": f"{facts.python} on {platform.platform()}", **facts.versions}
     if facts.torch:
@@ -396,6 +408,11 @@ def _report(facts: Facts, hosts: Sequence[Host], traps: Sequence[Trap], wanted: 
         rows["C++ operator"] = (
             f"built; {VARIABLE}=walk leaves it out" if facts.operator else f"not built; {BUILD_ADVICE}"
         )
+    rows["Triton kernels"] = "; ".join(map(_kernels_state, facts.kernels)) or "not used: there is no CUDA device"
+    named = os.environ.get(VARIABLE, "")
+    on_cpu, on_cuda = "native" if facts.operator else "walk", "walk" if any(facts.kernels) else "triton"
+    ways = f"{on_cpu} on a CPU" + (f", {on_cuda} on CUDA" if facts.gpus else "")
+    rows["losses go by"] = f"{named} where it can serve, as {VARIABLE} says" if named else ways
     lines = ["Versions", *(f"  {name:<18}{value}" for name, value in rows.items()), "", "Hosts"]
     for host in hosts:
         state = "works" if host.works else "BROKEN" if host.installed else "absent"

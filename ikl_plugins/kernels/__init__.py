@@ -18,7 +18,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ __all__ = ["Later", "operator", "serves", "why_not"]
 
 _DEVICE_TYPES = ("cuda",)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_TRITON = (3, 3)  # the first whose kernels take tuples
+_TRITON = (3, 4)  # the first that compiles loops over tuples
 _TOLERANCE = 1e-4  # of the comparison, times the largest entry
 _NAMES = ("loss", "weighted MSE", "soft cross entropy", "student's gradient", "teacher's gradient")
 
@@ -68,12 +68,11 @@ def why_not(device: torch.device) -> str:
     return reason
 
 
-def operator() -> Callable[..., Any] | None:
+def operator() -> Operator | None:
     """The function that computes the losses of tensors which the kernels serve; None where there is no Triton.
 
     It takes student, teacher, class prior or None, settings, and which of the two needs a gradient. It returns the
-    loss, its weighted MSE and its soft cross entropy, and in place of both gradients a :class:`Later`, or twice None if
-    none is needed.
+    loss, its weighted MSE and its soft cross entropy, and the gradients as a :class:`Later`, None if there are none.
     """
     return None if _without_triton() else _compute
 
@@ -100,9 +99,14 @@ class Later(NamedTuple):
         return _composed(*operands, self.needs, grad_loss)[1]
 
 
+Operator = Callable[
+    [Tensor, Tensor, Tensor | None, Settings, tuple[bool, bool]], tuple[Tensor, Tensor, Tensor, Later | None]
+]
+
+
 def _compute(
     student: Tensor, teacher: Tensor, class_prior: Tensor | None, settings: Settings, needs: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+) -> tuple[Tensor, Tensor, Tensor, Later | None]:
     kept: Kept | None = None
     try:
         loss, mse, cross_entropy, kept = find_values(student, teacher, class_prior, settings)
@@ -113,7 +117,7 @@ def _compute(
         with torch.no_grad():
             loss, mse, cross_entropy = composed_loss(student, teacher, class_prior, settings)
     later = Later(settings, needs, kept) if any(needs) else None
-    return loss, mse, cross_entropy, later, later
+    return loss, mse, cross_entropy, later
 
 
 def _takes(student: Tensor, teacher: Tensor, class_prior: Tensor | None) -> bool:

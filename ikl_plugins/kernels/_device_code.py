@@ -141,20 +141,20 @@ def _soft_labels(tile, t_top, factors):
 
 @triton.jit
 def _unscaled_weights(tile, t_top, labels, factors, weights: tl.constexpr):
-    """v (R, B); 0 where there is no class, where gamma * log(0) could be NaN."""
+    """v (R, B); 0 where there is no class: gamma is above 0, so gamma * log(0) is -inf and not NaN."""
     tempered = (tile.t - _base(t_top)[:, None]) * factors.weight_temperature
     if weights == LABELS:
         v = labels
     elif weights == SOFTMAX:
         v = tl.exp(tempered)
     elif weights == SOFTMAX_POWER:
-        v = tl.where(tile.valid, tl.exp(factors.gamma * tempered), 0.0)
+        v = tl.exp(factors.gamma * tempered)
     elif weights == ONES:
         v = tl.where(tile.valid, 1.0, 0.0)
     elif weights == PRIOR:
         v = tile.prior
     else:
-        v = tl.where(tile.prior == 0.0, 0.0, tl.exp(factors.gamma * tl.log(tile.prior)))
+        v = tl.exp(factors.gamma * tl.log(tile.prior))
     return v
 
 

@@ -19,6 +19,7 @@ _CLASSES_OF_A_TILE_SIDE_BY_SIDE = 256
 _ROWS_SIDE_BY_SIDE = 16
 _ELEMENTS_OF_A_WARP = 256
 _SUMMED_AT_ONCE = 1024
+_LEAST_GAMMA = 1e-37  # a power that float32 tells from 0, which has a way of its own
 
 _Strides = tuple[int, int, int]  # of (samples, classes, places)
 
@@ -158,7 +159,7 @@ def _sizes_layout_factors(code: Any, plan: _Plan, settings: Settings) -> tuple[A
             1.0 / settings.temperature,
             1.0 / settings.weight_temperature,
             1.0 / settings.mse_temperature,
-            settings.gamma,
+            max(settings.gamma, _LEAST_GAMMA),
         ),
     )
 

@@ -285,3 +285,27 @@ def test_an_unknown_host_is_refused(ikl):
         "--for must be among torchdistill, mmpretrain, robustbench, got 'mmdet'"
         in ikl("doctor", "--for", "mmdet").status
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "lines"),
+    [
+        (
+            {"kernels": [""], "operator": True},
+            "",
+            ["agree with the composed losses", "native on a CPU, triton on CUDA"],
+        ),
+        (
+            {"kernels": ["Triton is not there"], "operator": False},
+            "",
+            ["not used: Triton is", "walk on .*, walk on CUDA"],
+        ),
+        ({"kernels": [], "gpus": ()}, "", ["not used: there is no CUDA device", "walk on a CPU$"]),
+        ({"kernels": [""]}, "walk", ["agree with", "walk where it can serve, as IKL_PLUGINS_KERNEL says"]),
+    ],
+)
+def test_the_report_says_which_way_the_losses_go(monkeypatch, changes, named, lines):
+    monkeypatch.setenv("IKL_PLUGINS_KERNEL", named)
+    said = doctor._report(facts(**changes), [], [], [])
+    for name, text in zip(("Triton kernels", "losses go by"), lines, strict=True):
+        assert re.search(rf"^  {name} +{text}", said, re.MULTILINE), said

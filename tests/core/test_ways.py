@@ -28,7 +28,7 @@ def served() -> Iterator[list[str]]:
             if name == "native":
                 return fused_loss(*arguments)
             loss, terms, _ = fused_loss(*arguments, True)
-            return loss, *(terms or ()), None, None
+            return loss, *(terms or ()), None
 
         return operator
 
