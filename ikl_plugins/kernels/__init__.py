@@ -1,6 +1,6 @@
 """The losses as fused Triton kernels, for logits on a CUDA device.
 
-Forward plus backward take three launches (a few more for ``reduction='none'``) and no wait for the device. Each reads
+Forward plus backward take three launches (GKL's ``reduction='none'`` two more) and no wait for the device. Each reads
 both logits once, the second writes each gradient once, in the dtype of its logits and with the chain rule's last factor
 in it; nothing else of the logits' size is made. The arithmetic is float32. Sums run in one order, so equal calls give
 equal bits.
