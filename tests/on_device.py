@@ -22,13 +22,14 @@ from ikl_plugins import _value_checks
 
 VARIABLE = "IKL_PLUGINS_TEST_DEVICE"
 RANDOM = (torch.rand, torch.randn, torch.randint, torch.randperm)
-DEFERRED = ("test_value_checks", "test_device")  # modules whose checks are not immediate
+DEFERRED = ("test_value_checks", "test_device", "test_steps")  # modules whose checks are not immediate
 # Modules that are not repeated, and why.
 LEFT_OUT = {
     "core": {
         "test_native": "the C++ operator is for the CPU",
         "test_files": "no tensors",
         "test_import": "other processes",
+        "test_kernels": "the interpreter, and other processes; tests/gpu has the kernels themselves",
         "test_presets": "no tensors",
     },
     "adversarial": {"test_refusals": "its inputs are made at import"},
@@ -40,11 +41,15 @@ LEFT_OUT = {
         "test_training": "whole runs, which choose their device themselves",
     },
     "mmpretrain": {
+        "test_checkpoints": "files",
         "test_generated": "files, and other processes",
         "test_long_tail": "the text of the configs",
         "test_mmpretrain_configs": "the text of the configs",
+        "test_preprocessing": "it runs on the host",
         "test_recipes": "the text of the configs",
+        "test_refusals": "the text of the configs",
         "test_registration": "other processes",
+        "test_resume": "whole runs, which choose their device themselves",
         "test_sampling": "no tensors of a device",
         "test_train_mmpretrain": "other processes",
     },
@@ -78,8 +83,10 @@ class _OnDevice(DeviceContext):
 
 @contextlib.contextmanager
 def on_device(device: str, module: types.ModuleType) -> Iterator[None]:
-    """Runs a test on a device, with the tensors that its module has made at import."""
+    """Runs a test on a device, with the tensors that its module has made at import and whole float32 convolutions."""
     with pytest.MonkeyPatch.context() as patch, _OnDevice(torch.device(device)):
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        patch.setattr(torch.backends.cudnn, "deterministic", True)
         for name, value in vars(module).copy().items():
             if isinstance(value, Tensor):
                 patch.setattr(module, name, value.to(device))

@@ -14,6 +14,7 @@ with warnings.catch_warnings():
 
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from mmpretrain_runs import CONFIGS, save_teacher
 
@@ -30,6 +31,21 @@ def _scope():
 def teacher(tmp_path_factory):
     """A checkpoint for ``mmpretrain_runs.network()`` that tells images apart."""
     return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
+
+
+@pytest.fixture(autouse=True)
+def _models_reach_the_device(_seed, monkeypatch):
+    """Where the tests run on a device a model gets there as the runner brings it: built on the CPU, and moved."""
+    device, build = torch.empty(0).device, MODELS.build
+    if device.type == "cpu":
+        return
+
+    def moved(*arguments, **keywords):
+        with torch.device("cpu"):
+            made = build(*arguments, **keywords)
+        return made.to(device) if isinstance(made, torch.nn.Module) else made
+
+    monkeypatch.setattr(MODELS, "build", moved)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def images(rows=4):
 
 
 def prepared(preprocessor, raw):
-    return preprocessor({"inputs": raw, "data_samples": None})["inputs"]
+    return preprocessor.to(raw.device)({"inputs": raw, "data_samples": None})["inputs"]
 
 
 @pytest.mark.parametrize("name", PREPROCESSORS)

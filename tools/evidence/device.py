@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
 import importlib.metadata
 import os
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from evidence import cache
 from ikl_plugins import _value_checks, kernels
 
 COUNTER_VARIABLE = "GPU_STUB"  # names the folder of a counting CUDA runtime: libstub.so with stub_reset and stub_get
@@ -178,3 +181,29 @@ def without_judgement() -> Iterator[None]:
             stack.enter_context(mock.patch.object(hooks, "judge_findings"))
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+# --- what gpu.sh keeps -----------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> None:
+    """``versions FOLDER DEVICE`` writes what is measured on; ``collect FOLDER DEVICE`` all of it in one JSON file."""
+    what, folder, name = arguments
+    device, target = torch.device(name), Path(folder)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("gpu.sh: torch must find a CUDA device, but there is none.")
+    found: dict[str, object] = {"versions": {**cache.versions(), **facts(device)}}
+    if device.type == "cuda":
+        found["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        found["capability"] = torch.cuda.get_device_capability(device)
+        found["kernels"] = kernels.why_not(torch.device("cuda", torch.cuda.current_device())) or "serve"
+    if what == "collect":
+        for file in sorted(target.glob("*.csv")):
+            with file.open(newline="") as lines:
+                found[file.stem] = list(csv.DictReader(lines))
+    cache.write_json(target / ("results.json" if what == "collect" else "versions.json"), found)
+    print(found["versions"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
