@@ -6,6 +6,7 @@ The gradient is left behind while its block is hot. Of ``d = t - s``, weights ``
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from ._composed import Settings, compute_dtype, without_autocast
 
 __all__ = ["Result", "class_weights", "fused_loss"]
+
+_NOTHING = nullcontext()
 
 Gradients = tuple[Tensor | None, Tensor | None]
 # The loss, its two terms and the gradients for student and teacher.
@@ -73,7 +76,8 @@ def fused_loss(
     shape = student.shape
     rows = shape.numel() // shape[1]
     scale = 1.0 / rows if settings.reduction == "batchmean" and rows else 1.0
-    with without_autocast(student.device):
+    # The first question costs a twentieth of the second.
+    with without_autocast(student.device) if torch._C._is_any_autocast_enabled() else _NOTHING:
         evaluate = _one_block if student.dim() == 2 and rows * shape[1] <= _block_elements(student) else _walk
         mse, cross_entropy, gradients = evaluate(student, teacher, class_prior, settings, needs, scale)
         if settings.reduction == "none":
@@ -88,7 +92,7 @@ def fused_loss(
 
 
 def _block_elements(logits: Tensor) -> int:
-    return _BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
+    return _BLOCK_ELEMENTS_CPU if logits.is_cpu else _BLOCK_ELEMENTS_ACCELERATOR
 
 
 def _one_block(

@@ -279,8 +279,15 @@ def gkl_settings(
 def check_settings(caller: str, settings: Settings) -> Settings:
     """Refuses weights, temperatures or a reduction out of range; returns the settings with plain floats for numbers."""
     check.check_reduction(caller, settings.reduction)
-    numbers = (settings.alpha, settings.beta, settings.temperature, settings.weight_temperature, settings.gamma)
-    if all(type(number) is float and 0.0 < number < math.inf for number in numbers):
+    alpha, beta, temperature, weight_temperature, _, gamma, *_ = settings
+    if (
+        type(alpha) is type(beta) is type(temperature) is type(weight_temperature) is type(gamma) is float
+        and 0.0 < alpha < math.inf
+        and 0.0 < beta < math.inf
+        and 0.0 < temperature < math.inf
+        and 0.0 < weight_temperature < math.inf
+        and 0.0 < gamma < math.inf
+    ):
         return settings  # the common case, on the path of every call
     return settings._replace(
         alpha=check.check_number(caller, "alpha", settings.alpha),
