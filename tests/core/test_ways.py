@@ -81,7 +81,7 @@ def test_a_name_that_there_is_not_is_refused_every_time(monkeypatch: pytest.Monk
     assert served == []
 
 
-def test_a_kernel_that_is_not_there_leaves_the_walk(monkeypatch: pytest.MonkeyPatch, served: list[str]) -> None:
+def test_a_kernel_that_is_not_there_leaves_the_walk(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "operator", lambda: None)
     assert _loss("meta").is_meta
     monkeypatch.setattr(native, "_is_built", lambda: False)
