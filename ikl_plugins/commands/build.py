@@ -1,5 +1,7 @@
 """Builds the C++ operator of the losses for CPUs, and checks its gradients.
 
+    ikl build
+
 It needs a C++ compiler; the environment variable CXX names another one. Once it is built the losses use it wherever it
 serves; IKL_PLUGINS_KERNEL=walk in the environment of a training leaves it out.
 """

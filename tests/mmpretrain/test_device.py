@@ -114,10 +114,11 @@ def test_distillation_compiles_without_a_graph_break(global_info, teacher):
 
 
 def test_adversarial_training_compiles_and_its_last_batch_may_be_smaller():
-    compiled, plain = build(adversarial_network()), build(adversarial_network())
+    attack = {"eps": "8/255", "steps": 1, "step_size": "2/255", "objective": "ikl"}
+    compiled, plain = build(adversarial_network(attack=attack)), build(adversarial_network(attack=attack))
     torch._dynamo.reset()
     step = torch.compile(compiled, backend="eager")
-    for count in (4, 4, 3):
+    for count in (4, 3):
         data = prepared(plain, count)
         torch.manual_seed(count)
         expected = plain(**data, mode="loss")
