@@ -50,6 +50,7 @@ _PROCESSOR_FLAGS = {
 _CALL = struct.Struct("=3q12q6d8q")
 _TYPES = {torch.float64: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 _NOTHING = (0, 0, 0, 0)
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float64, torch.float32)}
 _REDUCTIONS = {"batchmean": 0, "sum": 1, "none": 2}
 
 _loaded: Operator | None = None
@@ -221,11 +222,12 @@ def _calling(function: Callable[[bytes], int]) -> Operator:
     ) -> Result:
         rows, classes = shape = student.shape
         dtype = compute_dtype(student, teacher)
-        values = (rows,) if settings.reduction == "none" else ()
-        loss = student.new_empty(values, dtype=dtype)
+        like = student if student.dtype is dtype and student.is_contiguous() else student.new_empty(shape, dtype=dtype)
+        # empty_like: torch takes twice as long to read the arguments of new_empty.
+        loss = like.new_empty(rows) if settings.reduction == "none" else torch.empty_like(_SCALARS[dtype])
         terms = (torch.empty_like(loss), torch.empty_like(loss)) if with_terms else None
-        student_gradient = student.new_empty(shape, dtype=dtype) if needs[0] else None
-        teacher_gradient = student.new_empty(shape, dtype=dtype) if needs[1] else None
+        student_gradient = torch.empty_like(like) if needs[0] else None
+        teacher_gradient = torch.empty_like(like) if needs[1] else None
         call = _CALL.pack(
             rows,
             classes,
