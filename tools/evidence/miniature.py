@@ -256,7 +256,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.what == "pack":
         print(f"{args.file}: {pack(cache.data_folder(), args.file)} bytes")
     else:
-        run(args.file, args.output, QUICK if args.quick else Plan(), torch.device(args.device), args.seconds)
+        with on.without_judgement():
+            run(args.file, args.output, QUICK if args.quick else Plan(), torch.device(args.device), args.seconds)
 
 
 if __name__ == "__main__":
