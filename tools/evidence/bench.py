@@ -151,7 +151,11 @@ def document(page: Path, results: Path, measured: Path | None) -> dict[Path, str
     """
     text = page.read_text(encoding="utf-8")
     kept = {name: results / f"bench_{name}.csv" for name in names(text)}
-    sources = kept if measured is None else {name: measured / f"{name}.csv" for name in kept}
+    sources = dict(kept)
+    for name in kept if measured is not None else ():
+        fresh = measured / f"{name}.csv"
+        if name in NAMES or fresh.is_file():  # `make bench` does not run the others
+            sources[name] = fresh
     if missing := [str(path) for path in sources.values() if not path.is_file()]:
         raise ValueError(f"{CALLER}: {', '.join(missing)} must be there, for the page's tables. Run `make bench`.")
     tables = {name: path.read_text(encoding="utf-8") for name, path in sources.items()}

@@ -57,7 +57,7 @@ if has pytest; then
     if has xdist && [ "$(nproc)" -ge 8 ]; then workers=(-n 6 --dist loadfile); fi
     [ -z "$QUICK" ] || folders=(tests/adversarial/test_schedule.py)
     # Whatever warns on a device that nobody has seen yet is no failure.
-    IKL_PLUGINS_TEST_DEVICE=$DEVICE OMP_NUM_THREADS=2 part tests 220 "$PYTHON" -m pytest -m gpu -q -W default \
+    IKL_PLUGINS_TEST_DEVICE=$DEVICE OMP_NUM_THREADS=2 part tests 210 "$PYTHON" -m pytest -m gpu -q -W default \
         -p no:cacheprovider --continue-on-collection-errors --junitxml "$OUT/tests.xml" \
         ${workers[@]+"${workers[@]}"} "${folders[@]}"
 else
@@ -68,7 +68,7 @@ bench=("$PYTHON" tools/bench.py --output "$OUT" --device "$DEVICE" --threads 4)
 part device 50 "${bench[@]}" device
 if [ -z "$QUICK" ]; then  # on a CPU these are `make bench`
     part losses 90 "${bench[@]}" losses --seconds 0.8
-    part adversarial 70 "${bench[@]}" adversarial --seconds 8
+    part adversarial 80 "${bench[@]}" adversarial --seconds 8
     if has torchdistill; then
         part training 50 "${bench[@]}" training --seconds 10
     else
