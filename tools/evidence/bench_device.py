@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evidence import device as on
 from evidence.bench import Row
 from evidence.report import narrow_table
-from ikl_plugins import DKLLoss, GKLLoss, IKLLoss
+from ikl_plugins import DKLLoss, GKLLoss, IKLLoss, gkl_loss, ikl_loss
 from ikl_plugins.adversarial import PGD, AdversarialWeightPerturbation
 
 SECONDS = 0.0  # nothing is timed
@@ -38,6 +38,7 @@ def loss_steps(device: torch.device) -> Steps:
     teacher = torch.zeros(ROWS, CLASSES, device=device)
     labels = torch.zeros(ROWS, dtype=torch.long, device=device)
     prior: dict[str, Any] = {"global_info": True, "num_classes": CLASSES}
+    rows = torch.full((ROWS, CLASSES), 1 / CLASSES, device=device)
 
     def kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(student, 1), F.softmax(teacher, 1), reduction="batchmean")
@@ -46,12 +47,16 @@ def loss_steps(device: torch.device) -> Steps:
         "F.kl_div": kl,
         "DKL": DKLLoss(),
         "IKL": IKLLoss(),
+        "IKL, prior's rows given": lambda student, teacher, labels: ikl_loss(student, teacher, class_prior=rows),
         "IKL, class prior": IKLLoss(**prior).to(device),
         "GKL": GKLLoss(gamma=0.5),
+        "GKL, prior's rows given": lambda student, teacher, labels: gkl_loss(
+            student, teacher, gamma=0.5, class_prior=rows
+        ),
         "GKL, class prior": GKLLoss(gamma=0.5, **prior).to(device),
     }
     for name, loss in losses.items():
-        yield "loss", name, lambda loss=loss: loss(student, teacher, labels).backward()
+        yield "loss", name, lambda loss=loss: torch.autograd.grad(loss(student, teacher, labels), student)
 
 
 def criterion_steps(device: torch.device) -> Steps:
@@ -73,7 +78,7 @@ def criterion_steps(device: torch.device) -> Steps:
         yield (
             "criterion of torchdistill",
             name,
-            lambda criterion=criterion: criterion({".": {"output": student}}, io, labels).backward(),
+            lambda criterion=criterion: torch.autograd.grad(criterion({".": {"output": student}}, io, labels), student),
         )
 
 
