@@ -34,8 +34,14 @@ ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
 # --- in the interpreter ----------------------------------------------------------------------------------------------
 
 
+def _skip_without_triton() -> None:
+    reason = kernels._without_triton()
+    if reason:
+        pytest.skip(f"the kernels are not tested: {reason}")
+
+
 def _in_the_interpreter(*options: str) -> None:
-    pytest.importorskip("triton", reason="the kernels are not tested: Triton is not installed")
+    _skip_without_triton()
     file = Path(__file__).with_name("kernels_in_the_interpreter.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), *options],
@@ -136,7 +142,7 @@ def _resources(launch: Launch, architecture: int, folder: Path) -> dict[str, int
 
 @pytest.fixture
 def compiler_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    pytest.importorskip("triton", reason="the kernels are not compiled: Triton is not installed")
+    _skip_without_triton()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
 

@@ -57,6 +57,8 @@ def test_no_loss_waits(device: None) -> None:
 
 def test_losses_run_on_fake_cuda() -> None:
     """A fake tensor has no value to wait for, and refuses operands of two devices."""
+    if torch.version.cuda is not None and not torch.cuda.is_available() and torch.__version__ < "2.6":
+        pytest.skip("this release asks for a driver even where tensors are fake")
     with FakeTensorMode(), torch.device("cuda"):
         for loss in losses():
             assert loss.device.type == "cuda"
