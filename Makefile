@@ -7,7 +7,7 @@ EXTRAS := demo,test
 FORK_VENV := .venv-fork
 FORK_EXTRAS := mmpretrain-fork,robustbench,data,test
 
-.PHONY: demo smoke test test-slow test-fork test-matrix lint type bench reproduce campaign clean help
+.PHONY: demo smoke test test-slow test-fork test-matrix gpu lint type bench reproduce campaign clean help
 
 help:
 	@echo "make demo       small students and robust networks on real digits; tables and plots in runs/demo"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-matrix  the core and both adapters with other releases of torch and Python; docs/compatibility.md"
 	@echo "make test-fork  the MMPretrain tests, in a second environment with the maintained forks (onedl-*)"
+	@echo "make gpu        tests and measurements on a CUDA device, nine minutes; tables in runs/gpu"
 	@echo "make lint       ruff"
 	@echo "make type       mypy"
 	@echo "make bench      time and memory of the losses and of training steps; tables and CSV in runs/bench"
@@ -34,7 +35,7 @@ smoke: $(VENV)/installed
 	$(BIN)/python -m pytest -m installed tests/installed
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not campaign and not installed" \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not campaign and not installed and not gpu" \
 	    --cov --cov-report=term --cov-fail-under=95
 
 test-slow: $(VENV)/installed
@@ -50,6 +51,9 @@ test-fork: $(FORK_VENV)/installed
 
 test-matrix: $(VENV)/installed
 	$(BIN)/python tools/matrix.py
+
+gpu: $(VENV)/installed
+	PYTHON=$(BIN)/python tools/evidence/gpu.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
