@@ -92,8 +92,8 @@ def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, *,
     shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if len(shapes[0]) < 2 or shapes[0][1] == 0:
         raise ValueError(
-            f"{caller}: `student_logits` must have shape (N, C) or (N, C, d1, ...) with at least one class, got "
-            f"{shapes[0]}. Classes belong on dimension 1."
+            f"{caller}: `student_logits` must have shape (N, C) or (N, C, d1, ...), C at least 1, got {shapes[0]}. "
+            f"Classes belong on dimension 1."
         )
     if shapes[0] != shapes[1]:
         raise ValueError(

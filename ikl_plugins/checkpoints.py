@@ -242,12 +242,11 @@ def _read(path: Path, where: str) -> Any:
         found = re.search(r"(?:GLOBAL|class|getattr of) [^\s,;]+|attempted to call \S+|REDUCE[^\n]*", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
             raise ValueError(
-                f"load_content: the checkpoint {where} must hold tensors and plain values, but it would run code when "
-                f"it is loaded: {found[0]}. Do not trust a file of others; a class of your own is allowed with "
-                f"torch.serialization.add_safe_globals([...])."
+                f"load_content: the checkpoint {where} must hold plain values, but it would run code: {found[0]}. "
+                f"Allow a class of your own with torch.serialization.add_safe_globals([...])."
             ) from error
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         raise ValueError(
-            f"load_content: the checkpoint {where} must hold tensors and plain values, but reading it gave: {reason}. "
-            f"It is truncated or damaged, or not of torch.save; copy or make it anew."
+            f"load_content: the checkpoint {where} must be one of torch.save, but reading it gave: {reason}. "
+            f"It may be damaged: copy or make it anew."
         ) from error

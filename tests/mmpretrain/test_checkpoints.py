@@ -97,7 +97,7 @@ def test_a_checkpoint_that_runs_code_is_refused(place, read, function, tmp_path)
     path = tmp_path / "bomb.pth"
     torch.save({"state_dict": {"weight": torch.ones(2)}, place: {"x": Bomb(tmp_path / "exploded", function)}}, path)
     with pytest.raises(
-        ValueError, match=rf"the checkpoint .*bomb\.pth .* would run code .*{function.__name__}\. Do not trust"
+        ValueError, match=rf"the checkpoint .*bomb\.pth .* would run code: .*{function.__name__}\. Allow"
     ):
         read(path)
     assert not (tmp_path / "exploded").exists()
@@ -130,7 +130,7 @@ def test_the_host_refuses_code_too(tmp_path):
 def test_a_truncated_checkpoint_is_refused(share, mmengine_checkpoint):
     content = mmengine_checkpoint.read_bytes()
     mmengine_checkpoint.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"epoch_1\.pth must hold .* truncated or damaged"):
+    with pytest.raises(ValueError, match=r"epoch_1\.pth must be one of .* may be damaged"):
         verify(mmengine_checkpoint)
 
 
@@ -142,7 +142,7 @@ def test_a_flipped_bit_is_never_taken_for_weights(place, tmp_path):
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\.pth must hold .* truncated or damaged"):
+    with pytest.raises(ValueError, match=r"weights\.pth must be one of .* may be damaged"):
         load_weights(path)
 
 
@@ -287,5 +287,5 @@ def test_numbers_of_numpy_are_plain_values_and_objects_are_none(dtype, tmp_path)
     assert content["best"] == value[0]
     assert content["all"].dtype == value.dtype
     torch.save({"all": value.astype(object)}, tmp_path / "objects.pth")
-    with pytest.raises(ValueError, match=r"objects\.pth must hold tensors and plain values"):
+    with pytest.raises(ValueError, match=r"objects\.pth must (hold plain values|be one of torch)"):
         load_content(tmp_path / "objects.pth")

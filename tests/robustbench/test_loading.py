@@ -252,7 +252,7 @@ def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(saved, tmp_path
 def test_a_file_that_is_no_checkpoint_is_refused(saved, tmp_path):
     path = saved(robustbench_network(PLAIN).state_dict())
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"a\.pt .*truncated or damaged"):
+    with pytest.raises(ValueError, match=r"a\.pt .*may be damaged"):
         load_checkpoint(path, PLAIN)
     with pytest.raises(ValueError, match=r"there is none at .*none\.pt"):
         load_checkpoint(tmp_path / "none.pt", PLAIN)
