@@ -97,12 +97,30 @@ def find_values(
         if not each_row:
             totals = empty(), empty(), empty()
             code.totals_kernel[(1,)](
-                mse, cross_entropy, pairs, *totals, factor, plan.programs, rows, block=_SUMMED_AT_ONCE
+                mse,
+                cross_entropy,
+                pairs,
+                *totals,
+                factor,
+                plan.programs,
+                rows,
+                block=_SUMMED_AT_ONCE,
+                enable_fp_fusion=False,
             )
             return *totals, kept
         if factor is not None:
             code.totals_kernel[(1,)](
-                None, None, pairs, None, None, None, factor, plan.programs, rows, block=_SUMMED_AT_ONCE
+                None,
+                None,
+                pairs,
+                None,
+                None,
+                None,
+                factor,
+                plan.programs,
+                rows,
+                block=_SUMMED_AT_ONCE,
+                enable_fp_fusion=False,
             )
             mse.mul_(factor)
     return mse + cross_entropy, mse, cross_entropy, kept

@@ -98,8 +98,7 @@ def logits_rows(function: Any) -> list[Row]:
                 f"{name}-{shape}",
                 lambda shape=shape: function(torch.zeros(shape), torch.zeros(shape)),
                 ValueError,
-                f"{name}: `student_logits` must have shape (N, C) or (N, C, d1, ...), C at least 1, got"
-                f" {shape}",
+                f"{name}: `student_logits` must have shape (N, C) or (N, C, d1, ...), C at least 1, got {shape}",
             )
         )
     for one, other in (

@@ -113,6 +113,7 @@ def test_distillation_compiles_without_a_graph_break(global_info, teacher):
     assert found.graph_break_count == 0, [reason.reason for reason in found.break_reasons]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch 2.15 about its own compiler
 def test_adversarial_training_compiles_and_its_last_batch_may_be_smaller():
     attack = {"eps": "8/255", "steps": 1, "step_size": "2/255", "objective": "ikl"}
     compiled, plain = build(adversarial_network(attack=attack)), build(adversarial_network(attack=attack))
