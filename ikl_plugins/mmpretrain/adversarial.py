@@ -268,7 +268,7 @@ class AdversarialClassifier(EpochClassifier):
             weight = 1.0 if view == 0 else self.augmented_weight
             robust = robust + weight * self.robust_loss(student, teacher, own, observe=collects)
             if view == 0:
-                losses.update(term_scalars(self.robust_loss))
+                losses = {**losses, **term_scalars(self.robust_loss)}
         losses["loss_robust"] = robust
         if labels is not None:
             right = adversarial_logits.detach().argmax(1) == labels

@@ -130,9 +130,8 @@ class DistillationClassifier(EpochClassifier):
         scale = self.distill_weight
         if self.epoch is not None:
             scale *= warmup_factor(self.epoch, self.warmup_epochs)
-        losses["loss_distill"] = scale * self.distill_loss(logits, teacher_logits, labels, observe=self.training)
-        losses.update(term_scalars(self.distill_loss, scale))
-        return losses
+        distill = scale * self.distill_loss(logits, teacher_logits, labels, observe=self.training)
+        return {**losses, "loss_distill": distill, **term_scalars(self.distill_loss, scale)}
 
     def epoch_reasons(self) -> list[str]:
         """The class prior and the ramp."""
