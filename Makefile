@@ -39,7 +39,7 @@ test: $(VENV)/installed
 	    --cov --cov-report=term --cov-fail-under=95
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 $(FORK_VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FORK_VENV)
