@@ -7,7 +7,7 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ _IMAGENET_PREPROCESSING = "Res256Crop224"  # that of its loader
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 _KEYS = (("image", "images"), ("label", "labels"))
 _CHUNK = 1 << 20
+# What torchvision and MMCV turn into the same RGB bytes, alpha and all frames but the first left out.
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+_ORIENTATION = 0x0112  # of Exif, as the next of TIFF
+_BITS_PER_SAMPLE = 258
 
 Array = np.ndarray[Any, Any]
 _robustbench = import_robustbench()
@@ -39,7 +43,7 @@ class Images:
     """Images with their labels, and what identifies them.
 
     Attributes:
-        images: float32, shape (N, 3, H, W), pixels in [0, 1].
+        images: float32, shape (N, C, H, W), pixels in [0, 1]; C is 3 for RGB, 1 for grey.
         labels: class indices, int64, shape (N,).
         classes: names of the classes by index, or None.
         name: of the data set, or the path.
@@ -67,28 +71,37 @@ def load_images(
     n_examples: int | None = None,
     offline: bool = False,
     preprocessing: str | None = None,
+    channels: int | None = None,
 ) -> Images:
     """Loads images with pixels in [0, 1].
 
+    Files of a class folder become the RGB bytes to which torchvision's ``ImageFolder`` and MMCV's
+    ``LoadImageFromFile`` both decode them: grey levels three times, palettes as their colours, without alpha, of
+    several frames the first. What the two read differently is refused: grey levels of more than 8 bits, floating
+    values, CMYK, an Exif orientation that turns the image, and rare kinds of TIFF and PPM.
+
     Args:
         source: 'cifar10', 'cifar100' or 'imagenet', read by RobustBench's own loaders; or a folder with a folder of
-            images per class; or an .npz file with ``image`` or ``images`` (uint8 of shape (N, H, W, 3), or floats of
-            shape (N, 3, H, W) in [0, 1]) and ``label`` or ``labels`` (class indices). A folder of a data set's name
-            is written ./cifar10.
+            images per class; or an .npz file with ``image`` or ``images`` and ``label`` or ``labels`` (class indices).
+            Its images are uint8, (N, H, W, C), or floats in [0, 1], (N, C, H, W), with no more channels than rows or
+            columns; or (N, H, W), which is one channel. A folder of a data set's name is written ./cifar10.
         data_dir: where the data sets lie, or are downloaded to; for ImageNet the folder that has ``val``.
         n_examples: how many; None for all (of ImageNet RobustBench's 5,000). Of a data set or a file the first ones; of
             a class folder equally many of each class, as far as they reach.
         offline: never download.
         preprocessing: name of one of RobustBench's geometries, such as 'Res256Crop224', None for the images as they
             are; ImageNet is then given 'Res256Crop224'. Not for an .npz file.
+        channels: 1 to read a class folder as one grey channel, from files without colour; None for RGB, and for an
+            .npz file as it is.
 
     Returns:
         The images, those of a class folder in the order of its class and file names.
 
     Raises:
-        TypeError: ``n_examples`` is no integer, or arrays have a wrong dtype.
+        TypeError: ``n_examples`` or ``channels`` is no integer, or arrays have a wrong dtype.
         ValueError: an unknown source or preprocessing; data that is missing (the message says which files belong
-            where), empty, unreadable (named), of differing sizes or outside [0, 1]; fewer images than ``n_examples``.
+            where), empty, unreadable or read differently by the hosts (named), of differing sizes, of another number
+            of ``channels`` or outside [0, 1]; fewer images than ``n_examples``.
     """
     if n_examples is not None:
         check.check_integer(_CALLER, "n_examples", n_examples, "None takes all.")
@@ -96,13 +109,17 @@ def load_images(
     if preprocessing is not None and preprocessing not in named:
         known = [name for name in named if name is not None]
         raise ValueError(check.unknown_name_message(_CALLER, "preprocessing", preprocessing, known))
+    if channels is not None:
+        check.check_integer(_CALLER, "channels", channels)
     path = Path(source).expanduser()
+    if (source in DATASETS and channels not in (None, 3)) or (path.is_dir() and channels not in (None, 1, 3)):
+        raise _other_channels(channels, 3, source)
     if source in DATASETS:
         return _load_dataset(str(source), Path(data_dir).expanduser(), n_examples, offline, preprocessing)
     if path.is_dir():
-        return _load_folder(path, n_examples, preprocessing)
+        return _load_folder(path, n_examples, preprocessing, "L" if channels == 1 else "RGB")
     if path.suffix == ".npz":
-        return _load_npz(path, n_examples, preprocessing)
+        return _load_npz(path, n_examples, preprocessing, channels)
     raise ValueError(
         f"{_CALLER}: `source` must be {', '.join(map(repr, DATASETS))}, a folder of classes or an .npz, "
         f"got {str(source)!r} in {Path.cwd()}."
@@ -200,7 +217,7 @@ def _check_imagenet(data_dir: Path, n_examples: int) -> None:
 # --- folders and files -----------------------------------------------------------------------------------------------
 
 
-def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None) -> Images:
+def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None, mode: str) -> Images:
     from torchvision.datasets import ImageFolder
 
     try:
@@ -213,13 +230,14 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None) 
         ) from error
     samples = _spread(folder.samples, n_examples, path)
     transform = _robustbench.data.PREPROCESSINGS[preprocessing]
-    images = [_read(file, folder.loader, transform) for file, _ in samples]
-    for image, (file, _) in zip(images, samples, strict=True):
-        if image.shape != images[0].shape:
+    images: list[Tensor] = []
+    for file, _ in samples:
+        images.append(transform(_read(file, mode)))
+        if images[-1].shape != images[0].shape:
             known = ", ".join(name for name in _robustbench.data.PREPROCESSINGS if name is not None)
             raise ValueError(
                 f"{_CALLER}: images must have one size, got {tuple(images[0].shape[1:])} ({samples[0][0]}) and "
-                f"{tuple(image.shape[1:])} ({file}). Choose a `preprocessing`: {known}."
+                f"{tuple(images[-1].shape[1:])} ({file}). Choose a `preprocessing`: {known}."
             )
     labels = torch.tensor([label for _, label in samples])
     files = tuple(str(Path(file).relative_to(path)) for file, _ in samples)
@@ -240,14 +258,45 @@ def _spread(samples: Sequence[tuple[str, int]], n_examples: int | None, path: Pa
     return [samples[index] for index in sorted(index for _, index in sorted(turns)[:n_examples])]
 
 
-def _read(file: str, loader: Callable[[str], Any], transform: Callable[[Any], Tensor]) -> Tensor:
+def _read(file: str, mode: str) -> Any:
+    """An image as RGB, or as one channel ("L") if it has no colour."""
+    from PIL import Image
+
     try:
-        return transform(loader(file))
+        with Image.open(file) as opened:
+            reason = _read_differently(opened)  # before it is decoded: then Pillow forgets how
+            image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises any of them on a damaged file
         raise ValueError(f"{_CALLER}: every image must be readable, but {file} is not: {error}.") from error
+    if reason is not None:
+        what, way_out = reason
+        raise ValueError(
+            f"{_CALLER}: torchvision and MMCV must read a file alike, but {file} {what}. {way_out} in a copy of the "
+            "folder."
+        )
+    if mode == "RGB":
+        return image
+    red, green, blue = image.split()
+    if not red.tobytes() == green.tobytes() == blue.tobytes():  # the hosts weigh colours differently
+        raise ValueError(f"{_CALLER}: with channels=1 images must be grey, but {file} has colour. Leave it out.")
+    return red
 
 
-def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> Images:
+def _read_differently(image: Any) -> tuple[str, str] | None:
+    """What torchvision and MMCV make different pixels of, and the way out; None where they agree."""
+    tiff = image.format == "TIFF"
+    bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) if tiff else 8
+    way_out = "Save it as 8-bit RGB or grey PNG"
+    if image.mode not in _MODES or bits > 8 or (tiff and image.mode == "RGBA"):
+        return f"is {image.format} of mode {image.mode}{f', {bits} bits' if bits > 8 else ''}", way_out
+    if image.format == "PPM" and image.tile and image.tile[0][0] != "raw":
+        return "has other levels than bytes from 0 to 255", way_out
+    if not tiff and image.getexif().get(_ORIENTATION) in range(2, 9):  # both turn a TIFF
+        return "has an Exif orientation, which MMCV alone follows", "Turn it with PIL.ImageOps.exif_transpose"
+    return None
+
+
+def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None, channels: int | None) -> Images:
     if preprocessing is not None:
         raise ValueError(
             f"{_CALLER}: `preprocessing` must be None for an .npz file, got {preprocessing!r}. Store images "
@@ -256,19 +305,23 @@ def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> 
     if not path.is_file():
         raise ValueError(f"{_CALLER}: `source` must be a file, but there is none at {path} in {Path.cwd()}.")
     pixels, labels = _read_npz(path)
-    if pixels.dtype == np.uint8:
-        layout = pixels.ndim == 4 and pixels.shape[3] == 3
-    elif np.issubdtype(pixels.dtype, np.floating):
-        layout = pixels.ndim == 4 and pixels.shape[1] == 3
-    else:
+    if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
         raise TypeError(
             f"{_CALLER}: images of {path} must be uint8 or floats, got {pixels.dtype}. Convert grey levels to uint8."
         )
-    if not layout:
+    shape = pixels.shape
+    if pixels.ndim == 3:  # grey
+        pixels = pixels[:, None]
+    elif pixels.ndim == 4 and pixels.dtype == np.uint8:
+        pixels = pixels.transpose(0, 3, 1, 2)
+    # More channels than rows or columns is the other layout.
+    if pixels.ndim != 4 or pixels.shape[1] > min(pixels.shape[2:]):
         raise ValueError(
-            f"{_CALLER}: images of {path} must be (N, H, W, 3) as uint8 or (N, 3, H, W) as floats, got "
-            f"{pixels.shape} as {pixels.dtype}."
+            f"{_CALLER}: images of {path} must be (N, H, W, C) as uint8 or (N, C, H, W) as floats, or (N, H, W), got "
+            f"{shape} as {pixels.dtype}."
         )
+    if channels not in (None, pixels.shape[1]):
+        raise _other_channels(channels, pixels.shape[1], path)
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"{_CALLER}: labels of {path} must be integer class indices, got {labels.dtype}.")
     if labels.shape != pixels.shape[:1]:
@@ -279,10 +332,9 @@ def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None) -> 
         if n_examples > len(pixels):
             raise _too_many(n_examples, len(pixels), path)
         pixels, labels = pixels[:n_examples], labels[:n_examples]
+    images = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
     if pixels.dtype == np.uint8:
-        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float().div(255)
-    else:
-        images = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+        images = images.div(255)
     return _images(images, torch.from_numpy(labels.astype(np.int64)), None, str(path), None, None)
 
 
@@ -335,6 +387,10 @@ def check_pixels(caller: str, images: Tensor) -> None:
         )
     if 0 < high <= 1 / 255:
         raise ValueError(f"{caller}: pixels must reach 1, but the brightest is {high:.4g}, as if divided by 255 twice.")
+
+
+def _other_channels(wanted: int | None, there: int, where: object) -> ValueError:
+    return ValueError(f"{_CALLER}: `channels` must be {there}, those of {where}, got {wanted}. Leave it out.")
 
 
 def _too_many(wanted: int, there: int, where: object) -> ValueError:

@@ -3,6 +3,8 @@
 import hashlib
 import pickle
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import torch
 import torchvision.datasets
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import CenterCrop, Compose, Grayscale, Resize, ToTensor
 
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.robustbench.data import content_sha256, file_sha256, load_images
@@ -71,11 +74,109 @@ def test_some_images_of_a_folder_come_from_all_classes(folder, count, expected):
     assert torch.equal(found.images, load_images(folder, n_examples=count).images)
 
 
-def test_grey_images_become_three_channels(tmp_path):
+def test_grey_images_become_three_channels_or_one(tmp_path):
+    mmcv = pytest.importorskip("mmcv")
     pixels = noise(4, 4)
     save_image(tmp_path / "a" / "0.png", pixels)
-    found = load_images(tmp_path)
-    assert torch.equal(found.images[0], torch.from_numpy(pixels / np.float32(255)).expand(3, 4, 4))
+    save_image(tmp_path / "a" / "1.png", np.repeat(pixels[..., None], 3, axis=2))
+    expected = torch.from_numpy(pixels / np.float32(255))
+    assert torch.equal(load_images(tmp_path).images, expected.expand(2, 3, 4, 4))
+    # What torchvision's Grayscale and MMCV's color_type="grayscale" make of such files.
+    found = load_images(tmp_path, channels=1).images
+    for number in range(2):
+        file = str(tmp_path / "a" / f"{number}.png")
+        assert torch.equal(found[number], ToTensor()(Grayscale()(pil_loader(file))))
+        assert np.array_equal(found[number].mul(255).round().numpy().squeeze(0), mmcv.imread(file, "grayscale"))
+    with message("`channels` must be 3, those of"):
+        load_images(tmp_path, channels=2)
+    save_image(tmp_path / "a" / "2.png", noise(4, 4, 3))
+    with message(f"with channels=1 images must be grey, but {tmp_path / 'a' / '2.png'} has colour"):
+        load_images(tmp_path, channels=1)
+
+
+def png(path, depth, color_type, row, extra=b""):
+    """A PNG of one row of two pixels, which Pillow itself would not write."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 2, 1, depth, color_type, 0, 0, 0)
+    row = zlib.compress(b"\0" + bytes(row))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", row) + chunk(b"IEND", b""))
+
+
+COLOURS = Image.fromarray(noise(6, 5, 3))
+GREY = COLOURS.getchannel(0)
+DEEP = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (6, 5)).astype(np.uint16))
+CLEAR = Image.merge("RGBA", (*COLOURS.split(), GREY))
+PALETTE = COLOURS.quantize(8)
+FRAMES = {"save_all": True, "append_images": [COLOURS.transpose(Image.Transpose.ROTATE_180)]}
+# Each file, and what its refusal says; None for one that both hosts decode to the same bytes.
+KINDS = {
+    "grey.png": (GREY, {}, None),
+    "grey.jpg": (GREY, {}, None),
+    "one_bit.png": (GREY.point(lambda level: 255 * (level > 128), "1"), {}, None),
+    "grey_alpha.png": (Image.merge("LA", (GREY, COLOURS.getchannel(1))), {}, None),
+    "alpha.png": (CLEAR, {}, None),
+    "alpha.webp": (CLEAR, {"lossless": True}, None),
+    "palette.png": (PALETTE, {}, None),
+    "clear_palette.png": (PALETTE, {"transparency": bytes([0, 128, 255, 3, 4, 5, 6, 7])}, None),
+    "clear_colour.png": (COLOURS, {"transparency": COLOURS.getpixel((0, 0))}, None),
+    "palette.bmp": (PALETTE, {}, None),
+    "colours.jpg": (COLOURS.resize((37, 23)), {"quality": 75, "subsampling": 2, "progressive": True}, None),
+    "lossy.webp": (COLOURS.resize((37, 23)), {"quality": 75}, None),
+    "frames.png": (COLOURS, FRAMES, None),
+    "frames.webp": (COLOURS, {**FRAMES, "lossless": True}, None),
+    "frames.tiff": (COLOURS, FRAMES, None),
+    "colours.ppm": (COLOURS, {}, None),
+    "upright.jpg": (COLOURS, {"orientation": 1}, None),
+    "turned.tiff": (COLOURS, {"orientation": 6}, None),
+    "turned.jpg": (COLOURS, {"orientation": 6}, "has an Exif orientation, which MMCV alone follows. Turn it with"),
+    "mirrored.jpg": (COLOURS, {"orientation": 2}, "has an Exif orientation"),
+    "turned.png": (COLOURS, {"orientation": 8}, "has an Exif orientation"),
+    "turned.webp": (COLOURS, {"orientation": 3, "lossless": True}, "has an Exif orientation"),
+    "deep.png": (DEEP, {}, "is PNG of mode I;16. Save it as 8-bit RGB or grey PNG in a copy of the folder."),
+    "deep.tiff": (DEEP, {}, "is TIFF of mode I;16, 16 bits"),
+    "floats.tiff": (GREY.convert("F"), {}, "is TIFF of mode F, 32 bits"),
+    "alpha.tiff": (CLEAR, {}, "is TIFF of mode RGBA"),
+    "ink.jpg": (COLOURS.resize((37, 23)).convert("CMYK"), {}, "is JPEG of mode CMYK"),
+    "lab.tiff": (COLOURS.convert("LAB"), {}, "is TIFF of mode LAB"),
+    "two_levels.pgm": (b"P5 2 1 100\n\x0a\x64", {}, "has other levels than bytes"),
+    "deep.ppm": (b"P6 1 1 65535\n\x0a\x14\xc8\x1e\x01\x02", {}, "has other levels than bytes"),
+    "four_bits.png": ((4, 0, [0x1F]), {}, None),
+    "deep_colours.png": ((16, 2, [0, 255, 1, 255, 2, 128, 3, 127, 254, 255, 100, 200]), {}, None),
+    "deep_alpha.png": ((16, 4, range(1, 9)), {}, None),
+    "gamma.png": ((8, 2, range(10, 70, 10), b"\0\0\0\4gAMA\0\1\x86\xa01\xe8\x96_"), {}, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency expressed in bytes:UserWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_is_read_as_both_hosts_read_it_or_refused_by_name(tmp_path, name):
+    mmcv = pytest.importorskip("mmcv")
+    source, options, refusal = KINDS[name]
+    path = tmp_path / "a" / name
+    path.parent.mkdir()
+    if isinstance(source, bytes):
+        path.write_bytes(source)
+    elif isinstance(source, tuple):
+        png(path, *source)
+    else:
+        if "orientation" in options:
+            exif = Image.Exif()
+            exif[0x0112] = options["orientation"]
+            options = {**{key: value for key, value in options.items() if key != "orientation"}, "exif": exif}
+        source.save(path, **options)
+    theirs = np.asarray(pil_loader(str(path)))
+    mmcvs = mmcv.imread(str(path)) if name != "floats.tiff" else None  # which MMCV cannot read at all
+    alike = mmcvs is not None and theirs.shape == mmcvs.shape and np.array_equal(theirs, mmcvs[..., ::-1])
+    # An older OpenCV turns JPEG alone, so that the answer depends on its version.
+    assert alike == (refusal is None) or name in ("turned.png", "turned.webp"), "the hosts have changed"
+    if refusal is None:
+        assert torch.equal(load_images(tmp_path).images[0], ToTensor()(Image.fromarray(theirs)))
+    else:
+        with message(f"torchvision and MMCV must read a file alike, but {path} {refusal}"):
+            load_images(tmp_path)
 
 
 def test_preprocessing_is_robustbenchs(tmp_path):
@@ -127,6 +228,19 @@ def test_grey_levels_of_a_file(tmp_path, images_key, labels_key):
     assert (found.classes, found.files, found.name) == (None, None, str(tmp_path / "a.npz"))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, None])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_file_has_any_number_of_channels(tmp_path, count, dtype):
+    pixels = noise(3, 6, 5) if count is None else noise(3, 6, 5, count)
+    expected = torch.stack([ToTensor()(image) for image in pixels])
+    if dtype == np.float32:
+        pixels = expected.numpy() if count else expected.numpy()[:, 0]
+    np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(3))
+    assert torch.equal(load_images(tmp_path / "a.npz", channels=count).images, expected)
+    with message(f"`channels` must be {count or 1}, those of"):
+        load_images(tmp_path / "a.npz", channels=7)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_floats_of_a_file(tmp_path, dtype):
     pixels = np.random.default_rng(0).random((3, 3, 5, 4)).astype(dtype)
@@ -140,11 +254,12 @@ def arrays(**changes):
     return {"images": noise(4, 5, 5, 3), "labels": np.arange(4), **changes}
 
 
-SHAPE = "(N, H, W, 3) as uint8 or (N, 3, H, W) as floats, got "
+SHAPE = "(N, H, W, C) as uint8 or (N, C, H, W) as floats, or (N, H, W), got "
 NO_FILE = [
     (arrays(images=noise(4, 3, 5, 5)), ValueError, f"{SHAPE}(4, 3, 5, 5) as uint8"),
-    (arrays(images=noise(4, 5, 5)), ValueError, f"{SHAPE}(4, 5, 5) as uint8"),
+    (arrays(images=noise(4, 5)), ValueError, f"{SHAPE}(4, 5) as uint8"),
     (arrays(images=np.zeros((4, 5, 5, 3))), ValueError, f"{SHAPE}(4, 5, 5, 3) as float64"),
+    (arrays(images=np.zeros((4, 5, 5, 1))), ValueError, f"{SHAPE}(4, 5, 5, 1) as float64"),
     (arrays(images=np.zeros((4, 3, 5, 5), int)), TypeError, "must be uint8 or floats, got int64"),
     (arrays(images=np.full((4, 3, 5, 5), 1.01)), ValueError, "pixels must lie in [0, 1], got values from 1.01"),
     (arrays(images=np.full((4, 3, 5, 5), -0.01)), ValueError, "got values from -0.01 to -0.01"),
