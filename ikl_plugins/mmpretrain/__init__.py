@@ -3,8 +3,8 @@
 It stands on :mod:`ikl_plugins.mmengine`, which it imports and whose names it has too. In MMPretrain's registries it
 adds, once: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbones ``DistillationNetwork``
 and ``RobustBenchNetwork`` with their head ``LogitsClsHead``, the data preprocessor ``TwoViewDataPreprocessor``, the
-metrics ``RobustAccuracy`` and ``ManyMediumFew``, the data set ``GeneratedImages``, the batch sampler
-``GeneratedBatchSampler``.
+transforms ``CIFAR10AutoAugment`` and ``ClippedCutout``, the metrics ``RobustAccuracy`` and ``ManyMediumFew``, the data
+set ``GeneratedImages``, the batch sampler ``GeneratedBatchSampler``.
 """
 
 try:
@@ -40,7 +40,7 @@ from .metrics import RobustAccuracy
 from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
 from .npz_memmap import unpack_npz
 from .pixels import pixel_space
-from .preprocessing import TwoViewDataPreprocessor
+from .preprocessing import CIFAR10AutoAugment, ClippedCutout, TwoViewDataPreprocessor
 from .registration import register
 from .sampling import GeneratedBatchSampler
 from .teacher import FrozenTeacher, build_teacher
@@ -49,6 +49,8 @@ __all__ = [
     "AdversarialClassifier",
     "AutocastOptimWrapper",
     "BatchNormMomentumHook",
+    "CIFAR10AutoAugment",
+    "ClippedCutout",
     "DKLLoss",
     "DistillationClassifier",
     "EpochClassifier",

@@ -12,7 +12,7 @@ from .generated import GeneratedImages
 from .long_tail import ManyMediumFew
 from .metrics import RobustAccuracy
 from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
-from .preprocessing import TwoViewDataPreprocessor
+from .preprocessing import CIFAR10AutoAugment, ClippedCutout, TwoViewDataPreprocessor
 from .sampling import GeneratedBatchSampler
 
 __all__ = ["register"]
@@ -24,6 +24,8 @@ _ENTRIES = (
     Entry(host.MODELS, "backbone", "RobustBenchNetwork", build_robustbench_network),
     Entry(host.MODELS, "head", "LogitsClsHead", LogitsClsHead),
     Entry(host.MODELS, "data preprocessor", "TwoViewDataPreprocessor", TwoViewDataPreprocessor),
+    Entry(host.TRANSFORMS, "transform", "CIFAR10AutoAugment", CIFAR10AutoAugment),
+    Entry(host.TRANSFORMS, "transform", "ClippedCutout", ClippedCutout),
     Entry(host.METRICS, "metric", "RobustAccuracy", RobustAccuracy),
     Entry(host.METRICS, "metric", "ManyMediumFew", ManyMediumFew),
     Entry(host.DATASETS, "data set", "GeneratedImages", GeneratedImages),

@@ -18,6 +18,7 @@ ROOT = {
 }
 HOST = {
     "MODELS": ("DistillationClassifier", "AdversarialClassifier", "LogitsClsHead", "TwoViewDataPreprocessor"),
+    "TRANSFORMS": ("CIFAR10AutoAugment", "ClippedCutout"),
     "METRICS": ("RobustAccuracy", "ManyMediumFew"),
     "DATASETS": ("GeneratedImages",),
     "DATA_SAMPLERS": ("GeneratedBatchSampler",),
