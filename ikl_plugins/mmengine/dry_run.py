@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy
 import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import MMLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,7 @@ from .._value_checks import read_value_checks
 __all__ = ["batches", "dry_run", "kept_random_states"]
 
 _CALLER = "IKLHook"
+_UNCOMPUTED = "not computed of one batch: "
 
 
 def dry_run(runner: Any, model: nn.Module) -> None:
@@ -30,16 +32,19 @@ def dry_run(runner: Any, model: nn.Module) -> None:
         runner: MMEngine's runner, in ``before_train``. Neither its state nor a random number generator is changed.
         model: its model, unwrapped.
 
+    A metric that has taken the batch and cannot be computed of it, an area under a curve of one class for example, is
+    a warning: all batches together may do.
+
     Raises:
         ValueError: a CheckpointHook with an unknown option, or whose ``save_best`` is no metric of the validation;
-            validation data that cannot be read, a metric that cannot be computed.
+            validation data that cannot be read, a metric that cannot take predictions.
     """
     savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     for hook in savers:
         _check_options(hook, runner)
     metrics = None if runner.val_loop is None else _validated(runner, model)
     if metrics is None:
-        return
+        return  # which names there are is not known
     for hook in savers:
         for name in hook.save_best or ():
             if name != "auto" and name not in metrics:
@@ -84,7 +89,7 @@ def _check_options(hook: Any, runner: Any) -> None:
 
 @torch.no_grad()
 def _validated(runner: Any, model: nn.Module) -> dict[str, Any] | None:
-    """The metrics of the first batch of the validation data; None if it has none."""
+    """The metrics of the first batch of the validation data; None if it has none or does not give all metrics."""
     modes = [(module, module.training) for module in model.modules()]
     evaluator = runner.val_loop.evaluator
     try:
@@ -98,11 +103,46 @@ def _validated(runner: Any, model: nn.Module) -> dict[str, Any] | None:
             read_value_checks()
             with _telling("val_evaluator"):
                 evaluator.process(data_samples=outputs, data_batch=batch)
-                metrics: dict[str, Any] = evaluator.evaluate(len(outputs) * get_world_size())
-            return metrics
+                with _uncomputed_as_warnings(evaluator.metrics):
+                    metrics: dict[str, Any] = evaluator.evaluate(len(outputs) * get_world_size())
+            return None if any(_UNCOMPUTED in name for name in metrics) else metrics
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _uncomputed_as_warnings(metrics: list[Any]) -> Iterator[None]:
+    """Lets a metric that cannot be computed give a mark for its value: it forgets the batch, and no rank waits."""
+
+    def guarded(number: int, metric: Any) -> Callable[[list[Any]], dict[str, Any]]:
+        compute = metric.compute_metrics
+
+        def computed(results: list[Any]) -> dict[str, Any]:
+            try:
+                found: dict[str, Any] = compute(results)
+            except Exception as error:  # of metrics of any kind
+                MMLogger.get_current_instance().warning(
+                    "%s: %s of `val_evaluator` gives no value of one batch (%s: %s). If all batches will not do "
+                    "either, correct it now.",
+                    _CALLER,
+                    type(metric).__name__,
+                    type(error).__name__,
+                    error,
+                )
+                return {f"{_UNCOMPUTED}{number}": 0.0}
+            return found
+
+        return computed
+
+    changed = [metric for metric in metrics if hasattr(metric, "compute_metrics")]
+    for number, metric in enumerate(changed):
+        metric.compute_metrics = guarded(number, metric)
+    try:
+        yield
+    finally:
+        for metric in changed:
+            del metric.compute_metrics  # the class's own is seen again
 
 
 @contextmanager

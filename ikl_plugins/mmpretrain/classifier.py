@@ -12,6 +12,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ..mmengine.epochs import EpochModel
+from ..mmengine.heads import head_fault
 from ..mmengine.losses import LOSSES
 
 __all__ = ["EpochClassifier", "term_scalars"]
@@ -31,7 +32,7 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         **kwargs: those of ``ImageClassifier``; ``head`` must be given.
 
     Raises:
-        ValueError: there is no head.
+        ValueError: there is no head, or one with several labels or sets of logits, or with a sigmoid in its loss.
     """
 
     # The base class has no types.
@@ -46,6 +47,12 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
             raise ValueError(
                 f"{self._name}: `head` must be given, got None. "
                 f"Write head=dict(type='LinearClsHead', num_classes=..., in_channels=...)."
+            )
+        fault = head_fault(self.head)
+        if fault is not None:
+            raise ValueError(
+                f"{self._name}: `head` must give one set of softmax logits for one label of each image, got "
+                f"{fault.got}. Use a LinearClsHead with CrossEntropyLoss."
             )
 
     @staticmethod
@@ -130,6 +137,8 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
                 f"{self._name}: `{key}` must be a loss between logits, got {type(loss).__name__}. "
                 f"Use one of {', '.join(LOSSES)}, KLLoss."
             )
+        if loss.class_prior is not None:
+            self._check_labels_stay_hard(key)
         own = getattr(loss, "num_classes", None)
         if own is not None and classes is not None and own != classes:
             raise ValueError(
@@ -137,6 +146,16 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
                 f"Drop it from `{key}`."
             )
         return loss
+
+    def _check_labels_stay_hard(self, key: str) -> None:
+        """Refuses a data preprocessor that gives training images no single label."""
+        for name in ("batch_augments", "to_onehot"):
+            if getattr(self.data_preprocessor, name, None):
+                where = "`augments` of `train_cfg`" if name == "batch_augments" else "`to_onehot`"
+                raise ValueError(
+                    f"{self._name}: the class prior of `{key}` needs one class per image, got {where}. "
+                    f"Drop it, or set global_info=False."
+                )
 
     @property
     def _name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmpretrain.evaluation import Accuracy
@@ -19,7 +19,8 @@ class RobustAccuracy(Accuracy):  # type: ignore[misc]
         **kwargs: those of ``Accuracy``.
 
     Raises:
-        ValueError: the model leaves no prediction under attack.
+        ValueError: the model leaves no prediction under attack; test-time augmentation, as each view is attacked alone
+            and the merged prediction never is.
 
     Note:
         The number belongs to the attack of the config. It is an upper bound of the robust accuracy, no substitute for
@@ -36,6 +37,12 @@ class RobustAccuracy(Accuracy):  # type: ignore[misc]
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Collects one batch of predictions, with 'robust_pred_score' and 'gt_label'."""
+        views = data_batch.get("data_samples") if isinstance(data_batch, Mapping) else None
+        if views and isinstance(views[0], (list, tuple)):
+            raise ValueError(
+                "RobustAccuracy: test-time augmentation must be off, as each view is attacked alone. "
+                "Test without --tta, or take RobustAccuracy out of `test_evaluator`."
+            )
         if any(ROBUST_SCORE not in sample for sample in data_samples):
             raise ValueError(
                 "RobustAccuracy: the predictions must hold adversarial images. "

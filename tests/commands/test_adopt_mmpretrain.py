@@ -417,6 +417,11 @@ REFUSED = [
     ("model = dict(head=None)\n", r"line 9: `head` of `model` must be a dict, got none"),
     (head("type='ConformerHead', in_channels=[8, 8]"), r"line 9: `head` of .*got ConformerHead, which has two sets"),
     (head("type='MultiLabelLinearClsHead', in_channels=8"), r"MultiLabelLinearClsHead, which has several labels"),
+    (
+        head("type='LinearClsHead', in_channels=8, loss=dict(\ntype='LabelSmoothLoss', mode='multi_label')"),
+        r"line 10: `head` of .*got LabelSmoothLoss with mode='multi_label'",
+    ),
+    (head("type='LinearClsHead', loss=dict(\nuse_sigmoid=True)"), r"line 10: .*which takes a sigmoid of each logit"),
     (head("\ntype='LeViTClsHead', in_channels=8"), r"line 10: `distillation` of LeViTClsHead must be False"),
     ("model = dict(_delete_=True)\nmodel = None\n", r"line 10: `model` must be a dict, got none"),
     ("a = = 1\n", r"line 9: the config must be Python, but invalid syntax"),

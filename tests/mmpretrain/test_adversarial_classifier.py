@@ -499,8 +499,8 @@ REFUSED = {
     "normalised twice": (lambda: step(make(), changed(normalised)), "normalises twice"),
     "divided": (lambda: step(make(data_preprocessor=RAW), changed(lambda i: i / 255)), r"pixel_range=1\.0"),
     "prior of scores": (
-        lambda: step(told(make(robust_loss=ikl(), data_preprocessor=SCORES))),
-        "`robust_loss` .*gt_score",
+        lambda: make(robust_loss=ikl(), data_preprocessor=SCORES),
+        "`robust_loss` .*`to_onehot`",
     ),
     "attack of scores": (
         lambda: step(make(data_preprocessor=SCORES, attack=ATTACK)),

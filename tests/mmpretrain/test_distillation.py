@@ -5,6 +5,7 @@ import logging
 import pickle
 import random
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy
@@ -17,6 +18,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import load_state_dict
 from mmpretrain.models import ImageClassifier
+from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.structures import DataSample
 from mmpretrain_runs import assert_same
 from torch import nn
@@ -24,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ikl_plugins import IKLLoss, _validation, losses
 from ikl_plugins.mmengine import class_priors
-from ikl_plugins.mmpretrain import DistillationClassifier
+from ikl_plugins.mmengine.heads import head_fault
+from ikl_plugins.mmpretrain import AdversarialClassifier, DistillationClassifier
 
 
 @pytest.fixture
@@ -258,6 +261,7 @@ def test_it_predicts_what_the_plain_classifier_predicts(make, small_network, sma
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 PRIOR = {"type": "IKLLoss", "global_info": True}
+ATTACK = {"eps": "8/255", "steps": 1, "step_size": "8/255"}
 MIXUP = {"train_cfg": {"augments": {"type": "Mixup", "alpha": 1.0}}}
 
 
@@ -270,6 +274,11 @@ REFUSED = {
         {"distill_loss": {"type": "CrossEntropyLoss"}},
         ValueError,
         "got CrossEntropyLoss. Use one of DKLLoss, IKLLoss, GKLLoss, KLLoss",
+    ),
+    "mixup": (
+        {"distill_loss": PRIOR, **MIXUP},
+        ValueError,
+        "class prior of `distill_loss` .*`augments` of `train_cfg`.*global_info=False",
     ),
     "module": ({"distill_loss": nn.CrossEntropyLoss()}, ValueError, "between logits, got CrossEntropyLoss"),
     **{
@@ -292,15 +301,14 @@ def test_settings_that_are_refused(make, case):
 
 # id: changes of the network, keywords of the classifier, whether an epoch has begun, samples, the fragment that matters
 NONE = object()
-MIXED = "class prior of `distill_loss` .* `gt_score`.*`augments`"
+SCORES = [DataSample().set_gt_label(1).set_gt_score([0.2, 0.8, 0.0])] * 6  # of a pipeline that mixes
 SEVERAL = [DataSample().set_gt_label([0, 1]), *[DataSample().set_gt_label(1)] * 5]
 BARE = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))  # tells its class count with its first logits
 STEPS = {
     "prior": ({}, {"distill_loss": PRIOR}, False, NONE, r"global_info=True of `distill_loss` must .*IKLHook"),
     "ramp": ({}, {"warmup_epochs": 2}, False, NONE, "warmup_epochs=2 must know where epochs begin"),
     "both": ({}, {"distill_loss": PRIOR, "warmup_epochs": 2}, False, NONE, "`distill_loss` and warmup_epochs=2"),
-    "mixup": (MIXUP, {"distill_loss": PRIOR}, True, NONE, MIXED),
-    "one-hot": ({"to_onehot": True}, {"distill_loss": PRIOR}, True, NONE, "`gt_score`.*or set global_info=False"),
+    "scores": ({}, {"distill_loss": PRIOR}, True, SCORES, "`gt_score`.*or set global_info=False"),
     "no samples": ({}, {"distill_loss": PRIOR}, True, None, "must have a `gt_label`, which the class prior of"),
     "empty": ({}, {"distill_loss": PRIOR}, True, [], "must have a `gt_label`"),
     "no label": ({}, {"distill_loss": PRIOR}, True, [DataSample()] * 6, "must have a `gt_label`"),
@@ -312,9 +320,7 @@ STEPS = {
 @pytest.mark.parametrize("case", STEPS)
 def test_steps_that_are_refused(make, small_network, small_batch, case):
     changes, keywords, begun, samples, message = STEPS[case]
-    network = small_network()
-    (network if "train_cfg" in changes else network["data_preprocessor"]).update(changes)
-    model = make(network, **keywords).train()
+    model = make(small_network() | changes, **keywords).train()
     inputs, own = prepared(model, small_batch())
     if begun:
         model.begin_epoch(1, 1)
@@ -322,6 +328,59 @@ def test_steps_that_are_refused(make, small_network, small_batch, case):
         model.loss(inputs, own if samples is NONE else samples)
     if not begun:
         model.eval().loss(inputs, own)  # no training, no epoch
+
+
+def loss_of(name, **keywords):
+    return {"type": "LinearClsHead", "num_classes": 3, "in_channels": 4, "loss": {"type": name, **keywords}}
+
+
+SMOOTH = {"label_smooth_val": 0.1, "num_classes": 3}
+# Heads of MMPretrain, and what is said of those that a softmax does not describe; None where one does.
+SEVERAL_LABELS = "ClsHead, which has several labels"
+HEADS = {
+    "several labels": ({"type": "MultiLabelClsHead"}, SEVERAL_LABELS),
+    "several, linear": ({"type": "MultiLabelLinearClsHead", "num_classes": 3, "in_channels": 4}, SEVERAL_LABELS),
+    "residual attention": (
+        {"type": "mmpretrain.CSRAClsHead", "num_classes": 3, "in_channels": 4, "num_heads": 1, "lam": 0.1},
+        SEVERAL_LABELS,
+    ),
+    "two sets": ({"type": "ConformerHead", "num_classes": 3, "in_channels": [4, 4]}, "two sets of logits"),
+    "binary": (loss_of("CrossEntropyLoss", use_sigmoid=True), "CrossEntropyLoss, which takes a sigmoid"),
+    "asymmetric": (loss_of("AsymmetricLoss"), "AsymmetricLoss, which takes a sigmoid"),
+    "focal": (loss_of("FocalLoss"), "FocalLoss, which takes a sigmoid"),
+    "torch": (loss_of("torch.nn.BCEWithLogitsLoss"), "BCEWithLogitsLoss, which takes a sigmoid"),
+    "smooth, several": (loss_of("LabelSmoothLoss", mode="multi_label", **SMOOTH), "mode='multi_label'"),
+    "smooth, binary": (loss_of("LabelSmoothLoss", use_sigmoid=True, **SMOOTH), "Loss, which takes a sigmoid"),
+    "smooth": (loss_of("LabelSmoothLoss", **SMOOTH), None),
+    "classy vision": (loss_of("LabelSmoothLoss", mode="classy_vision", **SMOOTH), None),
+    "soft": (loss_of("CrossEntropyLoss", use_soft=True), None),
+    "asymmetric softmax": (loss_of("AsymmetricLoss", use_sigmoid=False), None),
+    "seesaw": (loss_of("SeesawLoss", num_classes=3), None),
+    "margins": ({"type": "ArcFaceClsHead", "num_classes": 3, "in_channels": 4}, None),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_heads_without_one_softmax_are_refused_when_the_classifier_is_built(make, small_network, case):
+    head, message = HEADS[case]
+    network = small_network() | {"head": head}
+    if message is None:
+        assert make(network).head is not None
+        assert head_fault(head) is None  # as adopt looks at it
+        return
+    assert message in head_fault(head).got
+    rule = f"must give one set of softmax logits for one label of each image, got .*{message}"
+    for build in (make, partial(AdversarialClassifier, attack=ATTACK, robust_loss={"type": "KLLoss"})):
+        with pytest.raises(ValueError, match=rf"Classifier: `head` {rule}"):
+            build(network) if build is make else build(**network)
+
+
+def test_a_head_of_ones_own_is_known_by_its_base(make, small_network):
+    class Own(MultiLabelClsHead):
+        pass
+
+    with pytest.raises(ValueError, match="got MultiLabelClsHead, which has several labels"):
+        make(small_network() | {"head": Own()})
 
 
 @pytest.mark.parametrize("warmup", [0, 1])

@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 from mmengine.dataset import InfiniteSampler, pseudo_collate
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, SyncBuffersHook
 from mmengine.model import BaseModel
 from mmpretrain.registry import MODELS
@@ -14,11 +15,13 @@ from mmpretrain_runs import (
     assert_same,
     by_iteration,
     distilled_network,
+    images,
     loader,
     network,
     prior_of,
     runner,
 )
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -220,7 +223,6 @@ def half_a_worker():
 
 
 # What MMEngine would find out after an epoch, and how it is told before.
-# What MMEngine would find out after an epoch, and how it is told before.
 WRONG = saving(save_best="accuracy/top11", rule="greater")
 UNREADABLE = DataLoader(Unreadable(), collate_fn=pseudo_collate)
 LATE = {
@@ -258,6 +260,37 @@ def test_the_dry_run_changes_nothing(teacher, tmp_path):
     ours, plain = trained("with", True), trained("without", False)
     assert_same(ours[0], plain[0])
     assert ours[1] == plain[1] == [True]
+
+
+class Area(BaseMetric):
+    """The area under the ROC curve of class 0, of scikit-learn, which wants samples of it and of others."""
+
+    default_prefix = "area"
+
+    def process(self, data_batch, data_samples):
+        self.results += [(float(sample["pred_score"][0]), int(sample["gt_label"]) == 0) for sample in data_samples]
+
+    def compute_metrics(self, results):
+        scores, own = zip(*results, strict=True)
+        if len(set(own)) == 1:
+            raise ValueError("Only one class is present in y_true.")
+        return {"auc": roc_auc_score(own, scores), "count": len(results)}
+
+
+@pytest.mark.parametrize("save_best", ["area/auc", "accuracy/top1"])
+def test_a_metric_that_one_batch_cannot_compute_is_warned_about_and_starts_anew(save_best, teacher, tmp_path):
+    data = DataLoader(sorted(images(10, 1), key=lambda image: int(image["data_samples"].gt_label)), 4, shuffle=False)
+    data.collate_fn = pseudo_collate  # the first batch is of class 0 alone, as those of folders of classes
+    metrics = [Area(), {"type": "Accuracy", "topk": (1,)}]
+    best = {**saving(save_best=save_best, rule="greater"), "log_level": "INFO"}
+    run = run_of(teacher, tmp_path, epochs=1, **validated(val_dataloader=data, val_evaluator=metrics), **best)
+    found = []
+    run.register_hook(Record(after_val_epoch=lambda run, metrics: found.append(metrics)))
+    run.train()
+    assert found[0]["area/count"] == 10  # none of the rehearsal is left
+    assert 0 <= found[0]["area/auc"] <= 1
+    (log,) = tmp_path.glob("*/*.log")
+    assert "Area of `val_evaluator` gives no value of one batch (ValueError: Only one class" in log.read_text()
 
 
 def test_a_metric_may_ask_the_message_hub_during_the_rehearsal(teacher, tmp_path):

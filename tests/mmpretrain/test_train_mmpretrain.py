@@ -1,6 +1,8 @@
 """`ikl train` and mmpretrain's test.py as processes, from an empty directory: train, resume, test, two ranks."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,18 @@ def test_the_teacher_and_the_terms_are_in_the_log(distilled):
     values = {name: float(re.search(rf"\b{name}: ([\d.]+)", line)[1]) for name in ("loss", "loss_ce", "loss_distill")}
     assert values["loss"] == pytest.approx(values["loss_ce"] + values["loss_distill"], abs=2e-4)
     assert {"weighted_mse", "soft_cross_entropy"} <= set(re.findall(r"(\w+): ", line))
+
+
+def test_a_robust_metric_is_no_number_of_the_first_view_of_several(world, tmp_path, monkeypatch):
+    """mmpretrain's test.py --tta, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IKL_PLUGINS_DATA", str(world.folder.parent / "data"))
+    torch.save({"state_dict": {}}, "untrained.pth")
+    settings = ("model.module.val_attack.steps=1", "test_dataloader.dataset.data_prefix=val")
+    words = [str(DIGITS / "adversarial_trades.py"), "untrained.pth", "--tta", "--cfg-options", *settings]
+    monkeypatch.setattr(sys, "argv", ["test.py", *words])
+    with pytest.raises(ValueError, match=r"^RobustAccuracy: test-time augmentation must be off.*Test without --tta"):
+        runpy.run_path(str(tool("test")), run_name="__main__")
 
 
 # --- going on --------------------------------------------------------------------------------------------------------

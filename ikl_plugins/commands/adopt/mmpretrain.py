@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ikl_plugins import _validation
 from ikl_plugins.losses import LOSSES
+from ikl_plugins.mmengine.heads import head_fault
 
 from .messages import CALLER
 from .python_config import Code, assignment, find, is_lazy, read, relative, shown, type_name, where
@@ -25,14 +26,6 @@ __all__ = ["NewConfig", "adopt_config", "check_config", "setting_names"]
 ADAPTER = "ikl_plugins.mmpretrain"
 _CLASSIFIERS = ("DistillationClassifier", "AdversarialClassifier")
 _OURS = (*_CLASSIFIERS, "KLLoss", "IKLHook", "RobustAccuracy")  # and those of LOSSES
-# Heads whose output is no single set of logits, or whose labels are no single class.
-_HEADS_REFUSED = {
-    "ConformerHead": "has two sets of logits",
-    "MultiTaskHead": "has logits of several tasks",
-    "MultiLabelClsHead": "has several labels for an image",
-    "MultiLabelLinearClsHead": "has several labels for an image",
-    "CSRAClsHead": "has several labels for an image",
-}
 _HEADS_WITH_A_SWITCH = ("LeViTClsHead", "EfficientFormerClsHead")
 # Where a config may give training images no single label; the model's own preprocessor goes before that of the top.
 _MIXERS = (
@@ -165,11 +158,13 @@ class _Maker:
         if not isinstance(head, Mapping):
             way_out = "Add head=dict(type='LinearClsHead', num_classes=..., in_channels=...)."
             raise self._refusal(("model", "head"), f"`head` of `model` must be a dict, got none. {way_out}")
+        fault = head_fault(head)
+        if fault is not None:
+            rule = (
+                f"`head` of `model` must give one set of softmax logits for one label of each image, got {fault.got}."
+            )
+            raise self._refusal(("model", "head", *fault.keys), f"{rule} Use a LinearClsHead with CrossEntropyLoss.")
         kind = type_name(head.get("type"))
-        if kind in _HEADS_REFUSED:
-            rule = "`head` of `model` must give one set of logits for one label of each image"
-            got = f"got {kind}, which {_HEADS_REFUSED[kind]}"
-            raise self._refusal(("model", "head", "type"), f"{rule}, {got}. Use a LinearClsHead.")
         if kind in _HEADS_WITH_A_SWITCH and head.get("distillation", True):
             key = "distillation" if "distillation" in head else "type"
             rule = f"`distillation` of {kind} must be False, as MMPretrain cannot train it otherwise, got True."
