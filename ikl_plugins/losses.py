@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import _validation as check
 from ._composed import Settings
+from ._mse_share import MseShare
 from .class_prior import ClassPrior
 from .functional import LossTerms, check_settings, dkl_settings, evaluate, gkl_settings, ikl_settings
 from .presets import find_preset
@@ -64,6 +65,11 @@ class DecoupledLoss(nn.Module):
     Attributes:
         class_prior: the :class:`ClassPrior`, None without ``global_info``; part of ``state_dict``.
         last_terms: :class:`LossTerms` of the last call, detached; None before it.
+
+    Warns:
+        UserWarning: once, where the weights leave the weighted MSE below 1e-3 of the soft cross entropy over the first
+            100 training batches with a frozen teacher: raise ``weight_temperature`` or ``beta``. On a device it comes
+            when the other checks are read (:func:`ikl_plugins.read_value_checks`); torch.compile leaves it out.
     """
 
     alpha: float
@@ -71,6 +77,7 @@ class DecoupledLoss(nn.Module):
     temperature: float
     reduction: str
     last_terms: LossTerms | None
+    _mse_share: MseShare | None = None
 
     def __init__(
         self, *, check_finite: bool, global_info: bool, num_classes: int | None, **settings: float | str
@@ -92,23 +99,26 @@ class DecoupledLoss(nn.Module):
                 f"Pass the number of classes of the logits."
             )
         self.class_prior = ClassPrior(num_classes) if global_info and num_classes is not None else None
+        self._mse_share = MseShare()
 
     @classmethod
     def preset(cls: type[Loss], name: str, num_classes: int | None = None, **overrides: Any) -> Loss:
-        """A loss with published settings.
+        """A loss with the settings of a name; the cross entropy to the labels belongs beside it, with weight 1.
 
         Args:
-            name: a name of :data:`ikl_plugins.presets.PRESETS`, with or without its last part ('-ikl').
+            name: ``'start'`` for data without published settings, a family such as ``'cifar100_distillation'``, or
+                another name of :data:`ikl_plugins.presets.PRESETS`, with or without its last part ('-ikl').
             num_classes: of the data; by default that of the published experiment.
-            **overrides: keywords of the class that replace the published ones.
+            **overrides: keywords of the class that replace those of the preset.
 
         Raises:
             ValueError: an unknown name, or one of another loss.
 
         Example:
-            >>> from ikl_plugins import GKLLoss
-            >>> GKLLoss.preset("cifar100/resnet20_from_resnet56", alpha=2.0).alpha
-            2.0
+            >>> from ikl_plugins import IKLLoss
+            >>> criterion = IKLLoss.preset("cifar100_distillation", num_classes=10, alpha=2.0)
+            >>> criterion.alpha, criterion.beta, criterion.weight_temperature
+            (2.0, 4.0, 100.0)
         """
         keywords = dict(find_preset(name, cls.__name__).keywords)
         if num_classes is not None:
@@ -159,7 +169,12 @@ class DecoupledLoss(nn.Module):
             rows = prior.rows(labels)
             check.check_class_prior(name, rows, student_logits, values=False)
         loss, self.last_terms = evaluate(student_logits, teacher_logits, rows, settings, with_terms=True)
-        if prior is not None and labels is not None and (self.training if observe is None else observe):
+        collects = self.training if observe is None else observe
+        # In adversarial training both views carry gradient, and they begin nearly equal.
+        trains_student = settings.student_in_mse and student_logits.requires_grad and not teacher_logits.requires_grad
+        if collects and trains_student and self._mse_share is not None and self.last_terms is not None:
+            self._mse_share.observe(name, student_logits, teacher_logits, self.last_terms, settings)
+        if prior is not None and labels is not None and collects:
             teacher = teacher_logits.detach()
             teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
             if settings.weight_temperature != 1.0:

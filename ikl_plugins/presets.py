@@ -1,8 +1,16 @@
 """Published settings of the losses by name: the one source for classes, generated configs, ``ikl adopt`` and docs.
 
-A name is that of the shipped config, without its host: ``cifar100/resnet20_from_resnet56-gkl``. Values are those of
-the authors' code (repository jiequancui/DKL, folders DKLv1 for IKL and DKLv2 for GKL), in whose naming alpha weighs the
-soft-label cross entropy and beta the weighted MSE.
+A name is one of three:
+
+- that of a shipped config without its host: ``cifar100/resnet20_from_resnet56-gkl``. Values are those of the authors'
+  code (repository jiequancui/DKL, folders DKLv1 for IKL and DKLv2 for GKL), in whose naming alpha weighs the soft-label
+  cross entropy and beta the weighted MSE;
+- one of :data:`FAMILIES`, which stands for a published experiment: ``cifar100_distillation``;
+- ``start``, for data that nobody has published settings for. Chosen by measurement: ``tools/choosing.py``,
+  docs/choosing.md. It has no class prior, so it needs neither labels nor epochs.
+
+The last part of a name ('-ikl') may be left out where the loss is known. In each case the cross entropy to the labels
+stands beside the loss, with weight 1.
 """
 
 from __future__ import annotations
@@ -13,11 +21,11 @@ from typing import Any, NamedTuple
 
 from . import _validation as check
 
-__all__ = ["PRESETS", "Preset", "find_preset"]
+__all__ = ["FAMILIES", "PRESETS", "Preset", "find_preset"]
 
 
 class Preset(NamedTuple):
-    """The settings of one published experiment."""
+    """The settings of one experiment."""
 
     loss: str  # a name of ikl_plugins.losses.LOSSES
     keywords: Mapping[str, Any]  # of that class
@@ -28,7 +36,7 @@ def find_preset(name: str, loss: str) -> Preset:
     """The preset of a name for a loss.
 
     Args:
-        name: a key of :data:`PRESETS`, or one without the '-ikl' that its loss adds.
+        name: a key of :data:`PRESETS`, or one without the '-ikl' that its loss adds: 'start', 'cifar100_distillation'.
         loss: name of the class, such as ``'IKLLoss'``.
 
     Raises:
@@ -148,4 +156,38 @@ def _adversarial() -> dict[str, Preset]:
     return found
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({**_cifar100(), **_imagenet(), **_imagenet_lt(), **_adversarial()})
+# The experiment that each family stands for: the first pair of the paper's tables with like networks, and the largest
+# set of generated images. DKL has TRADES's weights where there are any.
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        "cifar100_distillation": "cifar100/resnet20_from_resnet56",
+        "imagenet_distillation": "imagenet/resnet18_from_resnet34",
+        "imagenet_lt_distillation": "imagenet_lt/resnet50_from_resnext101_32x4d",
+        "cifar10_adversarial": "cifar10_adversarial/wrn_34_10",
+        "cifar100_adversarial": "cifar100_adversarial/wrn_34_10",
+        "cifar10_generated": "cifar10_generated/wrn_28_10_20m",
+        "cifar100_generated": "cifar100_generated/wrn_28_10_50m",
+    }
+)
+
+
+def _start() -> dict[str, Preset]:
+    common = {"alpha": 4.0, "beta": 0.25, "temperature": 4.0}
+    return {
+        "start-dkl": Preset("DKLLoss", {"alpha": 4.0, "beta": 4.0, "temperature": 4.0}),
+        "start-ikl": Preset("IKLLoss", {**common, "weight_temperature": 4.0}),
+        "start-gkl": Preset("GKLLoss", {**common, "weight_temperature": 4.0, "gamma": 0.5}),
+    }
+
+
+def _of_families(published: Mapping[str, Preset]) -> dict[str, Preset]:
+    return {
+        f"{family}-{preset.loss.removesuffix('Loss').lower()}": preset
+        for family, name in FAMILIES.items()
+        for kind in ("ikl", "gkl", "trades")
+        if (preset := published.get(f"{name}-{kind}")) is not None
+    }
+
+
+_PUBLISHED = {**_cifar100(), **_imagenet(), **_imagenet_lt(), **_adversarial()}
+PRESETS: Mapping[str, Preset] = MappingProxyType({**_PUBLISHED, **_of_families(_PUBLISHED), **_start()})

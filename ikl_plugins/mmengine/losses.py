@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import _validation as check
 from .. import losses as core
 from ..functional import LossTerms
+from ..presets import Preset, find_preset
 
 __all__ = ["LOSSES", "KLLoss", "WithLossWeight"]
 
@@ -25,6 +26,7 @@ class WithLossWeight(core.DecoupledLoss):
     """A loss of the core in OpenMMLab's convention; the class of the same name in :mod:`ikl_plugins` has the formula.
 
     Args:
+        preset: name of settings, see :meth:`ikl_plugins.DecoupledLoss.preset`; other keywords go before them.
         loss_weight: factor of the loss, at least 0.
         reduction: ``'mean'``, ``'sum'`` or ``'none'``. ``'mean'`` is the mean over samples (over all places, where the
             logits have some): the core's ``'batchmean'``, which is also accepted under that name. It is not the
@@ -33,9 +35,10 @@ class WithLossWeight(core.DecoupledLoss):
 
     Raises:
         TypeError: an unknown keyword (the message names the nearest known one), or one of the wrong type.
-        ValueError: a value out of range.
+        ValueError: a value out of range, or an unknown preset.
 
     Attributes:
+        warmup_epochs: of the preset, 0 without one; a classifier that is told none takes it.
         last_terms: :class:`ikl_plugins.LossTerms` of the last call, ``loss_weight`` included, so that they sum to its
             value.
 
@@ -48,15 +51,24 @@ class WithLossWeight(core.DecoupledLoss):
         2.1972
     """
 
-    def __init__(self, *, loss_weight: float = 1.0, reduction: str = "mean", **core_keywords: Any) -> None:
+    def __init__(
+        self,
+        *,
+        preset: str | None = None,
+        loss_weight: float = 1.0,
+        reduction: str = "mean",
+        **core_keywords: Any,
+    ) -> None:
         name = type(self).__name__
-        known = {"loss_weight", *inspect.signature(super().__init__).parameters}
+        known = {"preset", "loss_weight", *inspect.signature(super().__init__).parameters}
         for keyword in core_keywords:
             if keyword not in known:
                 raise TypeError(check.unknown_name_message(name, "keyword", keyword, known))
         check.check_number(name, "loss_weight", loss_weight)
-        super().__init__(reduction=_core_reduction(name, reduction), **core_keywords)
+        found = Preset(name, {}) if preset is None else find_preset(preset, name)
+        super().__init__(reduction=_core_reduction(name, reduction), **{**found.keywords, **core_keywords})
         self.loss_weight = loss_weight
+        self.warmup_epochs = found.warmup_epochs
 
     def forward(
         self,

@@ -119,6 +119,8 @@ class EpochClassifier(EpochModel, ImageClassifier):  # type: ignore[misc]  # the
         classes = getattr(self.head, "num_classes", None)
         if isinstance(loss, Mapping):
             config = dict(loss)
+            if "preset" in config and classes is not None:
+                config.setdefault("num_classes", classes)  # not that of the published experiment
             if config.get("global_info") and config.get("num_classes") is None:
                 if classes is None:
                     raise ValueError(

@@ -33,11 +33,12 @@ class DistillationClassifier(EpochClassifier):
         teacher: path of a config, config dict of a model, or the network (see
             :func:`ikl_plugins.mmpretrain.build_teacher`).
         teacher_ckpt: file or http(s) address of the teacher's checkpoint.
-        distill_loss: config of DKLLoss, IKLLoss, GKLLoss or KLLoss. With ``global_info=True`` the number of classes is
+        distill_loss: config of DKLLoss, IKLLoss, GKLLoss or KLLoss, such as ``dict(type='IKLLoss', preset='start')``,
+            which is the default. With ``global_info=True`` the number of classes is
             taken from the head.
         distill_weight: weight of that loss, at least 0.
         warmup_epochs: it is also multiplied by min(epoch / warmup_epochs, 1), epochs counted from 1; 0 and 1 mean no
-            ramp.
+            ramp, None that of the loss's ``preset``.
         ce_weight: weight of the head's own loss, at least 0. It is not ramped.
         teacher_val_batches: before training, log the teacher's accuracy on so many batches of the validation data.
         **kwargs: those of ``ImageClassifier``. Mixup and CutMix in ``train_cfg`` go with every loss that has no class
@@ -60,24 +61,24 @@ class DistillationClassifier(EpochClassifier):
         teacher_ckpt: str | Path | None = None,
         distill_loss: Mapping[str, Any] | nn.Module | None = None,
         distill_weight: float = 1.0,
-        warmup_epochs: int = 0,
+        warmup_epochs: int | None = None,
         ce_weight: float = 1.0,
         teacher_val_batches: int = 0,
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
         check.check_number(name, "distill_weight", distill_weight)
-        check.check_number(name, "warmup_epochs", warmup_epochs)
+        check.check_number(name, "warmup_epochs", 0 if warmup_epochs is None else warmup_epochs)
         check.check_number(name, "ce_weight", ce_weight)
         if isinstance(teacher_val_batches, bool) or not isinstance(teacher_val_batches, int) or teacher_val_batches < 0:
             raise ValueError(
                 f"{name}: `teacher_val_batches` must be a number of batches, got {teacher_val_batches!r}. Use 0."
             )
         super().__init__(*args, **kwargs)
-        loss = {"type": "IKLLoss"} if distill_loss is None else distill_loss
+        loss = {"type": "IKLLoss", "preset": "start"} if distill_loss is None else distill_loss
         self.distill_loss = self.build_loss("distill_loss", loss)
         self.distill_weight = distill_weight
-        self.warmup_epochs = warmup_epochs
+        self.warmup_epochs = getattr(self.distill_loss, "warmup_epochs", 0) if warmup_epochs is None else warmup_epochs
         self.ce_weight = ce_weight
         self.teacher_val_batches = teacher_val_batches
         self.teacher = build_teacher(teacher, teacher_ckpt, student=self)

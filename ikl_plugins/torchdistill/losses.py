@@ -21,6 +21,7 @@ from .. import losses as core
 from .._value_checks import read_value_checks
 from ..class_prior import ClassPrior
 from ..functional import LossTerms
+from ..presets import Preset, find_preset
 
 __all__ = ["AdversarialLogits", "MidLevelLoss", "find_losses", "mid_level_losses"]
 
@@ -48,10 +49,11 @@ class MidLevelLoss(nn.Module):
         student_module_io: ``'output'`` or ``'input'`` of that module.
         teacher_module_path: the same for the teacher.
         teacher_module_io: the same for the teacher.
-        ce_weight: weight of the cross entropy to the labels, at least 0. KDLoss calls it ``alpha``; here ``alpha`` is
-            the core's weight of the soft-label cross entropy.
+        preset: name of settings, see :meth:`ikl_plugins.DecoupledLoss.preset`; other keywords go before them.
+        ce_weight: weight of the cross entropy to the labels, at least 0; by default 0, with a preset 1. KDLoss calls it
+            ``alpha``; here ``alpha`` is the core's weight of the soft-label cross entropy.
         warmup_epochs: the core loss is multiplied by min(epoch / warmup_epochs, 1), epochs of the stage counted from 1;
-            0 and 1 mean no ramp. The cross entropy to the labels is not scaled.
+            0 and 1 mean no ramp, by default that of the preset. The cross entropy to the labels is not scaled.
         **loss_keywords: keywords of the core class, see there.
 
     Raises:
@@ -84,8 +86,9 @@ class MidLevelLoss(nn.Module):
         teacher_module_path: str,
         teacher_module_io: str,
         *,
-        ce_weight: float = 0.0,
-        warmup_epochs: int = 0,
+        preset: str | None = None,
+        ce_weight: float | None = None,
+        warmup_epochs: int | None = None,
         **loss_keywords: Any,
     ) -> None:
         super().__init__()
@@ -98,11 +101,12 @@ class MidLevelLoss(nn.Module):
             "student": _place(name, "student", student_module_path, student_module_io),
             "teacher": _place(name, "teacher", teacher_module_path, teacher_module_io),
         }
-        check.check_number(name, "ce_weight", ce_weight)
-        check.check_number(name, "warmup_epochs", warmup_epochs)
-        self.ce_weight = ce_weight
-        self.warmup_epochs = warmup_epochs
-        self.core = self.core_class(**loss_keywords)
+        found = Preset(name, {}) if preset is None else find_preset(preset, name)
+        self.ce_weight = (0.0 if preset is None else 1.0) if ce_weight is None else ce_weight
+        self.warmup_epochs = found.warmup_epochs if warmup_epochs is None else warmup_epochs
+        check.check_number(name, "ce_weight", self.ce_weight)
+        check.check_number(name, "warmup_epochs", self.warmup_epochs)
+        self.core = self.core_class(**{**found.keywords, **loss_keywords})
         self._epoch: int | None = None
         self._ramp = 1.0
         self._batches_per_epoch: int | None = None

@@ -22,7 +22,18 @@ HOSTS = (
     "torchdistill",
     "torchvision",
 )
-CORE = {"_composed", "_files", "_fused", "_validation", "_value_checks", "_way", "class_prior", "functional", "kernels"}
+CORE = {
+    "_composed",
+    "_files",
+    "_fused",
+    "_mse_share",
+    "_validation",
+    "_value_checks",
+    "_way",
+    "class_prior",
+    "functional",
+    "kernels",
+}
 CORE |= {"kernels._launch", "losses", "native", "presets"}
 
 

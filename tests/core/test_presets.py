@@ -8,6 +8,7 @@ from published_values import DISTILLED, FAMILIES
 
 from ikl_plugins import DKLLoss, GKLLoss, IKLLoss
 from ikl_plugins.losses import LOSSES
+from ikl_plugins.presets import FAMILIES as NAMED
 from ikl_plugins.presets import PRESETS
 
 TYPED = {name: recipe for name, recipe in DISTILLED.items() if recipe.loss in ("IKL", "GKL")}
@@ -27,9 +28,50 @@ def test_each_builds_by_its_name_and_by_the_pair(name: str) -> None:
     loss_class = LOSSES[PRESETS[name].loss]
     loss = loss_class.preset(name)
     assert {key: getattr(loss, key) for key in PRESETS[name].keywords} == dict(PRESETS[name].keywords)
-    short, _, suffix = name.partition("-")
-    if suffix in ("ikl", "gkl"):
+    short, _, suffix = name.rpartition("-")
+    if suffix in ("ikl", "gkl", "dkl"):
         assert repr(loss_class.preset(short)) == repr(loss)
+
+
+# Typed from the paper's tables 2, 4 and 5 and the authors' files: alpha, beta, temperature, weight temperature, prior.
+PUBLISHED = {
+    ("cifar100_distillation", "IKL"): (1.0, 4.0, 4.0, 100.0, False),
+    ("cifar100_distillation", "GKL"): (1.0, 4.0, 4.0, 4.0, True),
+    ("imagenet_distillation", "IKL"): (1.0, 0.5, 1.0, 1.0, True),
+    ("imagenet_distillation", "GKL"): (1.0, 0.5, 1.0, 1.0, True),
+    ("imagenet_lt_distillation", "IKL"): (3.0, 4.0, 1.0, 100.0, False),
+    ("imagenet_lt_distillation", "GKL"): (3.0, 4.0, 1.0, 1.0, True),
+    ("cifar10_adversarial", "IKL"): (4.0, 20.0, 1.0, 4.0, True),
+    ("cifar10_adversarial", "GKL"): (4.0, 20.0, 1.0, 4.0, True),
+    ("cifar10_adversarial", "DKL"): (6.0, 6.0, 1.0, 1.0, False),  # TRADES
+    ("cifar100_adversarial", "IKL"): (5.0, 20.0, 1.0, 4.0, True),
+    ("cifar100_adversarial", "GKL"): (4.0, 20.0, 1.0, 1.0, True),
+    ("cifar100_adversarial", "DKL"): (9.0, 9.0, 1.0, 1.0, False),
+    ("cifar10_generated", "IKL"): (3.0, 10.0, 1.0, 4.0, True),
+    ("cifar100_generated", "IKL"): (5.0, 12.0, 1.0, 4.0, True),
+}
+
+
+@pytest.mark.parametrize(("family", "loss"), PUBLISHED)
+def test_a_family_stands_for_a_published_experiment(family: str, loss: str) -> None:
+    found = LOSSES[f"{loss}Loss"].preset(family, num_classes=7)
+    settings = found.settings()
+    got = (found.alpha, found.beta, found.temperature, settings.weight_temperature, found.global_info)
+    assert got == PUBLISHED[family, loss]
+    assert found.num_classes == 7
+
+
+def test_every_family_is_typed_above() -> None:
+    assert {family for family, _ in PUBLISHED} == set(NAMED)
+    assert {f"{family}-{loss.lower()}" for family, loss in PUBLISHED} < set(PRESETS)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_start_is_for_any_data(loss: str) -> None:
+    found = LOSSES[loss].preset("start")
+    assert found.num_classes is None
+    assert found.class_prior is None
+    assert found(torch.randn(3, 5), torch.randn(3, 5)).isfinite()
 
 
 def test_overrides_replace_and_another_class_count_is_possible() -> None:

@@ -105,9 +105,10 @@ def test_the_total_is_the_labels_and_the_ramped_formula(make, small_batch, epoch
     assert list(log) == ["loss", *expected]
 
 
-def test_the_default_is_ikl_with_weight_one(make):
+def test_the_default_is_the_start_of_ikl_with_weight_one(make):
     model = make()
     assert type(model.distill_loss).__name__ == "IKLLoss"
+    assert model.distill_loss.settings() == IKLLoss.preset("start").settings()
     assert (model.distill_weight, model.ce_weight, model.warmup_epochs) == (1.0, 1.0, 0)
 
 
@@ -160,7 +161,8 @@ def test_further_losses_of_a_head_are_weighed_alike(make, small_network, small_b
 
 
 def test_mixed_labels_go_with_a_loss_without_prior(make, small_network, small_batch):
-    model = make(small_network(train_cfg={"augments": {"type": "Mixup", "alpha": 1.0}}))
+    network = small_network(train_cfg={"augments": {"type": "Mixup", "alpha": 1.0}})
+    model = make(network, distill_loss={"type": "IKLLoss"})
     inputs, samples = prepared(model, small_batch())
     scores = torch.stack([sample.gt_score for sample in samples])
     student, teacher = plain_logits(model, inputs)
@@ -399,6 +401,8 @@ def test_the_class_count_comes_from_the_head_and_the_config_stays(make, small_ne
     assert make(distill_loss=config).distill_loss.num_classes == 3
     assert config == PRIOR
     assert make(distill_loss={"type": "IKLLoss", "num_classes": 3}).distill_loss.num_classes == 3
+    published = make(distill_loss={"type": "GKLLoss", "preset": "cifar100_distillation"})  # of 100 classes, with a ramp
+    assert (published.distill_loss.class_prior.num_classes, published.warmup_epochs) == (3, 20)
     with pytest.raises(ValueError, match=r"must give `num_classes` with global_info=True, as ClsHead has none"):
         make({**small_network(), "head": {"type": "ClsHead"}}, distill_loss=PRIOR)
 

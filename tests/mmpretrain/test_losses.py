@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 
 import ikl_plugins.mmpretrain  # noqa: F401  # registers
+from ikl_plugins.losses import LOSSES
 
 KINDS = {"DKLLoss": "dkl", "IKLLoss": "ikl", "GKLLoss": "gkl"}
 CORE_NAME = {"mean": "batchmean", "batchmean": "batchmean", "sum": "sum", "none": "none"}
@@ -41,6 +42,16 @@ def test_the_value_is_the_formula_times_the_weight(name, reduction):
     total = "sum" if reduction == "none" else CORE_NAME[reduction]
     for got, gradient in zip((student.grad, teacher.grad), expected.gradients(total), strict=True):
         torch.testing.assert_close(got, 0.5 * gradient)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_preset_is_that_of_the_core_and_keywords_go_before_it(name):
+    for preset in ("start", "cifar10_adversarial"):
+        loss, core = make(name, preset=preset, beta=7.0), LOSSES[name].preset(preset, beta=7.0)
+        assert loss.settings() == core.settings()
+        assert (loss.global_info, loss.num_classes) == (core.global_info, core.num_classes)
+    with pytest.raises(ValueError, match="unknown preset `nothing`"):
+        make(name, preset="nothing")
 
 
 def test_the_class_prior_weighs_the_pairs_of_the_next_epoch():

@@ -51,6 +51,24 @@ def cross_entropy(student, targets):
 
 
 @pytest.mark.parametrize("key", KEYS)
+def test_a_preset_is_that_of_the_core_with_the_labels_beside_it(key):
+    name = f"{KEYS[key].upper()}Loss"
+    for preset in ("start", "cifar10_adversarial"):
+        loss, expected = make(key, preset=preset, alpha=7.0), core.LOSSES[name].preset(preset, alpha=7.0)
+        assert repr(loss.core) == repr(expected)
+        assert (loss.ce_weight, loss.warmup_epochs) == (1.0, 0)
+    assert make(key, preset="start", ce_weight=0.5, warmup_epochs=3).ce_weight == 0.5
+    with pytest.raises(ValueError, match="unknown preset `nothing`"):
+        make(key, preset="nothing")
+
+
+def test_a_published_preset_has_the_published_ramp():
+    assert make("IKL", preset="cifar100_distillation").warmup_epochs == 20
+    assert make("IKL", preset="cifar100_distillation", warmup_epochs=2).warmup_epochs == 2
+    assert make("IKL").ce_weight == 0.0
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_every_key_gives_the_formula_plus_the_labels(key):
     kind = KEYS[key]
     keywords = {"alpha": 2.0, "beta": 3.0, "temperature": 4.0}
