@@ -8,7 +8,7 @@ from .attack import MODEL_MODES, NORMS, OBJECTIVES, PGD, RANDOM_STARTS
 from .modes import frozen_statistics, model_mode
 from .pixels import PixelSpace
 from .schedule import BUDGETS, BudgetRow, Strength
-from .weight_perturbation import AdversarialWeightPerturbation
+from .weight_perturbation import UNDO, AdversarialWeightPerturbation
 
 __all__ = [
     "BUDGETS",
@@ -17,6 +17,7 @@ __all__ = [
     "OBJECTIVES",
     "PGD",
     "RANDOM_STARTS",
+    "UNDO",
     "AdversarialWeightPerturbation",
     "BudgetRow",
     "PixelSpace",

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from .. import _validation as check
 from .._value_checks import largest
 
-__all__ = ["AdversarialWeightPerturbation"]
+__all__ = ["UNDO", "AdversarialWeightPerturbation"]
+
+UNDO = ("before_step", "after_step")
 
 _TINY = 1e-20  # keeps a gradient of 0 from being divided by 0
 
@@ -24,16 +26,19 @@ class AdversarialWeightPerturbation:
 
         w + gamma * ||w|| * g / ||g||
 
-    and is restored from a copy before the optimizer's step, so that weight decay and averages see the weights
-    themselves. Biases and the affine parameters of normalisation layers stay.
+    and is restored from a copy before the optimizer's step, or behind it. Biases and the affine parameters of
+    normalisation layers stay.
 
     Args:
         gamma: relative size of the perturbation, above 0; the published runs have 5e-3.
         warmup_epochs: the first epoch with a perturbation, epochs counted from 1; 0 and 1 for all of them.
+        undo: ``'before_step'``: weights are restored before the optimizer's step, which then decays the weights
+            themselves. ``'after_step'``, as the authors' code has it: behind the step, which decays perturbed weights;
+            what it has added to them stays.
 
     Raises:
         TypeError: a value that is no number.
-        ValueError: a value out of range.
+        ValueError: a value out of range, or an unknown ``undo``.
 
     Note:
         When ``torch.distributed`` is initialised the gradients of all ranks are added first: one perturbation for all
@@ -59,11 +64,15 @@ class AdversarialWeightPerturbation:
         tensor([[1., 1.]])
     """
 
-    def __init__(self, *, gamma: float = 5e-3, warmup_epochs: int = 10) -> None:
+    def __init__(self, *, gamma: float = 5e-3, warmup_epochs: int = 10, undo: str = "before_step") -> None:
         caller = type(self).__name__
         self.gamma = check.check_number(caller, "gamma", gamma, positive=True)
         self.warmup_epochs = check.check_number(caller, "warmup_epochs", warmup_epochs)
+        if undo not in UNDO:
+            raise ValueError(check.unknown_name_message(caller, "`undo`", str(undo), UNDO))
+        self.undo = undo
         self._originals: list[tuple[Tensor, Tensor]] = []
+        self._perturbed: list[Tensor] = []  # as they were before the optimizer's step, if that comes first
 
     def active(self, epoch: int) -> bool:
         """Whether weights are perturbed in ``epoch``, 1 for the first."""
@@ -133,24 +142,32 @@ class AdversarialWeightPerturbation:
     def _move_along(self, flat: Tensor, weights: list[Tensor]) -> None:
         parts = torch.split(flat, [weight.numel() for weight in weights])
         scales = self.gamma * _norms(weights) / (_norms(parts) + _TINY)
-        originals = [torch.empty_like(weight) for weight in weights]
-        torch._foreach_copy_(originals, weights)
-        self._originals += zip(weights, originals, strict=True)
+        self._originals += zip(weights, _copies(weights), strict=True)
         for weight, part, scale in zip(weights, parts, scales.unbind(), strict=True):
             weight.addcmul_(part.view(weight.shape), scale)
+        if self.undo == "after_step":
+            self._perturbed += _copies(weights)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the weights back, to the bit; nothing happens when none are perturbed."""
+        """Puts the weights back; nothing happens when none are perturbed.
+
+        With ``undo='before_step'`` to the bit; with ``'after_step'`` what has been added to them since stays, and where
+        nothing has been, as no step was made, they are what they were.
+        """
         if self._originals:
             weights, originals = zip(*self._originals, strict=True)
+            if self._perturbed:
+                # Not weights - perturbation, which rounds: a step that a loss scaler skips would change them.
+                originals = torch._foreach_add(originals, torch._foreach_sub(weights, self._perturbed))
             torch._foreach_copy_(weights, originals)
             self._originals.clear()
+            self._perturbed.clear()
             torch.clear_autocast_cache()
 
     @contextmanager
     def perturbed(self, model: nn.Module, loss: Tensor) -> Iterator[None]:
-        """Runs a block, the training forward and backward, with perturbed weights; see :meth:`perturb`."""
+        """Runs forward and backward, and for ``undo='after_step'`` the optimizer's step, with perturbed weights."""
         try:
             self.perturb(model, loss)
             yield
@@ -163,6 +180,12 @@ def is_sharded(model: nn.Module) -> bool:
     wrappers = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     shards = any(hasattr(weight, "placements") or "_flat_param" in name for name, weight in model.named_parameters())
     return shards or not wrappers.isdisjoint(("FullyShardedDataParallel", "FSDPModule"))
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -43,9 +43,13 @@ class AdversarialClassifier(EpochClassifier):
         label_smoothing: replaces the head's cross entropy by one with labels of ``1 - label_smoothing``, and
             ``label_smoothing`` spread over all classes; in [0, 1).
         awp: keywords of :class:`ikl_plugins.adversarial.AdversarialWeightPerturbation`; None for none. The perturbation
-            goes up the whole training loss.
+            goes up the whole training loss, but for ``awp_averages_views``.
         augmented_weight: weight of the robust loss of the second view, where the data preprocessor is a
             ``TwoViewDataPreprocessor``; the natural loss weighs both views alike, the class prior collects the first.
+        awp_averages_views: of two views the perturbation goes up the robust loss of both as one batch, whatever
+            ``augmented_weight`` is, as in the authors' code.
+        natural_first: the training forward takes the natural images first, as Wang et al. do, not the adversarial ones,
+            as the authors do. BatchNorm's running statistics forget the first a little more.
         val_attack: keywords of the attack in validation and test; None for natural accuracy alone. ``RobustAccuracy``
             reads what it finds.
         val_seed: seed of the random start in validation, the same for each batch.
@@ -60,13 +64,14 @@ class AdversarialClassifier(EpochClassifier):
             cross entropy to smooth.
 
     Note:
-        The training forward takes the adversarial images first, then the natural ones, as the authors' code does; each
-        has its own batch statistics. Natural logits for the attack are computed once. Both branches of the robust
-        loss carry gradient. Schedules, class prior and AWP need ``custom_hooks = [dict(type='IKLHook')]``.
+        Adversarial and natural images have batch statistics of their own. Natural logits for the attack are computed
+        once. Both branches of the robust loss carry gradient. Schedules, class prior and AWP need
+        ``custom_hooks = [dict(type='IKLHook')]``.
 
     References:
         Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, section 3.4 and algorithm 1; Zhang et al.,
-        Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019 (TRADES).
+        Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019 (TRADES); Wang et al., Better
+        Diffusion Models Further Improve Adversarial Training, ICML 2023.
     """
 
     robust_loss: Any
@@ -80,6 +85,8 @@ class AdversarialClassifier(EpochClassifier):
         label_smoothing: float = 0.0,
         awp: Mapping[str, Any] | None = None,
         augmented_weight: float | None = None,
+        awp_averages_views: bool = False,
+        natural_first: bool = False,
         val_attack: Mapping[str, Any] | None = None,
         val_seed: int = 0,
         pixel_range: float = 255.0,
@@ -100,6 +107,8 @@ class AdversarialClassifier(EpochClassifier):
         self.augmented_weight = augmented_weight
         if augmented_weight is not None:
             self.augmented_weight = check.check_number(_CALLER, "augmented_weight", augmented_weight)
+        self.awp_averages_views = awp_averages_views
+        self.natural_first = natural_first
         if label_smoothing:
             self._smooth_labels(label_smoothing)
         self.val_seed = val_seed
@@ -138,12 +147,13 @@ class AdversarialClassifier(EpochClassifier):
             strength=strength,
         )
         adversarial = self.pixels.to_inputs(pixels)
-        batch = adversarial, natural, data_samples, labels, len(views)
+        batch = adversarial, natural, data_samples, labels
         if self.awp is not None and self.epoch is not None and self.awp.active(self.epoch):
             with frozen_statistics(self):
-                total, _ = self.parse_losses(self._losses(*batch, observe=False))
+                apart = 1 if self.awp_averages_views else len(views)
+                total, _ = self.parse_losses(self._losses(*batch, apart, observe=False))
                 self.awp.perturb(self, total)
-        return {**self._losses(*batch, observe=True), "eps": natural.new_full((), strength.eps)}
+        return {**self._losses(*batch, len(views), observe=True), "eps": natural.new_full((), strength.eps)}
 
     def predict(self, inputs: Tensor, data_samples: list[Any] | None = None, **kwargs: Any) -> list[Any]:
         """Predictions of natural images, and of adversarial ones as ``robust_pred_score`` where ``val_attack`` and
@@ -168,7 +178,7 @@ class AdversarialClassifier(EpochClassifier):
         return predictions
 
     def attach(self, runner: Any) -> None:
-        """Prepares for a run: weights that AWP has perturbed are restored before the optimizer's step."""
+        """Prepares for a run: weights that AWP has perturbed are restored before the optimizer's step, or behind it."""
         super().attach(runner)
         metrics = [] if runner.val_loop is None else runner.val_loop.evaluator.metrics
         if self.val_attack is None and any(isinstance(metric, RobustAccuracy) for metric in metrics):
@@ -189,7 +199,9 @@ class AdversarialClassifier(EpochClassifier):
                 f"{_CALLER}: `awp` must have a single optimizer, got {type(runner.optim_wrapper).__name__}. "
                 f"Use param groups."
             )
-        optimizer.register_step_pre_hook(lambda *_: self._restore())
+        before = self.awp.undo == "before_step"
+        register = optimizer.register_step_pre_hook if before else optimizer.register_step_post_hook
+        register(lambda *_: self._restore())
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Starts an epoch; warns of an ``awp`` that this training never reaches."""
@@ -254,9 +266,12 @@ class AdversarialClassifier(EpochClassifier):
         *,
         observe: bool,
     ) -> dict[str, Tensor]:
-        adversarial_logits = self.logits(adversarial)
+        if not self.natural_first:
+            adversarial_logits = self.logits(adversarial)
         feats = self.extract_feat(natural)
         natural_logits = self.head_logits(feats)
+        if self.natural_first:
+            adversarial_logits = self.logits(adversarial)
         losses = self.head_losses(feats, natural_logits, data_samples, self.natural_weight)
         shares: Sequence[Tensor | None] = [None] * views if labels is None else labels.chunk(views)
         robust = natural_logits.new_zeros(())

@@ -111,7 +111,7 @@ class CIFAR10AutoAugment(BaseTransform):  # type: ignore[misc]
         for name, probability, level in self.policies[numpy.random.randint(len(self.policies))]:
             if numpy.random.rand() < probability:
                 image = _OPERATIONS[name](image, level or 0, int(numpy.random.choice((-1, 1))))
-        results["img"] = numpy.ascontiguousarray(numpy.asarray(image)[..., :: self.step])
+        results["img"] = numpy.ascontiguousarray(numpy.array(image)[..., :: self.step])  # a copy of our own
         return results
 
 

@@ -303,6 +303,7 @@ WEIGHTS: list[Row] = [
     *(
         (f"awp {settings}", lambda settings=settings: AdversarialWeightPerturbation(**settings), error, fragment)
         for settings, error, fragment in (
+            ({"undo": "after"}, ValueError, "AdversarialWeightPerturbation: unknown `undo` `after`"),
             ({"gamma": 0.0}, ValueError, "AdversarialWeightPerturbation: `gamma` must be a finite number above 0"),
             ({"gamma": -1}, ValueError, "got -1"),
             ({"gamma": "5e-3"}, TypeError, "got '5e-3' of type str"),

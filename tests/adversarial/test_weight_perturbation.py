@@ -202,6 +202,57 @@ def test_the_context_restores_on_an_exception() -> None:
     awp.restore()
 
 
+@pytest.mark.parametrize("undo", ["before_step", "after_step"])
+def test_the_step_is_made_at_the_weights_or_as_in_the_authors_code_at_the_perturbed(undo: str) -> None:
+    """Theirs: add the perturbation, step with momentum and decay, subtract the perturbation."""
+    model = Net().double()
+    images = IMAGES.double()
+    twin, decay = copy.deepcopy(model), 0.2
+    awp = AdversarialWeightPerturbation(gamma=GAMMA, undo=undo)
+    optimizer, other = (torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=decay) for net in (model, twin))
+    for _ in range(3):
+        with awp.perturbed(model, loss_of(model, images)):
+            optimizer.zero_grad()
+            loss_of(model, images).backward()
+            if undo == "after_step":
+                optimizer.step()
+        if undo == "before_step":
+            optimizer.step()
+
+        moves = {
+            name: perturbed_by_hand(twin.get_parameter(name), gradient, GAMMA) - twin.get_parameter(name).detach()
+            for name, gradient in gradients_of(twin, images).items()
+            if name in MOVED
+        }
+        for name, move in moves.items():
+            twin.get_parameter(name).data += move
+        other.zero_grad()
+        loss_of(twin, images).backward()
+        if undo == "after_step":
+            other.step()
+        for name, move in moves.items():
+            twin.get_parameter(name).data -= move
+        if undo == "before_step":
+            other.step()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, twin.get_parameter(name), rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_that_the_loss_scaler_skips_leaves_the_weights_as_they_were() -> None:
+    model = Net()
+    before = values(model)
+    awp = AdversarialWeightPerturbation(gamma=0.3, undo="after_step")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor, skipped in ((math.inf, True), (1.0, False)):
+        with awp.perturbed(model, loss_of(model)):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert all(torch.equal(value, before[name]) for name, value in values(model).items()) is skipped
+
+
 def test_autocast_sees_the_perturbed_weights_and_the_restored_ones() -> None:
     """A host may open one autocast region around the whole training step."""
     model = Net()
@@ -262,10 +313,10 @@ rank, store, data, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 given = torch.load(data, weights_only=True)
-awp = AdversarialWeightPerturbation(gamma=given["gamma"])
 images, labels = given["images"][rank], given["labels"][rank]
 ends = []
-for memory_format in (torch.contiguous_format, torch.channels_last):
+for memory_format, undo in ((torch.contiguous_format, "before_step"), (torch.channels_last, "after_step")):
+    awp = AdversarialWeightPerturbation(gamma=given["gamma"], undo=undo)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4), nn.Linear(4, 4))
     model.load_state_dict(given["model"])
     model = model.to(memory_format=memory_format)

@@ -148,6 +148,16 @@ def observed(labels, logits):
     return sums.index_add_(0, labels, torch.softmax(logits.detach() / 4.0, 1))
 
 
+def perturb_by_hand(network, loss_of, gamma):
+    """AWP, its gradient taken of a copy, so that the statistics stay."""
+    proxy = copy.deepcopy(network)
+    gradients = torch.autograd.grad(loss_of(proxy), list(proxy.parameters()))
+    with torch.no_grad():
+        for (name, weight), gradient in zip(network.named_parameters(), gradients, strict=True):
+            if weight.dim() >= 2 and "weight" in name:
+                weight += gamma * weight.norm() * gradient / gradient.norm()
+
+
 def step(model, data=None):
     return model.train().train_step(data or batch(), OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
 
@@ -155,12 +165,17 @@ def step(model, data=None):
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_trades_step_equals_the_one_by_hand():
-    model = make().double().train()
+@pytest.mark.parametrize("natural_first", [False, True])
+def test_a_trades_step_equals_the_one_by_hand(natural_first):
+    """The authors' training forward takes the adversarial images first, that of Wang et al. the natural ones."""
+    model = make(natural_first=natural_first).double().train()
     inputs, samples, labels = prepared(model, batch())
     network = copy.deepcopy(network_of(model))
     adversarial = attack_by_hand(network, inputs, seed=5)
-    student, teacher = network(adversarial), network(inputs)  # the adversarial images first
+    if natural_first:
+        teacher, student = network(inputs), network(adversarial)
+    else:
+        student, teacher = network(adversarial), network(inputs)
     expected = F.cross_entropy(teacher, labels) + 6.0 * kl(student, teacher)
     expected.backward()
 
@@ -186,12 +201,7 @@ def test_an_ikl_step_with_prior_and_awp_equals_the_one_by_hand():
         mse = 20.0 * pairwise_mse(student, teacher, rows)
         return F.cross_entropy(teacher, labels) + mse + 4.0 * soft_ce(student, teacher), mse, teacher
 
-    proxy = copy.deepcopy(network)
-    gradients = torch.autograd.grad(loss_of(proxy)[0], list(proxy.parameters()))
-    with torch.no_grad():
-        for (name, weight), gradient in zip(network.named_parameters(), gradients, strict=True):
-            if weight.dim() >= 2 and "weight" in name:
-                weight += 5e-3 * weight.norm() * gradient / gradient.norm()
+    perturb_by_hand(network, lambda proxy: loss_of(proxy)[0], 5e-3)
     expected, mse, teacher = loss_of(network)
     expected.backward()
 
@@ -228,28 +238,37 @@ def test_the_objective_ikl_is_weighed_by_the_class_prior():
     torch.testing.assert_close(model.loss(inputs, samples)["weighted_mse"], expected.detach(), rtol=1e-8, atol=1e-10)
 
 
-def test_two_views_weigh_the_second_and_collect_the_first():
-    model = make(
-        robust_loss=ikl(), augmented_weight=0.3, data_preprocessor=preprocessor(type="TwoViewDataPreprocessor")
-    )
-    model = model.double().train()
+@pytest.mark.parametrize("averaged", [False, True])
+def test_two_views_weigh_the_second_and_collect_the_first(averaged):
+    """AWP goes up that loss, or as the authors' does up the cross entropy + half of each view's robust loss."""
+    views = {"augmented_weight": 0.3, "data_preprocessor": preprocessor(type="TwoViewDataPreprocessor")}
+    awp = {"gamma": 0.1, "warmup_epochs": 1}
+    model = make(robust_loss=ikl(), awp=awp, awp_averages_views=averaged, **views).double().train()
     inputs, samples, labels = prepared(make(), batch())
     second = prepared(make(), batch(seed=9))[0]
     both = torch.cat([inputs, second])
     network = copy.deepcopy(network_of(model))
     adversarial = attack_by_hand(network, both, seed=5)
-    student, teacher = network(adversarial), network(both)
     rows = torch.full((6, CLASSES), 1 / CLASSES, dtype=torch.float64)
-    robust = [
-        20.0 * pairwise_mse(s, t, rows) + 4.0 * soft_ce(s, t)
-        for s, t in zip(student.chunk(2), teacher.chunk(2), strict=True)
-    ]
-    expected = F.cross_entropy(teacher, labels.repeat(2)) + robust[0] + 0.3 * robust[1]
+
+    def loss_of(net, first, second):
+        student, teacher = net(adversarial), net(both)
+        robust = [
+            20.0 * pairwise_mse(s, t, rows) + 4.0 * soft_ce(s, t)
+            for s, t in zip(student.chunk(2), teacher.chunk(2), strict=True)
+        ]
+        return F.cross_entropy(teacher, labels.repeat(2)) + first * robust[0] + second * robust[1], teacher
+
+    perturb_by_hand(network, lambda proxy: loss_of(proxy, *((0.5, 0.5) if averaged else (1.0, 0.3)))[0], 0.1)
+    expected, teacher = loss_of(network, 1.0, 0.3)
+    expected.backward()
 
     model.begin_epoch(1, 4)
     torch.manual_seed(5)
     losses = model.loss([inputs, second], samples)
+    total_of(losses).backward()
     torch.testing.assert_close(total_of(losses), expected, rtol=1e-8, atol=1e-10)
+    alike(model, network)
     torch.testing.assert_close(model.robust_loss.class_prior.sums, observed(labels, teacher[:6]), rtol=1e-8, atol=1e-10)
 
 
@@ -354,8 +373,9 @@ class _Runner:
         self.model = model
 
 
-def test_the_step_and_its_weight_decay_act_on_the_restored_weights():
-    model = make(robust_loss=ikl(), awp={"gamma": 0.5, "warmup_epochs": 1}).train()
+@pytest.mark.parametrize("undo", ["before_step", "after_step"])
+def test_weight_decay_acts_on_the_restored_weights_or_as_the_authors_on_the_perturbed(undo):
+    model = make(robust_loss=ikl(), awp={"gamma": 0.5, "warmup_epochs": 1, "undo": undo}).train()
     runner = _Runner(model)
     model.attach(runner)
     model.begin_epoch(1, 4)
@@ -366,9 +386,10 @@ def test_the_step_and_its_weight_decay_act_on_the_restored_weights():
     assert not torch.equal(model.backbone.conv1.weight, before["backbone.conv1.weight"])
     total.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    decayed = before if undo == "before_step" else {n: p.detach().clone() for n, p in model.named_parameters()}
     runner.optim_wrapper.step()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.data, before[name] - 0.1 * (gradients[name] + 0.1 * before[name]))
+        torch.testing.assert_close(parameter.data, before[name] - 0.1 * (gradients[name] + 0.1 * decayed[name]))
 
 
 def test_awp_begins_with_its_epoch():

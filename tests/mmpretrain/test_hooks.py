@@ -135,24 +135,28 @@ def test_other_models_are_seeded_and_seeding_can_be_turned_off(seed_epochs, tmp_
 # --- averages --------------------------------------------------------------------------------------------------------
 
 
-def test_an_average_never_sees_perturbed_weights(tmp_path):
+@pytest.mark.parametrize("undo", ["before_step", "after_step"])
+def test_an_average_never_sees_perturbed_weights(undo, tmp_path):
     """Also where EMAHook is listed first, with the priority that many configs give it, and gradients accumulate."""
     averages = []
-    for order in (1, -1):
+    for order, resume in ((1, False), (-1, False), (1, True)):
         torch.manual_seed(0)
         model = network(
             type="AdversarialClassifier",
             attack={"eps": "8/255", "steps": 1, "step_size": "8/255"},
             robust_loss={"type": "KLLoss"},
-            awp={"gamma": 0.5, "warmup_epochs": 1},
+            awp={"gamma": 0.5, "warmup_epochs": 1, "undo": undo},
         )
         ema = {"type": "EMAHook", "momentum": 0.1, "priority": "ABOVE_NORMAL"}
-        settings = {"optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.05}, "accumulative_counts": 2}}
-        run = runner(tmp_path, model, hooks=[ema, {"type": "IKLHook"}][::order], epochs=1, **settings)
+        optimizer = {"type": "SGD", "lr": 0.05, "weight_decay": 0.1}
+        settings = {"optim_wrapper": {"optimizer": optimizer, "accumulative_counts": 2}, "train_dataloader": loader(16)}
+        settings |= {"resume": True, "load_from": str(tmp_path / "epoch_1.pth")} if resume else {}
+        run = runner(tmp_path, model, hooks=[ema, {"type": "IKLHook"}][::order], **settings)
         run.train()
         (hook,) = (hook for hook in run.hooks if isinstance(hook, EMAHook))
         averages.append(hook.ema_model.module.state_dict())
-    assert_same(*averages)
+    assert_same(*averages[:2])
+    assert_same(averages[0], averages[2])
 
 
 @pytest.mark.parametrize("update_buffers", [False, True])

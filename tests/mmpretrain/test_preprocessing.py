@@ -132,7 +132,9 @@ def drawn(policies, image=PHOTO, order="rgb", count=40):
     transform.policies = policies
     for seed in range(count):
         numpy.random.seed(seed)
-        yield transform.transform({"img": image.copy()})["img"]
+        result = transform.transform({"img": image.copy()})["img"]
+        assert result.flags.writeable  # PackInputs makes a tensor of its memory
+        yield result
 
 
 @pytest.mark.parametrize("order", ["rgb", "bgr"])

@@ -218,13 +218,16 @@ def test_the_attack_is_the_one_that_the_authors_ran(path, load):
         assert (attack.random_start, attack.objective, attack.model_mode) == ("uniform", "soft_cross_entropy", "train")
         assert val_attack.objective == "margin"
         assert model.awp is None
+        assert model.natural_first
         assert config.model.label_smoothing == 0.1
         return
     cifar100 = path.startswith("cifar100") and not path.endswith("-trades.py")
     objective = "ikl" if cifar100 else "soft_cross_entropy"
     assert (attack.random_start, attack.objective, attack.model_mode) == ("normal", objective, "eval")
     assert val_attack.objective == "cross_entropy"
-    assert (model.awp.gamma, model.awp.warmup_epochs) == (0.005, 10)
+    assert (model.awp.gamma, model.awp.warmup_epochs, model.awp.undo) == (0.005, 10, "after_step")
+    assert model.awp_averages_views
+    assert not model.natural_first
     assert not model.awp.active(9)
     assert model.awp.active(10)
     assert model.augmented_weight == AUGMENTED_WEIGHTS.get(path)

@@ -14,7 +14,7 @@ model = dict(
         objective="soft_cross_entropy",
         model_mode="eval",
     ),
-    awp=dict(gamma=5e-3, warmup_epochs=10),
+    awp=dict(gamma=5e-3, warmup_epochs=10, undo="after_step"),
     val_attack=dict(eps="8/255", steps=20, step_size="2/255", random_start="uniform", objective="cross_entropy"),
     channels_last=True,
 )

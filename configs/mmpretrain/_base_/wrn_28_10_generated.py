@@ -15,6 +15,7 @@ model = dict(
         objective="soft_cross_entropy",
         model_mode="train",  # statistics of the batch; the running ones stay as they are
     ),
+    natural_first=True,
     label_smoothing=0.1,
     val_attack=dict(eps="8/255", steps=40, step_size="2/255", random_start="uniform", objective="margin"),
     channels_last=True,

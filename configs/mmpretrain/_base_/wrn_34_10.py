@@ -15,9 +15,8 @@ model = dict(
         objective="soft_cross_entropy",
         model_mode="eval",
     ),
-    # Published: weights are restored after the optimizer's step, here before it, so that decay sees the weights
-    # themselves; and of two views both weigh alike in what it goes up, here as in the loss that is trained.
-    awp=dict(gamma=5e-3, warmup_epochs=10),
+    awp=dict(gamma=5e-3, warmup_epochs=10, undo="after_step"),  # as published: weight decay acts on perturbed weights
+    awp_averages_views=True,  # likewise, where there are two views: whatever the loss's weight of the second
     val_attack=dict(eps="8/255", steps=20, step_size="2/255", random_start="uniform", objective="cross_entropy"),
     channels_last=True,
 )
