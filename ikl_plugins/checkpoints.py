@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import _validation as check
 
-__all__ = ["fetch", "is_address", "load_content", "load_weights", "mmengine_globals", "weights_in"]
+__all__ = ["fetch", "is_address", "load_content", "load_weights", "mmengine_globals", "plain_name", "weights_in"]
 
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 
@@ -36,6 +36,11 @@ _STATISTICS = ("min", "max", "current", "mean")
 _BUFFER = ("mmengine.logging.history_buffer", "HistoryBuffer")
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
 _WAY_OUT = f"Pass a state dict, or a checkpoint that has one under {', '.join(map(repr, _WEIGHTS))}."
+_AVERAGE = re.compile(r"(?:.*[._])?(?:ema|swa|avg|averaged?)(?:[._].*)?", re.IGNORECASE)  # how an average is called
+# Beside these of DM-Improves-AT and Lightning's WeightAveraging what has the common name is the average.
+_LAST = ("unaveraged_model_state_dict", "current_model_state")
+# What torch.compile, data parallel wrappers and activation checkpointing put into names, wherever the wrapped part is.
+_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 READS_WEIGHTS_ONLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 # torch's list of allowed names is the process's own, and a reading takes away at its end what it has added.
 reading = threading.Lock()
@@ -87,7 +92,7 @@ def load_content(path: Path | str) -> Any:
     """Reads a checkpoint file onto the CPU without running what it holds.
 
     Args:
-        path: the file, as torch.save or one of the training libraries has written it.
+        path: the file, as torch.save or one of the training libraries has written it, or a ``.safetensors``.
 
     Returns:
         What the file holds; for a checkpoint of MMEngine a mapping with 'state_dict', 'meta' and others, for one of
@@ -106,6 +111,11 @@ def load_content(path: Path | str) -> Any:
         what = "that is a folder" if path.is_dir() else "there is none"
         raise ValueError(f"load_content: a checkpoint must be a file, but {what} at {path}. Check the path.")
     return _read(path, str(path))
+
+
+def plain_name(name: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
+    """The name of a weight without the parts that wrappers have put into it."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def load_weights(path: Path | str, *, averaged: bool = True) -> dict[str, Tensor]:
@@ -137,18 +147,17 @@ def weights_in(content: Any, path: Path | str, *, averaged: bool = True) -> dict
 
     Returns:
         Tensors by parameter and buffer name, on the CPU: what the checkpoint has under 'state_dict', 'model' or
-        'model_state_dict', else the checkpoint itself. A 'module.' in front of every name is taken off. With
-        ``averaged=False`` what is under 'unaveraged_model_state_dict', or, of MMEngine with an EMAHook, under
-        'ema_state_dict': that hook exchanges the two, so that 'state_dict' has the average.
+        'model_state_dict', or under the one key that holds weights, else the checkpoint itself. Of two sets with the
+        same names the one whose key says that it is an average, as 'state_dict_ema', 'model_ema', 'ema' and
+        'swa_state_dict' do; with ``averaged=False`` the other one. Under 'state_dict' MMEngine's EMAHook and
+        Lightning's WeightAveraging have the average, and DM-Improves-AT under 'model_state_dict'. A 'module.' in front
+        of every name is taken off, and the counter of torch's AveragedModel with it.
 
     Raises:
-        ValueError: the checkpoint holds no weights, or some that are no tensors; there is no average to be told apart.
+        ValueError: the checkpoint holds no weights, or some that are no tensors; it holds several sets, and which one
+            is the average is not certain; there is no average to be told apart, or it has averaged nothing yet.
     """
-    weights = content
-    if not averaged:
-        weights = _unaveraged(content, path)
-    elif isinstance(content, Mapping):
-        weights = next((content[key] for key in _WEIGHTS if isinstance(content.get(key), Mapping)), content)
+    weights = _chosen(content, path, averaged)
     if not isinstance(weights, Mapping) or not weights:
         what = "an empty mapping" if isinstance(weights, Mapping) else f"a {type(weights).__name__}"
         raise ValueError(f"load_weights: the checkpoint {path} must hold weights by name, got {what}. {_WAY_OUT}")
@@ -158,23 +167,98 @@ def weights_in(content: Any, path: Path | str, *, averaged: bool = True) -> dict
         raise ValueError(
             f"load_weights: the checkpoint {path} must hold tensors alone, but these are none: {found}. {_WAY_OUT}"
         )
-    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
-    return {name.removeprefix(prefix): value for name, value in weights.items()}
+    if any(name.rpartition(".")[2] == "n_averaged" and not count.any() for name, count in weights.items()):
+        raise ValueError(
+            f"load_weights: the average in {path} must be one of weights, but n_averaged is 0. "
+            f"Take the last weights, with averaged=False or in a file of their own."
+        )
+    rest = {name: value for name, value in weights.items() if name != "n_averaged"}
+    while rest and all(name.startswith("module.") for name in rest):
+        weights = rest = {name.removeprefix("module."): value for name, value in rest.items()}
+    return dict(weights)
 
 
-def _unaveraged(content: Any, path: Path | str) -> Any:
-    if isinstance(content, Mapping):
-        if isinstance(content.get("unaveraged_model_state_dict"), Mapping):
-            return content["unaveraged_model_state_dict"]
-        meta = content.get("meta")
-        live = content.get("ema_state_dict")
-        # Other libraries have the average under this key.
-        if isinstance(live, Mapping) and isinstance(meta, Mapping) and "mmengine_version" in meta:
-            return {name: value for name, value in live.items() if name != "steps"}  # the average's own counter
-    raise ValueError(
-        f"load_weights: the checkpoint {path} must have weights beside their average, but it has one set alone. "
-        f"Leave `averaged` out."
+def _chosen(content: Any, path: Path | str, averaged: bool) -> Any:
+    """Of what a checkpoint holds the one set of weights that is asked for."""
+    sets = _sets(content)
+    averages = [key for key in sets if _AVERAGE.fullmatch(key)]
+    last = [key for key in sets if key in _LAST]
+    plain = [key for key in sets if key not in (*averages, *last)]
+    plain = [key for key in plain if key in _WEIGHTS] or plain
+    # The same network once more, under a name that says nothing, is another candidate.
+    plain += [key for key in sets if key not in (*averages, *last, *plain) and _alike(sets[key], sets[plain[0]])]
+    if averages and "state_dict" in plain and "mmengine_version" in _mapping(content.get("meta")):
+        last = averages  # its EMAHook exchanges the two
+    doubtful = False
+    if last:
+        averages, plain = plain, last
+    elif averages and plain:
+        doubtful = averaged and not _alike(sets[averages[0]], sets[plain[0]])
+    if not averaged and not (averages and plain):
+        raise ValueError(
+            f"load_weights: the checkpoint {path} must have weights beside their average, but it has one set alone. "
+            f"Leave `averaged` out."
+        )
+    wanted = averages if averages and averaged else plain
+    if not wanted:
+        return content
+    first = sets[wanted[0]]
+    if doubtful or any(not _same(sets[key], first) for key in wanted[1:]):
+        found = check.first_names([repr(key) for key in (*plain, *averages)], shown=5)
+        raise ValueError(
+            f"load_weights: the checkpoint {path} must leave no doubt which weights to take, but has {found}. "
+            f"Save those that you want in a file of their own."
+        )
+    # MMEngine has the average's own counter among the weights.
+    return {name: value for name, value in first.items() if name != "steps"} if last and not averaged else first
+
+
+def _sets(content: Any) -> dict[str, Any]:
+    """What may be a network's weights in a checkpoint, by key; an average that is there in another form is empty."""
+    found: dict[str, Any] = {}
+    for key, value in _mapping(content).items():
+        if isinstance(value, Tensor) or not isinstance(key, str) or "optim" in key.lower():
+            continue
+        if isinstance(value, Mapping) and (key in (*_WEIGHTS, *_LAST) or _is_network(value)):
+            found[key] = value
+        elif key == "callbacks":  # of Lightning; its StochasticWeightAveraging has no statistics of BatchNorm there
+            found.update({inner: {} for inner in _inside(key, value)})
+        elif _AVERAGE.fullmatch(key):
+            found.update(_inside(key, value))
+    return found
+
+
+def _inside(key: str, value: Any) -> dict[str, Any]:
+    """The averages in the state of what averages, by the keys that lead to them."""
+    entries = value if isinstance(value, (list, tuple)) else list(_mapping(value).values())
+    if any(isinstance(entry, Tensor) and entry.dim() for entry in entries):
+        return {key: _mapping(value)} if _AVERAGE.fullmatch(key) else {}
+    found: dict[str, Any] = {}
+    for name, entry in _mapping(value).items():
+        found.update(_inside(f"{key}.{name}", entry))
+    return found
+
+
+def _is_network(value: Mapping[Any, Any]) -> bool:
+    tensors = list(value.values())
+    return all(isinstance(tensor, Tensor) for tensor in tensors) and any(tensor.dim() > 1 for tensor in tensors)
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two sets have the same names, whatever wraps them."""
+    names = ({plain_name(str(name)) for name in weights} - {"n_averaged", "steps"} for weights in (one, other))
+    return len(set(map(frozenset, names))) == 1
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        isinstance(value, Tensor) and isinstance(other[name], Tensor) and torch.equal(value, other[name])
+        for name, value in one.items()
     )
+
+
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def is_address(path: Path | str) -> bool:
@@ -222,6 +306,8 @@ def _read(path: Path, where: str) -> Any:
             f"load_content: reading a checkpoint safely takes torch 2.6 or newer, this is {torch.__version__}. "
             f"Run: python -m pip install 'torch>=2.6'"
         )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, where)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -250,3 +336,21 @@ def _read(path: Path, where: str) -> Any:
             f"load_content: the checkpoint {where} must be one of torch.save, but reading it gave: {reason}. "
             f"It may be damaged: copy or make it anew."
         ) from error
+
+
+def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
+    """Of the Hugging Face hub: tensors by name and nothing else."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(
+            f"load_content: reading {where} takes safetensors, which is missing. Run: python -m pip install safetensors"
+        ) from error
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # its own exceptions derive from nothing narrower
+        raise ValueError(
+            f"load_content: the checkpoint {where} must be one of safetensors, but reading it gave: {error}. "
+            f"It may be damaged: copy or make it anew."
+        ) from error
+    return found

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import _validation as check
+from ..checkpoints import plain_name
+from .robustbench_zoo import Statistics
 
-__all__ = ["Misfit", "load_strictly", "strip_prefixes"]
+__all__ = ["Misfit", "bare", "load_strictly", "parts", "same_statistics", "without_normaliser"]
 
-# Wrappers, MMPretrain's classifiers, a Sequential of one network.
-PREFIXES = ("module.", "model.", "backbone.", "0.")
 _WAY_OUT = "Name the config that it was trained with, or another checkpoint."
+# The class statistics of this package's classifiers for MMPretrain.
+_PRIOR = re.compile(r"(?:distill_loss|robust_loss)\.class_prior\.(?:matrix|sums|counts)")
+# Of the official WideResNet, whose forward never uses it; RobustBench and the official evaluation leave it out.
+_UNUSED = "sub_block1."
+# How layers that normalise images call what they hold.
+_NORMALISERS = {"mean": "std", "_mean": "_std", "new_mean": "new_std", "mu": "sigma"}
+_GREY_LEVELS = 1.0  # above it a mean is not of pixels in [0, 1]
 
 
 class Misfit(NamedTuple):
@@ -31,15 +40,53 @@ class Misfit(NamedTuple):
     shapes: list[str]
 
 
-def strip_prefixes(weights: Mapping[str, Tensor], prefixes: Sequence[str] = PREFIXES) -> dict[str, Tensor]:
-    """The weights without the prefixes that all their names have, one after another."""
-    stripped = dict(weights)
-    while stripped:
-        common = next((prefix for prefix in prefixes if all(name.startswith(prefix) for name in stripped)), None)
-        if common is None:
-            break
-        stripped = {name.removeprefix(common): tensor for name, tensor in stripped.items()}
-    return stripped
+def bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what wrappers have put into their names, nor what all names begin with."""
+    found = _plain(weights)
+    prefix = max(_prefixes(found), default="", key=len)
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def parts(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What lies side by side in the names, as a student and a teacher do: ``bare`` weights by what they begin with."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in bare(weights).items():
+        first, _, rest = name.partition(".")
+        if rest:
+            found.setdefault(f"{first}.", {})[rest] = tensor
+    return found
+
+
+def without_normaliser(
+    caller: str, weights: Mapping[str, Tensor], path: Path | str
+) -> tuple[dict[str, Tensor], Statistics | None]:
+    """Takes the mean and std of a layer that normalises images out of weights.
+
+    Args:
+        caller: whom a refusal names.
+        weights: tensors by name.
+        path: where they come from, for the message.
+
+    Returns:
+        The other weights, and mean and std for pixels in [0, 1]; None if there is no such layer.
+
+    Raises:
+        ValueError: two such layers differ, or one is for pixels up to 255.
+    """
+    rest = dict(weights)
+    found: set[Statistics] = set()
+    for name in weights:
+        prefix, _, last = name.rpartition(".")
+        other = f"{prefix}.{_NORMALISERS.get(last)}".lstrip(".")
+        if last in _NORMALISERS and other in weights and weights[name].numel() <= 4:
+            mean, std = (tuple(rest.pop(one).flatten().tolist()) for one in (name, other))
+            found.add((mean, std))
+    if len(found) > 1 or any(max(mean) > _GREY_LEVELS for mean, _ in found):
+        shown = " and ".join(f"mean {mean}, std {std}" for mean, std in sorted(found))
+        raise ValueError(
+            f"{caller}: {path} must normalise pixels in [0, 1] in one way, got {shown}. Take that layer out."
+        )
+    return rest, next(iter(found), None)
 
 
 def load_strictly(
@@ -49,8 +96,15 @@ def load_strictly(
     path: Path | str,
     target: str,
     way_out: str | Callable[[Misfit], str] = _WAY_OUT,
+    *,
+    statistics: Statistics | None = None,
 ) -> None:
     """Loads weights into a network, whose own hooks may rename them on the way.
+
+    What wrappers put into names (``module.``, ``_orig_mod.``), and what all names begin with (``model.``, ``1.``), is
+    taken off if all names are then exactly the network's. Left out are the class statistics of this package's
+    classifiers for MMPretrain, the unused ``sub_block1`` of the official WideResNet, and a mean and std that the caller
+    has.
 
     Args:
         caller: whom a refusal names.
@@ -59,24 +113,112 @@ def load_strictly(
         path: where they come from, for the message.
         target: what the network is called in it.
         way_out: the sentence at its end, or what makes one of the difference.
+        statistics: with what images are normalised before they reach the network.
 
     Raises:
-        ValueError: a name is missing or unexpected, or a shape differs.
+        ValueError: a name is missing or unexpected, or a shape differs; the weights have a layer that normalises images
+            otherwise than with ``statistics``.
     """
     own = network.state_dict()
+    renamed = _fitted(weights, own)
+    if renamed is None:
+        rest, normaliser = without_normaliser(caller, weights, path)
+        renamed = _fitted(_without_copies(rest, own), own)
+        if renamed is not None and normaliser is not None and not same_statistics(normaliser, statistics):
+            raise ValueError(
+                f"{caller}: {path} normalises images with mean {normaliser[0]} and std {normaliser[1]}, which {target} "
+                f"does not. Normalise them so in the data, and save the network alone."
+            )
+    if renamed is not None:
+        weights = renamed
     shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    if shapes:  # torch itself would raise before it has named what is missing
-        missing, unexpected = (
-            [name for name in own if name not in weights],
-            [name for name in weights if name not in own],
-        )
-    else:
+    if not shapes:  # torch itself would raise before it has named what is missing
         missing, unexpected = network.load_state_dict(weights, strict=False)
-    misfit = Misfit(missing, unexpected, shapes)
-    if not any(misfit):
-        return
+        if not missing and not unexpected:
+            return
+    weights = _nearest(weights, own)
+    shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    misfit = Misfit(
+        [name for name in own if name not in weights], [name for name in weights if name not in own], shapes
+    )
     differ = [f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in shapes]
-    named = {"missing": missing, "unexpected": unexpected, "other shapes": differ}
+    named = {"missing": misfit.missing, "unexpected": misfit.unexpected, "other shapes": differ}
     found = "; ".join(f"{kind}: {check.first_names(names)}" for kind, names in named.items() if names)
-    end = way_out if isinstance(way_out, str) else way_out(misfit)
+    side_by_side = parts(weights)
+    inside = [prefix for prefix, part in side_by_side.items() if _fitted(part, own) is not None]
+    if inside:
+        others = check.first_names([prefix for prefix in side_by_side if prefix not in inside] or ["each other"])
+        end = f"It is under {' and '.join(inside)}, beside {others}: save it alone."
+    else:
+        end = way_out if isinstance(way_out, str) else way_out(misfit)
     raise ValueError(f"{caller}: the checkpoint {path} must fit {target}, but it does not; {found}. {end}")
+
+
+def same_statistics(one: Statistics, other: Statistics | None) -> bool:
+    """Whether two pairs of mean and std are one but for rounding."""
+    if other is None:
+        return False
+    return all(
+        torch.allclose(torch.tensor(a), torch.tensor(b), rtol=0, atol=1e-4) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _fitted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The weights by the network's names if these are exactly theirs without wrappers and what all begin with."""
+    if weights.keys() == own.keys():
+        return dict(weights)
+    names = {plain_name(name): name for name in own}
+    found = _plain(weights)
+    if len(names) < len(own):  # parts of the network itself are called like wrappers
+        names, found = dict(zip(own, own, strict=True)), dict(weights)
+    found = {
+        name: tensor
+        for name, tensor in found.items()
+        if name in names or not (_PRIOR.fullmatch(name) or name.rpartition(".")[2] == "n_averaged")
+    }
+    for prefix in ("", *_prefixes(found)):
+        inner = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        kept = {
+            name: tensor
+            for name, tensor in inner.items()
+            if name.replace(_UNUSED, "block1.") not in names or name in names
+        }
+        if kept.keys() == names.keys():
+            return {names[name]: tensor for name, tensor in kept.items()}
+    return None
+
+
+def _without_copies(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what is there a second time, as MadryLab's attacker holds the network that it attacks."""
+    for prefix, part in parts(weights).items():
+        if (fitted := _fitted(part, own)) is not None:
+            rest = {name: tensor for name, tensor in bare(weights).items() if not name.startswith(prefix)}
+            if all(
+                any(name.endswith(f".{one}") and torch.equal(tensor, fitted[one]) for one in fitted)
+                for name, tensor in rest.items()
+            ):
+                return fitted
+    return dict(weights)
+
+
+def _nearest(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names that have the most in common with the network's."""
+    plain = _plain(weights)
+    candidates = [dict(weights)]
+    candidates += [{name.removeprefix(prefix): plain[name] for name in plain} for prefix in ("", *_prefixes(plain))]
+    return max(candidates, key=lambda named: len(named.keys() & own.keys()))
+
+
+def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {plain_name(name): tensor for name, tensor in weights.items()}
+    return found if len(found) == len(weights) else dict(weights)
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What all names begin with, the shortest first."""
+    found: list[str] = []
+    for layer in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(layer)) > 1:
+            break
+        found.append(f"{found[-1] if found else ''}{layer[0]}.")
+    return found

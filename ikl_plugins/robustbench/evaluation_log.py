@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import __version__
 from .. import _validation as check
 from .._files import written_aside
+from ..checkpoints import plain_name
 from .data import Images, content_sha256, file_sha256
 
 __all__ = ["FORMAT", "Evaluation", "Record", "class_names", "data_facts", "identity", "percent", "weights_sha256"]
@@ -65,6 +66,7 @@ _SETTINGS = (
     "seed",
     "device",
 )
+_COMPILED = frozenset(("_orig_mod",))  # what torch.compile puts into the names of weights
 _RESULTS_VERSIONS = ("torch", "robustbench", "autoattack", "pyautoattack")
 
 
@@ -225,9 +227,11 @@ class Record:
 def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """The checksum of a state dict: of its names, dtypes, shapes and values, in the order of the names.
 
-    It has 64 hexadecimal digits, the same for a network and its state dict, on any device.
+    It has 64 hexadecimal digits, the same for a network, its state dict and what torch.compile makes of it, on any
+    device.
     """
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = _unwrapped(weights).state_dict() if isinstance(weights, nn.Module) else weights
+    state = {plain_name(name, _COMPILED): value for name, value in state.items()}
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name]
@@ -237,6 +241,17 @@ def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network that was compiled, or wrapped for several devices."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 # --- what ran ---------------------------------------------------------------------------------------------------------
@@ -262,7 +277,7 @@ def identity(
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()})",
-        "model": type(model).__name__ if name is None else name,
+        "model": type(_unwrapped(model)).__name__ if name is None else name,
         "checkpoint": None if checkpoint is None else {key: checkpoint[key] for key in ("name", "sha256")},
         "weights_sha256": weights_sha256(model),
     }

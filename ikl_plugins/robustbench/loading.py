@@ -32,7 +32,7 @@ from ..models.robustbench_zoo import (
     nearest_architecture,
     parse_architecture,
 )
-from ..models.weights import Misfit, load_strictly, strip_prefixes
+from ..models.weights import Misfit, bare, load_strictly, parts, same_statistics, without_normaliser
 from .host_images import check_stored_config, mmpretrain_pixels, transform_statistics
 
 __all__ = ["DATASET_CLASSES", "HostClassifier", "Normalised", "from_mmpretrain", "from_torchdistill", "load_checkpoint"]
@@ -41,8 +41,6 @@ DATASET_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 # What the networks of the distillation literature were trained with on CIFAR-100.
 _DISTILLATION_STATISTICS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 _PRIOR = re.compile(r"(?:distill_loss|robust_loss)\.class_prior\.(?:matrix|sums|counts)")
-# Of the official WideResNet, whose forward never uses it; RobustBench and the official evaluation leave it out.
-_UNUSED = "sub_block1."
 
 
 class Normalised(nn.Module):
@@ -125,18 +123,20 @@ def load_checkpoint(
 
     Args:
         path: a checkpoint of MMPretrain (with or without an EMAHook), torchdistill, the official code of the DKL and
-            GKL losses or of DM-Improves-AT, mdistiller, or RobustBench; or a plain state dict. 'module.', 'model.',
-            'backbone.' and '0.' are taken off where all names begin so; the class statistics of this package's
-            MMPretrain classifiers and the unused ``sub_block1`` of the official WideResNet are left out. Nothing else.
+            GKL losses or of DM-Improves-AT, mdistiller, RobustBench, timm or Lightning; or a plain state dict. What
+            wrappers put into names is taken off, and what else all names begin with, if exactly the network's are left;
+            the class statistics of this package's MMPretrain classifiers and the unused ``sub_block1`` of the official
+            WideResNet are left out. Nothing else.
         architecture: a name of :func:`ikl_plugins.models.robustbench_zoo.parse_architecture`, 'WideResNet-34-10' for
             one, or of :mod:`ikl_plugins.models`, 'resnet20' for one.
         dataset: 'cifar10', 'cifar100' or 'imagenet': how many classes there are, and which mean and std where the
             network normalises its inputs.
         num_classes: of other data; None for as many as ``dataset`` has.
         mean: of the three channels in [0, 1], where the network was trained with others than those. For the networks of
-            :mod:`ikl_plugins.models` those of the distillation literature are known for 'cifar100', no others.
+            :mod:`ikl_plugins.models` those of the distillation literature are known for 'cifar100', no others. Where
+            the file has a layer that normalises images, its mean and std are taken.
         std: likewise.
-        averaged: of a checkpoint that also has the average of its weights (EMA), take the average.
+        averaged: of a checkpoint that also has the average of its weights (EMA, SWA), take the average.
         device: where the network goes.
 
     Returns:
@@ -149,7 +149,7 @@ def load_checkpoint(
         TypeError: an argument of the wrong type.
         ValueError: an unknown name; a file that is missing, damaged or would run code; weights that do not fit (the
             message names the first that are missing and unexpected, and the nearest architecture); another number of
-            classes; images that the checkpoint's own config normalises in another way.
+            classes; images that the checkpoint's own config, or a layer in it, normalises in another way.
     """
     caller = "load_checkpoint"
     if dataset not in DATASET_CLASSES:
@@ -161,13 +161,19 @@ def load_checkpoint(
         num_classes = DATASET_CLASSES[dataset]
     check.check_num_classes(caller, num_classes)
     given = given_statistics(caller, mean, std)
-    build, outer = _named(caller, architecture, dataset, num_classes, given)
+    if architecture not in models.__all__:
+        _named(caller, architecture, dataset, num_classes, given)  # an unknown name is told before the file is read
     content = load_content(path)
+    weights, normaliser = without_normaliser(caller, weights_in(content, path, averaged=averaged), path)
+    if normaliser is not None and given is not None and not same_statistics(normaliser, given):
+        raise ValueError(
+            f"{caller}: `mean` and `std` must be those in {path}, mean {normaliser[0]} and std {normaliser[1]}, got "
+            f"mean {given[0]} and std {given[1]}. Leave them out."
+        )
+    given = normaliser or given
+    build, outer = _named(caller, architecture, dataset, num_classes, given)
     if given is None:
         check_stored_config(caller, content, path, architecture, outer)
-    weights = strip_prefixes(_kept(weights_in(content, path, averaged=averaged)))
-    if architecture.startswith("WideResNet-"):
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
     network = build()
     way_out = functools.partial(_way_out, weights, architecture, num_classes)
     load_strictly(caller, network, weights, path, architecture, way_out)
@@ -335,13 +341,20 @@ def _kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _way_out(weights: dict[str, Tensor], architecture: str, num_classes: int, misfit: Misfit) -> str:
     """What may help where weights do not fit a network that was named."""
+    weights = bare(weights)
     theirs = class_count(weights)
     last = all(name.rpartition(".")[0] in LAST_LAYERS for name in misfit.shapes)
     if theirs not in (None, num_classes) and last and not misfit.missing and not misfit.unexpected:
         return f"It has {theirs} classes and not {num_classes}: give its `dataset`, or num_classes={theirs}."
     nearest = nearest_architecture(weights)
     if nearest is None:
-        return "It looks like no network known by name; use from_mmpretrain or from_torchdistill with its config."
+        for prefix, part in parts(weights).items():
+            if inner := nearest_architecture(bare(part)):
+                return f"Under {prefix} it looks like architecture='{inner}': save that alone."
+        first = dict.fromkeys(name.partition(".")[0] for name in weights)
+        return (
+            f"No network known by name has {check.first_names(list(first))}; use from_mmpretrain or from_torchdistill."
+        )
     if nearest == architecture:
         return "The file is not whole, or its network was changed."
     return f"It looks like architecture='{nearest}'."

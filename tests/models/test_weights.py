@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ikl_plugins.models.weights import load_strictly, strip_prefixes
+from ikl_plugins.models.weights import load_strictly
 
 
 def network():
@@ -62,21 +62,3 @@ def test_the_way_out_is_the_caller_s():
             {**network().state_dict(), "x": torch.ones(1), "0.bias": torch.ones(1)},
             way_out=lambda misfit: f"{misfit.unexpected} {len(misfit.shapes)}",
         )
-
-
-@pytest.mark.parametrize(
-    ("names", "stripped"),
-    [
-        (["module.a", "module.b"], ["a", "b"]),
-        (["module.0.a", "module.0.b"], ["a", "b"]),
-        (["model.backbone.module.a"], ["a"]),
-        (["module.a", "b"], ["module.a", "b"]),
-        (["a.module.b"], ["a.module.b"]),
-        (["00.a"], ["00.a"]),
-        ([], []),
-    ],
-)
-def test_only_prefixes_of_all_names_are_stripped(names, stripped):
-    weights = {name: torch.ones(1) for name in names}
-    assert list(strip_prefixes(weights)) == stripped
-    assert list(strip_prefixes(weights, prefixes=())) == names

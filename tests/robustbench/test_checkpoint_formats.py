@@ -137,9 +137,6 @@ def test_mmengine_s_average_is_under_state_dict(update_buffers, tmp_path):
         {"state_dict": {"a": torch.ones(1)}},
         {"a": torch.ones(1)},
         [torch.ones(1)],
-        # Others have the average under this key, and the last weights under 'state_dict'.
-        {"state_dict": {"a": torch.ones(1)}, "ema_state_dict": {"module.a": torch.ones(1)}},
-        {"state_dict": {"a": torch.ones(1)}, "ema_state_dict": {"module.a": torch.ones(1)}, "meta": {"epoch": 1}},
     ],
 )
 def test_without_a_second_set_there_is_no_unaveraged_one(content):

@@ -1,6 +1,7 @@
 """ikl_plugins.robustbench.evaluation: AutoAttack's own results, a log that survives, curves and corruptions."""
 
 import collections
+import copy
 import errno
 import functools
 import hashlib
@@ -28,6 +29,7 @@ from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
 robustbench = import_robustbench()
 BenchmarkDataset, ThreatModel = robustbench.data.BenchmarkDataset, robustbench.data.ThreatModel
 QUICK = ("apgd-ce", "apgd-t")
+compiled = functools.partial(torch.compile, backend="eager")
 
 
 @pytest.fixture(autouse=True)
@@ -456,6 +458,21 @@ def test_a_log_from_other_versions_is_refused(copied, whole, package):
     found.save(copied)
     with message(f"has other version of {package} 0.1 instead of {own}"):
         evaluate(whole.model, whole.images, whole.labels, log=copied, **OPTIONS)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: nn.DataParallel(compiled(model)), "inside"])
+def test_a_wrapped_model_goes_on_with_the_log_of_the_plain_one(wrap, copied, whole):
+    interrupted(whole.model, whole.images, whole.labels, after=2, log=copied.parent / "plain.json", **OPTIONS)
+    if wrap == "inside":
+        wrapped = copy.deepcopy(whole.model)
+        name, part = next(iter(wrapped.named_children()))
+        setattr(wrapped, name, compiled(part))
+    else:
+        wrapped = wrap(whole.model)
+    resumed = evaluate(wrapped.eval(), whole.images, whole.labels, log=copied.parent / "plain.json", **OPTIONS)
+    assert without_times(resumed.log)["fell_to"] == whole.evaluation.log["fell_to"]
+    for key in ("model", "weights_sha256"):
+        assert resumed.log[key] == whole.evaluation.log[key]
 
 
 @pytest.mark.parametrize("resume", [False, True])

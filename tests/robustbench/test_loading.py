@@ -140,6 +140,26 @@ def test_statistics_go_around_a_network_without_and_into_one_with(tmp_path):
         assert torch.equal(loaded(images()), expected)
 
 
+@pytest.mark.parametrize("name", [PLAIN, DM, "resnet8"])
+def test_a_layer_in_the_file_that_normalises_is_used(name, tmp_path):
+    """On any data set; other numbers than its own are refused."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.5, 0.4, 0.3), (0.25, 0.2, 0.3)))
+    network = randomised(models.resnet8(num_classes=10) if name == "resnet8" else robustbench_network(name, 10))
+    saved = {"0.mean": mean, "0.std": std, **named(network.state_dict(), "1.")}
+    torch.save({"state_dict": named(saved, "module.")}, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt", name)
+    if name == DM:  # the layer is then inside it
+        network.mean, network.std = mean, std
+        expected = network(images())
+    else:
+        expected = network((images() - mean) / std)
+    torch.testing.assert_close(loaded(images()), expected, rtol=0, atol=0)
+    same = load_checkpoint(tmp_path / "a.pt", name, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+    assert torch.equal(same(images()), expected)
+    with pytest.raises(ValueError, match=r"`mean` and `std` must be those in .*a\.pt, mean \(0\.5.*Leave them out"):
+        load_checkpoint(tmp_path / "a.pt", name, mean=(0.4, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+
+
 def test_the_data_set_chooses_classes_and_statistics(tmp_path):
     network = randomised(robustbench_network(DM, 100, dataset="cifar100"))
     torch.save(network.state_dict(), tmp_path / "a.pt")
@@ -182,7 +202,7 @@ def without(name):
 
 
 def mixed(weights):
-    return {f"module.{name}" if name.startswith("block") else name: tensor for name, tensor in weights.items()}
+    return {f"net.{name}" if name.startswith("block") else name: tensor for name, tensor in weights.items()}
 
 
 def extra(name):
@@ -195,6 +215,10 @@ def other(name, classes=10):
 
 def of_ours(name, **more):
     return lambda: {**getattr(models, name)().state_dict(), **more}
+
+
+def side_by_side(name):
+    return lambda: {**named(of_ours(name)(), "module.student."), "module.teacher.x.weight": torch.ones(2, 2)}
 
 
 def unknown():
@@ -214,8 +238,11 @@ MISFITS = [
     ("width", other("WideResNet-10-2"), (PLAIN,), {}, r"\(32, 16, 3, 3\) instead of \(16, 16, 3, 3\).*WideResNet-10-2"),
     ("ours", of_ours("resnet14"), RESNET8, {}, r"resnet8, .*unexpected: .*resnet14"),
     ("not whole", plain(without("bn1.weight")), (PLAIN,), {}, r"missing: bn1\.weight\. .*not whole"),
-    ("no known one", unknown, (PLAIN,), {}, r"from_mmpretrain or from_torchdistill"),
-    ("prefix", plain(mixed), (PLAIN,), {}, r"unexpected: module\.block1\.layer\.0\.bn1\.weight"),
+    ("no known one", unknown, (PLAIN,), {}, r"has backbone, head; use from_mmpretrain or from_t"),
+    ("prefix", plain(mixed), (PLAIN,), {}, r"unexpected: net\.block1\.layer\.0\.bn1\.weight"),
+    ("beside", side_by_side("resnet8"), RESNET8, {}, r"It is under student\., beside teacher\."),
+    ("beside another", side_by_side("resnet14"), RESNET8, {}, r"Under student\. it looks like .*resnet14"),
+    ("wrapped", lambda: {"net": named(of_ours("resnet14")(), "a.b.")}, RESNET8, {}, r"architecture='resnet14'"),
     ("no statistic", extra("distill_loss.class_prior.x"), (PLAIN,), {}, r"unexpected: distill_loss\.class_prior\.x\."),
     ("of another", extra("x.robust_loss.class_prior.matrix"), (PLAIN,), {}, r"unexpected: x\.robust_loss"),
     ("sub-block", of_ours("resnet8", **UNUSED), RESNET8, {}, r"unexpected: sub_block1"),
@@ -226,7 +253,7 @@ MISFITS = [
     ("no tensors", lambda: {"epoch": 3}, (PLAIN,), {}, r"tensors alone, .*'epoch' \(int\)"),
     ("data set", dict, (PLAIN, "cifar"), {}, r"data set `cifar`\. Did you mean `cifar10`\?"),
     ("architecture", dict, ("WideResNet-34",), {}, r"architecture `WideResNet-34`.*resnet8"),
-    ("no mean", dict, ("resnet8",), {}, r"`mean` and `std` must be given for resnet8"),
+    ("no mean", of_ours("resnet8"), ("resnet8",), {}, r"`mean` and `std` must be given for resnet8"),
     ("no std", dict, (PLAIN,), {"mean": THREE}, r"`mean` and `std` must be given both"),
     ("two means", dict, (PLAIN,), {"mean": (0.5,) * 2, "std": THREE}, r"`mean` must be three finite numbers"),
     ("no class", dict, (PLAIN,), {"num_classes": 0}, r"`num_classes` .* got 0"),

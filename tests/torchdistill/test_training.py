@@ -16,8 +16,8 @@ pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill ada
 
 from ikl_plugins._files import configs_folder
 from ikl_plugins.commands.main import main as ikl
-from ikl_plugins.models import resnet56
-from ikl_plugins.torchdistill import training
+from ikl_plugins.models import resnet8, resnet56
+from ikl_plugins.torchdistill import training, yaml_config
 from ikl_plugins.torchdistill.training import last_path, load_checkpoint, load_config, run
 
 CONFIGS = configs_folder() / "torchdistill"
@@ -185,7 +185,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(workplace, change, stop):
 KILLED = f"""
 import os
 from ikl_plugins.commands.main import main
-from ikl_plugins.torchdistill import training
+from ikl_plugins.torchdistill import training, yaml_config
 
 def until_killed(self, epoch, progress):
     return train_epoch(self, epoch, lambda step, *_: step == 5 and os.kill(os.getpid(), {signal.SIGKILL}))
@@ -302,6 +302,26 @@ def test_what_is_found_out_in_training(workplace):
     trainer.model.forward = lambda images: {"out": images}
     with pytest.raises(ValueError, match=r"must return a tensor of logits, got dict"):
         trainer.accuracy(config["test"]["test_data_loader"])
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda last, other: {"meta": {}, "state_dict": {f"backbone.{name}": value for name, value in last.items()}},
+        lambda last, other: {"state_dict": {"distill_loss.class_prior.matrix": torch.ones(10, 10), **last}},
+        lambda last, other: {"state_dict": other, "state_dict_ema": last, "arch": "timm's"},
+        lambda last, other: {"model": {f"module._orig_mod.{name}": value for name, value in last.items()}},
+        lambda last, other: {"net": {f"student_model.{name}": value for name, value in last.items()}},
+    ],
+)
+def test_src_ckpt_is_read_whoever_has_written_it(written, tmp_path):
+    block = {"key": "ikl_plugins.resnet8", "kwargs": {"num_classes": 10}, "src_ckpt": str(tmp_path / "a.pt")}
+    last, other = ({name: value + 1 for name, value in resnet8(10).state_dict().items()} for _ in range(2))
+    torch.save(written(last, other), tmp_path / "a.pt")
+    assert_same(yaml_config.build_model(block, "student", torch.device("cpu"), False).state_dict(), last)
+    torch.save({"model": last, "best": other}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt must leave no doubt .*'model', 'best'"):
+        yaml_config.build_model(block, "student", torch.device("cpu"), False)
 
 
 def test_a_failed_write_leaves_the_old_file(workplace, monkeypatch):
