@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def build_teacher(
     Args:
         teacher: path of a config file, whose ``model`` is built with its ``data_preprocessor``; or config dict of a
             model; or the network itself. Of a classifier of this package the plain ``ImageClassifier`` inside is built.
-        teacher_ckpt: file or http(s) address of its checkpoint. Without one a network keeps the weights that it has,
+        teacher_ckpt: file or http(s) address of its checkpoint; ``*`` stands for what one file alone has there, such as
+            the epoch in MMEngine's name of the best one. Without a checkpoint a network keeps the weights that it has,
             and a config must name pretrained weights itself.
         student: the classifier that it will teach.
 
@@ -173,6 +175,11 @@ def _load(caller: str, module: nn.Module, path: str, origin: str) -> None:
     """Loads a checkpoint whose names and shapes are exactly those of the network."""
     if "://" in path and not is_address(path):
         raise ValueError(f"{caller}: `teacher_ckpt` must be a file or an http(s) address, got {path}. Fetch it.")
+    if "*" in path and not is_address(path):
+        found = sorted(glob.glob(str(Path(path).expanduser())))
+        if len(found) > 1:
+            raise ValueError(f"{caller}: `teacher_ckpt` must fit one file, {path} fits {len(found)}. Name one.")
+        path = found[0] if found else path
     if not is_address(path) and not Path(path).expanduser().is_file():
         raise ValueError(
             f"{caller}: `teacher_ckpt` must be a file, but there is none at {path} (seen from {Path.cwd()}). "

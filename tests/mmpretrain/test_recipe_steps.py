@@ -113,7 +113,7 @@ def prepare(path, load):
             content = MODELS.build(config.model.teacher).state_dict()
         if path.startswith("cifar100/"):
             content = {"epoch": 240, "model": content, "best_acc": 72.34}
-        where = Path(config.model.teacher_ckpt)
+        where = Path(config.model.teacher_ckpt.replace("*", "87"))
         if "://" in config.model.teacher_ckpt:  # where torch keeps what it has fetched
             where = Path(torch.hub.get_dir()) / "checkpoints" / where.name
         where.parent.mkdir(parents=True, exist_ok=True)

@@ -308,7 +308,7 @@ def teacher(small_network, tmp_path):
             changes["init_cfg"] = {**changes["init_cfg"], "checkpoint": str(tmp_path / "fits.pth")}
         module = {None: {**config, **changes}, "empty.py": str(tmp_path / "empty.py")}.get(module, module)
         there = tmp_path / f"{weights}.pth"
-        return build_teacher(module, str(there) if there.is_file() else weights, student=student)
+        return build_teacher(module, str(there) if there.is_file() or "*" in str(there) else weights, student=student)
 
     return build
 
@@ -320,6 +320,8 @@ TEACHERS = {
     "no model": ({"module": "empty.py"}, ValueError, r"a config with a `model`, but .*empty\.py has none"),
     "a number": ({"module": 3}, TypeError, "`teacher` must be the path of a config"),
     "no checkpoint": ({"weights": "gone.pth"}, ValueError, r"none at gone\.pth.*train the teacher first: ikl train"),
+    "no best checkpoint": ({"weights": "best_*"}, ValueError, r"none at .*best_\*\.pth"),
+    "two best checkpoints": ({"weights": "*o*"}, ValueError, r"must fit one file, .*\*o\*\.pth fits 3"),
     "scheme": ({"weights": "torchvision://resnet18"}, ValueError, r"must be a file or an http\(s\) address"),
     "untrained": ({}, ValueError, "`teacher_ckpt` must be given, got None"),
     "backbone alone": ({"init_cfg": PART}, ValueError, "backbone alone"),

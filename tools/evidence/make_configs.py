@@ -280,6 +280,7 @@ _LONG_TAIL_NETWORKS = {
         "      num_classes: 1000\n      groups: 32\n      width_per_group: 4",
     ),
 }
+_BEST_TEACHER = "the best epoch on the test list, as published"
 _LONG_TAIL_NOTE = (
     "The official code runs 4 processes, without a seed. Lists and images are read from $IKL_PLUGINS_DATA/imagenet_lt "
     "and $IKL_PLUGINS_DATA/imagenet, or from data/."
@@ -344,7 +345,7 @@ def _imagenet_lt() -> Iterator[tuple[str, str]]:
                 1000,
                 teacher=key,
                 teacher_kwargs=kwargs,
-                teacher_ckpt=f"    src_ckpt: '{_destination('imagenet_lt', teacher)}'\n",
+                teacher_ckpt=f"    src_ckpt: '{_destination('imagenet_lt', teacher)}'  # {_BEST_TEACHER}\n",
                 student=f"'{student}'",
             )
             title = f"ImageNet-LT, {teacher} -> {student}: {_SOURCES[kind]}."

@@ -8,7 +8,7 @@ _base_ = "./resnet18.py"
 model = dict(
     type="DistillationClassifier",
     teacher="{{ fileDirname }}/resnet18.py",
-    teacher_ckpt="runs/mmpretrain/imagenet_lt/resnet18/epoch_90.pth",
+    teacher_ckpt="runs/mmpretrain/imagenet_lt/resnet18/best_accuracy_top1_epoch_*.pth",
     teacher_val_batches=16,  # logs its accuracy on the first 1,024 test images of each process
     distill_loss=dict(
         type="IKLLoss", alpha=1.0, beta=0.5, temperature=1.0, weight_temperature=100.0, global_info=False

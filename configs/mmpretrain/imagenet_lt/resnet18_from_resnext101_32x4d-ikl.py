@@ -8,7 +8,7 @@ _base_ = "./resnet18.py"
 model = dict(
     type="DistillationClassifier",
     teacher="{{ fileDirname }}/resnext101_32x4d.py",
-    teacher_ckpt="runs/mmpretrain/imagenet_lt/resnext101_32x4d/epoch_90.pth",
+    teacher_ckpt="runs/mmpretrain/imagenet_lt/resnext101_32x4d/best_accuracy_top1_epoch_*.pth",
     teacher_val_batches=16,  # logs its accuracy on the first 1,024 test images of each process
     distill_loss=dict(
         type="IKLLoss", alpha=4.0, beta=4.0, temperature=1.0, weight_temperature=100.0, global_info=False

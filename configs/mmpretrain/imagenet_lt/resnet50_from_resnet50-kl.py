@@ -7,7 +7,7 @@ _base_ = "./resnet50.py"
 model = dict(
     type="DistillationClassifier",
     teacher="{{ fileDirname }}/resnet50.py",
-    teacher_ckpt="runs/mmpretrain/imagenet_lt/resnet50/epoch_90.pth",
+    teacher_ckpt="runs/mmpretrain/imagenet_lt/resnet50/best_accuracy_top1_epoch_*.pth",
     teacher_val_batches=16,  # logs its accuracy on the first 1,024 test images of each process
     distill_loss=dict(type="KLLoss", temperature=1.0),
     distill_weight=1.0,
