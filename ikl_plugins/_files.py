@@ -1,14 +1,17 @@
-"""Files that are there whole or not at all, and where the shipped configs are."""
+"""Files that are there whole or not at all, configs that are text in UTF-8, and where the shipped ones are."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import locale
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["configs_folder", "naming", "written_aside"]
+__all__ = ["check_config_text", "configs_folder", "naming", "written_aside"]
 
 
 @contextlib.contextmanager
@@ -82,3 +85,54 @@ def configs_folder() -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+_MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}  # behind UTF-32, whose marks begin alike
+# What a Python config inherits from: a path in `_base_`, or a relative import inside `read_base`.
+_BASE = re.compile(r"""['"]([^'"\n]+\.(?:py|ya?ml|json))['"]|^\s+from\s+(\.[\w.]*)\s+import""", re.MULTILINE)
+
+
+def check_config_text(caller: str, path: Path | str) -> None:
+    """Refuses a config, or one that it inherits from, whose host would fail on its bytes or take them for other text.
+
+    Args:
+        caller: whom a refusal names.
+        path: a YAML file of torchdistill, or a Python config of MMEngine; nothing happens where there is no such file.
+
+    Raises:
+        ValueError: the file is not in UTF-8, or torchdistill would read it in another encoding, that of the system.
+    """
+    waiting, seen = [Path(path).expanduser()], set()
+    while waiting:
+        file = waiting.pop().absolute()
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        text = _utf8(caller, file)
+        if file.suffix == ".py":
+            for name, module in _BASE.findall(text):
+                steps = len(module) - len(module.lstrip("."))
+                relative = name or f"{'../' * (steps - 1)}{module.strip('.').replace('.', '/')}.py"
+                waiting.append(file.parent / relative)
+
+
+def _utf8(caller: str, file: Path) -> str:
+    content = file.read_bytes()
+    rule = f"{caller}: {file} must be text in UTF-8"
+    mark = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
+    if mark is not None or b"\0" in content:
+        raise ValueError(f"{rule}, but is in {mark or 'UTF-16 or no text'}. Save it as UTF-8.")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{rule}, but line {line} has the byte {content[error.start]:#x}. Save it as UTF-8."
+        ) from error
+    if file.suffix == ".py" and content.startswith(codecs.BOM_UTF8):
+        raise ValueError(f"{rule} without a byte order mark, but begins with one. Save it as plain UTF-8.")
+    encoding = locale.getpreferredencoding(False)
+    if file.suffix != ".py" and not text.isascii() and codecs.lookup(encoding).name != "utf-8":
+        raise ValueError(f"{caller}: {file} is in UTF-8, but torchdistill reads it as {encoding}. Set PYTHONUTF8=1.")
+    return text

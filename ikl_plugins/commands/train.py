@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .._files import check_config_text
 from .config import config_path
 
 __all__ = ["configure", "run"]
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{CALLER}: the config must come first and end in .yaml, .yml or .py, got {arguments.config!r}."
         )
     config = config_path(config)
+    check_config_text(CALLER, config)
     if config.suffix == ".py":
         from ikl_plugins.mmpretrain.training import main
     else:

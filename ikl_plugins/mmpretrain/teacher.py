@@ -14,6 +14,7 @@ from mmengine.model.weight_init import PretrainedInit
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from .._files import check_config_text
 from ..checkpoints import is_address, load_weights
 from ..models.weights import load_strictly
 from .classifier import EpochClassifier
@@ -136,6 +137,7 @@ def _read_config(caller: str, path: str) -> dict[str, Any]:
             f"{caller}: `teacher` must be the path of a config, but there is none at {path} (seen from {Path.cwd()}). "
             f"Correct it."
         )
+    check_config_text(caller, path)
     file = Config.fromfile(str(Path(path).expanduser()))
     model = file.get("model")
     if not isinstance(model, Mapping):

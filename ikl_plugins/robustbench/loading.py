@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .. import models
+from .._files import check_config_text
 from ..checkpoints import load_content, weights_in
 from ..models.robustbench_zoo import (
     LAST_LAYERS,
@@ -226,6 +227,7 @@ def from_mmpretrain(
         where = str(config)
         if not Path(config).expanduser().is_file():
             raise ValueError(f"{caller}: `config` must be a file, but there is none at {config}.")
+        check_config_text(caller, config)
         config = Config.fromfile(str(Path(config).expanduser()))
     elif not isinstance(config, Config):
         raise TypeError(
@@ -285,6 +287,7 @@ def from_torchdistill(config: Path | str, checkpoint: Path | str, *, device: tor
     if not Path(config).expanduser().is_file():
         raise ValueError(f"{caller}: `config` must be a file, but there is none at {config}.")
     try:
+        check_config_text(caller, config)
         content = load_yaml_file(os.fspath(Path(config).expanduser()))
     except yaml.YAMLError as error:
         raise ValueError(f"{caller}: {config} must be YAML, but reading it gave: {error}. Correct it.") from error

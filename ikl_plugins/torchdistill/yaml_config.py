@@ -14,7 +14,7 @@ from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
-from .._files import configs_folder
+from .._files import check_config_text, configs_folder
 from ..checkpoints import load_weights
 from .run_checkpoints import CALLER, load_model
 
@@ -33,10 +33,11 @@ def load_config(path: Path | str) -> dict[str, Any]:
         The config, as :func:`ikl_plugins.torchdistill.training.run` takes it.
 
     Raises:
-        ValueError: the file is missing or no YAML, lacks a block, or names data that is not there.
+        ValueError: the file is missing, not in UTF-8 or no YAML, lacks a block, or names data that is not there.
     """
     if not Path(path).is_file():
         raise ValueError(f"{CALLER}: the config must be a YAML file, but there is none at {path}.")
+    check_config_text(CALLER, path)
     try:
         config = load_yaml_file(os.fspath(path))
     except yaml.YAMLError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from ikl_plugins import __version__
+from ikl_plugins._files import check_config_text
 from ikl_plugins.commands.main import COMMANDS, main
 
 
@@ -152,3 +154,57 @@ def test_train_refuses_what_is_no_config(words: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code not in (0, None)
+
+
+# --- configs that are not text in UTF-8 ------------------------------------------------------------------------------
+
+TEXT = "# Größe\na = 1\n"
+BYTES = {
+    "latin-1": (TEXT.encode("latin-1"), "line 1 has the byte 0xf6. Save it as UTF-8"),
+    "cp1252": (b"a = 1  # \x96 a dash\n", "line 1 has the byte 0x96"),
+    "UTF-16": (TEXT.encode("utf-16"), "is in UTF-16. Save it as UTF-8"),
+    "UTF-16, no mark": (TEXT.encode("utf-16-le"), "is in UTF-16 or no text"),
+    "UTF-32": (TEXT.encode("utf-32"), "is in UTF-32"),
+}
+MODEL = ("--checkpoint", "model.pth", "--data", "images", "--output", "out", "--eps", "8/255")
+WAYS = {
+    "train a YAML": ("odd.yaml", ("train", "odd.yaml")),
+    "train a config": ("odd.py", ("train", "odd.py")),
+    "train on a base": ("odd.py", ("train", "above.py")),
+    "train on a lazy base": ("odd.py", ("train", "lazy.py")),
+    "adopt a YAML": ("odd.yaml", ("adopt", "odd.yaml")),
+    "adopt a config": ("odd.py", ("adopt", "odd.py", "--adversarial")),
+    "adopt with a teacher": ("odd.py", ("adopt", "plain.py", "--teacher", "odd.py")),
+    "evaluate a YAML": ("odd.yaml", ("evaluate", "--torchdistill", "odd.yaml", *MODEL)),
+    "evaluate a config": ("odd.py", ("evaluate", "--mmpretrain", "above.py", *MODEL)),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "encoding"), [*((way, "latin-1") for way in WAYS), *(("train a YAML", name) for name in BYTES)]
+)
+def test_a_config_that_is_not_in_utf_8_is_named_with_its_cure(ikl, way, encoding, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, words = WAYS[way]
+    content, message = BYTES[encoding]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "above.py").write_text('_base_ = ["./odd.py"]\n')
+    (tmp_path / "lazy.py").write_text("with read_base():\n    from .odd import *\n")
+    (tmp_path / "plain.py").write_text("a = 1\n")
+    (tmp_path / "model.pth").touch()
+    status = ikl(*words).status
+    assert re.match(rf"error: [\w ]+: \S*{re.escape(name)} must be text in UTF-8, but {message}", str(status)), status
+
+
+def test_what_the_host_reads_in_another_encoding_or_not_at_all_is_refused(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "marked.yaml"
+    path.write_text(TEXT, encoding="utf-8-sig")  # YAML passes over the mark, Python's parser does not
+    check_config_text("ikl", path)
+    with pytest.raises(ValueError, match=r"marked\.py must be text in UTF-8 without a byte order mark"):
+        check_config_text("ikl", path.rename(path.with_suffix(".py")))
+    path.write_text(TEXT, encoding="utf-8")
+    monkeypatch.setattr("locale.getpreferredencoding", lambda _: "cp1252")  # as on Windows
+    with pytest.raises(ValueError, match=r"torchdistill reads it as cp1252\. Set PYTHONUTF8=1\."):
+        check_config_text("ikl", path)
+    path.write_text("a: 1\n")
+    check_config_text("ikl", path)

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from ikl_plugins._files import written_aside
+from ikl_plugins._files import check_config_text, written_aside
 
 from .messages import CALLER
 
@@ -73,10 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{CALLER}: the config must end in .yaml, .yml (torchdistill) or .py (MMPretrain), got {config}."
         )
-    try:
-        (_adopt_python if config.suffix == ".py" else _adopt_yaml)(arguments)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{CALLER}: {config} must be text in UTF-8. Save it as such.") from error
+    for path in filter(None, (config, arguments.teacher)):
+        check_config_text(CALLER, path)
+    (_adopt_python if config.suffix == ".py" else _adopt_yaml)(arguments)
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
