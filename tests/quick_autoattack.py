@@ -25,16 +25,16 @@ class Quick(robustbench.eval.AutoAttack):
         self.square.n_queries = 60
 
 
-def network(classes=10, seed=0):
+def network(classes=10, seed=0, channels=3):
     """A small network for images of 8x8."""
     torch.manual_seed(seed)
-    layers = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, classes)
+    layers = nn.Conv2d(channels, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, classes)
     return nn.Sequential(*layers).eval()
 
 
-def batch(model, count=14, wrong=2, seed=0):
+def batch(model, count=14, wrong=2, seed=0, channels=3):
     """Images that the model gets right, but for the first ones."""
-    images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    images = torch.rand(count, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         logits = model(images)
     labels = logits.argmax(1)

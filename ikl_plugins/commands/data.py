@@ -30,6 +30,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from .._progress import steps
+
 try:
     import fcntl
 except ImportError:  # not POSIX: no lock, so do not prepare one data set from two processes at once there
@@ -56,13 +58,21 @@ def data_folder() -> Path:
 # --- the two data sets -----------------------------------------------------------------------------------------------
 
 
-def prepare_digits(data: Path | None = None, *, seed: int = 0, force: bool = False) -> Path:
+def prepare_digits(
+    data: Path | None = None,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    progress: bool | Callable[[tuple[int, int]], None] = True,
+) -> Path:
     """Scikit-learn's 1,797 handwritten digits, 8x8 grey, as 32x32 RGB PNG files; returns their folder.
 
     Args:
         data: folder of all data sets; None for :func:`data_folder`.
         seed: of the stratified split into 1,200, 297 and 300 images.
         force: make it anew if it is there.
+        progress: True for a bar on a terminal and lines elsewhere, on standard error; False for neither; or a function
+            that is called after each image with how many are written, and of how many.
 
     Raises:
         ImportError: scikit-learn or Pillow is missing.
@@ -86,7 +96,7 @@ def prepare_digits(data: Path | None = None, *, seed: int = 0, force: bool = Fal
         split_of = _split(members, {split: DIGITS_SIZES[split] for split in ("val", "test")}, seed)
         sums = _Checksums()
         rows = zip(names, digits.images, digits.target, strict=True)
-        for name, image, label in _progress(rows, total=len(names), text="digits"):
+        for name, image, label in steps(CALLER, rows, len(names), "digits", "images", progress):
             # The images hold counts of 0 to 16 dark pixels.
             grey = Image.fromarray((image * (255 / 16)).round().astype("uint8"))
             colour = grey.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
@@ -112,6 +122,7 @@ def prepare_cifar10_folder(
     seed: int = 0,
     val_images: int = 5000,
     force: bool = False,
+    progress: bool | Callable[[tuple[int, int]], None] = True,
 ) -> Path:
     """CIFAR-10 from zip archives of images in class folders; returns the folder of the data set.
 
@@ -125,6 +136,7 @@ def prepare_cifar10_folder(
         seed: of the choice of the validation images.
         val_images: how many training images are held out, the same share of each class.
         force: make it anew if it is there.
+        progress: as for :func:`prepare_digits`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -142,7 +154,7 @@ def prepare_cifar10_folder(
                 (folder / split / label).mkdir(parents=True)
             sums = _Checksums()
             pairs = zip(entries, split_of, strict=True)
-            for entry, split in _progress(pairs, total=len(entries), text="cifar10"):
+            for entry, split in steps(CALLER, pairs, len(entries), "cifar10", "images", progress):
                 content = _read_image(entry)
                 place = PurePosixPath(split, entry.label, entry.name)
                 (folder / place).write_bytes(content)
@@ -212,14 +224,6 @@ class _Checksums:
 
 def _versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
-
-
-def _progress(rows: Iterable[Any], total: int, text: str) -> Iterable[Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return rows  # a bar is a comfort; the images do not depend on it
-    return tqdm(rows, total=total, desc=text, unit="image", unit_scale=True, disable=None, leave=False)
 
 
 # --- archives --------------------------------------------------------------------------------------------------------

@@ -343,7 +343,7 @@ def _statistics(
     architecture: Architecture, dataset: str, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Statistics | tuple[None, None]:
     """Mean and std as they were given, checked; a pair of None for those of the data set, or where there are none."""
-    given = given_statistics(_CALLER, mean, std)
+    given = given_statistics(_CALLER, mean, std, channels=3)
     if given is not None and not architecture.normalises:
         raise ValueError(
             f"{_CALLER}: `mean` and `std` must be left out for {architecture.name}, got mean={mean}. A "
@@ -357,22 +357,37 @@ def _statistics(
     return given or (None, None)
 
 
-def given_statistics(caller: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Statistics | None:
+def given_statistics(
+    caller: str, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int | None = None
+) -> Statistics | None:
     """:func:`check_statistics` of what may be given both or not at all."""
     if mean is None and std is None:
         return None
     if mean is None or std is None:
         raise ValueError(f"{caller}: `mean` and `std` must be given both or neither, got mean={mean}, std={std}.")
-    return check_statistics(caller, mean, std)
+    return check_statistics(caller, mean, std, channels)
 
 
-def check_statistics(caller: str, mean: Sequence[float], std: Sequence[float]) -> Statistics:
-    """Refuses a mean and std that are not three finite numbers each, std above 0; hands them back as tuples."""
+def check_statistics(
+    caller: str, mean: Sequence[float], std: Sequence[float], channels: int | None = None
+) -> Statistics:
+    """Refuses a mean and std that are not finite numbers, one a channel or one for all, std above 0.
+
+    Both come back as tuples with a number for each of the ``channels``; None for as many as there are in ``mean`` or
+    ``std``.
+    """
     for name, values in (("mean", mean), ("std", std)):
-        rule = f"`{name}` must be three finite numbers{' above 0' if name == 'std' else ''}, one a channel"
+        rule = f"`{name}` must be finite numbers{' above 0' if name == 'std' else ''}, one a channel or one for all"
         if not isinstance(values, (tuple, list)):
             raise TypeError(f"{caller}: {rule}, got {values!r}. Give a sequence of them, for pixels in [0, 1].")
         numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
-        if len(numbers) != 3 or len(values) != 3 or (name == "std" and min(numbers) <= 0):
+        if len(numbers) != len(values) or not numbers or (name == "std" and min(numbers) <= 0):
             raise ValueError(f"{caller}: {rule}, got {values}. Give them for pixels in [0, 1].")
-    return tuple(map(float, mean)), tuple(map(float, std))
+    count = channels or max(len(mean), len(std))
+    if not {len(mean), len(std)} <= {1, count}:
+        raise ValueError(
+            f"{caller}: `mean` and `std` must have one number for each of {count} channels, or one for all, got {mean} "
+            f"and {std}."
+        )
+    spread_mean, spread_std = (tuple(map(float, values)) * (count // len(values)) for values in (mean, std))
+    return spread_mean, spread_std

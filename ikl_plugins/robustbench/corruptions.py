@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .._robustbench_import import import_robustbench
+from .checks import check_data, check_model, check_seed, natural_predictions, warn_of_chance
+from .conditions import own_conditions, trainable_copy
 from .data import Images, check_pixels, content_sha256
-from .evaluation import Progress, check_data, check_model, check_seed, natural_predictions, quiet
+from .evaluation import Progress, quiet, show_progress
 from .evaluation_log import Evaluation, Record, class_names, data_facts, identity
 
 __all__ = ["evaluate_corruptions"]
@@ -26,6 +28,7 @@ _SEVERITIES = range(1, 6)
 _robustbench = import_robustbench()
 
 
+@own_conditions()
 def evaluate_corruptions(
     model: nn.Module,
     dataset: str,
@@ -42,7 +45,7 @@ def evaluate_corruptions(
     log: str | Path | None = None,
     checkpoint: str | Path | Mapping[str, Any] | None = None,
     model_name: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: bool | Callable[[Progress], None] | None = True,
 ) -> Evaluation:
     """Accuracy under common corruptions (Hendrycks and Dietterich, ICLR 2019), read by RobustBench's own loaders.
 
@@ -62,7 +65,8 @@ def evaluate_corruptions(
         log: a JSON file, written after every severity of a corruption, from which an interrupted evaluation goes on.
         checkpoint: see ``model``.
         model_name: see ``model``.
-        progress: called after every severity of a corruption.
+        progress: True for a bar on a terminal and lines elsewhere, on standard error; False for neither; or a function
+            that is called after every severity of a corruption.
 
     Returns:
         The evaluation. Its log has in ``corruptions`` the accuracy of each corruption and severity, their mean in
@@ -74,6 +78,7 @@ def evaluate_corruptions(
         ValueError: an unknown data set or threat model, missing files, too few images, or as there.
     """
     caller = "evaluate_corruptions"
+    tell = show_progress(caller, progress, word="right")
     source = _source(caller, dataset, threat_model, Path(data_dir))
     check_model(caller, model, "standard")
     n_examples = (5000 if dataset == "imagenet" else 10000) if n_examples is None else n_examples
@@ -81,7 +86,7 @@ def evaluate_corruptions(
     check.check_integer(caller, "batch_size", batch_size)
     check_seed(caller, seed)
     device = torch.device(device)
-    model = model.to(device)
+    model = trainable_copy(caller, model).to(device)
     pairs = [(corruption, severity) for corruption in source.corruptions for severity in _SEVERITIES]
     source.check_files(offline)
 
@@ -125,6 +130,8 @@ def evaluate_corruptions(
             "corruptions_mce_note": None,
         }
         record = Record(caller, fresh, None if log is None else Path(log))
+        if natural is not None and classes is not None:
+            warn_of_chance(caller, predictions, natural.labels, classes)
         done = record.log["corruptions"]
         for number, (corruption, severity) in enumerate(pairs):
             if 0 < number < len(done):
@@ -149,10 +156,8 @@ def evaluate_corruptions(
                 }
             )
             record.save()
-            if progress is not None:
-                name = f"{corruption}/{severity}"
-                correct = round(accuracy * len(images))
-                progress(Progress(name, number + 1, len(pairs), correct, len(images), done[-1]["seconds"]))
+            name, correct = f"{corruption}/{severity}", round(accuracy * len(images))
+            tell(Progress(name, number + 1, len(pairs), correct, len(images), done[-1]["seconds"]))
     mce, note = _mean_corruption_error(dataset, threat_model, done, baseline)
     record.log.update(corruptions_mce=mce, corruptions_mce_note=note, finished=True)
     record.save()

@@ -7,7 +7,7 @@ with one seed, the images that fell and the adversarial images equal those of on
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import logging
 import math
 import re
@@ -22,28 +22,36 @@ import torch
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .._progress import Shown, teller
 from .._robustbench_import import import_robustbench
-from .data import Images, check_pixels
-from .eps import Eps, parse_eps
+from .checks import (
+    ATTACKS,
+    VERSIONS,
+    check_data,
+    check_model,
+    check_radii,
+    check_seed,
+    check_threat,
+    check_version,
+    natural_predictions,
+    warn_of_chance,
+)
+from .conditions import own_conditions, trainable_copy
+from .data import Images
+from .eps import Eps
 from .evaluation_log import Evaluation, Record, class_names, data_facts, identity, percent
 
 __all__ = [
     "ATTACKS",
     "VERSIONS",
     "Progress",
-    "check_data",
-    "check_model",
     "check_radii",
-    "check_seed",
     "curve",
     "evaluate",
-    "natural_predictions",
     "quiet",
+    "show_progress",
 ]
 
-ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
-VERSIONS = ("standard", "plus", "rand")
-_NORMS = ("Linf", "L2")
 _LEAST_CLASSES = {"apgd-dlr": 4, "apgd-t": 4}  # the margin is divided by the distance to the third or fourth logit
 
 _robustbench = import_robustbench()
@@ -70,6 +78,19 @@ class Progress:
     seconds: float
 
 
+def show_progress(
+    caller: str, progress: bool | Callable[[Progress], None] | None, before: str = "", word: str = "standing"
+) -> Callable[[Progress], None]:
+    """What to call with the progress: for True a bar or lines, with the count of images that stand."""
+    shown = Shown("batches")
+
+    def show(made: Progress) -> None:
+        shown(before + made.attack, made.batch, made.batches, f"{made.standing} of {made.n_examples} {word}")
+
+    return teller(caller, progress, show)
+
+
+@own_conditions()
 def evaluate(
     model: nn.Module,
     images: Tensor,
@@ -86,16 +107,20 @@ def evaluate(
     checkpoint: str | Path | Mapping[str, Any] | None = None,
     data: str | Images | None = None,
     model_name: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: bool | Callable[[Progress], None] | None = True,
 ) -> Evaluation:
     """Runs AutoAttack.
 
     With fewer than 10 classes the targeted attacks take all other classes as targets; with fewer than 4 the attacks on
     the difference of logits ratio cannot be computed and are left out, and the result is not standard AutoAttack.
 
+    The caller's ``torch.inference_mode``, ``no_grad``, autocast and default dtype and device do not reach the attacks.
+    They work in float32: a model of half or double precision needs ``model.float()``, or a module around it that
+    converts images and logits, and the log then says its ``dtype``.
+
     Args:
-        model: classifier of images in [0, 1] in eval mode, giving logits (N, C); it is moved to ``device``.
-        images: pixels in [0, 1], shape (N, C, H, W).
+        model: classifier of images in [0, 1] in eval mode, giving float32 logits (N, C); it is moved to ``device``.
+        images: pixels in [0, 1], shape (N, C, H, W) with any number of channels.
         labels: class indices (N,).
         eps: radius; for L-infinity of pixels in [0, 1], as '8/255'.
         norm: 'Linf' or 'L2'.
@@ -109,7 +134,8 @@ def evaluate(
         checkpoint: path of the file that the weights are from, or a mapping with its 'name' and 'sha256'; for the log.
         data: name of the data, or the :class:`~ikl_plugins.robustbench.data.Images` they are from; for the log.
         model_name: for the log; None for the name of its class.
-        progress: called after every batch.
+        progress: True for a bar on a terminal and lines elsewhere, on standard error; False for neither; or a function
+            that is called with a :class:`Progress` after every batch.
 
     Returns:
         The evaluation. Its log says in ``fell_to`` for each image which attack it fell to.
@@ -117,21 +143,23 @@ def evaluate(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an unknown norm, version or attack; a model in training mode, or that gives something else than
-            finite logits of at least two classes; pixels outside [0, 1]; labels the model has no logit for; a log of
-            another evaluation (the message says what differs) or without its adversarial images.
+            finite float32 logits of at least two classes; pixels outside [0, 1]; labels the model has no logit for; a
+            log of another evaluation (the message says what differs) or without its adversarial images.
 
     Warns:
-        UserWarning: an L-infinity radius that is nearly a number of grey levels.
+        UserWarning: an L-infinity radius that is nearly a number of grey levels; a natural accuracy no better than
+            chance.
     """
     caller = "evaluate"
-    eps = _check_threat(caller, norm, eps)
-    version, chosen = _check_version(caller, version, attacks)
+    tell = show_progress(caller, progress)
+    eps = check_threat(caller, norm, eps)
+    version, chosen = check_version(caller, version, attacks)
     check_model(caller, model, version)
     images, labels = check_data(caller, images, labels)
     check.check_integer(caller, "batch_size", batch_size)
     check_seed(caller, seed)
     device = torch.device(device)
-    model = model.to(device)
+    model = trainable_copy(caller, model).to(device)
 
     with quiet(device) as warned, torch.no_grad():
         torch.manual_seed(seed)
@@ -171,16 +199,18 @@ def evaluate(
         if not record.log["progress"]:
             _run_checks(adversary, images[:batch_size], labels[:batch_size])
         record.log["warnings"] = warned
+        warn_of_chance(caller, predictions, labels, classes)
         record.save()
         for attack in run:
             # Also of an attack that has run already: some of its settings stay.
             perturb = _prepared(adversary, attack)
-            _run_attack(record, attack, perturb, adversary.get_logits, images, labels, device, progress)
+            _run_attack(record, attack, perturb, adversary.get_logits, images, labels, device, tell)
         record.log["finished"] = True
         record.save()
     return Evaluation(record.log, record.adversarial)
 
 
+@own_conditions()
 def curve(
     model: nn.Module,
     images: Tensor,
@@ -191,7 +221,7 @@ def curve(
     version: str = "standard",
     attacks: Sequence[str] | None = None,
     folder: str | Path | None = None,
-    progress: Callable[[Eps, Progress], None] | None = None,
+    progress: bool | Callable[[Eps, Progress], None] | None = True,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Robust accuracy against eps.
@@ -204,7 +234,8 @@ def curve(
         radii: in any order; each once.
         attacks: see :func:`evaluate`. Some attacks alone give a quicker, looser curve.
         folder: for a log per radius, from which an interrupted curve goes on.
-        progress: called after every batch with the radius and the progress on the images that stood before it.
+        progress: as in :func:`evaluate`; a function is called with the radius and the progress on the images that stood
+            before it.
         **options: ``batch_size``, ``device``, ``seed``, ``checkpoint``, ``data`` and ``model_name`` of
             :func:`evaluate`.
 
@@ -226,6 +257,10 @@ def curve(
         # The images that are left depend on the smaller radii, and so the name of the log does.
         tried += f"_{eps.text.replace('/', '-')}"
         run: list[str] = []
+        if callable(progress):
+            tell: Callable[[Progress], None] = functools.partial(progress, eps)
+        else:
+            tell = show_progress(caller, progress, f"eps {eps}, ")
         if len(standing):
             result = evaluate(
                 model,
@@ -236,7 +271,7 @@ def curve(
                 version=version,
                 attacks=attacks,
                 log=None if folder is None else Path(folder) / f"{tried}.json",
-                progress=None if progress is None else lambda made, eps=eps: progress(eps, made),  # type: ignore[misc]
+                progress=tell,
                 **options,
             )
             standing = standing[torch.tensor(result.log["robust"], dtype=torch.bool)]
@@ -328,7 +363,7 @@ def _run_attack(
     images: Tensor,
     labels: Tensor,
     device: torch.device,
-    progress: Callable[[Progress], None] | None,
+    tell: Callable[[Progress], None],
 ) -> None:
     """Runs one attack on the images that stood when it began, batch by batch, skipping the batches already done."""
     log = record.log
@@ -352,48 +387,7 @@ def _run_attack(
         entry["standing"] -= int(fell.sum())
         entry["seconds"] += time.perf_counter() - started
         record.save()
-        if progress is not None:
-            progress(Progress(attack, number + 1, batches, entry["standing"], len(images), entry["seconds"]))
-
-
-def natural_predictions(
-    caller: str, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, device: torch.device
-) -> tuple[Tensor, int]:
-    """Predictions on natural images and the number of classes, after every rule on what a model gives."""
-    found, classes = [], None
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].to(device)
-        logits = model(batch)
-        _check_logits(caller, logits, batch, start)
-        classes = logits.shape[1]
-        found.append(logits.max(dim=1)[1].cpu())
-    if classes is None or classes < 2:
-        raise ValueError(f"{caller}: `model` must have at least 2 classes, got {classes}.")
-    low, high = (int(bound) for bound in torch.aminmax(labels))
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"{caller}: `labels` must lie in [0, {classes - 1}], the model's classes, got values from {low} to {high}."
-        )
-    return torch.cat(found), classes
-
-
-def _check_logits(caller: str, logits: object, batch: Tensor, start: int) -> None:
-    count = len(batch)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
-        what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        way_out = "Wrap it so that its forward returns the logits alone."
-        if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) % count == 0:
-            size = f"{batch.shape[2]}x{batch.shape[3]}"
-            way_out = f"Give images of the size that it was made for, such as 32x32: these are {size}."
-        raise ValueError(
-            f"{caller}: `model` must give logits of shape ({count}, C) for {count} images, got {what}. {way_out}"
-        )
-    bad = int((~torch.isfinite(logits)).sum())
-    if bad:
-        raise ValueError(
-            f"{caller}: `model` must give finite logits, got {bad} of {logits.numel()} that are not, from "
-            f"image {start} on."
-        )
+        tell(Progress(attack, number + 1, batches, entry["standing"], len(images), entry["seconds"]))
 
 
 @contextlib.contextmanager
@@ -421,75 +415,3 @@ class _Collector(logging.Handler):
         kinds = {re.sub(r"[\d.]+", "", known) for known in self._messages}
         if re.sub(r"[\d.]+", "", message) not in kinds:
             self._messages.append(message)
-
-
-# --- checks of what comes in -----------------------------------------------------------------------------------------
-
-
-def _check_threat(caller: str, norm: str, eps: str | float | Eps) -> Eps:
-    if norm not in _NORMS:
-        raise ValueError(check.unknown_name_message(caller, "norm", norm, _NORMS))
-    return parse_eps(caller, eps, norm=norm)
-
-
-def check_radii(caller: str, radii: Sequence[str | float | Eps], norm: str) -> list[Eps]:
-    """The radii of a curve in rising order, refused unless there is at least one and each is there once."""
-    if isinstance(radii, (str, bytes)) or not isinstance(radii, Sequence):
-        raise TypeError(f"{caller}: `radii` must be a sequence of radii, got {radii!r}. Write ['2/255', '4/255'].")
-    parsed = sorted((_check_threat(caller, norm, radius) for radius in radii), key=float)
-    if not parsed:
-        raise ValueError(f"{caller}: `radii` must hold at least one radius, got none. Write ['2/255', '4/255'].")
-    for smaller, larger in itertools.pairwise(parsed):
-        if float(smaller) == float(larger):
-            raise ValueError(f"{caller}: `radii` must be different, but {smaller} and {larger} are one. Name it once.")
-    return parsed
-
-
-def _check_version(caller: str, version: str, attacks: Sequence[str] | None) -> tuple[str, list[str] | None]:
-    if version not in VERSIONS:
-        raise ValueError(check.unknown_name_message(caller, "version", version, VERSIONS))
-    if attacks is None:
-        return version, None
-    if isinstance(attacks, str):
-        raise TypeError(f"{caller}: `attacks` must be a sequence of names, got {attacks!r}. Write [{attacks!r}].")
-    if version != "standard":
-        raise ValueError(f"{caller}: `attacks` must be None with version={version!r}, got {list(attacks)}.")
-    for attack in attacks:
-        if attack not in ATTACKS:
-            raise ValueError(check.unknown_name_message(caller, "attack", attack, ATTACKS))
-    if not attacks or len(set(attacks)) != len(attacks):
-        raise ValueError(f"{caller}: `attacks` must name one at least, each once, got {list(attacks)}.")
-    return "custom", list(attacks)
-
-
-def check_model(caller: str, model: nn.Module, version: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: `model` must be a torch.nn.Module, got {type(model).__name__}.")
-    if model.training:
-        raise ValueError(f"{caller}: `model` must be in eval mode, but is in training mode. Call `model.eval()`.")
-    training = [name for name, module in model.named_modules() if module.training]
-    if training and version != "rand":
-        raise ValueError(
-            f"{caller}: `model` must be in eval mode, but in training mode: {check.first_names(training)}. "
-            "Call `model.eval()`; random parts need version='rand'."
-        )
-
-
-def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4:
-        what = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"{caller}: `images` must be a floating tensor (N, C, H, W), got {what}. Divide uint8 by 255.")
-    check_pixels(caller, images)
-    indices = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
-    if not indices or labels.dtype == torch.bool:
-        what = check.kind_of(labels)
-        raise TypeError(f"{caller}: `labels` must be a tensor of class indices, got {what}. Pass a long tensor.")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{caller}: `labels` must have shape ({len(images)},), got {tuple(labels.shape)}.")
-    # AutoAttack takes views of gradients, which have the layout of the images.
-    return images.detach().cpu().float().contiguous(), labels.detach().cpu().long()
-
-
-def check_seed(caller: str, seed: object) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{caller}: `seed` must be an integer, got {seed!r}, as a run must be repeatable.")

@@ -23,6 +23,7 @@ from .. import __version__
 from .. import _validation as check
 from .._files import written_aside
 from ..checkpoints import plain_name
+from .conditions import precision
 from .data import Images, content_sha256, file_sha256
 
 __all__ = ["FORMAT", "Evaluation", "Record", "class_names", "data_facts", "identity", "percent", "weights_sha256"]
@@ -280,13 +281,14 @@ def identity(
         "model": type(_unwrapped(model)).__name__ if name is None else name,
         "checkpoint": None if checkpoint is None else {key: checkpoint[key] for key in ("name", "sha256")},
         "weights_sha256": weights_sha256(model),
+        "dtype": precision(model),
     }
 
 
-def data_facts(data: str | Images | None, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def data_facts(data: str | Images | None, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
     return {
         "name": data.name if isinstance(data, Images) else data,
-        "sha256": content_sha256(images, labels),
+        "sha256": content_sha256(images, torch.empty(0) if labels is None else labels),
         "n_examples": len(images),
         "preprocessing": data.preprocessing if isinstance(data, Images) else None,
     }

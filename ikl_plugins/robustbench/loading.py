@@ -49,11 +49,12 @@ class Normalised(nn.Module):
 
     Args:
         network: gives logits.
-        mean: of the three channels of images in [0, 1]; a buffer of shape (3, 1, 1) in the state dict.
+        mean: of the channels of images in [0, 1], one number a channel or one for all; a buffer of shape (C, 1, 1) in
+            the state dict.
         std: likewise, above 0.
 
     Raises:
-        ValueError: ``mean`` or ``std`` are not three numbers in range.
+        ValueError: ``mean`` or ``std`` are not such numbers; images have another number of channels.
     """
 
     mean: Tensor
@@ -67,7 +68,11 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of RGB images in [0, 1], shape (N, 3, H, W)."""
+        """Logits (N, classes) of images in [0, 1], shape (N, C, H, W)."""
+        if len(self.mean) not in (1, images.shape[1]):  # broadcasting would make channels of one
+            raise ValueError(
+                f"Normalised: images must have {len(self.mean)} channels, as `mean` has, got {tuple(images.shape)}."
+            )
         logits: Tensor = self.network((images - self.mean) / self.std)
         return logits
 
@@ -133,9 +138,9 @@ def load_checkpoint(
         dataset: 'cifar10', 'cifar100' or 'imagenet': how many classes there are, and which mean and std where the
             network normalises its inputs.
         num_classes: of other data; None for as many as ``dataset`` has.
-        mean: of the three channels in [0, 1], where the network was trained with others than those. For the networks of
-            :mod:`ikl_plugins.models` those of the distillation literature are known for 'cifar100', no others. Where
-            the file has a layer that normalises images, its mean and std are taken.
+        mean: of the three channels in [0, 1], or one number for all, where the network was trained with others than
+            those. For the networks of :mod:`ikl_plugins.models` those of the distillation literature are known for
+            'cifar100', no others. Where the file has a layer that normalises images, its mean and std are taken.
         std: likewise.
         averaged: of a checkpoint that also has the average of its weights (EMA, SWA), take the average.
         device: where the network goes.
@@ -161,7 +166,7 @@ def load_checkpoint(
     if num_classes is None:
         num_classes = DATASET_CLASSES[dataset]
     check.check_num_classes(caller, num_classes)
-    given = given_statistics(caller, mean, std)
+    given = given_statistics(caller, mean, std, channels=3)
     if architecture not in models.__all__:
         _named(caller, architecture, dataset, num_classes, given)  # an unknown name is told before the file is read
     content = load_content(path)

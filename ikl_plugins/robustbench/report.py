@@ -143,6 +143,7 @@ def _setting(log: dict[str, Any]) -> str:
         "sha256 of the data": data.get("sha256", "-"),
         "AutoAttack": "-" if log["version"] is None else f"{_version(log)}: {', '.join(log['attacks'])}",
         "target classes": "-" if log["n_target_classes"] is None else str(log["n_target_classes"]),
+        "dtype of the weights": log.get("dtype", "-"),
         "batch size": str(log["batch_size"]),
         "seed": str(log["seed"]),
         "device": log["device"],
@@ -260,7 +261,9 @@ def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, folder: Path) ->
         [str(index), _class(log, log["labels"][index]), _class(log, log["predictions"][index]), log["fell_to"][index]]
         for index in shown
     ]
-    return f"{text} {len(shown)} of them:\n\n![images that fell](fallen.png)\n\n" + _table(
+    channels = pixels.shape[1]
+    note = "" if channels in (1, 3) else f", the first of {channels} channels"
+    return f"{text} {len(shown)} of them{note}:\n\n![images that fell](fallen.png)\n\n" + _table(
         ["image", "class", "taken for", "attack"], rows
     )
 
@@ -331,6 +334,6 @@ def _bars(path: Path, title: str, what: str, names: Sequence[str], series: dict[
 
 
 def _picture(image: Tensor) -> Any:
-    """A colour image, or a single channel, as Matplotlib takes it."""
+    """A colour image, or the first of other channels, as Matplotlib takes it."""
     image = image.clamp(0, 1)
-    return image.permute(1, 2, 0).numpy() if len(image) == 3 else image.mean(dim=0).numpy()
+    return image.permute(1, 2, 0).numpy() if len(image) == 3 else image[0].numpy()

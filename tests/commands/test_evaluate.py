@@ -36,6 +36,7 @@ from ikl_plugins.robustbench import data, evaluation, loading
 from ikl_plugins.robustbench.evaluation import curve, evaluate
 from ikl_plugins.robustbench.evaluation_log import Evaluation
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
 robustbench = import_robustbench()
 ATTACKS = "apgd-ce,apgd-t"
 

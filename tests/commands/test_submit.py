@@ -18,6 +18,7 @@ from ikl_plugins.robustbench.evaluation import evaluate
 from ikl_plugins.robustbench.evaluation_log import Evaluation
 from ikl_plugins.robustbench.submission import DEMONSTRATION
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
 NAME = "Doe2025Better_WRN-10-1"
 PAPER = shlex.split(
     f"--name {NAME} --title 'Better Networks' --link https://example.org/paper --authors 'Jane Doe, John Roe' "

@@ -125,6 +125,7 @@ def test_the_expression_computes_the_same(name):
         ("cifar10", (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), False),
         ("cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), False),
         ("digits", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), True),
+        ("digits", (0.5,), (0.25, 0.25, 0.5), True),
     ],
 )
 def test_a_dm_network_normalises_with_the_published_or_its_own_statistics(dataset, mean, std, own):
@@ -132,7 +133,7 @@ def test_a_dm_network_normalises_with_the_published_or_its_own_statistics(datase
     architecture = parse_architecture("DMWideResNet-10-1-SiLU")
     ours = robustbench_network(architecture.name, 4, dataset=dataset, **given)
     for network in (ours, evaluated(architecture, dataset, 4, device="cpu", **given)):
-        torch.testing.assert_close(network.mean.flatten(), torch.tensor(mean), rtol=0, atol=0)
+        torch.testing.assert_close(network.mean.flatten(), torch.tensor(mean).expand(3), rtol=0, atol=0)
         torch.testing.assert_close(network.std.flatten(), torch.tensor(std), rtol=0, atol=0)
         assert not {"mean", "std"} & set(network.state_dict())
 
@@ -192,10 +193,10 @@ REFUSED = [
     ("WideResNet-10-0", {}, ValueError, r"a width of at least 1"),
     (34, {}, TypeError, r"`architecture` must be a name, got int"),
     (SILU, {"mean": THREE}, ValueError, r"`mean` and `std` must be given both"),
-    (SILU, {**PAIR, "mean": (0.5, 0.5)}, ValueError, r"`mean` must be three finite numbers, .*got \(0\.5"),
-    (SILU, {**PAIR, "mean": "0.5"}, TypeError, r"`mean` must be three finite numbers, .*got '0\.5'"),
-    (SILU, {**PAIR, "mean": (float("nan"),) * 3}, ValueError, r"`mean` must be three finite numbers"),
-    (SILU, {**PAIR, "std": (0.5, 0.5, 0.0)}, ValueError, r"`std` must be three finite numbers above 0"),
+    (SILU, {**PAIR, "mean": (0.5, 0.5)}, ValueError, r"one number for each of 3 channels, .*got \(0\.5"),
+    (SILU, {**PAIR, "mean": "0.5"}, TypeError, r"`mean` must be finite numbers, .*got '0\.5'"),
+    (SILU, {**PAIR, "mean": (float("nan"),) * 3}, ValueError, r"`mean` must be finite numbers"),
+    (SILU, {**PAIR, "std": (0.5, 0.5, 0.0)}, ValueError, r"`std` must be finite numbers above 0"),
     (SILU, {"dataset": "imagenet"}, ValueError, r"dataset='imagenet'"),
     (SILU, {"num_classes": 0}, ValueError, r"`num_classes` .*got 0"),
     ("WideResNet-10-1", PAIR, ValueError, r"must be left out for WideResNet-10-1"),

@@ -18,6 +18,10 @@ BenchmarkDataset, ThreatModel = robustbench.data.BenchmarkDataset, robustbench.d
 CORRUPTIONS = robustbench.data.CORRUPTIONS
 
 
+# Of networks that were not trained, or get images that they were not trained on.
+pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
+
+
 @pytest.fixture(scope="module")
 def corrupted(tmp_path_factory):
     """CIFAR-10-C of 4x4 pixels, with 10,000 images per severity as RobustBench's loader wants it."""

@@ -1,6 +1,7 @@
 """ikl_plugins.robustbench.evaluation: AutoAttack's own results, a log that survives, curves and corruptions."""
 
 import collections
+import contextlib
 import copy
 import errno
 import functools
@@ -19,17 +20,22 @@ import pytest
 import torch
 from quick_autoattack import Interruption, Quick, batch, message, network, without_times
 from torch import nn
+from torchvision.transforms import Normalize
 
 from ikl_plugins import _files
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.robustbench.data import Images, content_sha256
 from ikl_plugins.robustbench.evaluation import curve, evaluate
 from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
+from ikl_plugins.robustbench.loading import Normalised
+from ikl_plugins.robustbench.preflight import preflight
 
 robustbench = import_robustbench()
 BenchmarkDataset, ThreatModel = robustbench.data.BenchmarkDataset, robustbench.data.ThreatModel
 QUICK = ("apgd-ce", "apgd-t")
 compiled = functools.partial(torch.compile, backend="eager")
+# Of networks that were not trained, or get images that they were not trained on.
+pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +146,21 @@ def test_the_result_is_autoattacks(version, norm, eps):
     assert found.standard == (version == "standard")
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_images_have_any_number_of_channels(channels, norm):
+    model = Normalised(network(channels=channels), (0.5,), (0.5,)).eval()
+    images, labels = batch(model, channels=channels)
+    found = checked(model, images, labels, eps="4/255" if norm == "Linf" else "0.1", norm=norm, batch_size=14)
+    assert found.robust_accuracy < found.natural_accuracy
+    whole = Normalised(model.network, (0.5,) * channels, (0.5,) * channels)  # as torchvision's Normalize broadcasts
+    assert torch.equal(whole(images), model(images))
+    assert torch.equal(whole.network(Normalize((0.5,), (0.5,))(images)), model(images))
+    if channels > 1:  # broadcasting would make as many of one
+        with message(f"images must have {channels} channels, as `mean` has, got (14, 1, 8, 8)"):
+            whole(images[:, :1])
+
+
 @pytest.mark.parametrize(
     "attacks", [("apgd-t", "apgd-ce"), ("apgd-dlr",), ("fab-t", "fab"), ("fab", "fab-t"), ("square", "apgd-ce")]
 )
@@ -162,6 +183,118 @@ def test_the_layout_of_the_images_does_not_matter():
         found = evaluate(model, other, labels.int(), eps="4/255", attacks=["apgd-ce"])
         assert without_times(found.log) == without_times(expected.log)
         assert torch.equal(found.adversarial_images(images), expected.adversarial_images(images))
+
+
+@contextlib.contextmanager
+def changed(set_it, get_it, value):
+    """Something of torch's own, set for a while."""
+    before = get_it()
+    set_it(value)
+    try:
+        yield
+    finally:
+        set_it(before)
+
+
+CONDITIONS = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "deterministic": lambda: changed(
+        torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled, True
+    ),
+    "double by default": lambda: changed(torch.set_default_dtype, torch.get_default_dtype, torch.float64),
+    "another device by default": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_what_the_program_has_switched_on_does_not_reach_the_attacks(name, whole, tmp_path):
+    def states():
+        return torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype()
+
+    with CONDITIONS[name]():
+        before = states()
+        found = evaluate(whole.model, whole.images, whole.labels, log=tmp_path / "log.json", **OPTIONS)
+        assert states() == before
+    same(found, whole)
+
+
+def test_a_model_and_images_made_in_inference_mode_are_attacked_too(whole, tmp_path):
+    with torch.inference_mode():
+        model = network()
+        images, labels = batch(model)
+        found = evaluate(model, images, labels, log=tmp_path / "log.json", **OPTIONS)
+        points = curve(model, images, labels, ["4/255"], attacks=QUICK, batch_size=5)
+        checks = preflight(model, images, labels)
+    same(found, whole)
+    assert points[0]["robust"] == whole.evaluation.log["robust"]
+    assert checks == preflight(whole.model, whole.images, whole.labels)
+
+
+class Converted(nn.Module):
+    """A network of another precision, behind images and logits of the given dtypes."""
+
+    def __init__(self, dtype, images, logits):
+        super().__init__()
+        self.network, self.images, self.logits = network().to(dtype), images, logits
+        self.eval()
+
+    def forward(self, images):
+        return self.network(images.to(self.images)).to(self.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_named_and_may_be_converted(dtype):
+    images, labels = batch(network())
+    word = str(dtype).removeprefix("torch.")
+    with message(f"`model` must take float32 images, but has {word} weights and fails (Input type"):
+        evaluate(network().to(dtype), images, labels, **OPTIONS)
+    with message(f"`model` must give float32 logits, as AutoAttack keeps its losses in it, got {dtype}. Return"):
+        evaluate(Converted(dtype, dtype, dtype), images, labels, **OPTIONS)
+    found = checked(Converted(dtype, dtype, torch.float32), images, labels, **OPTIONS)
+    assert found.log["dtype"] == word
+    with message("`model` must have values, but 0.weight is on the meta device. Load its weights."):
+        evaluate(network().to("meta"), images, labels, **OPTIONS)
+
+
+def test_an_accuracy_no_better_than_chance_is_a_warning_before_the_attacks():
+    model, images, labels = sample(count=20, wrong=17)
+    made, why = [], r"^evaluate: 3 of 20 natural images are right, no more than by chance \(10 %\): check that the"
+    with pytest.warns(UserWarning, match=why):
+        evaluate(model, images, labels, progress=made.append, **OPTIONS)
+    assert made
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(terminal, monkeypatch):
+    model, images, labels = sample()
+    shown = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    log = evaluate(model, images, labels, progress=True, **OPTIONS).log
+    lines = [
+        f"{entry['attack']}: {entry['standing']} of 14 standing ({entry['batches']} of {entry['batches']} batches)"
+        for entry in log["progress"]
+    ]
+    text = shown.getvalue()
+    if terminal:
+        for entry in log["progress"]:
+            end = f"{entry['batches']}/{entry['batches']} "
+            assert re.search(rf"{entry['attack']}: 100%.* {end}.*, {entry['standing']} of 14 standing\]", text), text
+    else:
+        assert text.splitlines() == lines
+    curve(model, images, labels, ["4/255"], attacks=["apgd-ce"])
+    assert "eps 4/255, apgd-ce: " in shown.getvalue().removeprefix(text)
+    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
+    evaluate(model, images, labels, progress=False, **OPTIONS)
+    assert shown.getvalue() == ""
+    with message("`progress` must be True, False or a function, got 'bar'", TypeError):
+        evaluate(model, images, labels, progress="bar", **OPTIONS)
 
 
 def test_the_numbers_are_those_of_robustbench(monkeypatch, capsys):
@@ -258,6 +391,7 @@ def test_the_log_says_everything(tmp_path):
         "model": "small",
         "checkpoint": {"name": "weights.pt", "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
         "weights_sha256": weights_sha256(model),
+        "dtype": "float32",
         "seed": 4,
         "threat_model": "Linf",
         "dataset": None,

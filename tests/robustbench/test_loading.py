@@ -255,7 +255,7 @@ MISFITS = [
     ("architecture", dict, ("WideResNet-34",), {}, r"architecture `WideResNet-34`.*resnet8"),
     ("no mean", of_ours("resnet8"), ("resnet8",), {}, r"`mean` and `std` must be given for resnet8"),
     ("no std", dict, (PLAIN,), {"mean": THREE}, r"`mean` and `std` must be given both"),
-    ("two means", dict, (PLAIN,), {"mean": (0.5,) * 2, "std": THREE}, r"`mean` must be three finite numbers"),
+    ("two means", dict, (PLAIN,), {"mean": (0.5,) * 2, "std": THREE}, r"one number for each of 3 channels"),
     ("no class", dict, (PLAIN,), {"num_classes": 0}, r"`num_classes` .* got 0"),
     ("imagenet", plain(), (DM, "imagenet"), {}, r"must know mean and std"),
 ]
@@ -286,7 +286,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(saved, tmp_path):
 
 
 def test_statistics_that_are_none_are_refused():
-    with pytest.raises(ValueError, match=r"^Normalised: `std` must be three finite numbers above 0"):
+    with pytest.raises(ValueError, match=r"^Normalised: `std` must be finite numbers above 0"):
         Normalised(nn.Identity(), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5))
 
 

@@ -75,6 +75,10 @@ class Around(nn.Module):
         return logits if self.after is None else self.after(logits, x)
 
 
+# Of networks that were not trained, or get images that they were not trained on.
+pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
+
+
 @pytest.fixture
 def labels():
     return torch.arange(N) % CLASSES
@@ -609,6 +613,23 @@ def test_tries_the_normalisations_in_common_use(images, labels):
     assert why.startswith("Normalising by ImageNet's mean and std before the model gives 100.0 % accuracy")
 
 
+@pytest.mark.parametrize(
+    ("channels", "mean", "std", "given", "words"),
+    [
+        (1, 0.1307, 0.3081, {}, "MNIST's"),
+        (1, 0.5, 0.5, {}, "0.5 and 0.5"),
+        (2, 0.5, 0.5, {}, "0.5 and 0.5"),
+        (4, 0.3, 0.2, {"mean": (0.3,), "std": (0.2,)}, "the given"),
+    ],
+)
+def test_any_number_of_channels_may_be_normalised(channels, mean, std, given, words, images, labels):
+    images = images[:, :1].repeat(1, channels, 1, 1)
+    classifier = Brightness((mean,) * channels, (std,) * channels)
+    sound(run(Normalised(classifier, (mean,), (std,)).eval(), images, labels, **given))
+    why = run(classifier.eval(), images, labels, **given)["normalisation"].why
+    assert why.startswith(f"Normalising by {words} mean and std before the model gives 100.0 %")
+
+
 def test_catches_a_swapped_channel_order(images, labels):
     class Red(Brightness):
         def forward(self, x):
@@ -731,8 +752,9 @@ def test_wants_a_claim_that_is_not_above_what_was_measured(claimed, measured, pa
         ({"labels": torch.zeros(40)}, TypeError, "`labels` .* got torch.float32"),
         ({"labels": torch.zeros(3).long()}, ValueError, r"`labels` .* got shape \(3,\) with 0"),
         ({"labels": torch.full((40,), 10)}, ValueError, "`labels` must be below 10, .* got 10"),
-        ({"mean": MEAN}, ValueError, "`mean` and `std` must be given together"),
-        ({"mean": MEAN, "std": (0.5,)}, ValueError, r"`std` .* got \(0.5,\)"),
+        ({"mean": MEAN}, ValueError, "`mean` and `std` must be given both"),
+        ({"mean": MEAN, "std": (0.5, 0.5)}, ValueError, "`mean` and `std` .* each of 3 channels"),
+        ({"mean": MEAN, "std": (0.0,)}, ValueError, r"`std` must be finite numbers above 0"),
         ({"batch_size": 0}, ValueError, "`batch_size` .* got 0"),
         ({"number_forward_passes": 0}, ValueError, "`number_forward_passes` .* got 0"),
         ({"number_forward_passes": True}, TypeError, "`number_forward_passes` .* got True"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..conditions import stop_autocast
 from .subject import (
     Finding,
     Subject,
@@ -21,7 +22,6 @@ from .subject import (
     hooked,
     is_leaf,
     named_tensors,
-    stop_autocast,
     tolerance,
 )
 

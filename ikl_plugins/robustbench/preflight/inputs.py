@@ -20,7 +20,7 @@ _STDS = ("std", "sigma", "stds")
 _COMMON = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CIFAR's": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "0.5 and 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "MNIST's": ((0.1307,), (0.3081,)),
 }
 
 
@@ -102,12 +102,14 @@ def _views(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | 
     """The images as a wrong pipeline would have passed them."""
     views = {"Multiplying by 255": images * GREY_LEVELS, "Dividing by 255": images / GREY_LEVELS}
     channels = images.shape[1]
-    known = {"the given": (mean, std)} if mean is not None and std is not None else _COMMON
-    for words, (centre, scale) in known.items():
-        if centre is None or scale is None or len(centre) != channels:
-            continue
-        shift = torch.tensor(centre, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
-        width = torch.tensor(scale, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+    known: dict[str, tuple[Sequence[float], Sequence[float]]]
+    if mean is not None and std is not None:
+        known = {"the given": (mean, std)}
+    else:
+        fitting = {words: pair for words, pair in _COMMON.items() if len(pair[0]) == channels}
+        known = {**fitting, "0.5 and 0.5": ((0.5,), (0.5,))}  # as Normalize((0.5,), (0.5,)) does for any channels
+    for words, pair in known.items():
+        shift, width = (images.new_tensor(numbers).view(1, -1, 1, 1) for numbers in pair)
         views[f"Normalising by {words} mean and std before the model"] = (images - shift) / width
         views[f"Undoing a normalisation by {words} mean and std"] = images * width + shift
     if channels == 3:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["Check", "Preflight"]
 
@@ -27,9 +29,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Preflight:
-    """The checks, in the order of :data:`~ikl_plugins.robustbench.preflight.CHECKS`."""
+    """What all checks found.
+
+    Attributes:
+        checks: in the order of :data:`~ikl_plugins.robustbench.preflight.CHECKS`.
+        data: what they judged by: ``name``, ``sha256``, ``n_examples``, ``preprocessing`` and ``natural_accuracy``, in
+            percent; None where there were no labels or no logits.
+        warnings: sentences on what is no failure, but rarely meant.
+    """
 
     checks: tuple[Check, ...]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -49,10 +60,24 @@ class Preflight:
     def __getitem__(self, name: str) -> Check:
         return next(found for found in self.checks if found.name == name)
 
+    def __str__(self) -> str:
+        return self.markdown()
+
+    @property
+    def judged_by(self) -> str:
+        """The data and the natural accuracy on them, as a sentence."""
+        if not self.data:
+            return "Not said by which images."
+        accuracy = self.data["natural_accuracy"]
+        natural = "natural accuracy not known" if accuracy is None else f"natural accuracy {accuracy:.2f} %"
+        of = f" of {self.data['name']}" if self.data["name"] else ", not named"
+        return f"Judged by {self.data['n_examples']:,} images{of} (sha256 {self.data['sha256'][:12]}): {natural}."
+
     def markdown(self) -> str:
         """The checks as a Markdown page."""
         verdict = "passed" if self.passed else f"FAILED: {', '.join(self.failed)}"
-        lines = [f"# Preflight: {verdict}", ""]
+        lines = [f"# Preflight: {verdict}", "", self.judged_by, ""]
+        lines += [line for text in self.warnings for line in (f"**Warning: {text}**", "")]
         if self.unchecked:
             lines += [f"Not checked: {', '.join(self.unchecked)}.", ""]
         lines += ["| check | result | why |", "| --- | --- | --- |"]
@@ -62,6 +87,7 @@ class Preflight:
         return "\n".join([*lines, ""])
 
     def to_json(self) -> str:
-        """The checks as JSON text: ``passed`` and ``checks``, a list of ``name``, ``passed`` (null) and ``why``."""
+        """As JSON text: ``passed``, ``checks`` (a list of ``name``, ``passed``, ``why``), ``data`` and ``warnings``."""
         checks = [{"name": found.name, "passed": found.passed, "why": found.why} for found in self.checks]
-        return json.dumps({"passed": self.passed, "checks": checks}, indent=2)
+        found = {"passed": self.passed, "checks": checks, "data": dict(self.data), "warnings": list(self.warnings)}
+        return json.dumps(found, indent=2)

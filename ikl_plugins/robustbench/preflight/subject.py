@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import _validation as check
+from ...models.robustbench_zoo import given_statistics
+from ..conditions import trainable_copy
 from ..eps import Eps, parse_eps
 
 __all__ = [
@@ -28,7 +30,6 @@ __all__ = [
     "hooked",
     "is_leaf",
     "named_tensors",
-    "stop_autocast",
     "tolerance",
 ]
 
@@ -38,7 +39,6 @@ GREY_LEVELS = 255
 _CALLER = "preflight"
 _SHOWN = 4  # names in a message
 _RELATIVE = 1e-4  # of the largest logit: what the order of float32 sums may change, with room
-_AUTOCAST = ("cpu", "cuda")
 
 
 @dataclass
@@ -78,6 +78,11 @@ class Subject:
         self.radius = None if self.eps is None else parse_eps(_CALLER, self.eps, norm="L2")
         named = self.user.named_modules()
         self.training = tuple(name or type(self.user).__name__ for name, module in named if module.training)
+        self.user = trainable_copy(_CALLER, self.user)
+        if self.images.is_inference():
+            self.images = self.images.clone()
+        if self.labels is not None and self.labels.is_inference():
+            self.labels = self.labels.clone()
         self.model = copied(self.user) or self.user
         self.logits = torch.empty(0, 0)
 
@@ -97,13 +102,9 @@ class Subject:
             value = getattr(self, name)
             if value is not None and check.check_number(_CALLER, name, value) > 100:
                 raise ValueError(f"{_CALLER}: `{name}` must be in percent, 0 to 100, got {value}. Pass 57.09.")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError(f"{_CALLER}: `mean` and `std` must be given together. Pass both, or neither.")
-        channels = self.images.shape[1]
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != channels:
-                raise ValueError(f"{_CALLER}: `{name}` must have one value per channel, {channels}, got {values!r}.")
+        given = given_statistics(_CALLER, self.mean, self.std, self.images.shape[1])
+        if given is not None:
+            self.mean, self.std = given
 
     def check_classes(self) -> None:
         """Refuses labels that the model has no logit for."""
@@ -123,6 +124,9 @@ def _check_model_and_images(model: object, images: object) -> None:
     if images.dim() != 4 or len(images) < 2:
         shape = tuple(images.shape)
         raise ValueError(f"{_CALLER}: `images` must have shape (N, channels, H, W) with N >= 2, got {shape}.")
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    if device != images.device:
+        raise ValueError(f"{_CALLER}: `images` must be on the model's device, {device}, got {images.device}. Move one.")
     if not torch.isfinite(images).all():
         raise ValueError(f"{_CALLER}: `images` must be finite, got inf or nan. Pass images in [0, 1].")
 
@@ -148,7 +152,7 @@ def copied(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone, no autocast; afterwards modes, tensors, autocast and random numbers as before."""
+    """Eval mode by the flags alone; afterwards modes, tensors and random numbers as before."""
     modes = {module: module.training for module in model.modules()}
     # The tensors themselves, as `half` and its like put other buffers into a module. TorchScript has no such tables.
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -160,8 +164,6 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     tensors = [(tensor, tensor.detach().clone()) for _, tensor in named_tensors(model)]
     cuda = sorted({tensor.device.index for tensor, _ in tensors if tensor.device.type == "cuda"})
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    autocast = {device: torch.is_autocast_enabled(device) for device in _AUTOCAST}
-    stop_autocast()
     for module in modes:
         module.training = False
     try:
@@ -170,8 +172,6 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
-        for device, enabled in autocast.items():
-            torch.set_autocast_enabled(device, enabled)
         for module, training in modes.items():
             module.training = training
         for table, entries in tables:
@@ -183,14 +183,6 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
                     tensor.data = value
                 elif not torch.equal(tensor, value):
                     tensor.copy_(value)
-
-
-def stop_autocast() -> tuple[str, ...]:
-    """Turns autocast off; the devices it was on for."""
-    on = tuple(device for device in _AUTOCAST if torch.is_autocast_enabled(device))
-    for device in on:
-        torch.set_autocast_enabled(device, False)
-    return on
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
