@@ -101,6 +101,7 @@ def prepare(path, load):
             train.batch_sampler.epoch_size = 5
         else:
             config.model.awp.warmup_epochs = 1  # from the first epoch on, which is all there is
+            config.custom_hooks[2].begin_iter = 1
     else:
         train.dataset.indices = 3
         val.dataset.indices = 2

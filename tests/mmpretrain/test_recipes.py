@@ -232,10 +232,34 @@ def test_the_attack_is_the_one_that_the_authors_ran(path, load):
     assert model.awp.active(10)
     assert model.augmented_weight == AUGMENTED_WEIGHTS.get(path)
     assert "label_smoothing" not in config.model
-    # 0.9 of the average is left after an epoch of 48,976 images in batches of 128.
+    # After each epoch of 48,976 images in batches of 128.
+    steps = math.floor(48_976 / 128) if path.endswith("-trades.py") else math.ceil(48_976 / 128)
     (average,) = (hook for hook in config.custom_hooks if hook.type == "EMAHook")
-    assert average == {"type": "EMAHook", "momentum": 2.75e-4, "update_buffers": True}
-    assert (1 - average.momentum) ** math.ceil(48_976 / 128) == pytest.approx(0.9, abs=2e-4)
+    assert average == {**AVERAGE, "interval": steps, "begin_iter": steps}
+
+
+AVERAGE = {"type": "EMAHook", "momentum": 0.1, "update_buffers": True}
+
+
+def test_the_average_is_the_one_that_the_authors_make_of_the_checkpoints_of_the_epochs(tmp_path):
+    """Of epoch 1 itself, then 0.9 * average + 0.1 * weights; buffers too."""
+    states = []
+
+    def note(run):
+        states.append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+    hooks = [{"type": "IKLHook"}, {**AVERAGE, "interval": 3, "begin_iter": 3}]
+    run = runs.runner(tmp_path, runs.network(), hooks=hooks, epochs=4)  # 3 steps each
+    run.register_hook(runs.Record(after_train_epoch=note))
+    run.train()
+    found = next(hook.ema_model.module.state_dict() for hook in run.hooks if hasattr(hook, "ema_model"))
+    expected, *others = states
+    for state in others:
+        expected = {name: 0.9 * value + 0.1 * state[name] for name, value in expected.items()}
+    assert len(others) == 3
+    for name, value in found.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("path", GENERATED)

@@ -28,8 +28,8 @@ train_cfg = dict(max_epochs=200)
 custom_hooks = [
     dict(type="IKLHook"),
     dict(type="SyncBuffersHook"),
-    # Published: after each epoch 0.9 * average + 0.1 * weights, buffers too. Over 352 steps that is 3e-4 a step.
-    dict(type="EMAHook", momentum=3e-4, update_buffers=True),
+    # Published: after each epoch, here of 352 steps, 0.9 * average + 0.1 * weights, buffers too.
+    dict(type="EMAHook", momentum=0.1, interval=352, begin_iter=352, update_buffers=True),
 ]
 val_evaluator = [dict(type="Accuracy", topk=(1,)), dict(type="RobustAccuracy", topk=(1,))]
 test_evaluator = val_evaluator

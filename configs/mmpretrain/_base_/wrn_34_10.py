@@ -65,8 +65,8 @@ test_evaluator = val_evaluator
 custom_hooks = [
     dict(type="IKLHook"),
     dict(type="SyncBuffersHook"),
-    # Published: offline, after each epoch 0.9 * average + 0.1 * weights, buffers too. Over 383 steps that is 2.75e-4 a
-    # step: MMEngine's hook averages in every step.
-    dict(type="EMAHook", momentum=2.75e-4, update_buffers=True),
+    # Published: the weights after epoch 1, and after each other epoch 0.9 * average + 0.1 * weights, buffers too. Of
+    # 48,976 images, 128 a step, an epoch has 383 steps: with other numbers put yours in both places.
+    dict(type="EMAHook", momentum=0.1, interval=383, begin_iter=383, update_buffers=True),
 ]
 default_hooks = dict(logger=dict(interval=100), checkpoint=dict(save_best="robust/top1"))

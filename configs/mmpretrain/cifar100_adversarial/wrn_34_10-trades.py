@@ -12,5 +12,7 @@ model = dict(
 # no last batch that is not full.
 param_scheduler = [dict(type="CosineAnnealingLR", by_epoch=True, T_max=200)]
 train_dataloader = dict(drop_last=True)
+average = dict(type="EMAHook", momentum=0.1, interval=382, begin_iter=382, update_buffers=True)
+custom_hooks = [*_base_.custom_hooks[:2], average]
 
 work_dir = "runs/mmpretrain/cifar100_adversarial/wrn_34_10-trades"
