@@ -25,6 +25,7 @@ from .._files import written_aside
 from ..checkpoints import plain_name
 from .conditions import precision
 from .data import Images, content_sha256, file_sha256
+from .tables import aligned
 
 __all__ = ["FORMAT", "Evaluation", "Record", "class_names", "data_facts", "identity", "percent", "weights_sha256"]
 
@@ -82,6 +83,28 @@ class Evaluation:
 
     log: dict[str, Any]
     adversarial: Mapping[int, Tensor] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return f"<Evaluation, {str(self).splitlines()[0]}>"
+
+    def __str__(self) -> str:
+        """What was evaluated, and how many images stood after each attack."""
+        log, count = self.log, self.log["n_examples"]
+        corrupted = log["fell_to"] is None
+        how = "standard AutoAttack" if log["standard"] else f"AutoAttack {log['version']}"
+        data = (log["data"] or {}).get("name") or log["dataset"] or "data without a name"
+        what = log["threat_model"] if corrupted else f"{log['threat_model']}, eps {log['eps']}, {how}"
+        rows = [["", "images", "accuracy (%)"]]
+        if log["natural_correct"] is not None:
+            rows.append(["natural images", f"{sum(log['natural_correct']):,}", f"{log['natural_accuracy']:.2f}"])
+        if corrupted:
+            robust = "-" if log["robust_accuracy"] is None else f"{log['robust_accuracy']:.2f}"
+            rows.append([f"mean of {len(log['corruptions'])} corruptions and severities", "", robust])
+        for entry in () if corrupted else log["progress"] or ():
+            standing = entry["standing"]
+            rows.append([f"after {entry['attack']}", f"{standing:,}", f"{100 * standing / count:.2f}"])
+        end = "" if log["finished"] else "\nNot finished: the robust accuracy will fall further."
+        return f"{log['model']}: {count:,} images of {data}, {what}\n{aligned(rows)}{end}"
 
     @property
     def natural_accuracy(self) -> float | None:

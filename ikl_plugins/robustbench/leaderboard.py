@@ -13,6 +13,7 @@ from typing import Any
 from .. import _validation as check
 from .eps import Eps, as_fraction, parse_eps
 from .figures import new_figure, require_matplotlib, save_figure
+from .tables import aligned
 
 __all__ = ["Entry", "Place", "Ranking", "board_eps", "draw", "entries", "rank", "table_origin"]
 
@@ -133,6 +134,18 @@ class Ranking:
             f"Current: https://robustbench.github.io"
         )
 
+    def __str__(self) -> str:
+        """The places, and the nearest entries."""
+        groups = {"all entries": self.overall, "with additional data": self.with_data}
+        groups["without additional data"] = self.without_data
+        places = [[f"among {words}", str(place)] for words, place in groups.items()]
+        rows = [["entry", "place", "natural (%)", "robust (%)"]]
+        rows += [self._cells(f"  {one.id}", one.natural_accuracy, one.robust_accuracy) for one in self.above]
+        rows.append(self._cells(f"> {self.name}", self.natural_accuracy, self.robust_accuracy))
+        rows += [self._cells(f"  {one.id}", one.natural_accuracy, one.robust_accuracy) for one in self.below]
+        table = aligned(rows)
+        return f"{self.name} on RobustBench ({self.title}), table of {self.date}\n{aligned(places)}\n\n{table}"
+
     def markdown(self) -> str:
         """The places and the neighbours, as Markdown."""
         natural = "" if self.natural_accuracy is None else f", natural accuracy {self.natural_accuracy:.2f} %"
@@ -190,13 +203,18 @@ class Ranking:
             "source": self.source,
         }
 
+    def _cells(self, name: str, natural: float | None, robust: float) -> list[str]:
+        return [name, str(self._place_of(robust)), "-" if natural is None else f"{natural:.2f}", f"{robust:.2f}"]
+
+    def _place_of(self, robust: float) -> int:
+        """The place of an accuracy; the result pushes down what it beats."""
+        better = sum(other.robust_accuracy > robust for other in self.others)
+        return 1 + better + (self.robust_accuracy > robust)
+
     def _row(self, entry: Entry) -> str:
-        place = 1 + sum(other.robust_accuracy > entry.robust_accuracy for other in self.others)
-        # The result pushes down what it beats.
-        place += self.robust_accuracy > entry.robust_accuracy
         external = " (e)" if entry.external else ""
         return (
-            f"| {place} | [{entry.id}]({entry.link}) | {entry.natural_accuracy:.2f} | "
+            f"| {self._place_of(entry.robust_accuracy)} | [{entry.id}]({entry.link}) | {entry.natural_accuracy:.2f} | "
             f"{entry.robust_accuracy:.2f}{external} | {'yes' if entry.additional_data else 'no'} | "
             f"{entry.architecture.replace('|', '/')} | {entry.venue} |"
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = ["binomial_interval", "write_report"]
 _Z = 1.959964  # 95 % of a normal distribution lie within as many standard deviations
 _CLASSES = 20  # rows of the table of classes; of more, the lowest
 _SHOWN = 8  # images that fell
+_OTHER_FILES = (".htm", ".html", ".json", ".pdf", ".png", ".rst", ".txt")
 _UPPER_BOUND = (
     "An attack finds adversarial images, and does not prove that there are no others: robust accuracy under attacks is "
     "an upper bound of robust accuracy."
@@ -55,24 +57,26 @@ def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
 
 
-def write_report(evaluation: Evaluation, folder: str | Path, *, images: Images | Tensor | None = None) -> Path:
-    """Writes report.md and its pictures.
+def write_report(evaluation: Evaluation, path: str | Path, *, images: Images | Tensor | None = None) -> Path:
+    """Writes a page of Markdown and its pictures.
 
     Args:
         evaluation: of :func:`~ikl_plugins.robustbench.evaluation.evaluate` or
             :func:`~ikl_plugins.robustbench.corruptions.evaluate_corruptions`, finished or not.
-        folder: where; files of the same names are replaced.
+        path: a folder, which gets report.md; or a file that ends with .md, whose name begins those of the pictures
+            beside it. Files of the same names are replaced.
         images: those that were evaluated, so that images that fell can be shown.
 
     Returns:
-        The path of report.md.
+        The path of the page.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        ValueError: ``images`` are not as many as were evaluated.
+        ValueError: ``images`` are not as many as were evaluated; ``path`` ends as another kind of file.
     """
     require_matplotlib("write_report")
-    folder, log = Path(folder), evaluation.log
+    page, log = _page(Path(path)), evaluation.log
+    pictures = _Pictures(page)
     pixels = images.images if isinstance(images, Images) else images
     if pixels is not None and log["labels"] is not None and len(pixels) != len(log["labels"]):
         raise ValueError(
@@ -81,19 +85,40 @@ def write_report(evaluation: Evaluation, folder: str | Path, *, images: Images |
         )
     parts = [f"# Robustness of {log['model']}", _summary(log), _setting(log)]
     if log["fell_to"] is None:
-        parts.append(_corruption_part(log, folder))
+        parts.append(_corruption_part(log, pictures))
     else:
         parts.append(_attack_part(log))
         if log.get("curve"):
-            parts.append(_curve_part(log, folder))
+            parts.append(_curve_part(log, pictures))
     if log["labels"] is not None:
-        parts.append(_class_part(log, folder))
+        parts.append(_class_part(log, pictures))
     if log["fell_to"] is not None:
-        parts.append(_fallen_part(evaluation, pixels, folder))
-    path = folder / "report.md"
-    with written_aside(path) as aside:
-        aside.write_text("\n\n".join(parts) + "\n")
-    return path
+        parts.append(_fallen_part(evaluation, pixels, pictures))
+    with written_aside(page) as aside:
+        aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+class _Pictures(NamedTuple):
+    """Where the pictures of a page lie: beside it, behind its name unless that is report.md."""
+
+    page: Path
+
+    def path(self, name: str) -> Path:
+        before = "" if self.page.name == "report.md" else f"{self.page.stem}_"
+        return self.page.with_name(before + name)
+
+    def link(self, words: str, name: str) -> str:
+        return f"![{words}]({urllib.parse.quote(self.path(name).name)})"
+
+
+def _page(path: Path) -> Path:
+    """The page at a path that names it, or its folder."""
+    if path.suffix.lower() == ".md" and not path.is_dir():
+        return path
+    if path.suffix.lower() in _OTHER_FILES or path.is_file():
+        raise ValueError(f"write_report: `path` must be a folder or end with .md, got {path}. Write report.md.")
+    return path / "report.md"
 
 
 # --- the parts of the page -------------------------------------------------------------------------------------------
@@ -166,7 +191,7 @@ def _attack_part(log: dict[str, Any]) -> str:
     )
 
 
-def _curve_part(log: dict[str, Any], folder: Path) -> str:
+def _curve_part(log: dict[str, Any], pictures: _Pictures) -> str:
     points = log["curve"]
     rows = [[point["eps"], *_share(point["robust"]), ", ".join(point["attacks"]) or "none stood"] for point in points]
     figure, axes = new_figure(6, 4)
@@ -189,15 +214,16 @@ def _curve_part(log: dict[str, Any], folder: Path) -> str:
         ylim=(0, 100),
     )
     axes.legend(loc="lower left")
-    save_figure(figure, folder / "robust_accuracy.png")
+    save_figure(figure, pictures.path("robust_accuracy.png"))
     return (
         "## Robust accuracy against eps\n\nEach radius is attacked on the images that stand at the smaller ones. The "
-        "curve may therefore lie below the result above at its radius.\n\n![robust accuracy](robust_accuracy.png)\n\n"
+        "curve may therefore lie below the result above at its radius.\n\n"
+        f"{pictures.link('robust accuracy', 'robust_accuracy.png')}\n\n"
         + _table(["eps", "robust accuracy (%)", "95 % interval", "attacks"], rows)
     )
 
 
-def _class_part(log: dict[str, Any], folder: Path) -> str:
+def _class_part(log: dict[str, Any], pictures: _Pictures) -> str:
     kinds = [("natural", log["natural_correct"])]
     if log["robust"] is not None:
         kinds.append(("robust", log["robust"]))
@@ -218,11 +244,11 @@ def _class_part(log: dict[str, Any], folder: Path) -> str:
 
     series = {name: [shares[label][number] for label in shown] for number, (name, _) in enumerate(kinds)}
     names = [_class(log, label) for label in shown]
-    _bars(folder / "classes.png", f"Accuracy per class of {log['model']}", "class", names, series)
-    return "## Classes\n\n" + note + "![accuracy per class](classes.png)\n\n" + _table(header, rows)
+    _bars(pictures.path("classes.png"), f"Accuracy per class of {log['model']}", "class", names, series)
+    return "## Classes\n\n" + note + pictures.link("accuracy per class", "classes.png") + "\n\n" + _table(header, rows)
 
 
-def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, folder: Path) -> str:
+def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, pictures: _Pictures) -> str:
     log = evaluation.log
     fell = [index for index, attack in enumerate(log["fell_to"]) if attack is not None]
     text = f"## Images that fell\n\n{len(fell)} of {sum(log['natural_correct'])} that were classified right."
@@ -239,7 +265,7 @@ def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, folder: Path) ->
         difference = adversarial - natural
         largest = difference.abs().max().item()
         # Grey where nothing changed, black and white at the largest change.
-        pictures = (
+        views = (
             natural,
             adversarial,
             0.5 + difference / (2 * largest) if largest else torch.full_like(natural, 0.5),
@@ -249,26 +275,25 @@ def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, folder: Path) ->
             f"{log['fell_to'][index]}\ntaken for {_drawn(_class(log, log['predictions'][index]))}",
             f"difference\nat most {255 * largest:.1f}/255",
         )
-        for row, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        for row, (picture, title) in enumerate(zip(views, titles, strict=True)):
             axes = grid[row][column]
             axes.imshow(_picture(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(title, fontsize=8)
             axes.set_axis_off()
     title = f"Natural, adversarial, and their difference, scaled ({log['threat_model']}, eps {log['eps']})"
     figure.suptitle(textwrap.fill(title, 26 * len(shown)), fontsize=10)
-    save_figure(figure, folder / "fallen.png")
+    save_figure(figure, pictures.path("fallen.png"))
     rows = [
         [str(index), _class(log, log["labels"][index]), _class(log, log["predictions"][index]), log["fell_to"][index]]
         for index in shown
     ]
     channels = pixels.shape[1]
     note = "" if channels in (1, 3) else f", the first of {channels} channels"
-    return f"{text} {len(shown)} of them{note}:\n\n![images that fell](fallen.png)\n\n" + _table(
-        ["image", "class", "taken for", "attack"], rows
-    )
+    link = pictures.link("images that fell", "fallen.png")
+    return f"{text} {len(shown)} of them{note}:\n\n{link}\n\n" + _table(["image", "class", "taken for", "attack"], rows)
 
 
-def _corruption_part(log: dict[str, Any], folder: Path) -> str:
+def _corruption_part(log: dict[str, Any], pictures: _Pictures) -> str:
     by_name: dict[str, dict[int, float]] = {}
     for entry in log["corruptions"]:
         by_name.setdefault(entry["corruption"], {})[entry["severity"]] = entry["accuracy"]
@@ -285,9 +310,10 @@ def _corruption_part(log: dict[str, Any], folder: Path) -> str:
         for severity in severities
     }
     title = f"Accuracy under corruptions of {log['model']}"
-    _bars(folder / "corruptions.png", title, "corruption", list(by_name), series)
+    _bars(pictures.path("corruptions.png"), title, "corruption", list(by_name), series)
     header = ["corruption (accuracy in %)", *(f"severity {severity}" for severity in severities), "mean"]
-    return "## Corruptions\n\n![accuracy under corruptions](corruptions.png)\n\n" + _table(header, rows)
+    link = pictures.link("accuracy under corruptions", "corruptions.png")
+    return f"## Corruptions\n\n{link}\n\n" + _table(header, rows)
 
 
 # --- tables and pictures ---------------------------------------------------------------------------------------------

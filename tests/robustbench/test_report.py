@@ -2,7 +2,9 @@
 
 import re
 import sys
+import urllib.parse
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -130,6 +132,72 @@ def test_the_fallen_are_shown_natural_adversarial_and_different(measured, tmp_pa
     assert torch.equal(pictures[1], adversarial)
     change = adversarial - natural
     assert torch.allclose(pictures[2], 0.5 + change / (2 * change.abs().max()))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_images_and_the_first_of_other_channels_are_shown(channels, tmp_path, monkeypatch):
+    model = network(4, channels=channels)
+    pixels, labels = batch(model, 10, channels=channels)
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", Quick)
+    evaluation = evaluate(model, pixels, labels, eps="16/255", attacks=["apgd-ce"])
+    figures = drawn(monkeypatch)
+    text = write_report(evaluation, tmp_path, images=pixels).read_text()
+    assert ("of them, the first of 4 channels:" in text) == (channels == 4)
+    axes = figures["fallen.png"].axes[0]
+    index = int(re.match(r"#(\d+)", axes.get_title())[1])
+    assert np.array_equal(axes.images[0].get_array().data, pixels[index, 0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("given", "page", "pictures"),
+    [
+        ("new/v1.2", "new/v1.2/report.md", ""),
+        ("report.md", "report.md", ""),
+        ("a net.md", "a net.md", "a net_"),
+        ("there.md", "there.md/report.md", ""),
+    ],
+)
+def test_the_page_is_written_where_it_is_told(given, page, pictures, measured, tmp_path, monkeypatch):
+    (tmp_path / "there.md").mkdir()
+    monkeypatch.setattr(
+        module, "save_figure", lambda figure, path: (path.parent.mkdir(parents=True, exist_ok=True), path.touch())
+    )
+    evaluation, images = measured
+    found = write_report(evaluation, tmp_path / given, images=images)
+    assert found == tmp_path / page
+    links = re.findall(r"!\[.*\]\((.*)\)", found.read_text())
+    assert [urllib.parse.unquote(link) for link in links] == [
+        f"{pictures}{name}.png" for name in ("robust_accuracy", "classes", "fallen")
+    ]
+    assert all((found.parent / urllib.parse.unquote(link)).is_file() for link in links)
+    assert len(list(found.parent.iterdir())) == 4 + (found.parent == tmp_path)
+    with pytest.raises(ValueError, match=r"`path` must be a folder or end with \.md, got .*page\.html"):
+        write_report(evaluation, tmp_path / "page.html")
+
+
+def test_a_result_prints_itself_as_a_short_table(measured):
+    evaluation, _ = measured
+    standing = evaluation.log["progress"][0]["standing"]
+    assert str(evaluation).splitlines() == [
+        "small_net: 40 images of made up, Linf, eps 4/255, AutoAttack custom",
+        "                images  accuracy (%)",
+        "natural images      38         95.00",
+        f"after apgd-ce       {standing:2}         {2.5 * standing:.2f}",
+    ]
+    assert repr(evaluation) == f"<Evaluation, {str(evaluation).splitlines()[0]}>"
+    unfinished = Evaluation({**evaluation.log, "finished": False})
+    assert str(unfinished).endswith("\nNot finished: the robust accuracy will fall further.")
+    shown = str(Evaluation(corruption_log(evaluation.log)))
+    assert shown.startswith("small_net: 40 images of made up, corruptions\n")
+    assert "mean of 10 corruptions and severities" in shown
+    ranking = rank("cifar100", "Linf", 39.18, natural_accuracy=73.85, name="mine")
+    first, *lines = str(ranking).splitlines()
+    assert first == f"mine on RobustBench (cifar100, Linf, eps = 8/255), table of {ranking.date}"
+    assert lines[0].split() == ["among", "all", "entries", *str(ranking.overall).split()]
+    (own,) = [line.split() for line in lines if line.startswith("> ")]
+    assert own == [">", "mine", str(ranking.overall.place), "73.85", "39.18"]
+    assert len(lines) == 5 + 1 + len(ranking.above) + len(ranking.below)
+    assert max(map(len, lines)) < 80
 
 
 def corruption_log(log, **changes):
