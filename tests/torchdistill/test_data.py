@@ -42,6 +42,7 @@ def test_images_and_labels(data, monkeypatch, from_environment):
         monkeypatch.chdir("/")
     folder, listed = image_folder("mine/train"), ImageList("lists/some.txt", "images")
     assert folder.classes == ["a", "b"]
+    assert folder[0][0] is not folder[0][0]  # read anew unless asked to keep
     assert [(image.getpixel((0, 0))[0], label) for image, label in folder] == [(0, 0), (10, 0), (0, 1), (10, 1)]
     assert len(listed) == 3
     assert listed.targets == [7, 0, 999]
