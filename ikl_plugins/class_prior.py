@@ -9,13 +9,25 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _validation as check
-from ._value_checks import is_recorded, read_value_checks
+from ._epoch_watch import PassWatch, meet_all_ranks
+from ._value_checks import check_values, is_recorded, read_value_checks
 
 __all__ = ["ClassPrior"]
 
 _logger = logging.getLogger(__name__)
+_COMPARED = 8  # batches of several ranks before which the sums are compared with those behind the last one
+
+
+def _judge_sums(changed: float) -> str | None:
+    if not changed:
+        return None
+    return (
+        "ClassPrior: the running sums must be each rank's own, but something overwrites them between batches. "
+        "Use DistributedDataParallel(..., broadcast_buffers=False)."
+    )
 
 
 class ClassPrior(nn.Module):
@@ -37,10 +49,16 @@ class ClassPrior(nn.Module):
         TypeError: ``num_classes`` is not an integer.
         ValueError: ``num_classes`` is below 1.
 
+    Attributes:
+        rank_timeout: seconds that :meth:`end_epoch` waits for the other ranks to call it.
+        watches_epochs: warn once where the labels show that a second epoch runs and :meth:`end_epoch` was never called;
+            the adapters, which call it themselves, turn that off.
+
     Note:
         When ``torch.distributed`` is initialised, :meth:`end_epoch` adds the sums of all ranks and must be called by
         all of them. The buffers between two such calls are the rank's own: with ``DistributedDataParallel`` around a
-        module that holds a prior set ``broadcast_buffers=False``, or rank 0's sums replace the others'.
+        module that holds a prior set ``broadcast_buffers=False``, or rank 0's sums replace the others'. Sums that
+        something has overwritten are refused.
 
     References:
         Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, section 3.3 and equation 10.
@@ -61,6 +79,11 @@ class ClassPrior(nn.Module):
     sums: Tensor
     counts: Tensor
     left_out: Tensor
+    rank_timeout: float = 600.0
+    watches_epochs: bool = True
+    _watch: PassWatch | None = None
+    _own_sums: Tensor | None = None  # of this rank, behind its last batch
+    _compared = 0
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -134,6 +157,7 @@ class ClassPrior(nn.Module):
     def add(self, probabilities: Tensor, labels: Tensor) -> None:
         """:meth:`observe` of predictions and labels that have been checked, the latter int64."""
         labels = labels.reshape(-1)
+        watched = self._begin_watch()
         rows = probabilities.detach().movedim(1, -1).reshape(-1, self.num_classes)
         finite = rows.sum(1).abs() < torch.inf  # on a device fewer launches than isfinite
         rows = torch.where(finite.unsqueeze(1), rows, 0.0)
@@ -141,6 +165,37 @@ class ClassPrior(nn.Module):
         self.sums.index_add_(0, labels, rows.to(self.sums.dtype))
         self.counts.index_add_(0, labels, counted)
         self.left_out += counted.numel() - counted.sum()
+        if watched:
+            self._end_watch()
+
+    def _begin_watch(self) -> bool:
+        """Refuses sums that are overwritten between batches, as DistributedDataParallel does to buffers."""
+        counts = self.counts
+        if counts.is_meta or isinstance(counts, FakeTensor) or is_recorded(counts):
+            return False
+        if self._own_sums is not None and self._own_sums.device == self.sums.device:
+            changed = (self.sums.diagonal() != self._own_sums).sum()
+            check_values("ClassPrior", "sums", (changed,), _judge_sums)
+        if self.watches_epochs and self._watch is None:
+            self._watch = PassWatch(counts)
+        return True
+
+    def _end_watch(self) -> None:
+        """Warns once of a second epoch without an end of the first."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        compared = distributed and self._compared < _COMPARED and torch.distributed.get_world_size() > 1
+        self._own_sums = self.sums.diagonal().clone() if compared else None
+        self._compared += compared
+        if not self.watches_epochs or self._watch is None:
+            return
+        batches = self._watch.saw(self.counts)
+        if batches is not None:
+            self.watches_epochs, self._watch = False, None
+            _logger.warning(
+                "ClassPrior: the same samples seem to come again every %d batches, but `end_epoch()` was never called. "
+                "Call it after each epoch, or the weights stay uniform.",
+                batches,
+            )
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -150,9 +205,11 @@ class ClassPrior(nn.Module):
         waits for that, and reads what checks of values have found there.
 
         Raises:
+            RuntimeError: another rank has not called this within ``rank_timeout`` seconds.
             ValueError: a check of values on a device has failed.
         """
         read_value_checks()
+        self.watches_epochs = False
         if not self.left_out.is_meta and (left_out := int(self.left_out)):
             _logger.warning(
                 "ClassPrior: %d predictions of this epoch were not finite and are left out of the class prior. "
@@ -160,6 +217,7 @@ class ClassPrior(nn.Module):
                 left_out,
             )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            meet_all_ranks("ClassPrior.end_epoch", self.rank_timeout)
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.counts)
         seen = (self.counts > 0).unsqueeze(1)
@@ -174,15 +232,17 @@ class ClassPrior(nn.Module):
         self.sums.zero_()
         self.counts.zero_()
         self.left_out.zero_()
+        self._watch = self._own_sums = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._passed = None  # of another matrix: this is a copy
+        self._passed = self._own_sums = None  # of another matrix: this is a copy
         if "left_out" not in self._buffers:  # pickled by an older release
             self.register_buffer("left_out", torch.zeros_like(self.counts[0]), persistent=False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._own_sums = None
         # No part of a checkpoint; on the meta device until now, perhaps.
         self.left_out = torch.zeros_like(self.left_out, device=self.counts.device)
 

@@ -102,6 +102,8 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._epoch = None
         _check_ranks(runner, by_iteration)
         model = _unwrap(runner.model)
+        for prior in class_priors(model).values():
+            prior.watches_epochs = False  # they are rolled here
         if get_rank() > 0:
             _forget_running_sums(model)  # a checkpoint holds those of rank 0, once is enough
         if isinstance(model, EpochModel):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ikl_plugins import ClassPrior
 
@@ -307,6 +310,40 @@ for epoch in torch.load(data, weights_only=True):
         prior.observe(probabilities, targets)
     prior.end_epoch()
 torch.save(prior.state_dict(), f"{out}{rank}")
+
+# Rank 0 alone ends an epoch while rank 1 is elsewhere; later both meet.
+refusal, prior.rank_timeout = "", 0.5
+if rank == 0:
+    try:
+        prior.end_epoch()
+    except RuntimeError as error:
+        refusal = str(error)
+dist.barrier()
+prior.observe(torch.eye(5)[rank:rank + 1], torch.tensor([4]))
+prior.end_epoch()
+
+# DistributedDataParallel around the prior, which by default overwrites the buffers of rank 1 before each batch.
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.prior = torch.nn.Linear(5, 5), ClassPrior(5)
+
+    def forward(self, x):
+        logits = self.layer(x)
+        self.prior.observe(logits.softmax(1), torch.arange(len(x)) + rank)
+        return logits.sum()
+
+overwritten = ""
+torch.manual_seed(rank)
+for options in ({"broadcast_buffers": False}, {}):
+    net = torch.nn.parallel.DistributedDataParallel(Net(), **options)
+    try:
+        for _ in range(3):
+            net(torch.randn(4, 5)).backward()
+    except (RuntimeError, ValueError) as error:
+        assert not options
+        overwritten = str(error)
+torch.save((refusal, prior.matrix[4], overwritten), f"{out}{rank}_messages")
 dist.destroy_process_group()
 """
 
@@ -345,6 +382,77 @@ def test_two_ranks_give_the_prior_of_one(tmp_path: Path) -> None:
         torch.testing.assert_close(state["matrix"], alone.matrix, rtol=0, atol=1e-6)
         torch.testing.assert_close(state["matrix"].double(), matrix, rtol=0, atol=1e-6)
         assert torch.count_nonzero(state["sums"]) == torch.count_nonzero(state["counts"]) == 0
+
+    ended, overwritten = zip(
+        *((state[0], state[2]) for rank in range(2) if (state := torch.load(tmp_path / f"rank{rank}_messages"))),
+        strict=True,
+    )
+    assert re.match(r"ClassPrior\.end_epoch: all 2 ranks must call it, but within 0\.5 s rank 1 did not", ended[0])
+    assert ended[1] == ""
+    row = torch.load(tmp_path / "rank0_messages")[1]
+    torch.testing.assert_close(row, torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0]))
+    # Rank 0 sees its own sums; it hears of the other's end.
+    assert re.search(r"running sums must be each rank's own.*broadcast_buffers=False", overwritten[1])
+
+
+# --- epochs that nobody ends -----------------------------------------------------------------------------------------
+
+
+def _passes(labels: Tensor, batch_size: int, passes: int, *, drop_last: bool = False) -> Iterator[Tensor]:
+    loader = DataLoader(TensorDataset(labels), batch_size, shuffle=True, drop_last=drop_last)
+    for _ in range(passes):
+        yield from (batch for (batch,) in loader)
+
+
+def _cycle(*batches: list[int]) -> Iterator[Tensor]:
+    return (torch.tensor(batch) for _ in range(300) for batch in batches)
+
+
+RANDOM = torch.randint(10, (20_000,), generator=torch.Generator().manual_seed(1))
+SORTED = RANDOM.sort().values
+FEW = RANDOM[:90] % 3
+# Label streams: of several passes over the same data, and of what looks like it and is none.
+STREAMS: dict[str, tuple[Callable[[], Iterator[Tensor]], int | None]] = {
+    "two passes and a bit": (lambda: _passes(RANDOM[:1437], 64, 3), 23),
+    "batches that divide the data": (lambda: _passes(RANDOM[:640], 64, 3), 10),
+    "dropped last batches": (lambda: _passes(RANDOM[:5000], 64, 6, drop_last=True), 78),
+    "three classes": (lambda: _passes(FEW, 8, 12), 12),
+    "single samples": (lambda: _passes(RANDOM[:100], 1, 4), 100),
+    "one long epoch": (lambda: _passes(RANDOM, 16, 1), None),
+    "one sorted epoch": (lambda: iter(SORTED.split(16)), None),
+    "random draws": (lambda: (RANDOM[torch.randint(20_000, (16,))] for _ in range(1500)), None),
+    "two classes of random draws": (lambda: (torch.randint(2, (8,)) for _ in range(1500)), None),
+    "the same classes in every batch": (lambda: (torch.randperm(10) for _ in range(300)), None),
+    "the same batch again and again": (lambda: _cycle([0, 1, 1, 4]), None),
+    "one class": (lambda: _cycle([0] * 8), None),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_an_epoch_that_nobody_ends_is_warned_about_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    stream, length = STREAMS[name]
+    prior = ClassPrior(3 if name == "three classes" else 2 if name.startswith("two classes") else 10)
+    for labels in stream():
+        prior.observe(torch.full((len(labels), prior.num_classes), 1 / prior.num_classes), labels)
+    said = [record.getMessage() for record in caplog.records]
+    if length is None:
+        assert said == []
+    else:
+        assert len(said) == 1
+        near = int(re.search(r"come again every (\d+) batches, but `end_epoch\(\)` was never called", said[0])[1])  # type: ignore[index]
+        assert abs(near - length) <= 0.05 * length
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_whoever_ends_epochs_hears_nothing(ended: bool, caplog: pytest.LogCaptureFixture) -> None:
+    prior = ClassPrior(10)
+    prior.watches_epochs = ended  # what the adapters turn off
+    for epoch in range(6):
+        for labels in _passes(RANDOM[:640], 64, 1):
+            prior.observe(torch.full((len(labels), 10), 0.1), labels)
+        if ended and epoch == 0:
+            prior.end_epoch()
+    assert caplog.records == []
 
 
 def test_a_group_of_one_rank_changes_nothing() -> None:
