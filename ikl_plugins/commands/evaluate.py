@@ -1,9 +1,12 @@
 """Evaluates a checkpoint with AutoAttack or under common corruptions, as RobustBench does, and writes a report.
 
     ikl evaluate --checkpoint wrn.pth --architecture WideResNet-34-10 --eps 8/255 --output runs/wrn
-    ikl evaluate --mmpretrain mmpretrain/digits/adversarial_ikl.py --checkpoint epoch_5.pth --data data/digits/test \\
-        --eps 8/255 --curve 2/255,4/255,16/255 --output runs/digits
+    ikl evaluate --mmpretrain mmpretrain/digits/adversarial_ikl.py --checkpoint epoch_5.pth --eps 8/255 \\
+        --curve 2/255,4/255,16/255 --output runs/digits
     ikl evaluate --zoo Cui2023Decoupled_WRN-28-10 --threat-model corruptions --output runs/zoo
+
+With a config the images are those of its own test, unless --data names others. Before any attack the natural accuracy
+is shown beside that of the host's own test.
 
 The output folder gets evaluation.json, the adversarial images, report.md and its pictures. An interrupted evaluation
 goes on when the same command runs again, and ends as if it had never stopped.
@@ -105,8 +108,8 @@ def _check_together(arguments: argparse.Namespace, corrupted: bool) -> None:
 def _attack(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluation, Images]:
     from ..robustbench.evaluation import curve, evaluate
 
-    images = images_from(arguments, caller=CALLER)
-    _say(f"{len(images)} images of {images.name}, model {loaded.name}")
+    images = images_from(arguments, caller=CALLER, loaded=loaded)
+    _check_natural(arguments, loaded, images)
     data = (loaded.model, images.images, images.labels)
     options = {
         "norm": arguments.threat_model,
@@ -133,7 +136,10 @@ def _attack(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluat
 def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluation, Images]:
     from ..robustbench import evaluate_corruptions
 
-    natural = images_from(argparse.Namespace(**{**vars(arguments), "data": arguments.dataset}), caller=CALLER)
+    named = argparse.Namespace(**{**vars(arguments), "data": arguments.dataset})
+    # The corrupted images have RobustBench's labels, which nobody puts in another order.
+    natural = images_from(named, caller=CALLER, loaded=loaded, reorder=False)
+    _check_natural(arguments, loaded, natural)
     evaluation = evaluate_corruptions(
         loaded.model,
         arguments.dataset,
@@ -155,6 +161,14 @@ def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Ev
     log = evaluation.log
     _say(f"mean corruption error {log['corruptions_mce_note'] or '{:.2f} %'.format(log['corruptions_mce'])}")
     return evaluation, natural
+
+
+def _check_natural(arguments: argparse.Namespace, loaded: LoadedModel, images: Images) -> None:
+    from ..robustbench import check_natural
+
+    _say(f"{len(images)} images of {images.name}, model {loaded.name}")
+    found = check_natural(loaded.model, images, loaded.host, batch_size=arguments.batch_size, device=arguments.device)
+    _say(str(found))
 
 
 class _Printer:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..robustbench import Images
+    from ..robustbench.host_data import HostData
 
 __all__ = [
     "ATTACKS",
@@ -47,11 +48,19 @@ _UNREAD = {
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in eval mode, of images in [0, 1], its name, and the file of its weights if it has one of its own."""
+    """A model in eval mode, of images in [0, 1].
+
+    Attributes:
+        model: the module.
+        name: of it.
+        checkpoint: the file of its weights if it has one of its own.
+        host: the test data of the config that it is from, if it is from one.
+    """
 
     model: nn.Module
     name: str
     checkpoint: Path | None
+    host: HostData | None = None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +95,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that :func:`images_from` reads."""
     add = parser.add_argument_group("data").add_argument
     kinds = f"{', '.join(DATASETS)}, a folder with a folder of images per class, or an .npz file"
-    add("--data", metavar="DATA", help=f"{kinds} (default: that of --dataset)")
+    add("--data", metavar="DATA", help=f"{kinds} (default: the config's own test data, else that of --dataset)")
     add("--data-dir", type=Path, default=Path("data"), help="where data sets lie (default: data)")
     add("--offline", action="store_true", help="never download")
     add("--preprocessing", metavar="NAME", help="one of RobustBench's, such as Res256Crop224")
@@ -113,21 +122,46 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from error
 
 
-def images_from(arguments: argparse.Namespace, *, caller: str) -> Images:
-    """The images that a command line names, by both groups of arguments; ``caller`` is whom a refusal names."""
-    from ..robustbench import load_images
+def images_from(
+    arguments: argparse.Namespace, *, caller: str, loaded: LoadedModel | None = None, reorder: bool = True
+) -> Images:
+    """The images that a command line names, by both groups of arguments.
 
-    if arguments.data is None and (arguments.mmpretrain or arguments.torchdistill):
-        raise ValueError(
-            f"{caller}: with a config the data must be named. Add --data FOLDER, FILE.npz or {arguments.dataset}."
-        )
-    return load_images(
-        arguments.dataset if arguments.data is None else arguments.data,
+    Args:
+        arguments: of the command line.
+        caller: whom a refusal names.
+        loaded: the model. One of a config without ``--data`` gets the config's own test data; with it, class names are
+            put in the config's order, and a line says so.
+        reorder: False to refuse another order.
+    """
+    from ..robustbench import load_images
+    from ..robustbench.host_data import host_images, in_class_order
+
+    host = None if loaded is None else loaded.host
+    if host is not None and arguments.data is None:
+        if arguments.preprocessing is not None:
+            raise ValueError(
+                f"{caller}: the config's own data do not read --preprocessing. Leave it out, or add --data."
+            )
+        return host_images(caller, host, arguments.n_examples)
+    source = arguments.dataset if arguments.data is None else arguments.data
+    grey = host is not None and host.channels == 1 and source not in DATASETS and Path(source).expanduser().is_dir()
+    images = load_images(
+        source,
         data_dir=arguments.data_dir,
         n_examples=arguments.n_examples,
         offline=arguments.offline,
         preprocessing=arguments.preprocessing,
+        channels=1 if grey else None,
     )
+    if loaded is None or host is None:
+        return images
+    ordered = in_class_order(images, loaded.model, host)
+    if ordered is not images:
+        if not reorder:
+            raise ValueError(f"{caller}: the classes of {images.name} must be in the config's order, got another.")
+        print(f"labels of {images.name} are now in the order of {host.name}", flush=True)
+    return ordered
 
 
 def model_from(arguments: argparse.Namespace, *, caller: str) -> LoadedModel:
@@ -139,7 +173,10 @@ def model_from(arguments: argparse.Namespace, *, caller: str) -> LoadedModel:
     if way == "zoo":
         return _from_zoo(caller, arguments)
     from ..robustbench import loading
+    from ..robustbench.mmpretrain_data import MMPretrainData
+    from ..robustbench.torchdistill_data import TorchdistillData
 
+    host: HostData | None = None
     averaged = arguments.weights == WEIGHTS[0]
     model: nn.Module
     if way == "mmpretrain":
@@ -150,9 +187,12 @@ def model_from(arguments: argparse.Namespace, *, caller: str) -> LoadedModel:
             averaged=averaged,
             channel_order=arguments.channel_order,
         )
+        host = MMPretrainData(caller, _config(arguments.mmpretrain), arguments.channel_order)
     elif way == "torchdistill":
         name = arguments.torchdistill.stem
-        model = loading.from_torchdistill(_config(arguments.torchdistill), arguments.checkpoint)
+        # Read once: its data sets are built with it.
+        host = data = TorchdistillData(caller, _config(arguments.torchdistill))
+        model = loading.from_torchdistill(data, arguments.checkpoint)
     else:
         name = arguments.architecture
         model = loading.load_checkpoint(
@@ -164,7 +204,7 @@ def model_from(arguments: argparse.Namespace, *, caller: str) -> LoadedModel:
             std=arguments.std,
             averaged=averaged,
         )
-    return LoadedModel(model, name, arguments.checkpoint)
+    return LoadedModel(model, name, arguments.checkpoint, host)
 
 
 def _config(given: Path) -> Path:

@@ -13,6 +13,14 @@ from .data import Images, load_images  # noqa: E402
 from .eps import Eps, parse_eps  # noqa: E402
 from .evaluation import curve, evaluate  # noqa: E402
 from .evaluation_log import Evaluation  # noqa: E402
+from .host_data import (  # noqa: E402
+    HostImages,
+    NaturalCheck,
+    check_natural,
+    images_of_mmpretrain,
+    images_of_torchdistill,
+    in_class_order,
+)
 from .leaderboard import Ranking, rank  # noqa: E402
 from .loading import HostClassifier, Normalised, from_mmpretrain, from_torchdistill, load_checkpoint  # noqa: E402
 from .preflight import Preflight, preflight  # noqa: E402
@@ -23,15 +31,21 @@ __all__ = [
     "Eps",
     "Evaluation",
     "HostClassifier",
+    "HostImages",
     "Images",
+    "NaturalCheck",
     "Normalised",
     "Preflight",
     "Ranking",
+    "check_natural",
     "curve",
     "evaluate",
     "evaluate_corruptions",
     "from_mmpretrain",
     "from_torchdistill",
+    "images_of_mmpretrain",
+    "images_of_torchdistill",
+    "in_class_order",
     "load_checkpoint",
     "load_images",
     "parse_eps",

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _validation as check
 from .._robustbench_import import import_robustbench
 
-__all__ = ["DATASETS", "Images", "content_sha256", "file_sha256", "load_images"]
+__all__ = ["DATASETS", "Images", "check_pixels", "content_sha256", "file_sha256", "load_images", "spread"]
 
 DATASETS = ("cifar10", "cifar100", "imagenet")  # RobustBench's names
 _CALLER = "load_images"
@@ -35,6 +35,7 @@ _ORIENTATION = 0x0112  # of Exif, as the next of TIFF
 _BITS_PER_SAMPLE = 258
 
 Array = np.ndarray[Any, Any]
+_Sample = TypeVar("_Sample")
 _robustbench = import_robustbench()
 
 
@@ -228,7 +229,11 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None, 
         raise ValueError(
             f"{_CALLER}: `source` must have a folder per class, but {path} has {found} ({error}). Name one split."
         ) from error
-    samples = _spread(folder.samples, n_examples, path)
+    samples = folder.samples
+    if n_examples is not None:
+        if n_examples > len(samples):
+            raise _too_many(n_examples, len(samples), path)
+        samples = spread(samples, folder.targets, n_examples)
     transform = _robustbench.data.PREPROCESSINGS[preprocessing]
     images: list[Tensor] = []
     for file, _ in samples:
@@ -244,15 +249,11 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None, 
     return _images(torch.stack(images), labels, tuple(folder.classes), str(path), files, preprocessing)
 
 
-def _spread(samples: Sequence[tuple[str, int]], n_examples: int | None, path: Path) -> list[tuple[str, int]]:
+def spread(samples: Sequence[_Sample], labels: Sequence[int], n_examples: int) -> list[_Sample]:
     """``n_examples`` samples: from each class in turn, given in their old order."""
-    if n_examples is None:
-        return list(samples)
-    if n_examples > len(samples):
-        raise _too_many(n_examples, len(samples), path)
     seen: Counter[int] = Counter()
     turns = []
-    for index, (_, label) in enumerate(samples):
+    for index, label in enumerate(labels):
         turns.append((seen[label], index))
         seen[label] += 1
     return [samples[index] for index in sorted(index for _, index in sorted(turns)[:n_examples])]

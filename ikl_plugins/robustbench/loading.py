@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .. import models
-from .._files import check_config_text
 from ..checkpoints import load_content, weights_in
 from ..models.robustbench_zoo import (
     LAST_LAYERS,
@@ -34,7 +32,9 @@ from ..models.robustbench_zoo import (
     parse_architecture,
 )
 from ..models.weights import Misfit, bare, load_strictly, parts, same_statistics, without_normaliser
-from .host_images import check_stored_config, mmpretrain_pixels, transform_statistics
+from .mmpretrain_data import host_pixels, host_scope, read_mmpretrain_config
+from .stored_config import check_stored_config
+from .torchdistill_data import TorchdistillData, block, student
 
 __all__ = ["DATASET_CLASSES", "HostClassifier", "Normalised", "from_mmpretrain", "from_torchdistill", "load_checkpoint"]
 
@@ -83,14 +83,18 @@ class HostClassifier(nn.Module):
     Args:
         classifier: with ``data_preprocessor`` and ``forward(inputs, mode='tensor')``.
         pixel_range: the value of white in what the data preprocessor gets.
-        flip: whether it gets BGR.
+        flip: whether it gets BGR, where there are three channels.
+        classes: names of the classes that the checkpoint was trained on, None where it does not say them.
     """
 
-    def __init__(self, classifier: nn.Module, pixel_range: float, flip: bool) -> None:
+    def __init__(
+        self, classifier: nn.Module, pixel_range: float, flip: bool, classes: tuple[str, ...] | None = None
+    ) -> None:
         super().__init__()
         self.classifier = classifier
         self.pixel_range = pixel_range
         self.flip = flip
+        self.classes = classes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostClassifier:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -101,10 +105,11 @@ class HostClassifier(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of RGB images in [0, 1], shape (N, 3, H, W); what was k / 255 is the byte k again."""
+        """Logits (N, classes) of images in [0, 1], shape (N, C, H, W); what was k / 255 is the byte k again."""
         pixels = images * self.pixel_range
+        flip = self.flip and pixels.shape[1] == 3
         preprocessor: Any = self.classifier.data_preprocessor
-        inputs = preprocessor({"inputs": pixels.flip(1) if self.flip else pixels}, False)["inputs"]
+        inputs = preprocessor({"inputs": pixels.flip(1) if flip else pixels}, False)["inputs"]
         logits = self.classifier(inputs)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -202,51 +207,32 @@ def from_mmpretrain(
             inside is built, and the class statistics of the training are left out.
         averaged: of a checkpoint with an EMAHook take the averaged weights, as MMPretrain's test does.
         channel_order: 'rgb' or 'bgr', in which the test pipeline hands images on; None to read it from the pipeline
-            (``LoadImageFromFile`` gives BGR, the data sets CIFAR10 and CIFAR100 give RGB).
+            (``LoadImageFromFile`` gives BGR, the data sets CIFAR10 and CIFAR100 give RGB, ``NumpyToPIL`` may turn it).
+            With one channel there is no order.
         device: where the classifier goes.
 
     Returns:
-        A module in eval mode: RGB images in [0, 1] in, logits out. Mean, std, channel order and padding are those of
-        the config's ``data_preprocessor``, which is called itself. Of the test pipeline nothing is repeated: pass
-        images as they are after its resizing and cropping.
+        A module in eval mode: images in [0, 1] in, with as many channels as the pipeline gives, RGB of three; logits
+        out. Mean, std, channel order and padding are those of the config's ``data_preprocessor``, which is called
+        itself. Of the test pipeline nothing is repeated: :func:`images_of_mmpretrain` gives what comes out of it.
 
     Raises:
         ImportError: MMPretrain, or a module that the config imports, is not installed.
         TypeError: ``config`` is neither a path nor a config.
-        ValueError: a file is missing or damaged; weights do not fit; the test pipeline itself changes pixel values, or
-            does not say in which order it hands on channels.
+        ValueError: a file is missing or damaged; weights do not fit; a step of the test pipeline may change pixel
+            values or draws random numbers (it is named), or its order of channels cannot be told.
     """
     caller = "from_mmpretrain"
-    try:
-        from mmengine.config import Config
-        from mmengine.registry import DefaultScope
-        from mmengine.utils import import_modules_from_strings
-        from mmpretrain.registry import MODELS
-    except ImportError as error:
-        raise ImportError(
-            f"{caller} needs MMPretrain, but `{error.name}` is missing. Run: pip install 'ikl_plugins[mmpretrain]'",
-            name=error.name,
-        ) from error
-    where = "the config"
-    if isinstance(config, (str, Path)):
-        where = str(config)
-        if not Path(config).expanduser().is_file():
-            raise ValueError(f"{caller}: `config` must be a file, but there is none at {config}.")
-        check_config_text(caller, config)
-        config = Config.fromfile(str(Path(config).expanduser()))
-    elif not isinstance(config, Config):
-        raise TypeError(
-            f"{caller}: `config` must be a path or MMEngine's Config, got {type(config).__name__}. "
-            f"Use Config.fromfile(...)."
-        )
-    elif config.get("custom_imports"):
-        import_modules_from_strings(**config.custom_imports)
+    where = str(config) if isinstance(config, (str, Path)) else "the config"
+    config = read_mmpretrain_config(caller, config)
+    from mmpretrain.registry import MODELS
+
     if not isinstance(config.get("model"), Mapping):
         raise ValueError(f"{caller}: {where} must have a `model`, but has none. Name the training's config.")
-    pixel_range, flip = mmpretrain_pixels(caller, config, channel_order)
+    pixels = host_pixels(caller, config, channel_order)
     model = copy.deepcopy(dict(config.model))
     model.setdefault("data_preprocessor", copy.deepcopy(config.get("data_preprocessor")))
-    with DefaultScope.overwrite_default_scope(config.get("default_scope") or "mmpretrain"):
+    with host_scope(config):
         kind = model.get("type")
         # A classifier that trains another one says of which class its checkpoints are.
         plain_config = getattr(MODELS.get(kind) if isinstance(kind, str) else kind, "plain_config", None)
@@ -256,62 +242,47 @@ def from_mmpretrain(
     content = load_content(checkpoint)
     weights = _kept(weights_in(content, checkpoint, averaged=averaged))
     load_strictly(caller, classifier, weights, checkpoint, f"`model` of {where}")
-    return HostClassifier(classifier, pixel_range, flip).to(device).eval()
+    found = HostClassifier(classifier, pixels.white, pixels.bgr, _class_names(content))
+    return found.to(device).eval()
 
 
-def from_torchdistill(config: Path | str, checkpoint: Path | str, *, device: torch.device | str = "cpu") -> nn.Module:
+def from_torchdistill(
+    config: Path | str | Mapping[str, Any] | TorchdistillData,
+    checkpoint: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
     """The model of a torchdistill YAML file, behind images in [0, 1].
 
     Args:
-        config: the file. It is trusted: its ``!import_call`` entries are run, and so the data sets must be there.
+        config: the file, or what torchdistill's ``load_yaml_file`` has made of it. It is trusted: its
+            ``!import_call`` entries are run, and so the data sets must be there.
         checkpoint: what the training has written to ``dst_ckpt``.
         device: where the model goes.
 
     Returns:
         A module in eval mode: images in [0, 1] in, what the model gives for them out. Where the transform of the test
-        data set ends with ``Normalize``, the model is inside :class:`Normalised`; else it is the model itself. Of the
-        transform nothing else is repeated: pass images as they are after its resizing and cropping.
+        data set ends with ``Normalize``, or leaves values up to 255, the model is inside :class:`Normalised`; else it
+        is the model itself. Of the transform nothing else is repeated: :func:`images_of_torchdistill` gives what comes
+        out of it.
 
     Raises:
         ImportError: torchdistill, or one of the file's ``dependencies``, is not installed.
-        ValueError: a file is missing or damaged, or lacks a block; weights do not fit; the test data set does not turn
-            images into tensors in [0, 1], or changes their values by more than ``Normalize``.
+        ValueError: a file is missing or damaged, or lacks a block; weights do not fit; a step of the transform before
+            one ``Normalize`` at its end may change pixel values or draws random numbers (it is named).
     """
     caller = "from_torchdistill"
-    try:
-        import yaml
-        from torchdistill.common.main_util import import_dependencies
-        from torchdistill.common.yaml_util import load_yaml_file
-        from torchdistill.models.official import get_image_classification_model
-        from torchdistill.models.registry import get_model
-    except ImportError as error:
-        raise ImportError(
-            f"{caller} needs torchdistill, but `{error.name}` is missing. Run: pip install 'ikl_plugins[torchdistill]'",
-            name=error.name,
-        ) from error
-    if not Path(config).expanduser().is_file():
-        raise ValueError(f"{caller}: `config` must be a file, but there is none at {config}.")
-    try:
-        check_config_text(caller, config)
-        content = load_yaml_file(os.fspath(Path(config).expanduser()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{caller}: {config} must be YAML, but reading it gave: {error}. Correct it.") from error
-    except (OSError, RuntimeError) as error:  # of a data set that is built while the file is read
-        raise ValueError(f"{caller}: {config} must name data that is there, but loading it gave: {error}.") from error
-    import_dependencies(content.get("dependencies") if isinstance(content, Mapping) else None)
-    named = _block(content, "models", "student_model") or _block(content, "models", "model")
-    identity = _block(content, "test", "test_data_loader", "dataset_id")
-    dataset = _block(content, "datasets", identity)
-    if named is None or dataset is None:
-        missing = "`models: student_model:` or `models: model:`" if named is None else "the data set of its `test:`"
-        raise ValueError(f"{caller}: {config} must have {missing}, but has none. Name the training's file.")
-    statistics = transform_statistics(caller, dataset, identity)
+    data = config if isinstance(config, TorchdistillData) else TorchdistillData(caller, config)
+    from torchdistill.models.official import get_image_classification_model
+    from torchdistill.models.registry import get_model
+
+    named = student(data.content)
     network = get_image_classification_model(named)
     if network is None:
         network = get_model(named["key"], named.get("repo_or_dir"), **(named.get("kwargs") or {}))
     weights = weights_in(load_content(checkpoint), checkpoint)
-    load_strictly(caller, network, weights, checkpoint, f"the model '{named['key']}' of {config}")
-    return (network if statistics is None else Normalised(network, *statistics)).to(device).eval()
+    load_strictly(caller, network, weights, checkpoint, f"the model '{named['key']}' of {data.where}")
+    return (network if data.statistics is None else Normalised(network, *data.statistics)).to(device).eval()
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -347,6 +318,12 @@ def _kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if _PRIOR.fullmatch(name) is None}
 
 
+def _class_names(content: Any) -> tuple[str, ...] | None:
+    """Of the training data, as a checkpoint of MMEngine has them."""
+    names = block(content, "meta", "dataset_meta", "classes")
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else None
+
+
 def _way_out(weights: dict[str, Tensor], architecture: str, num_classes: int, misfit: Misfit) -> str:
     """What may help where weights do not fit a network that was named."""
     weights = bare(weights)
@@ -366,10 +343,3 @@ def _way_out(weights: dict[str, Tensor], architecture: str, num_classes: int, mi
     if nearest == architecture:
         return "The file is not whole, or its network was changed."
     return f"It looks like architecture='{nearest}'."
-
-
-def _block(content: Any, *keys: Any) -> Any:
-    """What a config has under nested keys; None where it ends before."""
-    for key in keys:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    return content

@@ -32,7 +32,7 @@ from ikl_plugins.commands.model_options import (
     model_from,
 )
 from ikl_plugins.models.robustbench_zoo import robustbench_network
-from ikl_plugins.robustbench import data, evaluation, loading
+from ikl_plugins.robustbench import data, evaluation, loading, mmpretrain_data, torchdistill_data
 from ikl_plugins.robustbench.evaluation import curve, evaluate
 from ikl_plugins.robustbench.evaluation_log import Evaluation
 
@@ -290,6 +290,8 @@ def test_every_way_to_a_model_gets_its_arguments(monkeypatch, function, argument
 
     inspect.signature(real).bind(*positional, **named)  # the real one would take them
     monkeypatch.setattr(loading, function, fake)
+    for module, name_of_class in ((mmpretrain_data, "MMPretrainData"), (torchdistill_data, "TorchdistillData")):
+        monkeypatch.setattr(module, name_of_class, lambda caller, config, *_: config)
     loaded = model_from(parsed(*arguments.split()), caller="x")
     assert called == [(positional, named)]
     assert (loaded.model, loaded.name, loaded.checkpoint.stem) == (model, name, "c")
@@ -319,7 +321,7 @@ def test_the_names_are_those_of_the_room():
     assert set(model_options.THREAT_MODELS) == {kind.value for kind in robustbench.data.ThreatModel}
 
 
-def test_the_data_are_those_of_the_data_set_but_for_a_config(files, monkeypatch):
+def test_the_data_are_those_of_the_data_set(files, monkeypatch):
     images, labels = torch.rand(5, 3, 4, 4), torch.arange(5)
     table = robustbench.data._clean_dataset_loaders
     kind = robustbench.data.BenchmarkDataset.cifar_100
@@ -327,10 +329,6 @@ def test_the_data_are_those_of_the_data_set_but_for_a_config(files, monkeypatch)
     found = images_from(parsed("--dataset", "cifar100", "--n-examples", "3"), caller="x")
     assert (found.name, len(found)) == ("cifar100", 3)
     assert len(images_from(parsed("--data", files.folder / "folder"), caller="x")) == 10
-    for way in ("--mmpretrain", "--torchdistill"):
-        with pytest.raises(ValueError, match=r"^ikl x: with a config the data must be named"):
-            images_from(parsed(way, "a", "--dataset", "cifar100"), caller="ikl x")
-        assert len(images_from(parsed(way, "a", "--data", "cifar100"), caller="x")) == 5
 
 
 @pytest.fixture

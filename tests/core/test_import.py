@@ -27,7 +27,6 @@ CORE = {
     "_files",
     "_fused",
     "_mse_share",
-    "_epoch_watch",
     "_validation",
     "_value_checks",
     "_way",

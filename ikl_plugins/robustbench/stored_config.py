@@ -1,4 +1,4 @@
-"""What a host's config says of the images that its network takes: mean, std, channel order, the value of white."""
+"""What the config inside a checkpoint of MMPretrain says of its images: mean, std, channel order, white."""
 
 from __future__ import annotations
 
@@ -8,46 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import _validation as check
-from ..models.robustbench_zoo import Statistics, check_statistics
+from ..models.robustbench_zoo import Statistics
 
-__all__ = ["check_stored_config", "mmpretrain_pixels", "transform_statistics"]
+__all__ = ["check_stored_config"]
 
-_LOADERS = ("test_dataloader", "val_dataloader", "train_dataloader")
 _READS_BGR = ("LoadImageFromFile",)
-_HOLDS_RGB = ("CIFAR10", "CIFAR100")
-_SCALES = ("ToTensor", "ConvertImageDtype", "ToDtype")  # of torchvision: floating values in [0, 1]
-_TO_BYTES = ("PILToTensor", "ToImage")
-_GEOMETRY = ("Resize", "CenterCrop")
 _ROUNDING = 1e-4  # what writing a mean of 255 grey levels with two digits moves it in [0, 1]
-
-
-# --- MMPretrain ------------------------------------------------------------------------------------------------------
-
-
-def mmpretrain_pixels(caller: str, config: Mapping[str, Any], channel_order: str | None) -> tuple[float, bool]:
-    """The value of white before the data preprocessor, and whether it gets BGR."""
-    if channel_order not in (None, "rgb", "bgr"):
-        raise ValueError(f"{caller}: `channel_order` must be 'rgb', 'bgr' or None, got {channel_order!r}. Use 'bgr'.")
-    white = check.check_number(caller, "pixel_range", config["model"].get("pixel_range", 255.0), positive=True)
-    steps = list(_typed(next((config[name] for name in _LOADERS if config.get(name)), None)))
-    names = [_type_name(step) for step in steps]
-    changing = ("Normalize",) if white == 1.0 else ("Normalize", *_SCALES)
-    for name in names:
-        if name in changing:
-            raise ValueError(
-                f"{caller}: the test pipeline must leave pixels as bytes, got {name}. Let `data_preprocessor` "
-                "normalise."
-            )
-    if channel_order is not None:
-        return white, channel_order == "bgr"
-    turns = any(step.get("to_rgb") or step.get("to_bgr") for step in steps)
-    bgr, rgb = (any(name in known for name in names) for known in (_READS_BGR, _HOLDS_RGB))
-    if turns or not (bgr or rgb):
-        raise ValueError(
-            f"{caller}: `channel_order` must be given, as the test pipeline hides it. Use 'bgr' for MMCV, or 'rgb'."
-        )
-    return white, bgr
 
 
 def _typed(node: Any) -> Iterator[Mapping[str, Any]]:
@@ -127,37 +93,3 @@ def _literal(node: ast.expr) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         return None
-
-
-# --- torchdistill ----------------------------------------------------------------------------------------------------
-
-
-def transform_statistics(caller: str, dataset: Any, identity: Any) -> Statistics | None:
-    """Mean and std of the ``Normalize`` at the end of a data set's transform, None if there is none."""
-    inner = dataset
-    while getattr(inner, "transform", None) is None and hasattr(inner, "dataset"):
-        inner = inner.dataset
-    steps = list(_flat(getattr(inner, "transform", None)))
-    names = [type(step).__name__ for step in steps]
-    start = next((place for place, name in enumerate(names) if name in (*_SCALES, *_TO_BYTES)), len(names))
-    rest = [name for name in names[start:] if name not in _TO_BYTES]
-    tensors = [name for name in rest if name not in _GEOMETRY]
-    scaled = bool(tensors) and tensors[0] in _SCALES
-    if not scaled or tensors[1:] not in ([], ["Normalize"]) or (rest[-1] in _GEOMETRY and "Normalize" in tensors):
-        raise ValueError(
-            f"{caller}: the transform of '{identity}' must be sizes, crops, ToTensor and one Normalize at "
-            f"most, got {', '.join(names) or 'none'}."
-        )
-    if "Normalize" not in names:
-        return None
-    normalise = steps[names.index("Normalize")]
-    return check_statistics(caller, [*map(float, normalise.mean)], [*map(float, normalise.std)])
-
-
-def _flat(transform: Any) -> Iterator[Any]:
-    """The steps of a transform, those of nested ``Compose`` one by one."""
-    if type(transform).__name__ == "Compose":
-        for step in transform.transforms:
-            yield from _flat(step)
-    elif transform is not None:
-        yield transform
