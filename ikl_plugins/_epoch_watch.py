@@ -7,7 +7,6 @@ import time
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 __all__ = ["PassWatch", "meet_all_ranks"]
 
@@ -83,6 +82,8 @@ def meet_all_ranks(caller: str, seconds: float) -> None:
     Raises:
         RuntimeError: some have not, within ``seconds``.
     """
+    from torch.distributed import distributed_c10d  # not in every build of torch
+
     world_size, store = dist.get_world_size(), distributed_c10d._get_default_store()
     if world_size < 2 or store is None:
         return

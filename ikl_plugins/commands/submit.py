@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         model=model,
         evaluation=evaluation,
-        preflight=_checked(arguments, model, evaluation),
+        preflight=lambda: _checked(arguments, model, evaluation),
         additional_data=arguments.additional_data == "yes",
         generated_data=arguments.generated_data == "yes",
         **{name: getattr(arguments, name) for name in _AS_GIVEN},
@@ -135,7 +135,7 @@ def _checked(arguments: argparse.Namespace, model: nn.Module, evaluation: Evalua
         batch_size=arguments.batch_size,
         number_forward_passes=arguments.number_forward_passes,
         data=images,
+        progress=lambda found: print(f"preflight, {found.name}: {WORDS[found.passed]}. {found.why}", flush=True),
     )
-    for found in report.checks:
-        print(f"preflight, {found.name}: {WORDS[found.passed]}. {found.why}")
+    print(f"preflight: {report.judged_by}")
     return report

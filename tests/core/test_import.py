@@ -27,6 +27,7 @@ CORE = {
     "_files",
     "_fused",
     "_mse_share",
+    "_epoch_watch",
     "_validation",
     "_value_checks",
     "_way",

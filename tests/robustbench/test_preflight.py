@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ikl_plugins.models.robustbench_zoo import robustbench_network
+from ikl_plugins.robustbench.data import Images, content_sha256
 from ikl_plugins.robustbench.loading import HostClassifier, Normalised
 from ikl_plugins.robustbench.preflight import CHECKS, Check, preflight
 
@@ -741,6 +743,35 @@ def test_wants_a_claim_that_is_not_above_what_was_measured(claimed, measured, pa
 # --- the report, and bad input ---------------------------------------------------------------------------------------
 
 
+def test_says_by_which_images_it_judged_and_warns_of_chance(images, labels):
+    model, made = Brightness().eval(), []
+    data = Images(images, labels, None, "brightnesses", "not read")
+    report = run(model, images, labels, data=data, progress=made.append)
+    digest = content_sha256(images, labels)
+    assert report.data == {
+        "name": "brightnesses",
+        "sha256": digest,
+        "n_examples": N,
+        "preprocessing": None,
+        "natural_accuracy": 100.0,
+    }
+    line = f"Judged by {N} images of brightnesses (sha256 {digest[:12]}): natural accuracy 100.00 %."
+    assert line in report.markdown().splitlines()
+    assert (report.warnings, tuple(made)) == ((), report.checks)
+    found = json.loads(report.to_json())
+    assert (found["data"], found["warnings"], found["obstacle"]) == (dict(report.data), [], report.obstacle)
+    assert report.obstacle.startswith("`model` must be of one of RobustBench's architectures, got Brightness.")
+    assert f"It cannot be submitted to RobustBench: {report.obstacle}" in str(report)
+    assert run(robustbench_network("WideResNet-10-1").eval(), images, labels).obstacle is None
+    with pytest.warns(UserWarning, match=r"^preflight: 0 of \d+ natural images are right, no more than by chance"):
+        report = run(model, images, labels.roll(5))
+    (warning,) = report.warnings
+    assert f"**Warning: {warning}**" in report.markdown()
+    unlabelled = run(model, images, None)
+    assert (unlabelled.data["natural_accuracy"], unlabelled.warnings) == (None, ())
+    assert "not named" in unlabelled.judged_by
+
+
 @pytest.mark.parametrize(
     ("change", "error", "fragment"),
     [
@@ -749,6 +780,7 @@ def test_wants_a_claim_that_is_not_above_what_was_measured(claimed, measured, pa
         ({"images": torch.zeros(1, 3, 8, 8)}, ValueError, r"`images` .* got \(1, 3, 8, 8\)"),
         ({"images": torch.zeros(4, 3, 8)}, ValueError, r"`images` .* got \(4, 3, 8\)"),
         ({"images": torch.full((4, 3, 8, 8), torch.nan)}, ValueError, "`images` must be finite"),
+        ({"images": torch.zeros(4, 3, 8, 8, device="meta")}, ValueError, "`images` must be on .* cpu, got meta"),
         ({"labels": torch.zeros(40)}, TypeError, "`labels` .* got torch.float32"),
         ({"labels": torch.zeros(3).long()}, ValueError, r"`labels` .* got shape \(3,\) with 0"),
         ({"labels": torch.full((40,), 10)}, ValueError, "`labels` must be below 10, .* got 10"),

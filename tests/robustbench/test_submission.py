@@ -17,6 +17,7 @@ import pytest
 import torch
 from quick_autoattack import made_up_log
 
+from ikl_plugins import models
 from ikl_plugins.models.robustbench_zoo import parse_architecture, robustbench_network
 from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
 from ikl_plugins.robustbench.leaderboard import entries
@@ -24,6 +25,7 @@ from ikl_plugins.robustbench.loading import Normalised
 from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight
 from ikl_plugins.robustbench.submission import DEMONSTRATION, check_name, model_info, write_submission
 from ikl_plugins.robustbench.submission.form import worded
+from ikl_plugins.robustbench.submittable import network_obstacle, obstacles
 
 # An entry of RobustBench's model_info/cifar100/Linf, as it is there.
 CUI = """{
@@ -51,6 +53,10 @@ PAPER = {
 }
 PASSED = Preflight(tuple(Check(name, True, "Fine.") for name in CHECKS))
 FAILED = Preflight((Check("output", True, "Fine."), Check("gradients", False, "All are zero.")))
+
+
+def too_early():
+    raise AssertionError("the preflight runs before a refusal that does not need it")
 
 
 def log(network, data="cifar10", **changes):
@@ -493,7 +499,7 @@ def test_warns_of_a_name_that_is_taken(write):
 )
 def test_refuses_bad_input(changes, error, fragment, write, tmp_path):
     with pytest.raises(error, match=f"^write_submission: {fragment}"):
-        write(**changes)
+        write(**{"preflight": too_early, **changes})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -514,8 +520,8 @@ def test_an_evaluation_that_is_not_the_benchmark_is_for_demonstrations(changes, 
     make = corruptions if {"corruptions", "dataset"} & set(changes) else log
     evaluation = make(network, **{"data": "cifar10", **changes})
     with pytest.raises(ValueError, match=f"^write_submission: `evaluation` must {fragment}.*demonstration=True"):
-        write(evaluation=evaluation)
-    write(evaluation=evaluation, demonstration=True)
+        write(evaluation=evaluation, preflight=too_early)
+    write(evaluation=evaluation, preflight=lambda: PASSED, demonstration=True)
 
 
 @pytest.mark.parametrize("demonstration", [False, True])
@@ -531,7 +537,7 @@ def test_an_evaluation_that_is_not_the_benchmark_is_for_demonstrations(changes, 
 )
 def test_refuses_in_a_demonstration_too(changes, fragment, demonstration, write, network):
     with pytest.raises(ValueError, match=f"^write_submission: {fragment}"):
-        write(evaluation=log(network, **changes), demonstration=demonstration)
+        write(evaluation=log(network, **changes), demonstration=demonstration, preflight=too_early)
 
 
 def defended(network):
@@ -556,14 +562,56 @@ def with_a_buffer_more(network):
         (lambda network: robustbench_network("WideResNet-10-2"), "a WideResNet-10-1.*WideResNet-10-2"),
         (lambda network: Normalised(network, (0.5,) * 3, (0.25,) * 3), ".* got a Normalised"),
         (defended, ".* got Defended"),
+        (lambda network: copy.deepcopy(network).half(), "float32 weights, got float16"),
     ],
-    ids=["buffer", "architecture", "width", "normalisation", "subclass"],
+    ids=["buffer", "architecture", "width", "normalisation", "subclass", "half"],
 )
-def test_refuses_another_network(other, fragment, write, network, tmp_path):
+def test_refuses_another_network_and_says_so_before_the_attacks(other, fragment, write, network, tmp_path):
     net = other(network)
-    with pytest.raises(ValueError, match=f"^write_submission: `model` must be {fragment}"):
-        write(model=net, evaluation=log(net))
+    fragment = f"`model` must (?:be|have) {fragment}"
+    with pytest.raises(ValueError, match=f"^write_submission: {fragment}"):
+        write(model=net, evaluation=log(net), preflight=too_early)
     assert list(tmp_path.iterdir()) == []
+    (reason,) = obstacles(net, "cifar10", architecture="WideResNet-10-1", eps="8/255")
+    assert re.match(fragment, reason), reason
+    assert obstacles(network, "cifar10", architecture="WideResNet-10-1", eps="8/255") == ()
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        ({}, None),
+        ({"eps": "16/510"}, None),
+        ({"threat_model": "corruptions", "eps": None}, None),
+        ({"dataset": "cifar100"}, "The evaluation must be of a model with 100 classes, got 10."),
+        ({"dataset": "imagenet"}, "`dataset` must be 'cifar10' or 'cifar100', got 'imagenet'"),
+        ({"dataset": "cifar100", "threat_model": "L2"}, "`threat_model` must have a leaderboard"),
+        ({"data": "digits/test"}, "The evaluation must be on the test images of cifar10, got 'digits/test'."),
+        ({"n_examples": 1000}, "The evaluation must have all 10000 test images, got 1000."),
+        ({"eps": 0.031}, "The evaluation must be at eps 8/255, that of the leaderboard, got 0.031."),
+        (
+            {"attacks": ["apgd-ce"]},
+            "The evaluation must be of standard AutoAttack, got version 'standard' with apgd-ce",
+        ),
+        ({"version": "plus"}, "The evaluation must be of standard AutoAttack, got version 'plus' with plus."),
+    ],
+)
+def test_what_an_evaluation_lacks_is_known_before_it_runs(plan, reason, network):
+    plan = {"dataset": "cifar10", "eps": "8/255", **plan}
+    found = obstacles(network, plan.pop("dataset"), **plan)
+    assert (reason is None and found == ()) or found[0].startswith(reason)
+
+
+def test_a_class_that_robustbench_lacks_is_told_without_a_name(network):
+    assert network_obstacle(network) is None
+    assert network_obstacle(robustbench_network("DMWideResNet-16-2-SiLU")) is None
+    for model, words in (
+        (Normalised(network, (0.5,), (0.5,)), "got a Normalised around one. Train a DMWideResNet."),
+        (models.resnet20(num_classes=10), "got ResNet. Its weights look like resnet20."),
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10)), "got Sequential. Train one that it lists."),
+    ):
+        assert words in network_obstacle(model)
+        assert obstacles(model, "cifar10", eps="8/255") == (network_obstacle(model),)
 
 
 def test_refuses_a_threat_model_without_leaderboard(write):

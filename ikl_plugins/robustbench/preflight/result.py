@@ -36,11 +36,13 @@ class Preflight:
         data: what they judged by: ``name``, ``sha256``, ``n_examples``, ``preprocessing`` and ``natural_accuracy``, in
             percent; None where there were no labels or no logits.
         warnings: sentences on what is no failure, but rarely meant.
+        obstacle: why RobustBench would not take a network of this class; None if nothing is known.
     """
 
     checks: tuple[Check, ...]
     data: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    obstacle: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -78,6 +80,8 @@ class Preflight:
         verdict = "passed" if self.passed else f"FAILED: {', '.join(self.failed)}"
         lines = [f"# Preflight: {verdict}", "", self.judged_by, ""]
         lines += [line for text in self.warnings for line in (f"**Warning: {text}**", "")]
+        if self.obstacle:
+            lines += [f"It cannot be submitted to RobustBench: {self.obstacle}", ""]
         if self.unchecked:
             lines += [f"Not checked: {', '.join(self.unchecked)}.", ""]
         lines += ["| check | result | why |", "| --- | --- | --- |"]
@@ -87,7 +91,7 @@ class Preflight:
         return "\n".join([*lines, ""])
 
     def to_json(self) -> str:
-        """As JSON text: ``passed``, ``checks`` (a list of ``name``, ``passed``, ``why``), ``data`` and ``warnings``."""
+        """As JSON text: ``checks``, a list of ``name``, ``passed`` and ``why``, and the other attributes."""
         checks = [{"name": found.name, "passed": found.passed, "why": found.why} for found in self.checks]
-        found = {"passed": self.passed, "checks": checks, "data": dict(self.data), "warnings": list(self.warnings)}
-        return json.dumps(found, indent=2)
+        rest = {"data": dict(self.data), "warnings": list(self.warnings), "obstacle": self.obstacle}
+        return json.dumps({"passed": self.passed, "checks": checks, **rest}, indent=2)

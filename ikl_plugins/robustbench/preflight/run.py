@@ -13,6 +13,7 @@ from ..checks import chance
 from ..conditions import own_conditions
 from ..data import Images
 from ..evaluation_log import data_facts
+from ..submittable import network_obstacle
 from .claims import claim, radius
 from .forward import batch, deterministic, eval_mode, output
 from .gradients import gradients
@@ -89,7 +90,8 @@ def preflight(
         no other image), 'gradients' (finite, not zero, and true: small steps along them change the margin as they
         predict), 'logits' (not probabilities), 'inputs' (in [0, 1]), 'normalisation' (once), 'optimisation' (none in
         the forward, and no more passes of the network than stated), 'eps' (exact) and 'claim' (not above what was
-        measured); by which images they judge, and the natural accuracy on them.
+        measured); by which images they judge, and the natural accuracy on them; and, known before any attack, why
+        RobustBench would not take a network of this class.
 
     Raises:
         TypeError: the model is no module, images or labels are no tensors of the right kind.
@@ -135,4 +137,4 @@ def preflight(
         why = chance(right, len(images), subject.logits.shape[1])
     if why is not None:
         warnings.warn(f"preflight: {why}", UserWarning, stacklevel=3)
-    return Preflight(tuple(found), facts, () if why is None else (why,))
+    return Preflight(tuple(found), facts, () if why is None else (why,), network_obstacle(model))

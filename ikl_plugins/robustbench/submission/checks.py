@@ -9,25 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import _validation as check
-from ...models.robustbench_zoo import Architecture, class_count, nearest_architecture
 from ..eps import as_fraction
 from ..evaluation_log import Evaluation, weights_sha256
-from ..leaderboard import board_eps, entries, table_origin
-from ..loading import DATASET_CLASSES, HostClassifier, Normalised
+from ..leaderboard import entries, table_origin
 from ..preflight import Preflight
-from .entry import same_eps
+from ..submittable import CALLER, against_benchmark
 
-__all__ = ["check_always", "check_benchmark", "check_dataset", "check_paper", "check_place", "check_preflight"]
-__all__ += ["read_log", "warn_of_taken_name", "weights_to_save"]
+__all__ = ["CALLER", "check_always", "check_benchmark", "check_paper", "check_place", "check_preflight"]
+__all__ += ["check_weights", "read_log", "warn_of_taken_name"]
 
-CALLER = "write_submission"
 OUR_FILES = ("SHA256SUMS", "zoo_entry.py", "new_models_form.md")
-_DATASETS = ("cifar10", "cifar100")
-_IMAGES = 10000  # of the test sets of CIFAR-10 and CIFAR-100
-_CORRUPTIONS = 15 * 5  # corruptions and severities of CIFAR-10-C and CIFAR-100-C
 _ROUNDING = 0.005  # points: accuracies are stated with two decimals
 _FORCE = "allow_failed_preflight=True"
 
@@ -88,37 +82,9 @@ def read_log(evaluation: object) -> dict[str, Any]:
     return dict(evaluation)
 
 
-def check_dataset(dataset: str, threat_model: str) -> None:
-    """Refuses what has no leaderboard, and ImageNet."""
-    if dataset == "imagenet" or threat_model == "corruptions_3d":
-        raise ValueError(
-            f"{CALLER}: `dataset` must be 'cifar10' or 'cifar100', got 'imagenet'. Fill RobustBench's form by hand."
-        )
-    if dataset not in _DATASETS:
-        raise ValueError(check.unknown_name_message(CALLER, "data set", dataset, _DATASETS))
-    entries(dataset, threat_model)
-
-
 def check_benchmark(log: Mapping[str, Any], dataset: str) -> None:
-    """Refuses an evaluation that is not the benchmark's: all images, all attacks, the radius of the leaderboard."""
-    corrupted = log["threat_model"] == "corruptions"
-    data = (log["data"] or {}).get("name")
-    classes = DATASET_CLASSES[dataset]
-    wrong = None
-    if corrupted and (log["dataset"] != dataset or len(log["corruptions"]) != _CORRUPTIONS):
-        found = f"{len(log['corruptions'])} of {log['dataset']}"
-        wrong = f"have all {_CORRUPTIONS} corruptions and severities of {dataset}, got {found}"
-    elif not corrupted and not log["standard"]:
-        attacks = ", ".join(log["attacks"])
-        wrong = f"be of standard AutoAttack, got version {log['version']!r} with {attacks}"
-    elif data != dataset:
-        wrong = f"be on the test images of {dataset}, got {data!r}"
-    elif log["n_examples"] < _IMAGES:
-        wrong = f"have all {_IMAGES} test images, got {log['n_examples']}"
-    elif log["n_classes"] != classes:
-        wrong = f"be of a model with {classes} classes, got {log['n_classes']}"
-    elif not corrupted and not same_eps(log, dataset):
-        wrong = f"be at eps {board_eps(dataset, log['threat_model'])}, that of the leaderboard, got {log['eps']}"
+    """Refuses an evaluation that is not the benchmark's."""
+    wrong = against_benchmark(log, dataset)
     if wrong is not None:
         raise ValueError(f"{CALLER}: `evaluation` must {wrong}. Evaluate again, or pass demonstration=True.")
 
@@ -174,49 +140,14 @@ def warn_of_taken_name(name: str, dataset: str, threat_model: str) -> None:
         )
 
 
-def weights_to_save(
-    model: object,
-    architecture: Architecture,
-    dataset: str,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    log: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """The state dict to save, of exactly this architecture and with exactly the weights that were evaluated."""
-    if isinstance(model, (Normalised, HostClassifier)):
-        raise ValueError(
-            f"{CALLER}: `model` must be of RobustBench's own class, got a {type(model).__name__} around one. "
-            "Train a DMWideResNet."
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{CALLER}: `model` must be the network that was evaluated, got {type(model).__name__}. Use "
-            "load_checkpoint."
-        )
-    state = model.state_dict()
-    network = architecture.build(class_count(state) or DATASET_CLASSES[dataset], dataset=dataset, mean=mean, std=std)
-    own = network.state_dict()
-    missing = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    unexpected = [key for key in state if key not in own]
-    if missing or unexpected:
-        nearest = nearest_architecture(state)
-        raise ValueError(
-            f"{CALLER}: `model` must be a {architecture.name}, but has other entries (missing: "
-            f"{check.first_names(missing) or 'none'}; unexpected: {check.first_names(unexpected) or 'none'}). "
-            f"{'Name its own architecture' if nearest in (None, architecture.name) else f'Name {nearest}'}."
-        )
-    if type(model) is not type(network):
-        raise ValueError(
-            f"{CALLER}: `model` must be RobustBench's {type(network).__name__}, got {type(model).__name__}. "
-            "Use load_checkpoint."
-        )
+def check_weights(state: Mapping[str, Tensor], log: Mapping[str, Any]) -> None:
+    """Refuses other weights than those that were evaluated."""
     found = weights_sha256(state)
     if found != log["weights_sha256"]:
         raise ValueError(
             f"{CALLER}: `model` must have the weights of the evaluation, {log['weights_sha256'][:12]}, got "
             f"{found[:12]}. Evaluate this one."
         )
-    return {key: state[key].detach().cpu().contiguous().clone() for key in own}
 
 
 def check_place(folder: Path, force: bool) -> None:

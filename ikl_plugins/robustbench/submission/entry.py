@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..eps import as_fraction
 from ..evaluation_log import Evaluation
 from ..leaderboard import board_eps
+from ..submittable import same_eps
 
-__all__ = ["model_info", "same_eps"]
+__all__ = ["model_info"]
 
 
 def model_info(
@@ -68,11 +68,3 @@ def model_info(
     if footnote is not None:
         entry["footnote"] = footnote
     return entry
-
-
-def same_eps(log: Mapping[str, Any], dataset: str) -> bool:
-    """Whether the radius is the leaderboard's, however it is written."""
-    board = board_eps(dataset, log["threat_model"])
-    if board is None or log["eps"] is None:
-        return board is None and log["eps"] is None
-    return as_fraction(log["eps"]) == as_fraction(board)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import runpy
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,17 @@ from ..data import file_sha256
 from ..evaluation_log import Evaluation, weights_sha256
 from ..loading import DATASET_CLASSES
 from ..preflight import Preflight
+from ..submittable import check_dataset, check_network, same_logits
 from .checks import (
     CALLER,
     check_always,
     check_benchmark,
-    check_dataset,
     check_paper,
     check_place,
     check_preflight,
+    check_weights,
     read_log,
     warn_of_taken_name,
-    weights_to_save,
 )
 from .entry import model_info
 from .form import Facts, form, worded, zoo_entry
@@ -52,7 +51,7 @@ def write_submission(
     architecture: str,
     dataset: str,
     evaluation: Evaluation | Mapping[str, Any] | Path | str,
-    preflight: Preflight,
+    preflight: Preflight | Callable[[], Preflight],
     title: str,
     link: str,
     authors: str | Sequence[str],
@@ -88,7 +87,8 @@ def write_submission(
             :func:`ikl_plugins.models.robustbench_zoo.parse_architecture`.
         dataset: 'cifar10' or 'cifar100'.
         evaluation: the evaluation, its log, or the file of the log. It says what the threat model is.
-        preflight: the checks of the same model.
+        preflight: the checks of the same model, or a function that makes them. It is called last, when nothing else
+            stands against the submission.
         title, link, authors, venue, footnote, reported, number_forward_passes: see :func:`model_info`.
         additional_data: whether more real images than the data set's own were trained on, be it by the model, its
             teacher, or a network that labelled or generated images for it.
@@ -140,9 +140,12 @@ def write_submission(
         check_benchmark(log, dataset)
         warn_of_taken_name(name, dataset, threat_model)
     check_always(log, reported, allow_failed_preflight)
-    check_preflight(preflight, allow_failed_preflight)
-    weights = weights_to_save(model, parsed, dataset, mean, std, log)
+    weights = check_network(model, parsed, dataset, mean, std)
+    check_weights(weights, log)
     check_place(folder, force)
+    if not isinstance(preflight, Preflight) and callable(preflight):
+        preflight = preflight()
+    check_preflight(preflight, allow_failed_preflight)
 
     mark = DEMONSTRATION if demonstration else ""
     facts = Facts(
@@ -203,15 +206,8 @@ def _read_back(zoo_entry: Path, checkpoint: Path, model: nn.Module) -> None:
     network.load_state_dict(state, strict=True)
     if weights_sha256(network) != weights_sha256(model):
         raise ValueError(f"{CALLER}: {checkpoint.name} must read back as written, but does not. Use another disk.")
-    # What no weight tells: the activation, mean and std.
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        same = torch.equal(network(images), copy.deepcopy(model).cpu().eval()(images))
-    if not same:
-        raise ValueError(
-            f"{CALLER}: `model` must give the logits of the zoo entry, but does not. Check activation, `mean` "
-            "and `std`."
-        )
+    if not same_logits(network, model):
+        raise ValueError(f"{CALLER}: {zoo_entry.name} must give the logits of `model`, but does not. Report this.")
 
 
 def _sums(folder: Path) -> str:
