@@ -170,7 +170,8 @@ def test_an_adversarial_run_is_resumed_to_the_bit(world):
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["distill_ikl", "adversarial_ikl"])
 def test_two_ranks_are_resumed_to_the_bit(base, teacher, world):
-    options = ("--launcher", "pytorch", *(["--cfg-options", "model.awp.warmup_epochs=2"] if "adv" in base else []))
+    perturbed = ("--cfg-options", "model.awp.warmup_epochs=2", "model.awp.undo=after_step") if "adv" in base else ()
+    options = ("--launcher", "pytorch", *perturbed)
     keywords = {"base": base, "batch_size": 10, "launcher": TWO}
     whole = watched(world, f"two_whole_{base}", *options, **keywords)
     watched(world, f"two_killed_{base}", *options, code=None, WATCH_KILL="6", **keywords)
