@@ -26,6 +26,7 @@ from .loading import HostClassifier, Normalised, from_mmpretrain, from_torchdist
 from .preflight import Preflight, preflight  # noqa: E402
 from .report import write_report  # noqa: E402
 from .submission import write_submission  # noqa: E402
+from .submittable import submission_obstacles  # noqa: E402
 
 __all__ = [
     "Eps",
@@ -51,6 +52,7 @@ __all__ = [
     "parse_eps",
     "preflight",
     "rank",
+    "submission_obstacles",
     "write_report",
     "write_submission",
 ]

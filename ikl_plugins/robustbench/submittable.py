@@ -16,7 +16,14 @@ from .eps import Eps, as_fraction, parse_eps
 from .leaderboard import board_eps, entries
 from .loading import DATASET_CLASSES, HostClassifier, Normalised
 
-__all__ = ["against_benchmark", "check_dataset", "check_network", "network_obstacle", "obstacles", "same_eps"]
+__all__ = [
+    "against_benchmark",
+    "check_dataset",
+    "check_network",
+    "network_obstacle",
+    "same_eps",
+    "submission_obstacles",
+]
 __all__ += ["same_logits"]
 
 CALLER = "write_submission"
@@ -26,7 +33,7 @@ _CORRUPTIONS = 15 * 5  # corruptions and severities of CIFAR-10-C and CIFAR-100-
 _ROOM = "robustbench.model_zoo.architectures."
 
 
-def obstacles(
+def submission_obstacles(
     model: nn.Module,
     dataset: str,
     *,

@@ -25,7 +25,7 @@ from ikl_plugins.robustbench.loading import Normalised
 from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight
 from ikl_plugins.robustbench.submission import DEMONSTRATION, check_name, model_info, write_submission
 from ikl_plugins.robustbench.submission.form import worded
-from ikl_plugins.robustbench.submittable import network_obstacle, obstacles
+from ikl_plugins.robustbench.submittable import network_obstacle, submission_obstacles
 
 # An entry of RobustBench's model_info/cifar100/Linf, as it is there.
 CUI = """{
@@ -572,9 +572,9 @@ def test_refuses_another_network_and_says_so_before_the_attacks(other, fragment,
     with pytest.raises(ValueError, match=f"^write_submission: {fragment}"):
         write(model=net, evaluation=log(net), preflight=too_early)
     assert list(tmp_path.iterdir()) == []
-    (reason,) = obstacles(net, "cifar10", architecture="WideResNet-10-1", eps="8/255")
+    (reason,) = submission_obstacles(net, "cifar10", architecture="WideResNet-10-1", eps="8/255")
     assert re.match(fragment, reason), reason
-    assert obstacles(network, "cifar10", architecture="WideResNet-10-1", eps="8/255") == ()
+    assert submission_obstacles(network, "cifar10", architecture="WideResNet-10-1", eps="8/255") == ()
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_refuses_another_network_and_says_so_before_the_attacks(other, fragment,
 )
 def test_what_an_evaluation_lacks_is_known_before_it_runs(plan, reason, network):
     plan = {"dataset": "cifar10", "eps": "8/255", **plan}
-    found = obstacles(network, plan.pop("dataset"), **plan)
+    found = submission_obstacles(network, plan.pop("dataset"), **plan)
     assert (reason is None and found == ()) or found[0].startswith(reason)
 
 
@@ -611,7 +611,7 @@ def test_a_class_that_robustbench_lacks_is_told_without_a_name(network):
         (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10)), "got Sequential. Train one that it lists."),
     ):
         assert words in network_obstacle(model)
-        assert obstacles(model, "cifar10", eps="8/255") == (network_obstacle(model),)
+        assert submission_obstacles(model, "cifar10", eps="8/255") == (network_obstacle(model),)
 
 
 def test_refuses_a_threat_model_without_leaderboard(write):

@@ -73,7 +73,9 @@ def evaluate_and_submit(parts: Parts, data: Path, config: Any, checkpoint: Path)
     def submit(folder: Path, evaluation: Any) -> dict[str, bool]:
         all_images, measured = room.load_images(data / "test"), evaluation.robust_accuracy
         pixels, labels = all_images.images, all_images.labels
-        report = room.preflight(model, pixels, labels, eps=eps, claimed=measured, measured=measured)
+        report = room.preflight(
+            model, pixels, labels, eps=eps, claimed=measured, measured=measured, data=all_images, progress=False
+        )
         room.write_submission(
             folder / "submission",
             model=model,
