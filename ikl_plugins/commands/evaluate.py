@@ -15,7 +15,6 @@ goes on when the same command runs again, and ends as if it had never stopped.
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,8 +32,7 @@ from .model_options import (
 )
 
 if TYPE_CHECKING:
-    from ..robustbench import Eps, Evaluation, Images
-    from ..robustbench.evaluation import Progress
+    from ..robustbench import Evaluation, Images
 
 __all__ = ["INTERRUPTED", "LOG", "configure", "run"]
 
@@ -123,11 +121,9 @@ def _attack(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluat
         "model_name": loaded.name,
     }
     log = arguments.output / LOG
-    evaluation = evaluate(*data, eps=arguments.eps, log=log, progress=_Printer(), **options)
+    evaluation = evaluate(*data, eps=arguments.eps, log=log, **options)
     if arguments.curve is not None:
-        printer = _Printer()
-        folder = arguments.output / "curve"
-        points = curve(*data, arguments.curve, folder=folder, progress=lambda eps, made: printer(made, eps), **options)
+        points = curve(*data, arguments.curve, folder=arguments.output / "curve", **options)
         evaluation.log["curve"] = points
         evaluation.save(log)
     return evaluation, images
@@ -154,9 +150,6 @@ def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Ev
         log=arguments.output / LOG,
         checkpoint=loaded.checkpoint,
         model_name=loaded.name,
-        progress=lambda made: _say(
-            f"{made.attack} ({made.batch}/{made.batches}): {made.standing} of {made.n_examples} right"
-        ),
     )
     log = evaluation.log
     _say(f"mean corruption error {log['corruptions_mce_note'] or '{:.2f} %'.format(log['corruptions_mce'])}")
@@ -164,26 +157,17 @@ def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Ev
 
 
 def _check_natural(arguments: argparse.Namespace, loaded: LoadedModel, images: Images) -> None:
-    from ..robustbench import check_natural
+    from ..robustbench import check_natural, submission_obstacles
 
     _say(f"{len(images)} images of {images.name}, model {loaded.name}")
     found = check_natural(loaded.model, images, loaded.host, batch_size=arguments.batch_size, device=arguments.device)
     _say(str(found))
-
-
-class _Printer:
-    """Prints a line after each attack; on a terminal one after each batch that the next one overwrites."""
-
-    def __call__(self, made: Progress, eps: Eps | None = None) -> None:
-        last = made.batch == made.batches
-        if not last and not sys.stdout.isatty():
-            return
-        name = made.attack if eps is None else f"eps {eps}, {made.attack}"
-        text = f"{name}: {made.standing} of {made.n_examples} standing ({made.seconds:.0f} s)"
-        if last:
-            _say(("\r\x1b[K" if sys.stdout.isatty() else "") + text)
-        else:
-            print(f"\r{text}, batch {made.batch}/{made.batches}\x1b[K", end="", flush=True)
+    if arguments.zoo is None:  # what is there need not be submitted
+        names = ("architecture", "mean", "std", "threat_model", "eps", "version", "attacks")
+        plan = {name: getattr(arguments, name) for name in names}
+        plan.update(data=images.name, n_examples=len(images))
+        for obstacle in submission_obstacles(loaded.model, arguments.dataset, **plan):
+            _say(f"RobustBench would not take the result: {obstacle}")
 
 
 def _say(text: str) -> None:

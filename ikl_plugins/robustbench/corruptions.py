@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .._progress import Shown, teller
 from .._robustbench_import import import_robustbench
 from .checks import check_data, check_model, check_seed, natural_predictions, warn_of_chance
 from .conditions import own_conditions, trainable_copy
 from .data import Images, check_pixels, content_sha256
-from .evaluation import Progress, quiet, show_progress
+from .evaluation import Progress, quiet
 from .evaluation_log import Evaluation, Record, class_names, data_facts, identity
 
 __all__ = ["evaluate_corruptions"]
@@ -78,7 +79,13 @@ def evaluate_corruptions(
         ValueError: an unknown data set or threat model, missing files, too few images, or as there.
     """
     caller = "evaluate_corruptions"
-    tell = show_progress(caller, progress, word="right")
+    shown = Shown("severities")
+
+    def show(made: Progress) -> None:
+        note = f"{made.attack}, {made.standing} of {made.n_examples} right"
+        shown("corruptions", made.batch, made.batches, note)
+
+    tell = teller(caller, progress, show)
     source = _source(caller, dataset, threat_model, Path(data_dir))
     check_model(caller, model, "standard")
     n_examples = (5000 if dataset == "imagenet" else 10000) if n_examples is None else n_examples

@@ -49,7 +49,6 @@ __all__ = [
     "curve",
     "evaluate",
     "quiet",
-    "show_progress",
 ]
 
 _LEAST_CLASSES = {"apgd-dlr": 4, "apgd-t": 4}  # the margin is divided by the distance to the third or fourth logit
@@ -78,14 +77,14 @@ class Progress:
     seconds: float
 
 
-def show_progress(
-    caller: str, progress: bool | Callable[[Progress], None] | None, before: str = "", word: str = "standing"
+def _shown(
+    caller: str, progress: bool | Callable[[Progress], None] | None, before: str = ""
 ) -> Callable[[Progress], None]:
     """What to call with the progress: for True a bar or lines, with the count of images that stand."""
     shown = Shown("batches")
 
     def show(made: Progress) -> None:
-        shown(before + made.attack, made.batch, made.batches, f"{made.standing} of {made.n_examples} {word}")
+        shown(before + made.attack, made.batch, made.batches, f"{made.standing} of {made.n_examples} standing")
 
     return teller(caller, progress, show)
 
@@ -151,7 +150,7 @@ def evaluate(
             chance.
     """
     caller = "evaluate"
-    tell = show_progress(caller, progress)
+    tell = _shown(caller, progress)
     eps = check_threat(caller, norm, eps)
     version, chosen = check_version(caller, version, attacks)
     check_model(caller, model, version)
@@ -260,7 +259,7 @@ def curve(
         if callable(progress):
             tell: Callable[[Progress], None] = functools.partial(progress, eps)
         else:
-            tell = show_progress(caller, progress, f"eps {eps}, ")
+            tell = _shown(caller, progress, f"eps {eps}, ")
         if len(standing):
             result = evaluate(
                 model,

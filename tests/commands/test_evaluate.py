@@ -107,9 +107,13 @@ def test_the_command_evaluates_and_reports(files, tmp_path, capsys):
     assert torch.equal(loaded.adversarial_images(files.images), direct.adversarial_images(files.images))
     assert 0 < len(loaded.adversarial) < 5
     assert (tmp_path / "report.md").read_text().startswith("# Robustness of WideResNet-10-1")
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
     for entry in log["progress"]:
-        assert f"{entry['attack']}: {entry['standing']} of 6 standing" in shown
+        assert f"{entry['attack']}: {entry['standing']} of 6 standing" in progress
+    refused = [line for line in shown.splitlines() if line.startswith("RobustBench would not take the result: ")]
+    (line_on_attacks,) = refused  # and none on the network, which is RobustBench's own
+    assert "be of standard AutoAttack" in line_on_attacks
+    assert shown.index(line_on_attacks) < shown.index("robust accuracy")
     assert f"natural accuracy 83.33 %, robust accuracy {direct.robust_accuracy:.2f} %" in shown
 
 
@@ -119,7 +123,7 @@ def test_a_second_run_reads_what_the_first_has_found(files, tmp_path, monkeypatc
     before = (tmp_path / "evaluation.json").read_text()
     expected = curve(files.model, files.images, files.labels, ["1/510", "4/255"], attacks=ATTACKS.split(","))
     assert json.loads(before)["curve"] == expected
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     assert re.search(r"^eps 1/510, apgd-ce: \d of 6 standing", output, re.MULTILINE)
     assert (tmp_path / "robust_accuracy.png").exists()
     assert (tmp_path / "curve" / "eps_1-510.json").exists()

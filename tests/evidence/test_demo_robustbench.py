@@ -15,6 +15,8 @@ from PIL import Image
 
 from ikl_plugins.models.robustbench_zoo import robustbench_network
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
+
 
 @pytest.fixture
 def config():
