@@ -299,7 +299,11 @@ class MMPretrainData:
     def predict(self, model: nn.Module, samples: Sequence[Any]) -> Tensor:
         from mmengine.dataset import pseudo_collate
 
-        classifier: Any = model.classifier
+        classifier: Any = getattr(model, "classifier", None)
+        if not hasattr(classifier, "test_step"):
+            raise TypeError(
+                f"{self._caller}: `model` must be from_mmpretrain's, got {type(model).__name__}. Leave out `config`."
+            )
         outputs = classifier.test_step(pseudo_collate(list(samples)))
         return torch.cat([sample.pred_label.reshape(1) for sample in outputs]).cpu()
 

@@ -1,5 +1,6 @@
 """The images of an evaluation are those that the host's own test makes: the oracle of every test is that test."""
 
+import argparse
 import copy
 import json
 
@@ -14,6 +15,7 @@ from PIL import Image
 from quick_autoattack import Quick, message, robustbench
 
 from ikl_plugins.commands.main import main
+from ikl_plugins.commands.model_options import LoadedModel, images_from
 from ikl_plugins.robustbench import (
     HostImages,
     check_natural,
@@ -24,6 +26,7 @@ from ikl_plugins.robustbench import (
     in_class_order,
     load_images,
 )
+from ikl_plugins.robustbench.mmpretrain_data import MMPretrainData
 
 CLASSES = ("cat", "dog", "fox")
 COUNT = 12
@@ -486,6 +489,18 @@ def test_class_folders_get_the_order_of_the_config_or_the_checkpoint(more, meta,
     assert ordered.classes == ("fox", "cat", "dog")
     assert ordered.sha256 != given.sha256
     assert in_class_order(ordered, model, path) is ordered
+
+
+def test_corruptions_take_no_other_order(mmpretrain, root):
+    path, checkpoint = mmpretrain(more=LISTED)
+    loaded = LoadedModel(from_mmpretrain(path, checkpoint), "x", checkpoint, MMPretrainData("x", path))
+    given = argparse.Namespace(
+        data=str(root / "rgb"), data_dir=root, n_examples=None, offline=True, preprocessing=None, dataset="cifar10"
+    )
+    with message("must be in the config's order"):
+        images_from(given, caller="x", loaded=loaded, reorder=False)
+    with pytest.raises(TypeError, match=r"must be from_mmpretrain's, got Identity"):
+        loaded.host.predict(nn.Identity(), [])
 
 
 def test_other_classes_are_refused(mmpretrain, torchdistill, root, tmp_path):
