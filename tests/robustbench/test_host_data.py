@@ -51,6 +51,13 @@ def root(tmp_path_factory):
             image.save(root / kind / name)
         lines.append(f"{name} {(index + 1) % 3}")
     (root / "list.txt").write_text("\n".join(lines))
+    pixels = random.integers(0, 256, (COUNT, 28, 28, 3), dtype="uint8")
+    numpy.savez(root / "held.npz", image=pixels, label=numpy.arange(COUNT) % 3)
+    for split in ("train", "t10k"):  # as MNIST is published
+        head = numpy.array([0x803, COUNT, 28, 28], ">i4").tobytes()
+        (root / f"{split}-images-idx3-ubyte").write_bytes(head + pixels[..., 0].tobytes())
+        head = numpy.array([0x801, COUNT], ">i4").tobytes()
+        (root / f"{split}-labels-idx1-ubyte").write_bytes(head + (numpy.arange(COUNT) % 3).astype("uint8").tobytes())
     return root
 
 
@@ -99,6 +106,8 @@ def torchvision(name, more=""):
     return f"dict(type='torchvision/{name}', {more})"
 
 
+HELD = "dict(type='GeneratedImages', data_root={root!r}, data_file='held.npz', pipeline={pipeline}{more})"
+RESIZE = "dict(type='Resize', scale=16)"
 PIL = "dict(type='NumpyToPIL', to_rgb=True)"
 LISTED = ", ann_file='list.txt', metainfo=dict(classes=('fox', 'cat', 'dog'))"
 FLOATS = "mean=[0.4, 0.5, 0.45], std=[0.2, 0.3, 0.25]"
@@ -106,7 +115,7 @@ FLOATS = "mean=[0.4, 0.5, 0.45], std=[0.2, 0.3, 0.25]"
 RIGHT = {
     "plain": {},
     "bgr": {"preprocessor": RGB.replace("to_rgb=True", "to_rgb=False")},
-    "resized": {"pipeline": (LOAD, "dict(type='Resize', scale=16)", PACK)},
+    "resized": {"pipeline": (LOAD, RESIZE, PACK)},
     "cropped": {"pipeline": (LOAD, "dict(type='ResizeEdge', scale=24)", "dict(type='CenterCrop', crop_size=20)", PACK)},
     "padded": {"pipeline": (LOAD, "dict(type='Pad', size=(40, 36), pad_val=dict(img=90))", PACK)},
     "floats": {"pipeline": (loaded("to_float32=True"), "dict(type='Resize', scale=20)", PACK)},
@@ -140,6 +149,14 @@ RIGHT = {
         "dataset": FOLDER.replace("'rgb'", "'rgba'"),
     },
     "16 bits": {"dataset": FOLDER.replace("'rgb'", "'deep'")},
+    "held, rgb": {"dataset": HELD, "more": ", channel_order='rgb'", "pipeline": (RESIZE, PACK)},
+    "held, bgr": {"dataset": HELD, "pipeline": (PIL, torchvision("Pad", "padding=2"), PACK)},
+    "held, grey": {
+        "dataset": "dict(type='MNIST', data_root={root!r}, split='test', serialize_data=False, pipeline={pipeline})",
+        "preprocessor": "mean=[33.3], std=[78.6]",
+        "channels": 1,
+        "pipeline": (RESIZE, PACK),
+    },
     "list": {"more": LISTED},
     "names": {"more": ", metainfo=dict(classes=('a', 'b', 'c'))"},
     "twice": {"dataset": f"dict(type='RepeatDataset', times=2, dataset={FOLDER})"},
@@ -192,6 +209,7 @@ def mmpretrain_test(path, checkpoint):
     return torch.stack([sample.pred_score for sample in samples]), torch.cat([sample.gt_label for sample in samples])
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of MMPretrain's MNIST
 @pytest.mark.parametrize("case", RIGHT)
 def test_mmpretrain_s_own_test_sees_the_same(case, mmpretrain):
     path, checkpoint = mmpretrain(**RIGHT[case])
