@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +56,9 @@ class Shown:
             from tqdm import tqdm
         except ImportError:
             return None
-        return tqdm(desc=task, total=total, initial=done - 1, unit=f" {self._unit}", dynamic_ncols=True)
+        # 80 by 24 where the terminal says 0 by 0, with which tqdm would show nothing.
+        columns, lines = shutil.get_terminal_size()
+        return tqdm(desc=task, total=total, initial=done - 1, unit=f" {self._unit}", ncols=columns, nrows=lines)
 
     def _close(self) -> None:
         if self._bar is not None:

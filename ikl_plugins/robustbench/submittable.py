@@ -97,7 +97,7 @@ def _bare(error: ValueError) -> str:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: value for name, value in _uncompiled(model).state_dict().items() if isinstance(value, Tensor)}
 
 
 def network_obstacle(model: nn.Module) -> str | None:
@@ -109,7 +109,13 @@ def network_obstacle(model: nn.Module) -> str | None:
     return None
 
 
+def _uncompiled(model: Any) -> Any:
+    """The module that torch.compile has wrapped, which is what is submitted."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _check_class(model: nn.Module) -> None:
+    model = _uncompiled(model)
     if isinstance(model, (Normalised, HostClassifier)):
         way_out = "Train a DMWideResNet." if isinstance(model, Normalised) else "Load its file with load_checkpoint."
         raise ValueError(
@@ -131,6 +137,7 @@ def check_network(
     std: Sequence[float] | None,
 ) -> dict[str, Tensor]:
     """The weights of a network that is exactly this architecture, with these mean and std; others are refused."""
+    model = _uncompiled(model)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{CALLER}: `model` must be the network that was evaluated, got {type(model).__name__}. Use "
