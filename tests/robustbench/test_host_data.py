@@ -209,7 +209,7 @@ def mmpretrain_test(path, checkpoint):
     return torch.stack([sample.pred_score for sample in samples]), torch.cat([sample.gt_label for sample in samples])
 
 
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of MMPretrain's MNIST
+@pytest.mark.filterwarnings("ignore:The given NumPy array", "ignore:__array__ implementation")  # of MMPretrain's MNIST with NumPy 2
 @pytest.mark.parametrize("case", RIGHT)
 def test_mmpretrain_s_own_test_sees_the_same(case, mmpretrain):
     path, checkpoint = mmpretrain(**RIGHT[case])
