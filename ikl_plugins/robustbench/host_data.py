@@ -78,6 +78,7 @@ class HostData(Protocol):
         """The host's own predictions, (N,)."""
 
 
+_ROUNDING = 1e-5  # a resized white of floats is up to 5e-7 above 1
 Config: TypeAlias = Any  # a path, MMEngine's Config, the content of a YAML file, or HostData
 Progress: TypeAlias = bool | Callable[[tuple[int, int]], None]
 
@@ -174,7 +175,7 @@ def host_images(caller: str, data: HostData, n_examples: int | None, progress: P
     images, found = torch.empty(0), []
     rows = enumerate(steps(caller, positions, len(positions), f"reading {data.name}", "images", progress))
     for row, position in rows:
-        pixels, label = data.read(position)
+        pixels, label = _read(caller, data, position)
         if row == 0:  # one block: a stack of a list would take twice the memory
             images = torch.empty(len(positions), *pixels.shape)
         if pixels.dim() != 3 or pixels.shape != images.shape[1:]:
@@ -196,6 +197,18 @@ def host_images(caller: str, data: HostData, n_examples: int | None, progress: P
         None if None in files else tuple(map(str, files)),
         positions=tuple(positions),
     )
+
+
+def _read(caller: str, data: HostData, position: int) -> tuple[Tensor, int]:
+    """Pixels and label, without what resizing floats rounds white to."""
+    pixels, label = data.read(position)
+    low, high = (bound.item() for bound in torch.aminmax(pixels))
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise ValueError(
+            f"{caller}: pixels of {data.name} must lie in [0, 1], got {low:.4g} to {high:.4g} (image {position}). "
+            "Resize bytes, and read them with 8 bits."
+        )
+    return pixels.clamp(0, 1), label
 
 
 # --- images from elsewhere -------------------------------------------------------------------------------------------
@@ -338,7 +351,7 @@ def _samples(caller: str, data: HostData, images: Images, chosen: Sequence[int])
     for index in chosen:
         pixels = images.images[index]
         if isinstance(images, HostImages):
-            again, _ = data.read(images.positions[index])
+            again, _ = _read(caller, data, images.positions[index])
             if not torch.equal(again, pixels):
                 raise ValueError(
                     f"{caller}: {data.name} must give the same image each time, but image {index} differs. Take random "

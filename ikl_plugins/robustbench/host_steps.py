@@ -64,7 +64,7 @@ def check_steps(caller: str, key: str, steps: Sequence[Any], normalise: str) -> 
             # One grey channel is the network's own image; three equal ones would be attacked apart from each other.
             if name in _ALLOWED or (name == "torchvision.Grayscale" and part.num_output_channels == 1):
                 continue
-            kind = type(part).__name__
+            kind = getattr(part, "__name__", type(part).__name__)  # of a function its own
             way_out = normalise if kind == "Normalize" else "Take it out, or into the model."
             raise ValueError(f"{caller}: {key} must only load, size and pack images, got {kind}. {way_out}")
 

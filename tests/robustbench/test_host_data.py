@@ -209,7 +209,9 @@ def mmpretrain_test(path, checkpoint):
     return torch.stack([sample.pred_score for sample in samples]), torch.cat([sample.gt_label for sample in samples])
 
 
-@pytest.mark.filterwarnings("ignore:The given NumPy array", "ignore:__array__ implementation")  # of MMPretrain's MNIST with NumPy 2
+@pytest.mark.filterwarnings(
+    "ignore:The given NumPy array", "ignore:__array__ implementation"
+)  # of MMPretrain's MNIST with NumPy 2
 @pytest.mark.parametrize("case", RIGHT)
 def test_mmpretrain_s_own_test_sees_the_same(case, mmpretrain):
     path, checkpoint = mmpretrain(**RIGHT[case])
@@ -327,6 +329,10 @@ def call(key, **kwargs):
 
 def get(key):
     return f"!import_get {{key: '{key}'}}"
+
+
+def mode(name):
+    return f"!getattr [{get('torchvision.transforms.InterpolationMode')}, '{name}']"
 
 
 def v1(name, **kwargs):
@@ -474,7 +480,7 @@ SPOILED = [
     (folder(compose(TENSOR, LAST, LAST)), r"Normalize\. Normalize once, at the end"),
     (folder(v1("PILToTensor")), "torch.uint8 .*from PILToTensor"),
     (folder("null"), "from none"),
-    (folder(get("builtins.abs")), "builtin_function_or_method"),
+    (folder(get("builtins.abs")), "abs"),
     (f"{call('torch.utils.data.ConcatDataset', datasets=f'[{BASE}, {folder(TENSOR)}]')}", "normalised alike"),
 ]
 
@@ -594,6 +600,27 @@ class Negative(Joint):
 
 def noisy_loader(path):
     return Image.fromarray(numpy.random.default_rng().integers(0, 256, (32, 32, 3)).astype("uint8"))
+
+
+def test_white_stays_white_and_what_overshoots_is_refused(torchdistill, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "white" / name).mkdir(parents=True)
+        pixels = numpy.full((32, 32, 3), 255, "uint8")
+        pixels[:, 16:] = 0 if name == "b" else 255
+        Image.fromarray(pixels).save(tmp_path / "white" / name / "0.png")
+    path, _, _ = torchdistill()
+
+    def images(interpolation):
+        resize = v1("Resize", size="[11, 11]", antialias="True", interpolation=mode(interpolation))
+        text = folder(compose(TENSOR, resize, LAST), "white").replace("ROOT", str(tmp_path))
+        path.write_text(YAML.format(dataset=text, sampler="SequentialSampler"))
+        return images_of_torchdistill(path).images
+
+    assert images("BILINEAR")[0].eq(1).float().mean() > 0.5
+    with pytest.raises(
+        ValueError, match=r"pixels of some/test must lie in \[0, 1\], got .* \(image 1\)\. Resize bytes"
+    ):
+        images("BICUBIC")
 
 
 REFUSED_LOADERS = {
