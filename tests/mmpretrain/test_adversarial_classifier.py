@@ -183,6 +183,7 @@ def test_a_trades_step_equals_the_one_by_hand(natural_first):
     losses = model.loss(inputs, samples)
     total_of(losses).backward()
     torch.testing.assert_close(losses["loss_robust"], 6.0 * kl(student, teacher), rtol=1e-9, atol=1e-12)
+    assert losses["adversarial_accuracy"] == pytest.approx(100 * (student.argmax(1) == labels).sum().item() / 6)
     torch.testing.assert_close(total_of(losses), expected, rtol=1e-9, atol=1e-12)
     alike(model, network)
 
