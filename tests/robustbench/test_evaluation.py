@@ -22,7 +22,7 @@ from quick_autoattack import Interruption, Quick, batch, message, network, witho
 from torch import nn
 from torchvision.transforms import Normalize
 
-from ikl_plugins import _files
+from ikl_plugins import _files, _progress
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.robustbench.data import Images, content_sha256
 from ikl_plugins.robustbench.evaluation import curve, evaluate
@@ -288,7 +288,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(terminal, monkeypat
             assert re.search(rf"{entry['attack']}: 100%.* {end}.*, {entry['standing']} of 14 standing\]", text), text
     else:
         assert text.splitlines() == lines
-    curve(model, images, labels, ["4/255"], attacks=["apgd-ce"])
+    monkeypatch.setattr(_progress, "_SECONDS", 0)  # half a minute after each line
+    curve(model, images, labels, ["4/255"], attacks=["apgd-ce"], batch_size=5)
+    assert terminal or len(shown.getvalue().removeprefix(text).splitlines()) == 3
     assert "eps 4/255, apgd-ce: " in shown.getvalue().removeprefix(text)
     monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
     evaluate(model, images, labels, progress=False, **OPTIONS)
