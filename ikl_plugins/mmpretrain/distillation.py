@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mmengine.dist
-import torch
-from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from .. import _validation as check
 from ..losses import warmup_factor
-from ..mmengine.dry_run import batches, kept_random_states
+from ..mmengine.dry_run import kept_random_states
 from .classifier import EpochClassifier, term_scalars
-from .teacher import build_teacher
+from .teacher import FrozenTeacher, MissingTeacherError, build_teacher
+from .teacher_check import check_teacher
 
 __all__ = ["DistillationClassifier"]
 
@@ -30,9 +28,12 @@ class DistillationClassifier(EpochClassifier):
 
     Args:
         *args: those of ``ImageClassifier``, for the student: backbone, neck, head.
-        teacher: path of a config, config dict of a model, or the network (see
-            :func:`ikl_plugins.mmpretrain.build_teacher`).
+        teacher: path of a config, ``dict(cfg_path=...)``, config dict of a model, or the network (see
+            :func:`ikl_plugins.mmpretrain.build_teacher`). With ``IKLHook`` a file that is not in the working directory
+            is looked for beside the config of the run.
         teacher_ckpt: file or http(s) address of the teacher's checkpoint.
+        teacher_input: ``dict(size=..., mean=..., std=..., to_rgb=...)``: the size that the teacher's inputs are resized
+            to, and what replaces the settings of its ``data_preprocessor``.
         distill_loss: config of DKLLoss, IKLLoss, GKLLoss or KLLoss, such as ``dict(type='IKLLoss', preset='start')``,
             which is the default. With ``global_info=True`` the number of classes is
             taken from the head.
@@ -40,7 +41,8 @@ class DistillationClassifier(EpochClassifier):
         warmup_epochs: it is also multiplied by min(epoch / warmup_epochs, 1), epochs counted from 1; 0 and 1 mean no
             ramp, None that of the loss's ``preset``.
         ce_weight: weight of the head's own loss, at least 0. It is not ramped.
-        teacher_val_batches: before training, log the teacher's accuracy on so many batches of the validation data.
+        teacher_val_batches: before training, log the teacher's accuracy on so many batches of the validation data,
+            images spread over the whole set, beside that which its own config's test pipeline gives; 0 for none.
         **kwargs: those of ``ImageClassifier``. Mixup and CutMix in ``train_cfg`` go with every loss that has no class
             prior; a teacher with other means, stds or channel order in ``data_preprocessor`` gets its own inputs.
 
@@ -59,11 +61,12 @@ class DistillationClassifier(EpochClassifier):
         *args: Any,
         teacher: str | Path | Mapping[str, Any] | nn.Module,
         teacher_ckpt: str | Path | None = None,
+        teacher_input: Mapping[str, Any] | None = None,
         distill_loss: Mapping[str, Any] | nn.Module | None = None,
         distill_weight: float = 1.0,
         warmup_epochs: int | None = None,
         ce_weight: float = 1.0,
-        teacher_val_batches: int = 0,
+        teacher_val_batches: int = 1,
         **kwargs: Any,
     ) -> None:
         name = type(self).__name__
@@ -81,33 +84,41 @@ class DistillationClassifier(EpochClassifier):
         self.warmup_epochs = getattr(self.distill_loss, "warmup_epochs", 0) if warmup_epochs is None else warmup_epochs
         self.ce_weight = ce_weight
         self.teacher_val_batches = teacher_val_batches
-        self.teacher = build_teacher(teacher, teacher_ckpt, student=self)
+        self._teacher: FrozenTeacher | None = None
+        build = partial(build_teacher, teacher, teacher_ckpt, student=self, teacher_input=teacher_input)
+        self._missing: tuple[Callable[..., FrozenTeacher], str] | None = None
+        try:
+            self._teacher = build()
+        except MissingTeacherError as error:  # it may lie beside the config, which `attach` tells
+            self._missing = build, str(error)
+
+    @property
+    def teacher(self) -> FrozenTeacher:
+        """The holder of the teacher.
+
+        Raises:
+            ValueError: its files are not in the working directory, and no hook has told where the config is.
+        """
+        if self._teacher is None:
+            raise ValueError(self._missing[1] if self._missing else "")
+        return self._teacher
+
+    @teacher.setter
+    def teacher(self, holder: FrozenTeacher) -> None:
+        self._teacher = holder
 
     def attach(self, runner: Any) -> None:
-        """Logs the teacher's accuracy on the first validation batches; no random number generator moves."""
+        """Looks for the teacher beside the config, and logs its accuracy; no random number generator moves."""
         super().attach(runner)
-        if self.teacher_val_batches == 0:
-            return
-        logger = MMLogger.get_current_instance()
-        name = type(self).__name__
-        if runner.val_loop is None:
-            logger.warning("%s: the teacher is not tested, because the config has no `val_dataloader`.", name)
-            return
-        with kept_random_states():
-            right, total, classes = self._test_teacher(runner.val_loop.dataloader)
-        if total == 0:
-            logger.warning("%s: the teacher is not tested: the validation data has no batches or no labels.", name)
-            return
-        accuracy = 100.0 * right / total
-        logger.info("%s: the teacher's top-1 accuracy on %d validation images is %.2f %%.", name, total, accuracy)
-        if right * classes <= total:
-            logger.warning(
-                "%s: the teacher is not better than chance (%.2f %% of %d classes). Check `teacher_ckpt`, the order of "
-                "its classes, and mean, std and to_rgb of its `data_preprocessor`.",
-                name,
-                accuracy,
-                classes,
-            )
+        if self._missing is not None:
+            config = getattr(runner.cfg, "filename", None)
+            folder = None if config is None else Path(config).resolve().parent
+            with kept_random_states():
+                self._teacher = self._missing[0](folder=folder)
+            self._teacher.module.to(next(self.parameters()).device)
+            self._missing = None
+        if self.teacher_val_batches:
+            check_teacher(self, runner)
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any]) -> dict[str, Any]:
         """The losses of one batch, of inputs (N, C, H, W) and one ``DataSample`` with labels per image.
@@ -143,23 +154,6 @@ class DistillationClassifier(EpochClassifier):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillationClassifier:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.teacher.apply(fn)
+        if self._teacher is not None:
+            self._teacher.apply(fn)
         return self
-
-    @torch.no_grad()
-    def _test_teacher(self, loader: Any) -> tuple[int, int, int]:
-        """Right answers, images and classes of the first validation batches of all ranks."""
-        counts = torch.zeros(2, dtype=torch.int64)
-        classes = 1
-        for batch in islice(batches(loader), self.teacher_val_batches):
-            data = self.data_preprocessor(batch, False)
-            if not data["data_samples"] or any("gt_label" not in sample for sample in data["data_samples"]):
-                break
-            logits = self.teacher(data["inputs"])
-            classes = logits.shape[1]
-            guesses = logits.argmax(1).tolist()
-            right = sum(guess in sample.gt_label for guess, sample in zip(guesses, data["data_samples"], strict=True))
-            counts += torch.tensor([right, len(guesses)])
-        mmengine.dist.all_reduce(counts)
-        right, total = counts.tolist()
-        return right, total, classes

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import copy
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.model.weight_init import PretrainedInit
+from mmpretrain.models import ClsDataPreprocessor
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from .. import _validation as check
 from .._files import check_config_text
 from ..checkpoints import is_address, load_weights
-from ..models.weights import load_strictly
+from ..mmengine.dry_run import kept_random_states
+from ..models.weights import Statistics, drawn_parameters, load_strictly
 from .classifier import EpochClassifier
 from .pixels import pixel_space
 
-__all__ = ["FrozenTeacher", "build_teacher"]
+__all__ = ["FrozenTeacher", "MissingTeacherError", "build_teacher"]
 
 _EXTRAS = ("distill_loss.", "robust_loss.", "data_preprocessor.")
 _INLINE = "teacher=dict(type='ImageClassifier', backbone=..., head=...)"
+_INPUT = ("size", "mean", "std", "to_rgb", "to_bgr")
+
+
+class MissingTeacherError(ValueError):
+    """A file of a teacher that is not where it was looked for."""
 
 
 class FrozenTeacher:
@@ -36,24 +46,37 @@ class FrozenTeacher:
     Args:
         module: the network; its parameters are frozen and it is put in eval mode.
         conversion: from the student's inputs to the teacher's; None where they are the same.
+        pipeline: of its own config's test data, if it has one.
 
     Attributes:
         module: the network.
+        pipeline: as above.
         num_classes: number of classes if its head says so, else None.
     """
 
-    def __init__(self, module: nn.Module, conversion: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        conversion: Callable[[Tensor], Tensor] | None = None,
+        pipeline: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
         module.eval()  # some of MMPretrain's networks return nothing from it
         self.module = module.requires_grad_(False)
         self.conversion = conversion
+        self.pipeline = pipeline
         self.num_classes: int | None = getattr(getattr(module, "head", None), "num_classes", None)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
         """The teacher's logits (N, classes) of the student's inputs (N, C, H, W), under the caller's autocast."""
+        return self.logits_of(inputs if self.conversion is None else self.conversion(inputs))
+
+    @torch.no_grad()
+    def logits_of(self, inputs: Tensor) -> Tensor:
+        """The logits of inputs of its own."""
         if self.module.training:  # somebody else holds it as well
             self.module.eval()
-        logits = self.module(inputs if self.conversion is None else self.conversion(inputs))
+        logits = self.module(inputs)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(
@@ -75,34 +98,50 @@ def build_teacher(
     teacher_ckpt: str | Path | None = None,
     *,
     student: EpochClassifier,
+    teacher_input: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
 ) -> FrozenTeacher:
     """A teacher from a config, with its weights, checked against the student.
 
     Args:
-        teacher: path of a config file, whose ``model`` is built with its ``data_preprocessor``; or config dict of a
-            model; or the network itself. Of a classifier of this package the plain ``ImageClassifier`` inside is built.
+        teacher: path of a config file, or ``dict(cfg_path=...)``, whose ``model`` is built with its
+            ``data_preprocessor``; or config dict of a model; or the network itself. Of a classifier of this package the
+            plain ``ImageClassifier`` inside is built. ``package::path`` is a config of a package, as in ``_base_``.
         teacher_ckpt: file or http(s) address of its checkpoint; ``*`` stands for what one file alone has there, such as
             the epoch in MMEngine's name of the best one. Without a checkpoint a network keeps the weights that it has,
-            and a config must name pretrained weights itself.
+            and a config must name pretrained weights of the whole network itself.
         student: the classifier that it will teach.
+        teacher_input: ``size`` (a number, or height and width) to which the student's inputs are resized for it, and
+            ``mean``, ``std``, ``to_rgb`` and ``to_bgr`` in place of those of its data preprocessor.
+        folder: where files lie that are not in the working directory.
 
     Returns:
-        The holder. Where mean, std or channel order of the teacher's data preprocessor are not the student's, the
-        holder converts; a config dict or a network without data preprocessor sees the student's inputs. Padding is
-        left as the student has it.
+        The holder. Where mean, std or channel order of the teacher are not the student's, the holder converts; a config
+        without data preprocessor, or a network without, sees the student's inputs. Padding is left as the student has
+        it.
 
     Raises:
+        MissingTeacherError: a file is missing.
         TypeError: ``teacher`` is none of these.
-        ValueError: a file is missing; weights do not fit the network or are missing; class counts differ.
+        ValueError: weights do not fit the network, are missing, or leave a part of it drawn at random; class counts
+            differ; an unknown key of ``teacher_input``.
     """
     caller = type(student).__name__
-    origin = ""
+    origin, pipeline = "", None
+    if isinstance(teacher, Mapping) and "cfg_path" in teacher:
+        if len(teacher) > 1:
+            found = check.first_names([name for name in teacher if name != "cfg_path"])
+            raise ValueError(f"{caller}: `teacher` must have `cfg_path` alone, got {found} too. Change its file.")
+        teacher = str(teacher["cfg_path"])
+    if teacher_ckpt is not None:
+        teacher_ckpt = _found(str(teacher_ckpt), folder)
+    config: dict[str, Any] = {}
     if isinstance(teacher, nn.Module):
         module = teacher
     else:
         if isinstance(teacher, (str, Path)):
-            origin = str(teacher)
-            config = _read_config(caller, origin)
+            origin = _found(str(teacher), folder)
+            config, pipeline = _read_config(caller, origin)
         elif isinstance(teacher, Mapping):
             config = copy.deepcopy(dict(teacher))
         else:
@@ -111,17 +150,15 @@ def build_teacher(
                 f"Write {_INLINE}."
             )
         config = _plain_config(config)
-        own_inputs = config.get("data_preprocessor") is not None or bool(origin)
-        module = MODELS.build(config)
+        module = MODELS.build(copy.deepcopy(config))
         if teacher_ckpt is None:
-            _initialise(caller, module, config, origin)
+            _initialise(caller, module, config, origin, folder)
     if teacher_ckpt is not None:
-        _load(caller, module, str(teacher_ckpt), origin)
+        _load(caller, module, teacher_ckpt, origin)
 
-    conversion = None
-    if isinstance(teacher, nn.Module) or own_inputs:
-        conversion = _conversion(student, module)
-    holder = FrozenTeacher(module, conversion)
+    own_inputs = isinstance(teacher, nn.Module) or config.get("data_preprocessor") is not None
+    conversion = _conversion(caller, student, module if own_inputs else None, teacher_input)
+    holder = FrozenTeacher(module, conversion, pipeline)
     classes = getattr(student.head, "num_classes", None)
     if None not in (classes, holder.num_classes) and classes != holder.num_classes:
         raise ValueError(
@@ -131,21 +168,34 @@ def build_teacher(
     return holder
 
 
-def _read_config(caller: str, path: str) -> dict[str, Any]:
-    if not Path(path).expanduser().is_file():
-        raise ValueError(
-            f"{caller}: `teacher` must be the path of a config, but there is none at {path} (seen from {Path.cwd()}). "
-            f"Correct it."
+def _found(path: str, folder: str | Path | None) -> str:
+    """Where a file is: seen from the working directory, else from ``folder``."""
+    if folder is None or ":" in path or Path(path).expanduser().exists() or glob.glob(path):
+        return path
+    beside = Path(folder, path)
+    return str(beside) if beside.exists() or glob.glob(str(beside)) else path
+
+
+def _read_config(caller: str, path: str) -> tuple[dict[str, Any], Any]:
+    """The model of a config file, and the pipeline of its test data."""
+    if "::" in path:
+        file = get_config(path)
+    elif Path(path).expanduser().is_file():
+        check_config_text(caller, path)
+        file = Config.fromfile(str(Path(path).expanduser()))
+    else:
+        raise MissingTeacherError(
+            f"{caller}: `teacher` must be the path of a config, but there is none at {path} (seen from {Path.cwd()}, "
+            f"and with IKLHook from its config). Correct it."
         )
-    check_config_text(caller, path)
-    file = Config.fromfile(str(Path(path).expanduser()))
     model = file.get("model")
     if not isinstance(model, Mapping):
         raise ValueError(f"{caller}: `teacher` must be a config with a `model`, but {path} has none.")
     config = copy.deepcopy(dict(model))
     if config.get("data_preprocessor") is None:
-        config["data_preprocessor"] = copy.deepcopy(file.get("data_preprocessor")) or {}
-    return config
+        config["data_preprocessor"] = copy.deepcopy(file.get("data_preprocessor"))
+    loader = file.get("test_dataloader") or file.get("val_dataloader") or {}
+    return config, loader.get("dataset", {}).get("pipeline")
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -157,16 +207,26 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _initialise(caller: str, module: nn.Module, config: Mapping[str, Any], origin: str) -> None:
+def _initialise(
+    caller: str, module: nn.Module, config: Mapping[str, Any], origin: str, folder: str | Path | None
+) -> None:
     """Loads the weights that a config names for the whole network, or refuses an untrained teacher."""
-    named = config.get("pretrained")
-    init_cfg = config.get("init_cfg")
-    if not named and isinstance(init_cfg, Mapping) and init_cfg.get("type") in ("Pretrained", PretrainedInit):
-        named = None if init_cfg.get("prefix") else init_cfg.get("checkpoint")
-    if named is True:
-        return  # the network has fetched its weights itself, as those of timm and Hugging Face do
+    named, init_cfg = config.get("pretrained"), config.get("init_cfg")
+    for entry in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]:
+        # As in MMEngine the last one stays, and all come behind what the network has fetched itself.
+        if isinstance(entry, Mapping) and entry.get("type") in ("Pretrained", PretrainedInit):
+            named = named if isinstance(named, str) else None if entry.get("prefix") else entry.get("checkpoint")
+    if named is True:  # the network has fetched its weights itself, as those of timm and Hugging Face do
+        with kept_random_states():
+            drawn = drawn_parameters(module, lambda: MODELS.build(copy.deepcopy(dict(config))))
+        if drawn:
+            raise ValueError(
+                f"{caller}: `teacher` must be trained as a whole, but `pretrained=True` leaves "
+                f"{check.first_names(drawn)} as they were drawn. Fine-tune it, and give that `teacher_ckpt`."
+            )
+        return
     if named:
-        _load(caller, module, str(named), origin)
+        _load(caller, module, _found(str(named), folder), origin)
         return
     raise ValueError(
         f"{caller}: `teacher_ckpt` must be given, got None or a backbone alone. Write teacher_ckpt='....pth'."
@@ -183,17 +243,52 @@ def _load(caller: str, module: nn.Module, path: str, origin: str) -> None:
             raise ValueError(f"{caller}: `teacher_ckpt` must fit one file, {path} fits {len(found)}. Name one.")
         path = found[0] if found else path
     if not is_address(path) and not Path(path).expanduser().is_file():
-        raise ValueError(
+        raise MissingTeacherError(
             f"{caller}: `teacher_ckpt` must be a file, but there is none at {path} (seen from {Path.cwd()}). "
             f"Correct it, or train the teacher first: ikl train {origin or 'TEACHER_CONFIG'}"
         )
     own = module.state_dict()
     weights = {key: value for key, value in load_weights(path).items() if key in own or not key.startswith(_EXTRAS)}
-    load_strictly(caller, module, weights, path, "the network in `teacher`")
+    load_strictly(caller, module, weights, path, "the network in `teacher`", statistics=_statistics(module))
 
 
-def _conversion(student: EpochClassifier, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    theirs = getattr(module, "data_preprocessor", None)
-    if theirs is None:
+def _statistics(module: nn.Module) -> Statistics | None:
+    """With what its data preprocessor normalises pixels in [0, 1]."""
+    preprocessor = getattr(module, "data_preprocessor", None)
+    if not getattr(preprocessor, "_enable_normalize", False):
         return None
-    return pixel_space(student.data_preprocessor).conversion_to(pixel_space(theirs))
+    space = pixel_space(preprocessor)
+    return tuple((space.mean / space.white).tolist()), tuple((space.std / space.white).tolist())
+
+
+def _conversion(
+    caller: str, student: EpochClassifier, module: nn.Module | None, given: Mapping[str, Any] | None
+) -> Callable[[Tensor], Tensor] | None:
+    """From the student's inputs to those of the module, or to those that are given for it."""
+    settings = dict(given or {})
+    unknown = [name for name in settings if name not in _INPUT]
+    if unknown:
+        raise ValueError(check.unknown_name_message(caller, "key of `teacher_input`", unknown[0], _INPUT))
+    size = settings.pop("size", None)
+    theirs = ClsDataPreprocessor(**settings) if settings else getattr(module, "data_preprocessor", None)
+    convert = None
+    if theirs is not None:
+        convert = pixel_space(student.data_preprocessor).conversion_to(pixel_space(theirs))
+    return convert if size is None else _Resized(caller, size, convert)
+
+
+class _Resized:
+    """Inputs of another size, and then converted: both are linear in the pixels, so that either may be the first."""
+
+    def __init__(self, caller: str, size: Any, convert: Callable[[Tensor], Tensor] | None) -> None:
+        sides = [size, size] if isinstance(size, int) else size
+        if not isinstance(sides, (list, tuple)) or len(sides) != 2:
+            raise ValueError(
+                f"{caller}: `size` of `teacher_input` must be a number or two, got {size!r}. Write size=224."
+            )
+        self.size = [check.check_integer(caller, "size", side) for side in sides]
+        self.convert = convert
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        resized = F.interpolate(inputs, self.size, mode="bilinear", antialias=True)
+        return resized if self.convert is None else self.convert(resized)

@@ -14,7 +14,16 @@ from .. import _validation as check
 from ..checkpoints import plain_name
 from .robustbench_zoo import Statistics
 
-__all__ = ["Misfit", "bare", "load_strictly", "parts", "same_statistics", "without_normaliser"]
+__all__ = [
+    "Misfit",
+    "Statistics",
+    "bare",
+    "drawn_parameters",
+    "load_strictly",
+    "parts",
+    "same_statistics",
+    "without_normaliser",
+]
 
 _WAY_OUT = "Name the config that it was trained with, or another checkpoint."
 # The class statistics of this package's classifiers for MMPretrain.
@@ -152,6 +161,26 @@ def load_strictly(
     else:
         end = way_out if isinstance(way_out, str) else way_out(misfit)
     raise ValueError(f"{caller}: the checkpoint {path} must fit {target}, but it does not; {found}. {end}")
+
+
+def drawn_parameters(network: nn.Module, build: Callable[[], nn.Module]) -> list[str]:
+    """The parameters that nobody has trained, of a network that has fetched its weights while it was built.
+
+    Args:
+        network: the network.
+        build: makes it once more, with other random numbers.
+
+    Returns:
+        Their names: those that differ, and matrices of zeros. Of torch's random numbers none are used up.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        again = dict(build().named_parameters())
+    return [
+        name
+        for name, parameter in network.named_parameters()
+        if not torch.equal(parameter, again[name].to(parameter.device)) or (parameter.dim() > 1 and not parameter.any())
+    ]
 
 
 def same_statistics(one: Statistics, other: Statistics | None) -> bool:

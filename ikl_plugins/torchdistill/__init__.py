@@ -4,6 +4,7 @@ Importing this package registers with torchdistill, once:
 
 - a mid-level loss for each of :data:`ikl_plugins.losses.LOSSES`, ``IKLLoss`` for one, and for short ``IKL``;
 - the pre-epoch process ``ikl_pre_epoch_process``;
+- the auxiliary model wrapper ``TeacherInput``, for a teacher of other inputs than the student's;
 - the networks of :mod:`ikl_plugins.models`, each as ``ikl_plugins.<name>``, and those of RobustBench as
   ``ikl_plugins.robustbench_network``, with ``architecture`` and ``num_classes`` among their ``kwargs``.
 
@@ -26,12 +27,14 @@ from .losses import __getattr__ as __getattr__  # a class by the name of each lo
 from .processes import ikl_pre_epoch_process
 from .registration import register
 from .schedules import WarmupCosine
+from .teacher import TeacherInput
 
 __all__ = [
     "AdversarialForward",
     "AdversarialLogits",
     "ImageList",
     "MidLevelLoss",
+    "TeacherInput",
     "WarmupCosine",
     "adversarial_forward",
     "find_losses",

@@ -11,13 +11,14 @@ from torch import Tensor
 from torchdistill.datasets.util import build_data_loader
 
 from .run_checkpoints import CALLER
+from .teacher import check_teacher
 from .yaml_config import val_loader
 
 __all__ = ["dry_run"]
 
 
 def dry_run(box: Any, config: dict[str, Any]) -> None:
-    """Draws a batch of each validation and test set, and takes a step of the scheduler, which it takes back.
+    """Draws a batch of each validation and test set, tests the teacher, and takes a step back that the scheduler took.
 
     Raises:
         ValueError: a set that is not there or gives no batches of images and labels; a scheduler that cannot step.
@@ -28,6 +29,7 @@ def dry_run(box: Any, config: dict[str, Any]) -> None:
     loaders["test: test_data_loader"] = config["test"]["test_data_loader"]
     for where, loader in loaders.items():
         _check_loader(where, loader, config["datasets"])
+    check_teacher(box, next(iter(loaders.values())), config["datasets"])
     _check_scheduler(box, train)
 
 

@@ -11,23 +11,30 @@ from torchdistill.losses.registry import (
     MIDDLE_LEVEL_LOSS_DICT,
     register_mid_level_loss,
 )
-from torchdistill.models.registry import MODEL_DICT, register_model
+from torchdistill.models.registry import (
+    AUXILIARY_MODEL_WRAPPER_DICT,
+    MODEL_DICT,
+    register_auxiliary_model_wrapper,
+    register_model,
+)
 
 from .. import models
 from ..models.robustbench_zoo import robustbench_network
 from .losses import mid_level_losses
 from .processes import ikl_pre_epoch_process
+from .teacher import TeacherInput
 
 __all__ = ["register"]
 
 _PROCESSES = {"ikl_pre_epoch_process": ikl_pre_epoch_process}
+_WRAPPERS = {"TeacherInput": TeacherInput}
 # The prefix keeps them apart from torchvision's: upstream's script looks there first, and finds a `vgg13`.
 _MODELS = {f"ikl_plugins.{name}": getattr(models, name) for name in models.__all__}
 _MODELS["ikl_plugins.robustbench_network"] = robustbench_network  # it imports RobustBench when it builds one
 
 
 def register() -> None:
-    """Registers losses, process and networks with torchdistill; a second call changes nothing.
+    """Registers losses, process, wrapper and networks with torchdistill; a second call changes nothing.
 
     Raises:
         ValueError: somebody else holds one of the keys. Nothing is registered then.
@@ -38,6 +45,7 @@ def register() -> None:
     for kind, registries, entries in (
         ("loss", (MIDDLE_LEVEL_LOSS_DICT, LOW_LEVEL_LOSS_DICT, LOSS_DICT), losses),
         ("pre-epoch process", (PRE_EPOCH_PROC_FUNC_DICT,), _PROCESSES),
+        ("auxiliary model wrapper", (AUXILIARY_MODEL_WRAPPER_DICT,), _WRAPPERS),
         ("model", (MODEL_DICT,), _MODELS),
     ):
         for key, ours in entries.items():
@@ -52,6 +60,8 @@ def register() -> None:
         register_mid_level_loss(key=key)(loss)
     for key, process in _PROCESSES.items():
         register_pre_epoch_proc_func(key=key)(process)
+    for key, wrapper in _WRAPPERS.items():
+        register_auxiliary_model_wrapper(key=key)(wrapper)
     for key, model in _MODELS.items():
         register_model(key=key)(model)
 

@@ -6,7 +6,8 @@ It reads the keys that upstream's examples/torchvision/image_classification.py r
 - beside the best checkpoint, at `dst_ckpt`, it keeps the last one, `..._last.pt`: training that goes on from there with
   --start_epoch ends as if it had never stopped, to the bit on a CPU;
 - checkpoints are written aside and renamed, and read with weights_only=True;
-- a `src_ckpt` gives initial weights, and must be there.
+- a `src_ckpt` gives initial weights, whoever has written it, and must be there;
+- a frozen teacher that nobody has trained is refused, and another one's accuracy is told before the first step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from ..functional import LossTerms
 from .dry_run import dry_run
 from .losses import find_losses
 from .run_checkpoints import CALLER, RunCheckpoints, last_path, load_checkpoint
+from .teacher import refuse_untrained
 from .yaml_config import build_model, load_config, student_config, val_loader
 
 __all__ = ["DivergenceError", "Trainer", "last_path", "load_checkpoint", "load_config", "main", "run"]
@@ -66,6 +69,9 @@ class Trainer:
         student, teacher = student_config(config), config["models"].get("teacher_model")
         set_seed(seed)
         models = [] if teacher is None else [build_model(teacher, "teacher", device, self.distributed)]
+        for network in models:
+            build = partial(build_model, teacher, "teacher", device, self.distributed)
+            refuse_untrained(network, teacher, config["train"], build)
         # Of its own seed: the student starts the same whatever its teacher is.
         set_seed(seed)
         self.model = build_model(student, "student", device, self.distributed)
