@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -115,6 +116,30 @@ class ClassPrior(nn.Module):
     def rows(self, labels: Tensor) -> Tensor:
         """:meth:`prior` of labels that have been checked, int64."""
         return self.matrix[labels].movedim(-1, 1)
+
+    @torch.no_grad()
+    def entropy(self) -> Tensor:
+        """The mean entropy of the rows in nats: log C while they are uniform, 0 for rows of one class; 0-dim."""
+        entropies: Tensor = torch.special.entr(self.matrix).sum(1)
+        return entropies.mean()
+
+    @torch.no_grad()
+    def picture(self, *, least: int = 128, most: int = 256) -> Tensor:
+        """The rows as an image: a row a label, a column a class, 255 times the root of the probability.
+
+        Args:
+            least: fewest pixels of a side; few classes are drawn as squares.
+            most: most pixels of a side; of more classes than that the means of neighbours are drawn.
+
+        Returns:
+            uint8, shape (side, side), on the CPU.
+        """
+        shades = self.matrix[None, None].float()
+        if self.num_classes > most:
+            shades = F.adaptive_avg_pool2d(shades, most)
+        pixels = (255 * shades[0, 0].clamp(0, 1).sqrt()).to("cpu", torch.uint8)
+        size = -(-least // len(pixels))
+        return pixels.repeat_interleave(size, 0).repeat_interleave(size, 1)
 
     def check_matrix(self, caller: str) -> None:
         """Refuses a matrix with negative or non-finite entries; looks at it again only after it has changed."""

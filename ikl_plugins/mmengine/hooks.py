@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from .. import _value_checks
 from .._value_checks import host_numbers, judge_findings, read_value_checks, take_findings
+from ..losses import DecoupledLoss
 from .checkpoints import cut_off, newest_whole, verify
 from .dry_run import dry_run
 from .epochs import EpochModel, class_priors, end_epoch
@@ -42,6 +43,9 @@ class IKLHook(Hook):  # type: ignore[misc]
       is set to ':4096:8' unless it has a value.
     - Before the first step a batch is validated, so that a validation that cannot work is known then, and so are
       options of a ``CheckpointHook`` that would fail after an epoch.
+    - The log shows the two terms of every loss of this package, also in models of other packages, and from the second
+      epoch on ``prior_entropy``, the mean entropy of the class prior's rows in nats. A picture of the prior goes to the
+      visualizer once an epoch: TensorBoard or whatever ``vis_backends`` names.
     - With an ``EMAHook`` the checkpoint holds the class prior that is in use, not an average of past ones, both under
       'state_dict' and 'ema_state_dict'.
 
@@ -72,6 +76,7 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._iterations_per_epoch: int | None = None  # None where the loop has epochs of its own
         self._epoch: int | None = None
         self._data_stream: tuple[Any, Any, torch.Tensor] | None = None
+        self._losses: dict[str, DecoupledLoss] = {}  # whose terms the model itself does not log
 
     def before_run(self, runner: Any) -> None:
         """Verifies the checkpoint that the runner is about to read; prepares cuBLAS for deterministic algorithms."""
@@ -106,6 +111,9 @@ class IKLHook(Hook):  # type: ignore[misc]
             prior.watches_epochs = False  # they are rolled here
         if get_rank() > 0:
             _forget_running_sums(model)  # a checkpoint holds those of rank 0, once is enough
+        self._losses = {}
+        if not isinstance(model, EpochModel):
+            self._losses = {path: loss for path, loss in model.named_modules() if isinstance(loss, DecoupledLoss)}
         if isinstance(model, EpochModel):
             model.attach(runner)
             if self.rehearse:
@@ -140,13 +148,14 @@ class IKLHook(Hook):  # type: ignore[misc]
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Ends an iteration, and an epoch of an iteration-based loop; reads the log's terms in one copy to the host."""
+        self._add_terms(outputs)
         _read_terms(outputs)
         model = _unwrap(runner.model)
         length = self._iterations_per_epoch
         if isinstance(model, EpochModel):
             model.end_iteration()
         if length is not None and (runner.iter + 1) % length == 0:
-            end_epoch(model)
+            _end_epoch(runner, (runner.iter + 1) // length)
         if self._data_stream is not None:  # the next batch is drawn as if no step had been in between
             python, arrays, tensors = self._data_stream
             random.setstate(python)
@@ -157,7 +166,7 @@ class IKLHook(Hook):  # type: ignore[misc]
     def after_train_epoch(self, runner: Any) -> None:
         """Ends an epoch of an epoch-based loop."""
         if self._iterations_per_epoch is None:
-            end_epoch(_unwrap(runner.model))
+            _end_epoch(runner, runner.epoch + 1)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Reads what checks of values have found on a device."""
@@ -182,6 +191,14 @@ class IKLHook(Hook):  # type: ignore[misc]
                 if name in of_priors or not hook.ema_model.update_buffers:
                     copies[name].copy_(buffer)
 
+    def _add_terms(self, outputs: Any) -> None:
+        """Adds the terms of the losses to what an iteration logs; nothing is summed up any more by then."""
+        if not isinstance(outputs, dict):
+            return
+        for path, loss in self._losses.items():
+            for name, term in (loss.last_terms._asdict() if loss.last_terms is not None else {}).items():
+                outputs.setdefault(_log_name(name, path, self._losses), term.mean())
+
     def _seed(self, runner: Any, position: int) -> None:
         if not self.seed_epochs:
             return
@@ -190,6 +207,26 @@ class IKLHook(Hook):  # type: ignore[misc]
         random.seed(python)
         numpy.random.seed(array)
         torch.manual_seed(tensor)
+
+
+def _end_epoch(runner: Any, epoch: int) -> None:
+    """Rolls the class priors, and shows them."""
+    model = _unwrap(runner.model)
+    end_epoch(model)
+    priors = class_priors(model)
+    if not priors:
+        return
+    entropies = torch.stack([prior.entropy() for prior in priors.values()]).tolist()
+    for (path, prior), entropy in zip(priors.items(), entropies, strict=True):
+        runner.message_hub.update_scalar(f"train/{_log_name('prior_entropy', path, priors)}", entropy)
+        if get_rank() == 0:
+            picture = prior.picture().unsqueeze(2).expand(-1, -1, 3).contiguous().numpy()
+            runner.visualizer.add_image(_log_name("class_prior", path, priors), picture, epoch)
+
+
+def _log_name(name: str, path: str, others: dict[str, Any]) -> str:
+    """The name in the log, with the path of the module where there are several."""
+    return name if len(others) == 1 else f"{name}_{path.removesuffix('.class_prior').replace('.', '_')}"
 
 
 def _read_terms(outputs: Any) -> None:

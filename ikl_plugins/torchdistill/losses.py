@@ -22,6 +22,7 @@ from .._value_checks import read_value_checks
 from ..class_prior import ClassPrior
 from ..functional import LossTerms
 from ..presets import Preset, find_preset
+from .epoch_log import EpochLog
 
 __all__ = ["AdversarialLogits", "MidLevelLoss", "find_losses", "mid_level_losses"]
 
@@ -62,7 +63,9 @@ class MidLevelLoss(nn.Module):
 
     Attributes:
         core: the module of :mod:`ikl_plugins.losses`.
-        last_terms: the core's :class:`ikl_plugins.LossTerms` of the last batch, before the ramp; None before it.
+        last_terms: the core's :class:`ikl_plugins.LossTerms` of the last batch, before the ramp; None before it. Their
+            means are written to the log at the end of an epoch, with the entropy of the class prior.
+        term: the name of its term in the criterion, for the log; ``ikl_pre_epoch_process`` sets it.
 
     Note:
         A batch whose student logits require grad is a training batch: it is observed by the class prior and counted.
@@ -112,6 +115,8 @@ class MidLevelLoss(nn.Module):
         self._batches_per_epoch: int | None = None
         self._batches_seen = 0
         self._record: dict[str, Any] = {}
+        self._log = EpochLog()
+        self.term = name
 
     @property
     def class_prior(self) -> ClassPrior | None:
@@ -164,10 +169,11 @@ class MidLevelLoss(nn.Module):
             loss = loss + (cross_entropy if self.ce_weight == 1 else self.ce_weight * cross_entropy)
 
         if training:
+            self._log.add(self.last_terms)
             self._batches_seen += 1
             if self._batches_seen == self._batches_per_epoch:
                 read_value_checks()
-                self.core.end_epoch()
+                self._end_epoch()
         return loss
 
     def begin_epoch(self, epoch: int, batches: int | None) -> None:
@@ -181,11 +187,16 @@ class MidLevelLoss(nn.Module):
                 rolled at the beginning of the next epoch.
         """
         read_value_checks()
-        self.core.end_epoch()  # nothing new: all rows keep their value
+        self._end_epoch()  # nothing new: all rows keep their value
         self._epoch = epoch
         self._ramp = core.warmup_factor(epoch, self.warmup_epochs)
         self._batches_per_epoch = batches
         self._batches_seen = 0
+
+    def _end_epoch(self) -> None:
+        self.core.end_epoch()
+        if self._epoch is not None:
+            self._log.write(self.term, self._epoch, self.class_prior)
 
     def prior_record(self, stage: int) -> dict[str, Any]:
         """The class prior as a checkpoint keeps it: always the same dict, and its tensors are the live buffers.

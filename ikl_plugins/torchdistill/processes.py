@@ -68,8 +68,9 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
     else:
         default_pre_epoch_process_without_teacher(box, epoch=epoch, **kwargs)
     losses = find_losses(box.criterion)
-    for loss in losses.values():
+    for term, loss in losses.items():
         loss.to(box.device)
+        loss.term = term
     process = "student_forward_proc" if with_teacher else "model_forward_proc"
     forward = getattr(box, process)
     if isinstance(forward, AdversarialForward):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 import subprocess
@@ -289,6 +290,24 @@ def test_sums_of_a_long_epoch_keep_their_digits() -> None:
         prior.observe(row[:, :, None].expand(1, 2, 100_000), torch.zeros(1, 100_000, dtype=torch.int64))
     prior.end_epoch()
     torch.testing.assert_close(prior.matrix[0], row[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("classes", "side", "least"), [(2, 6, 5), (5, 5, 1), (7, 3, 1)])
+def test_entropy_and_picture_by_their_formulas(classes: int, side: int, least: int) -> None:
+    prior = _filled(classes)
+    rows = prior.matrix.double().tolist()
+    expected = -sum(p * math.log(p) for row in rows for p in row if p) / classes
+    assert prior.entropy().item() == pytest.approx(expected, rel=1e-5)
+    assert ClassPrior(classes).entropy().item() == pytest.approx(math.log(classes), rel=1e-5)
+    picture = prior.picture(least=least, most=3 if classes == 7 else 16)
+    assert (picture.dtype, picture.shape) == (torch.uint8, (side, side))
+    if classes == 7:  # the means of neighbours: 7 classes in 3 overlapping blocks of 3
+        blocks = [range(3), range(2, 5), range(4, 7)]
+        wanted = [[sum(rows[j][k] for j in a for k in b) / 9 for b in blocks] for a in blocks]
+    else:
+        wanted = [[rows[j * classes // side][k * classes // side] for k in range(side)] for j in range(side)]
+    for row, own in zip(picture.tolist(), wanted, strict=True):
+        assert row == pytest.approx([255 * math.sqrt(p) for p in own], abs=1)
 
 
 def test_repr_names_the_class_count() -> None:

@@ -1,7 +1,9 @@
 """IKLHook: epochs, class priors, random numbers, averages, ranks and the dry run, in real, small runs."""
 
+import json
 import random
 
+import cv2
 import numpy
 import pytest
 import torch
@@ -102,6 +104,25 @@ def test_the_priors_of_any_model_are_rolled(settings, tmp_path):
     prior = run.model.criterion.class_prior
     assert prior.counts.sum() == 0
     assert not torch.equal(prior.matrix, torch.full((3, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_terms_prior_and_its_picture_are_in_the_hosts_log(ours, teacher, tmp_path):
+    run = run_of(teacher, tmp_path) if ours else runner(tmp_path, Foreign())
+    run.train()
+    (path,) = tmp_path.glob("*/vis_data/scalars.json")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert ["prior_entropy" in row for row in rows] == [False, True]  # behind the first epoch
+    assert all(row["weighted_mse"] > 0 and row["soft_cross_entropy"] > 0 for row in rows)
+    prior = (prior_of(run.model) if ours else run.model.criterion.class_prior).matrix
+    if ours:  # a frozen teacher's prior is the same in each epoch
+        prior = expected_prior(run.model, run.train_dataloader.dataset)
+        assert rows[1]["prior_entropy"] == pytest.approx(float(-(prior * prior.log()).sum(1).mean()), rel=1e-4)
+    picture = cv2.imread(str(path.with_name("vis_image") / "class_prior_2.png"))
+    assert picture.shape == (129, 129, 3)
+    for label, guess in ((0, 0), (2, 1)):
+        pixel = picture[43 * label + 20, 43 * guess + 20]
+        assert pixel.tolist() == pytest.approx([255 * float(prior[label, guess]) ** 0.5] * 3, abs=1)
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import argparse
 import copy
 import logging
+import math
+import re
 
 import oracles
 import pytest
@@ -18,6 +20,8 @@ from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
 from torchdistill.models.wrapper import EmptyModule
 from torchdistill_boxes import BATCH, CLASSES, CPU, IMAGES, PRIOR, stage, the_loss, train_epoch
+
+from ikl_plugins.torchdistill import epoch_log, processes
 
 DEFAULT = "default_pre_epoch_process_with_teacher"
 UNIFORM = torch.full((CLASSES, CLASSES), 1 / CLASSES)
@@ -154,6 +158,45 @@ def test_dict_valued_models_work_through_a_hook_and_as_plain_ones_do():
 
 
 # --- the prior through checkpoints -----------------------------------------------------------------------------------
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["whole epochs", "no length", "cut short"])
+def test_the_log_has_the_terms_and_the_prior_of_each_epoch(way, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="ikl_plugins")
+    monkeypatch.setattr(epoch_log, "_FOLD", 2)  # batches; there are 3 in an epoch
+    box = make_box(stage(**PRIOR, epochs=3))
+    if way == "no length":
+        monkeypatch.setattr(processes, "_batches", lambda loader: None)
+    means, loss = [], the_loss(box)
+    forward = loss.core.forward
+    terms = []
+
+    def noting(*args, **kwargs):
+        value = forward(*args, **kwargs)
+        terms.append([float(term) for term in loss.last_terms])
+        return value
+
+    loss.core.forward = noting
+    for epoch in range(3):
+        terms.clear()
+        train_epoch(box, epoch, steps=2 if way == "cut short" else None)
+        means.append(torch.tensor(terms).mean(0).tolist())
+        if way == "whole epochs":  # before the script validates
+            assert f"ikl, epoch {epoch + 1}: " in caplog.text
+    box.pre_epoch_process(epoch=3)
+    lines = [re.findall(r"[\d.]+(?:e-\d+)?", text) for text in re.findall(r"ikl, epoch \d: .*", caplog.text)]
+    assert [line[0] for line in lines] == ["1", "2", "3"]
+    for line, mean in zip(lines, means, strict=True):
+        assert [float(number) for number in line[1:3]] == pytest.approx(mean, rel=2e-3)
+        assert float(line[4]) == pytest.approx(math.log(CLASSES), rel=2e-3)
+    if way != "cut short":
+        rows = mean_predictions(box.teacher_model)
+        assert float(lines[-1][3]) == pytest.approx(float(-(rows * rows.log()).sum(1).mean()), rel=2e-3)
+    pictures = re.findall(r"ikl, class prior behind epoch (\d), a row a label:((?:\n  [^\n]{7})+)", caplog.text)
+    assert [(epoch, picture.count("\n")) for epoch, picture in pictures] == [("1", CLASSES), ("2", CLASSES)]
 
 
 def save_as_upstream(box, path):
