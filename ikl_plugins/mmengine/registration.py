@@ -13,7 +13,7 @@ from .losses import LOSSES, KLLoss
 from .optim import AutocastOptimWrapper
 from .schedules import BatchNormMomentumHook, OneCycleMomentum, ResumableOneCycleLR
 
-__all__ = ["Entry", "register", "register_entries"]
+__all__ = ["ENTRIES", "Entry", "register", "register_entries"]
 
 
 class Entry(NamedTuple):
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     ours: Any
 
 
-_ENTRIES = (
+ENTRIES = (
     *(Entry(root.MODELS, "loss", name, loss) for name, loss in {**LOSSES, "KLLoss": KLLoss}.items()),
     Entry(root.MODELS, "averaged model", "WarmupEMA", WarmupEMA),
     Entry(root.HOOKS, "hook", "IKLHook", IKLHook),
@@ -49,7 +49,7 @@ def register() -> None:
     Raises:
         ValueError: somebody else holds one of the names. Nothing is registered then.
     """
-    register_entries("ikl_plugins.mmengine", _ENTRIES)
+    register_entries("ikl_plugins.mmengine", ENTRIES)
 
 
 def register_entries(caller: str, entries: Sequence[Entry]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmpretrain import registry as host
 
 from .. import mmengine as base
-from ..mmengine.registration import Entry, register_entries
+from ..mmengine.registration import ENTRIES, Entry, register_entries
 from .adversarial import AdversarialClassifier
 from .distillation import DistillationClassifier
 from .generated import GeneratedImages
@@ -15,7 +15,7 @@ from .networks import LogitsClsHead, build_distillation_network, build_robustben
 from .preprocessing import CIFAR10AutoAugment, ClippedCutout, TwoViewDataPreprocessor
 from .sampling import GeneratedBatchSampler
 
-__all__ = ["register"]
+__all__ = ["ENTRY_NAMES", "register"]
 
 _ENTRIES = (
     Entry(host.MODELS, "model", "AdversarialClassifier", AdversarialClassifier),
@@ -31,6 +31,8 @@ _ENTRIES = (
     Entry(host.DATASETS, "data set", "GeneratedImages", GeneratedImages),
     Entry(host.DATA_SAMPLERS, "batch sampler", "GeneratedBatchSampler", GeneratedBatchSampler),
 )
+
+ENTRY_NAMES = {entry.name for entry in (*_ENTRIES, *ENTRIES)}  # of both packages
 
 
 def register() -> None:

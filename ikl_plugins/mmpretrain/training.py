@@ -1,20 +1,27 @@
 """Training by mmpretrain's own tools/train.py, which is installed with it in a place that is hard to remember.
 
 All options are those of mmpretrain's script, and so is the exit code; ``ikl train --where`` prints the path of the
-script, which can be called just as well. Of a disk that is full or may not be written to one line says which one it is.
+script, which can be called just as well. Under torchrun ``--launcher pytorch`` is added, and without CUDA the ranks
+talk over gloo whatever the config says. Of a disk that is full or may not be written to one line says which one it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
 import runpy
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mmpretrain
+import torch
 from mmengine.config import Config
+
+from .registration import ENTRY_NAMES
 
 __all__ = ["main", "train_script"]
 
@@ -50,6 +57,9 @@ def main(arguments: list[str]) -> None:
         ValueError: as :func:`train_script`.
     """
     script = train_script()
+    arguments = _for_ranks(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        _warn_of_a_missing_import(arguments[0])
     sys.argv = [str(script), *arguments]
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -64,6 +74,57 @@ def main(arguments: list[str]) -> None:
             f"{CALLER}: {place} cannot be written: {error.strerror}. Checkpoints before are whole. "
             f"{way_out}, and go on with --resume."
         ) from error
+
+
+def _for_ranks(arguments: list[str]) -> list[str]:
+    """The options with which the ranks that torchrun has started train together, on CPUs too."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return arguments
+    if not any(word.startswith("--launcher") for word in arguments):
+        arguments = [arguments[0], "--launcher", "pytorch", *arguments[1:]]
+    alone = " ".join(arguments).replace("=", " ").partition("--launcher ")[2].startswith("none")
+    config = None if alone or torch.cuda.is_available() else _read(arguments[0])
+    if config is None:
+        return arguments
+    from ..mmengine import cpu_ranks  # the import alone joins the group
+
+    cpu_ranks.join()
+    settings = ["device_ids=None"]  # without it MMEngine names a CUDA device
+    if config.get("model_wrapper_cfg") is None:
+        unused = bool(config.get("find_unused_parameters", False))
+        settings += ["type=MMDistributedDataParallel", "broadcast_buffers=False", f"find_unused_parameters={unused}"]
+    options = [f"model_wrapper_cfg.{setting}" for setting in settings]
+    if "--cfg-options" in arguments:
+        place = arguments.index("--cfg-options") + 1
+        return [*arguments[:place], *options, *arguments[place:]]
+    return [*arguments, "--cfg-options", *options]
+
+
+def _read(path: str) -> Config | None:
+    try:
+        return Config.fromfile(path, import_custom_modules=False)
+    except Exception:  # a config is a program; the script tells what is wrong with it
+        return None
+
+
+def _warn_of_a_missing_import(path: str) -> None:
+    """Here the names are known anyway, in mmpretrain's own scripts they are not."""
+    config = _read(path)
+    named = [] if config is None else sorted(_types_in(config.to_dict()) & ENTRY_NAMES)
+    imports = [] if config is None else (config.get("custom_imports") or {}).get("imports") or []
+    if named and "ikl_plugins" not in str(imports):
+        print(
+            f"warning: {path} names {', '.join(named)}, but does not import them, so that tools/train.py and test.py "
+            f"do not know them. Add custom_imports = dict(imports=['ikl_plugins.mmpretrain']).",
+            file=sys.stderr,
+        )
+
+
+def _types_in(value: Any) -> set[str]:
+    if isinstance(value, Mapping):
+        own = {value["type"].rpartition(".")[2]} if isinstance(value.get("type"), str) else set()
+        return own.union(*map(_types_in, value.values()))
+    return set().union(*map(_types_in, value)) if isinstance(value, (list, tuple)) else set()
 
 
 def _work_dir(arguments: list[str]) -> str:

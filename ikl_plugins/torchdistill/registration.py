@@ -24,13 +24,18 @@ from .losses import mid_level_losses
 from .processes import ikl_pre_epoch_process
 from .teacher import TeacherInput
 
-__all__ = ["register"]
+__all__ = ["known_keys", "register"]
 
 _PROCESSES = {"ikl_pre_epoch_process": ikl_pre_epoch_process}
 _WRAPPERS = {"TeacherInput": TeacherInput}
 # The prefix keeps them apart from torchvision's: upstream's script looks there first, and finds a `vgg13`.
 _MODELS = {f"ikl_plugins.{name}": getattr(models, name) for name in models.__all__}
 _MODELS["ikl_plugins.robustbench_network"] = robustbench_network  # it imports RobustBench when it builds one
+
+
+def known_keys() -> set[str]:
+    """What a config may name: the losses, long and short, and the process."""
+    return {*_PROCESSES, *mid_level_losses(), *(name.removesuffix("Loss") for name in mid_level_losses())}
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -16,10 +17,14 @@ from torchdistill.models.registry import get_model
 
 from .._files import check_config_text, configs_folder
 from ..checkpoints import load_weights
+from .registration import known_keys
 from .run_checkpoints import CALLER, load_model
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["build_model", "load_config", "student_config", "val_loader"]
 
+_PACKAGE = "ikl_plugins.torchdistill"
 _COMPARE = "Compare a config of `ikl config list torchdistill`."
 
 
@@ -57,7 +62,25 @@ def load_config(path: Path | str) -> dict[str, Any]:
             )
     if "dst_ckpt" not in student_config(config):
         raise ValueError(f"{CALLER}: {path} must have `dst_ckpt:` under `models:`, the path of the trained model.")
+    named = sorted(_keys_in(config["train"]) & known_keys())
+    if named and _PACKAGE not in Path(path).read_text(encoding="utf-8"):  # an `!import_call` of it imports it as well
+        logger.warning(
+            "%s: %s names %s, but does not import them, so that torchdistill's own script does not know them. Add:\n"
+            "  dependencies: ['%s']",
+            CALLER,
+            path,
+            ", ".join(named),
+            _PACKAGE,
+        )
     return config
+
+
+def _keys_in(value: Any) -> set[str]:
+    """All strings of a config."""
+    if isinstance(value, str):
+        return {value}
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return set().union(*map(_keys_in, parts))
 
 
 def student_config(config: dict[str, Any]) -> dict[str, Any]:

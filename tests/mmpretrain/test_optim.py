@@ -1,5 +1,7 @@
 """AutocastOptimWrapper and cpu_ranks."""
 
+import sys
+
 import pytest
 import torch
 import torch.distributed
@@ -7,7 +9,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmpretrain_runs import Record, distilled_network, runner
 from torch import nn
 
-from ikl_plugins.mmpretrain import AutocastOptimWrapper, cpu_ranks
+from ikl_plugins.mmpretrain import AutocastOptimWrapper, cpu_ranks, training
 
 
 class Precisions(nn.Module):
@@ -84,6 +86,39 @@ def two_ranks(monkeypatch):
 def test_ranks_on_cpus_join_a_gloo_group(two_ranks):
     assert cpu_ranks.join() is True
     assert two_ranks == [("gloo",)]
+
+
+CONFIG = "custom_hooks = [dict(type='IKLHook')]\n"
+IMPORTED = CONFIG + "custom_imports = dict(imports=['ikl_plugins.mmengine'])\n"
+OWN = CONFIG + "model_wrapper_cfg = dict(type='MMDistributedDataParallel')\n"
+TOGETHER = ["--launcher", "pytorch"]
+NO_DEVICE = "model_wrapper_cfg.device_ids=None"
+WRAPPED = [NO_DEVICE, *(f"model_wrapper_cfg.{name}" for name in ("type=MMDistributedDataParallel",))]
+WRAPPED += ["model_wrapper_cfg.broadcast_buffers=False", "model_wrapper_cfg.find_unused_parameters=False"]
+# What a user writes under torchrun on CPUs, and the options that mmpretrain's script gets.
+UNDER_TORCHRUN = {
+    "bare": (IMPORTED, [], [*TOGETHER, "--cfg-options", *WRAPPED]),
+    "launcher": (IMPORTED, TOGETHER, [*TOGETHER, "--cfg-options", *WRAPPED]),
+    "options": (IMPORTED, ["--cfg-options", "a=1"], [*TOGETHER, "--cfg-options", *WRAPPED, "a=1"]),
+    "own wrapper": (OWN, [], [*TOGETHER, "--cfg-options", NO_DEVICE]),
+    "apart": (IMPORTED, ["--launcher=none"], ["--launcher=none"]),
+    "broken": ("a = = 1\n", [], TOGETHER),
+}
+
+
+@pytest.mark.parametrize("case", UNDER_TORCHRUN)
+def test_ikl_train_lets_ranks_on_cpus_train_together(case, two_ranks, tmp_path, monkeypatch, capsys):
+    text, words, expected = UNDER_TORCHRUN[case]
+    (path := tmp_path / "config.py").write_text(text)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr("runpy.run_path", lambda *_, **__: None)
+    monkeypatch.setattr("sys.argv", [])
+    training.main([str(path), *words])
+    assert sys.argv[1:] == [str(path), *expected]
+    assert two_ranks == ([("gloo",)] if case not in ("apart", "broken") else [])
+    # Here the names are known anyway; elsewhere a config without the import is not.
+    said = capsys.readouterr().err
+    assert ("names IKLHook, but does not import them" in said) is (case == "own wrapper")
 
 
 @pytest.mark.parametrize("reason", ["cuda", "group", "single", "no launcher"])

@@ -19,7 +19,7 @@ TEACHER = Path("runs/mmpretrain/digits/teacher/epoch_10.pth")
 PRIOR = "distill_loss.class_prior.matrix"
 WATCHED = """
 _base_ = {base!r}
-custom_imports = dict(imports=["ikl_plugins.mmpretrain", "ikl_plugins.mmpretrain.cpu_ranks", "watch"])
+custom_imports = dict(imports=["ikl_plugins.mmpretrain", "watch"])
 custom_hooks = [dict(type="IKLHook"), dict(type="SyncBuffersHook"), dict(type="WatchHook")]
 train_dataloader = dict(batch_size={batch_size})
 train_cfg = dict(max_epochs=3)
@@ -148,7 +148,7 @@ TWO += ("--rdzv-endpoint=localhost:0",)
 
 
 def test_two_ranks_stay_equal_and_have_the_prior_of_one(distilled, world):
-    folder = watched(world, "two", "--launcher", "pytorch", batch_size=10, launcher=TWO)
+    folder = watched(world, "two", batch_size=10, launcher=TWO)
     first, second = ends(folder, 0), ends(folder, 1)
     assert_same(first, second)
     torch.testing.assert_close(first[PRIOR], ends(distilled)[PRIOR], atol=1e-6, rtol=0)

@@ -364,6 +364,17 @@ def test_a_config_without_what_it_needs_is_refused(tmp_path):
             load_config(path)
 
 
+@pytest.mark.parametrize("line", ["", "dependencies: ['ikl_plugins.torchdistill']\n"])
+def test_a_config_without_the_import_is_warned_about(line, tmp_path, caplog):
+    path = tmp_path / "some.yaml"
+    terms = "{ikl: {criterion: {key: 'IKL'}}}"
+    train = f"train: {{pre_epoch_process: 'ikl_pre_epoch_process', criterion: {{kwargs: {{sub_terms: {terms}}}}}}}\n"
+    models = "models: {student_model: {key: 'resnet8', dst_ckpt: 'a.pt'}}\n"
+    path.write_text(f"{line}datasets: {{}}\n{models}{train}test: {{test_data_loader: {{}}}}\n")
+    load_config(path)
+    assert ("names IKL, ikl_pre_epoch_process, but does not import them" in caplog.text) is (line == "")
+
+
 def add_words(config):
     config["datasets"]["digits/val"].transform.transforms.append("several words")
 
