@@ -167,6 +167,26 @@ def test_an_mmpretrain_config_is_trained_evaluated_ranked_and_submitted(wheel: I
     assert list((wheel.folder / "entry").iterdir())
 
 
+@pytest.mark.parametrize("config", ["torchdistill/digits/teacher.yaml", "mmpretrain/digits/plain.py"])
+def test_two_ranks_on_cpus_train(wheel: Installed, config: str) -> None:
+    wheel.ikl("config", "copy", config, "two", "--force")
+    copied = next((wheel.folder / "two").rglob(Path(config).name))
+    short = "num_epochs: 1" if copied.suffix == ".yaml" else "train_cfg = dict(max_epochs=1)"
+    text = copied.read_text().replace("num_epochs: 10", short)
+    copied.write_text(text if copied.suffix == ".yaml" else f"{text}\n{short}\n")
+    ranks = [wheel.bin / "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "IKL_"))}
+    done = subprocess.run(
+        [*ranks, "-m", "ikl_plugins", "train", copied],
+        cwd=wheel.folder,
+        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_an_editable_install_works_from_an_empty_directory(tmp_path: Path) -> None:
     installed = Installed(tmp_path, ROOT, "--editable")
     assert "torchdistill/digits/kd.yaml" in installed.ikl("config", "list", "digits").split()
