@@ -1,4 +1,4 @@
-"""Pictures by Matplotlib, which is optional."""
+"""Pictures by Matplotlib, which the extra `robustbench` brings."""
 
 from __future__ import annotations
 
