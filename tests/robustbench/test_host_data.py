@@ -228,6 +228,14 @@ def test_mmpretrain_s_own_test_sees_the_same(case, mmpretrain):
     assert found.host_accuracy == found.accuracy == 100 * theirs.argmax(1).eq(labels).double().mean()
 
 
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_images_that_a_data_set_holds_are_rgb(order, mmpretrain, root):
+    path, _ = mmpretrain(dataset=HELD, more=f", channel_order='{order}'", pipeline=(PACK,))
+    with numpy.load(root / "held.npz") as held:
+        expected = torch.from_numpy(held["image"]).permute(0, 3, 1, 2) / 255
+    assert torch.equal(images_of_mmpretrain(path).images, expected)
+
+
 NEW_STYLE = """
 from mmengine.config import read_base
 
@@ -482,6 +490,7 @@ SPOILED = [
     (folder("null"), "from none"),
     (folder(get("builtins.abs")), "abs"),
     (f"{call('torch.utils.data.ConcatDataset', datasets=f'[{BASE}, {folder(TENSOR)}]')}", "normalised alike"),
+    (call(f"{__name__}.Outer", dataset=BASE, transform=TENSOR), "one transform, got one inside another"),
 ]
 
 
@@ -596,6 +605,13 @@ class Negative(Joint):
     def __getitem__(self, index):
         path, label = self.inner_samples[index]
         return 1 - self.transform(Image.open(path).convert("RGB")), label
+
+
+class Outer(torch.utils.data.Dataset):
+    """A data set with a transform around one that has a transform, too."""
+
+    def __init__(self, dataset, transform):
+        self.dataset, self.transform = dataset, transform
 
 
 def noisy_loader(path):
