@@ -19,30 +19,43 @@ from torch.utils.data import DataLoader
 from .. import _validation as check
 from .._value_checks import read_value_checks
 
-__all__ = ["batches", "dry_run", "kept_random_states"]
+__all__ = ["batches", "dry_run", "first_batch", "kept_random_states"]
 
 _CALLER = "IKLHook"
 _UNCOMPUTED = "not computed of one batch: "
 
 
-def dry_run(runner: Any, model: nn.Module) -> None:
+def first_batch(runner: Any) -> Any:
+    """The first batch of the validation data, None without one; no random number generator is changed.
+
+    Raises:
+        ValueError: validation data that cannot be read.
+    """
+    if runner.val_loop is None:
+        return None
+    with kept_random_states(), _telling("val_dataloader"):
+        return _first_batch(runner.val_loop.dataloader)
+
+
+def dry_run(runner: Any, model: nn.Module, batch: Any) -> None:
     """Validates a batch, and looks whether the hooks that save checkpoints will get what they ask for.
 
     Args:
         runner: MMEngine's runner, in ``before_train``. Neither its state nor a random number generator is changed.
         model: its model, unwrapped.
+        batch: of :func:`first_batch`.
 
     A metric that has taken the batch and cannot be computed of it, an area under a curve of one class for example, is
     a warning: all batches together may do.
 
     Raises:
         ValueError: a CheckpointHook with an unknown option, or whose ``save_best`` is no metric of the validation;
-            validation data that cannot be read, a metric that cannot take predictions.
+            a metric that cannot take predictions.
     """
     savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     for hook in savers:
         _check_options(hook, runner)
-    metrics = None if runner.val_loop is None else _validated(runner, model)
+    metrics = None if batch is None else _validated(runner, model, batch)
     if metrics is None:
         return  # which names there are is not known
     for hook in savers:
@@ -88,16 +101,12 @@ def _check_options(hook: Any, runner: Any) -> None:
 
 
 @torch.no_grad()
-def _validated(runner: Any, model: nn.Module) -> dict[str, Any] | None:
-    """The metrics of the first batch of the validation data; None if it has none or does not give all metrics."""
+def _validated(runner: Any, model: nn.Module, batch: Any) -> dict[str, Any] | None:
+    """The metrics of a batch; None if it does not give all of them."""
     modes = [(module, module.training) for module in model.modules()]
     evaluator = runner.val_loop.evaluator
     try:
         with kept_random_states():
-            with _telling("val_dataloader"):
-                batch = _first_batch(runner.val_loop.dataloader)
-            if batch is None:
-                return None
             model.eval()
             outputs = runner.model.val_step(batch)  # an error of the network is shown as it is
             read_value_checks()

@@ -22,7 +22,7 @@ from .. import _value_checks
 from .._value_checks import host_numbers, judge_findings, read_value_checks, take_findings
 from ..losses import DecoupledLoss
 from .checkpoints import cut_off, newest_whole, verify
-from .dry_run import dry_run
+from .dry_run import dry_run, first_batch
 from .epochs import EpochModel, class_priors, end_epoch
 
 __all__ = ["IKLHook"]
@@ -115,12 +115,13 @@ class IKLHook(Hook):  # type: ignore[misc]
         if not isinstance(model, EpochModel):
             self._losses = {path: loss for path, loss in model.named_modules() if isinstance(loss, DecoupledLoss)}
         if isinstance(model, EpochModel):
+            batch = first_batch(runner) if self.rehearse else None  # a model may look at validation data, too
             model.attach(runner)
             if self.rehearse:
                 for hook in runner.hooks:  # its turn comes later; whoever is rehearsed may ask for what it tells
                     if isinstance(hook, RuntimeInfoHook):
                         RuntimeInfoHook.before_train(hook, runner)
-                dry_run(runner, model)
+                dry_run(runner, model, batch)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Seeds and begins an epoch of an epoch-based loop."""
