@@ -172,11 +172,12 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
 
 
 def _start() -> dict[str, Preset]:
-    common = {"alpha": 4.0, "beta": 0.25, "temperature": 4.0}
     return {
-        "start-dkl": Preset("DKLLoss", {"alpha": 4.0, "beta": 4.0, "temperature": 4.0}),
-        "start-ikl": Preset("IKLLoss", {**common, "weight_temperature": 4.0}),
-        "start-gkl": Preset("GKLLoss", {**common, "weight_temperature": 4.0, "gamma": 0.5}),
+        "start-dkl": Preset("DKLLoss", {"alpha": 1.0, "beta": 1.0, "temperature": 1.0}),
+        "start-ikl": Preset("IKLLoss", {"alpha": 4.0, "beta": 0.5, "temperature": 4.0, "weight_temperature": 4.0}),
+        "start-gkl": Preset(
+            "GKLLoss", {"alpha": 4.0, "beta": 2.0, "temperature": 4.0, "weight_temperature": 1.0, "gamma": 0.5}
+        ),
     }
 
 

@@ -20,6 +20,7 @@ from evidence.timing import in_turn, median_ratio, timed
 
 from demo.parts import Parts, Progress
 from ikl_plugins import IKLLoss, models
+from ikl_plugins.presets import find_preset
 from ikl_plugins.torchdistill import training
 
 CONFIGS = TOOLS.parent / "configs" / "torchdistill" / "digits"
@@ -138,7 +139,8 @@ class Distillation:
             if method in report["class_prior"]:
                 criterion = config["train"]["criterion"]["kwargs"]["sub_terms"][method]["criterion"]
                 run["class_prior"] = report["class_prior"][method].tolist()
-                run["prior_temperature"] = criterion["kwargs"]["weight_temperature"]
+                preset = find_preset(criterion["kwargs"]["preset"], criterion["key"])
+                run["prior_temperature"] = preset.keywords["weight_temperature"]
             return run
 
         return self.parts(

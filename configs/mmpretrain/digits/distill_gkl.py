@@ -10,9 +10,7 @@ model = dict(
     teacher="{{ fileDirname }}/teacher.py",
     teacher_ckpt="runs/mmpretrain/digits/teacher/epoch_10.pth",
     teacher_val_batches=1,  # logs the accuracy of the teacher on the first validation batch
-    distill_loss=dict(
-        type="GKLLoss", alpha=1.0, beta=4.0, gamma=0.2, temperature=4.0, weight_temperature=4.0, global_info=True
-    ),
+    distill_loss=dict(type="GKLLoss", preset="start", global_info=True),
     warmup_epochs=2,
 )
 

@@ -1,6 +1,7 @@
 """The settings that a loss begins with in an MMPretrain config, which has no numbers that could be mapped.
 
-Published ones where there are any, those of the nearest number of classes; else the loss's own defaults.
+They are presets: in adversarial training those of the nearest number of classes, in distillation those of ImageNet from
+1000 classes on, below that the ones for data that nobody has published settings for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from ikl_plugins.losses import LOSSES
 from ikl_plugins.presets import PRESETS
 
-from .objective import ORDER, has_weights_of_kl
+from .objective import ORDER
 
 __all__ = ["StartingPoint", "for_adversarial_training", "for_distillation"]
 
@@ -23,7 +24,7 @@ class StartingPoint(NamedTuple):
     """Keywords of a loss, where they come from, and the objective of the attack that goes with them."""
 
     keywords: dict[str, Any]
-    origin: str = "the defaults of the loss"
+    origin: str
     objective: str = "soft_cross_entropy"
 
 
@@ -33,37 +34,23 @@ def for_distillation(loss: str, classes: int | None) -> StartingPoint:
     if loss == "KL":
         keywords = {} if large else {"temperature": 4.0, "scale_by_temperature_squared": True}
         return StartingPoint(keywords, "the classic distillation loss")
-    if has_weights_of_kl(loss):
-        temperature = 1.0 if large else 4.0
-        keywords = {"alpha": temperature**2, "beta": temperature**2, "temperature": temperature}
-        origin = f"the gradients of KL with temperature {temperature}, times its square"
-        return StartingPoint(_without_defaults(loss, keywords), origin)
-    name = "imagenet/resnet18_from_resnet34" if large else "cifar100/resnet20_from_resnet56"
-    origin = "ImageNet, ResNet-34 to ResNet-18" if large else "CIFAR-100, resnet56 to resnet20"
-    return _published(loss, f"{name}-{loss.lower()}", f"published for {origin}")
+    name = "imagenet_distillation"
+    return _preset(loss, name if large and f"{name}-{loss.lower()}" in PRESETS else "start")
 
 
 def for_adversarial_training(loss: str, classes: int | None) -> StartingPoint:
     """As :func:`for_distillation`."""
-    if loss == "KL":
-        return StartingPoint({"loss_weight": 6.0}, "TRADES")
-    if has_weights_of_kl(loss):
-        return _published(loss, "cifar10_adversarial/wrn_34_10-trades", "the gradients of TRADES with 6")
     many = classes is not None and classes >= _MANY
-    data = "cifar100" if many else "cifar10"
-    name, origin = f"{data}_adversarial/wrn_34_10", f"published for CIFAR-{100 if many else 10}"
-    if loss == "GKL":
-        found = _published(loss, f"{name}-ikl", f"{origin}, where gamma 1 is IKL", gamma=1.0)
-    else:
-        found = _published(loss, f"{name}-{loss.lower()}", origin)
-    return found._replace(objective="ikl") if many and found.keywords else found
+    name = f"cifar{100 if many else 10}_adversarial"
+    if loss == "KL":
+        return StartingPoint({"loss_weight": PRESETS[f"{name}-dkl"].keywords["alpha"]}, "TRADES")
+    found = _preset(loss, name)
+    return found._replace(objective="ikl") if many and loss != "DKL" else found
 
 
-def _published(loss: str, name: str, origin: str, **more: Any) -> StartingPoint:
-    """The keywords of a preset, where there is one."""
-    if name not in PRESETS:
-        return StartingPoint({})
-    return StartingPoint(_without_defaults(loss, {**PRESETS[name].keywords, **more}), origin)
+def _preset(loss: str, name: str) -> StartingPoint:
+    keywords = dict(PRESETS[f"{name}-{loss.lower()}"].keywords)
+    return StartingPoint(_without_defaults(loss, keywords), f"the preset {name} (docs/choosing.md)")
 
 
 def _without_defaults(loss: str, keywords: dict[str, Any]) -> dict[str, Any]:
