@@ -68,9 +68,9 @@ def accuracy(model, eps=None):
 def folder(tmp_path_factory):
     """Holds `my_student.py`, `my_classifier.py`, and `my_teacher.py` with its weights."""
     place = tmp_path_factory.mktemp("examples")
-    for name, channels in (("student", 2), ("classifier", 4), ("teacher", 16)):
+    for name, channels in (("student", 4), ("classifier", 4), ("teacher", 16)):
         (place / f"my_{name}.py").write_text(f"model = {classifier(channels)!r}\n")
-    teacher = trained(place, Config.fromfile(place / "my_teacher.py"), 100)
+    teacher = trained(place, Config.fromfile(place / "my_teacher.py"), 100, rate=0.2)
     torch.save(teacher.state_dict(), place / "my_teacher.pth")
     return place
 

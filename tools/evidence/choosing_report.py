@@ -74,7 +74,7 @@ def _test_table(content: dict[str, Any]) -> str:
             row.append(f"{ours:.1f}" if name == "labels alone" else f"{ours - theirs:+.1f}")
         worst = min(ours - theirs for ours, theirs in zip(values, base, strict=True))
         ratios = [one["results"][name]["ratio"] for one in tested if "ratio" in one["results"][name]]
-        least = f"{min(ratios):.0e}" if all(map(math.isfinite, ratios)) else "diverges"
+        least = f"{min(ratios, default=0):.0e}" if all(map(math.isfinite, ratios)) else "diverges"
         last = ["", ""] if name == "labels alone" else [f"{worst:+.1f}", least]
         cells.append([name, *row, *last])
     return narrow_table(["", *(group for _, group in groups), "worst", "least MSE / CE"], cells) + "\n"
