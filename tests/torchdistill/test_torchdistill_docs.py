@@ -94,8 +94,9 @@ def test_adversarial_training_trains(tmp_path):
 
 
 def test_a_hook_of_a_layer_is_yaml():
-    (hook,) = blocks(PAGE, "yaml")
+    hook, *others = blocks(PAGE, "yaml")
     # Its `...` stands for the lines between `criterion:` and the keywords of a loss.
     assert yaml.safe_load(hook.split("  criterion:")[0])["train"]["student"] == {
         "forward_hook": {"output": ["classifier"]}
     }
+    assert all(yaml.safe_load(text) for text in others)
