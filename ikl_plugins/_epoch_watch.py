@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["PassWatch", "meet_all_ranks"]
 
 _PROJECTIONS = 16
-_FIRST_LOOK, _GROWTH, _LAST_LOOK = 12, 1.25, 200_000  # batches; each look waits for the device once
+_FIRST_LOOK, _GROWTH, _LAST_LOOK = 12, 1.25, 50_000  # batches
 _LEAST_DRAWS = 12  # of a pass: samples whose class the others of their batch do not fix
 _EXACT, _CLOSE = 9, 24  # independent comparisons that must agree to the last sample, or but for a dropped last batch
 _DROPPED = 0.05  # share of the variance of as many random draws
@@ -37,15 +37,20 @@ class PassWatch:
         self._trail = [self._projected(counts)]
         self._next_look = _FIRST_LOOK
 
-    def saw(self, counts: Tensor) -> int | None:
+    def saw(self, counts: Tensor) -> Tensor | None:
         """Takes the counts behind another batch, those of all batches (C,).
 
         Returns:
-            Number of batches of a pass where a second one is recognised, else None.
+            None, or now and then, on the device of ``counts``, the number of batches of a pass of which a second one is
+            recognised, 0 where there is none.
         """
+        batches = len(self._trail)
+        if self._dimensions == 0 or batches > _LAST_LOOK:
+            self._trail = self._trail[:1]
+            self._dimensions = 0
+            return None
         self._trail.append(self._projected(counts))
-        batches = len(self._trail) - 1
-        if batches < self._next_look or batches > _LAST_LOOK:
+        if batches < self._next_look:
             return None
         self._next_look = max(batches + 1, int(batches * _GROWTH))
         return self._length_of_a_pass()
@@ -53,25 +58,27 @@ class PassWatch:
     def _projected(self, counts: Tensor) -> Tensor:
         return (counts.unsqueeze(1) * self._signs).sum(0)
 
-    def _length_of_a_pass(self) -> int | None:
-        if self._dimensions == 0:
-            return None
+    def _length_of_a_pass(self) -> Tensor:
         totals = torch.stack(self._trail)
         self._trail = list(totals)  # one block of memory in place of many
-        totals = (totals - totals[0]).cpu().double()
+        place = totals.device
+        totals = (totals - totals[0]).to(torch.float32 if place.type == "mps" else torch.float64)
         squares = torch.cat([totals[:1], totals.diff(dim=0).square().cumsum(0)])
+        none = len(totals)
+        shortest = torch.full((), none, device=place)
         for agreement, tolerance in ((_EXACT, 0.0), (_CLOSE, _DROPPED)):
             passes = 1 + -(-agreement // self._dimensions)
-            lengths = torch.arange(1, (len(totals) - 1) // passes + 1, device="cpu")
-            sums = totals[lengths.unsqueeze(1) * torch.arange(passes + 1, device="cpu")].diff(dim=1)
+            if len(totals) <= passes:
+                continue
+            lengths = torch.arange(1, (len(totals) - 1) // passes + 1, device=place)
+            sums = totals[lengths.unsqueeze(1) * torch.arange(passes + 1, device=place)].diff(dim=1)
             differences = (sums[:, 1:] - sums[:, :1]).square().mean((1, 2))
             batches = passes * lengths
             variances = (squares[batches] - totals[batches].square() / batches.unsqueeze(1)).mean(1) / batches
             drawn = lengths * variances  # each adds 1 to the variance of a projection
             found = (drawn >= _LEAST_DRAWS) & (differences <= tolerance * 2 * drawn)
-            if found.any():
-                return int(lengths[found][0])
-        return None
+            shortest = torch.minimum(shortest, torch.where(found, lengths, none).min())
+        return torch.where(shortest < none, shortest, 0)
 
 
 def meet_all_ranks(caller: str, seconds: float) -> None:

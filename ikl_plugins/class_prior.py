@@ -215,12 +215,17 @@ class ClassPrior(nn.Module):
             return
         batches = self._watch.saw(self.counts)
         if batches is not None:
-            self.watches_epochs, self._watch = False, None
-            _logger.warning(
-                "ClassPrior: the same samples seem to come again every %d batches, but `end_epoch()` was never called. "
-                "Call it after each epoch, or the weights stay uniform.",
-                batches,
-            )
+            check_values("ClassPrior", "epochs", (batches,), self._judge_passes)
+
+    def _judge_passes(self, batches: float) -> None:
+        if not batches or not self.watches_epochs:
+            return
+        self.watches_epochs, self._watch = False, None
+        _logger.warning(
+            "ClassPrior: the same samples seem to come again every %d batches, but `end_epoch()` was never called. "
+            "Call it after each epoch, or the weights stay uniform.",
+            batches,
+        )
 
     @torch.no_grad()
     def end_epoch(self) -> None:

@@ -83,6 +83,16 @@ def test_weight_perturbation_does_not_wait(device: None) -> None:
             model(images).sum().backward()
 
 
+def test_the_watch_of_epochs_does_not_wait(device: None, caplog: pytest.LogCaptureFixture) -> None:
+    prior, labels = ClassPrior(10), torch.randint(10, (640,), generator=torch.Generator().manual_seed(0))
+    with NoWaits():
+        for part in 4 * labels.split(64):
+            prior.observe(torch.full((64, 10), 0.1), part)
+    assert caplog.records == []
+    read_value_checks()
+    assert [record.args for record in caplog.records] == [(10,)]
+
+
 def test_the_guard_itself_refuses() -> None:
     with NoWaits(), pytest.raises(AssertionError, match="waits for the device"):
         torch.ones(1).item()
