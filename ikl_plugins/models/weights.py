@@ -30,6 +30,7 @@ _WAY_OUT = "Name the config that it was trained with, or another checkpoint."
 _PRIOR = re.compile(r"(?:distill_loss|robust_loss)\.class_prior\.(?:matrix|sums|counts)")
 # Of the official WideResNet, whose forward never uses it; RobustBench and the official evaluation leave it out.
 _UNUSED = "sub_block1."
+_COUNTER = ".num_batches_tracked"
 # How layers that normalise images call what they hold.
 _NORMALISERS = {"mean": "std", "_mean": "_std", "new_mean": "new_std", "mu": "sigma"}
 _GREY_LEVELS = 1.0  # above it a mean is not of pixels in [0, 1]
@@ -212,7 +213,8 @@ def _fitted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
             for name, tensor in inner.items()
             if name.replace(_UNUSED, "block1.") not in names or name in names
         }
-        if kept.keys() == names.keys():
+        # Files of torch 0.3 have no counters of BatchNorm, and torch itself loads them.
+        if kept.keys() == names.keys() - {name for name in names if name.endswith(_COUNTER) and name not in kept}:
             return {names[name]: tensor for name, tensor in kept.items()}
     return None
 

@@ -7,6 +7,7 @@ the class order that it has there.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -50,6 +51,9 @@ class HostData(Protocol):
     @property
     def classes(self) -> tuple[str, ...] | None: ...
 
+    def folders(self) -> tuple[str, ...] | None:
+        """The names of the folders that its images lie in by label; None where that is not one a class."""
+
     def labels(self) -> list[int] | None:
         """Of all images; None where the images would have to be read."""
 
@@ -79,6 +83,7 @@ class HostData(Protocol):
 
 
 _ROUNDING = 1e-5  # a resized white of floats is up to 5e-7 above 1
+_DECODERS = 8 / 255  # what two of JPEG may be apart
 Config: TypeAlias = Any  # a path, MMEngine's Config, the content of a YAML file, or HostData
 Progress: TypeAlias = bool | Callable[[tuple[int, int]], None]
 
@@ -223,29 +228,43 @@ def in_class_order(images: Images, model: nn.Module, config: Config) -> Images:
         config: that it is from.
 
     Returns:
-        The images themselves where the order is the same, or where one side has no names; else images with other
-        labels and ``classes``.
+        The images themselves where the order is the same, or where one side has no names (for the config's a warning
+        says so, unless each class of its images lies in a folder of its own); else images with other labels and
+        ``classes``.
 
     Raises:
         ValueError: class names that the config does not have; a checkpoint and a config of different classes.
     """
     caller = "in_class_order"
-    known, trained = open_host(caller, config).classes, getattr(model, "classes", None)
+    data = open_host(caller, config)
+    known, trained = data.classes, getattr(model, "classes", None)
     if known is not None and trained is not None and known != trained:
         raise ValueError(
             f"{caller}: the config's classes must be the checkpoint's, got {_differing(known, trained)}. Name the "
             "config of its training."
         )
     names = known or trained
-    if names is None or images.classes in (None, names) or _ids(images.classes) != _ids(names):
+    if images.classes in (None, names):
         return images
-    missing = [name for name in images.classes or () if name not in names]
+    if names is None or _ids(images.classes) != _ids(names):
+        folders = data.folders()
+        if folders is None and names is None:
+            warnings.warn(
+                f"{caller}: {data.name} names no classes, so labels are those of the folders of {images.name}. Check "
+                "their order.",
+                UserWarning,
+                stacklevel=2,
+            )
+        if folders == images.classes or (folders is None and len(names or images.classes) == len(images.classes)):
+            return images  # with words for names both are in WordNet's order
+        names = folders or names or ()
+    missing = [name for name in images.classes if name not in names]
     if missing:
         raise ValueError(
             f"{caller}: the classes of {images.name} must be the config's, got {check.first_names(missing)}, which it "
             f"lacks. Rename the folders: {check.first_names(names)}."
         )
-    places = torch.tensor([names.index(name) for name in images.classes or ()])
+    places = torch.tensor([names.index(name) for name in images.classes])
     labels = places[images.labels]
     return dataclasses.replace(images, labels=labels, classes=names, sha256=content_sha256(images.images, labels))
 
@@ -316,8 +335,9 @@ def check_natural(
 
     Raises:
         TypeError, ValueError: as of :func:`~ikl_plugins.robustbench.evaluate` for ``model`` and ``images``.
-        ValueError: predictions that differ; images of another size than the config's pipeline makes; a data set whose
-            images are others when they are read again.
+        ValueError: predictions that differ; images of another size than the config's pipeline makes, or others than it
+            makes of their files; a data set whose images are others when they are read again, or one of torchdistill
+            that reads in a way of its own, with images from elsewhere.
     """
     caller = "check_natural"
     if config is not None:
@@ -367,6 +387,11 @@ def _samples(caller: str, data: HostData, images: Images, chosen: Sequence[int])
             raise ValueError(
                 f"{caller}: images must have the size that the config's test pipeline makes, {tuple(made.shape)}, got "
                 f"{tuple(pixels.shape)} from {images.name}. Leave out --data, or size them so."
+            )
+        if images.files is not None and data.reads_files and (made - pixels).abs().max() > _DECODERS:
+            raise ValueError(
+                f"{caller}: images must be those that the config's test pipeline makes, but {images.files[index]} "
+                "differs. Leave out --data."
             )
         yield sample
 

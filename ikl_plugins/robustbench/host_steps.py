@@ -19,7 +19,13 @@ _ALLOWED = {
     *("mmpretrain.NumpyToPIL", "mmpretrain.PILToNumpy", "mmpretrain.PackInputs"),
     *("torchvision.Resize", "torchvision.CenterCrop", "torchvision.Pad", "torchvision.Identity", "torchvision.RGB"),
     *("torchvision.ToTensor", "torchvision.PILToTensor", "torchvision.ToImage", "torchvision.ToPureTensor"),
-    *("torchvision.ToPILImage", "torchvision.ConvertImageDtype", "torchvision.ToDtype"),
+    *(
+        "timm.MaybeToTensor",
+        "timm.MaybePILToTensor",
+        "torchvision.ToPILImage",
+        "torchvision.ConvertImageDtype",
+        "torchvision.ToDtype",
+    ),
 }
 _COMPOSED = {"mmcv.Compose", "mmengine.Compose", "torchvision.Compose"}
 _WRAPPED = "mmpretrain.TorchVisonTransformWrapper"  # of 'torchvision/Resize' and its like

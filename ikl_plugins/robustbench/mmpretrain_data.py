@@ -259,6 +259,17 @@ class MMPretrainData:
             return None if names is None else tuple(map(str, names))
         return None
 
+    def folders(self) -> tuple[str, ...] | None:
+        found: dict[int, set[str]] = {}
+        with contextlib.suppress(ValueError):  # the data may be elsewhere
+            for index in range(len(self.dataset)):
+                info = self.dataset.get_data_info(index)
+                if isinstance(info.get("img_path"), str) and isinstance(info.get("gt_label"), (int, np.integer)):
+                    found.setdefault(int(info["gt_label"]), set()).add(Path(info["img_path"]).parent.name)
+        names = tuple(name for label in sorted(found) for name in found[label])
+        one_each = len(set(names)) == len(names) == len(found) and sorted(found) == list(range(len(found)))
+        return names if names and one_each else None
+
     def labels(self) -> list[int] | None:
         return [int(self.dataset.get_data_info(index)["gt_label"]) for index in range(len(self.dataset))]
 
@@ -305,7 +316,13 @@ class MMPretrainData:
                 f"{self._caller}: `model` must be from_mmpretrain's, got {type(model).__name__}. Leave out `config`."
             )
         outputs = classifier.test_step(pseudo_collate(list(samples)))
-        return torch.cat([sample.pred_label.reshape(1) for sample in outputs]).cpu()
+        labels = [sample.pred_label for sample in outputs]
+        if any(label.numel() != 1 for label in labels):
+            raise ValueError(
+                f"{self._caller}: the classifier must predict one label an image, got {labels[0].tolist()}. Use "
+                "another head."
+            )
+        return torch.cat([label.reshape(1) for label in labels]).cpu()
 
     def _in_0_1(self, inputs: Tensor) -> Tensor:
         return self._turned(inputs.float() / self._pixels.white)

@@ -100,6 +100,7 @@ class _Leaf(NamedTuple):
     dataset: Any
     whole: Callable[..., Any]
     before: Callable[..., Any]
+    steps: Sequence[Any]
     normalize: Any
     white: float
     statistics: Statistics | None
@@ -175,6 +176,11 @@ class TorchdistillData:
         from torchvision.transforms import v2
 
         key = f"the transform of '{self.name}'"
+        if transform is None:
+            raise ValueError(
+                f"{self._caller}: '{self.name}' must make tensors by its `transform`, but "
+                f"{type(dataset).__name__} has none. Put the steps there."
+            )
         steps = list(flat(transform))
         whole = v2.Compose([*steps] or [nn.Identity()])  # of image and label, too
         normalize = steps.pop() if steps and library_name(steps[-1]) == _NORMALIZE else None
@@ -182,7 +188,7 @@ class TorchdistillData:
         before: Callable[..., Any] = v2.Compose(steps or [nn.Identity()])
 
         def show(colour: tuple[int, int, int]) -> Tensor:
-            shown = before(Image.new("RGB", (PROBE_SIZE, PROBE_SIZE), colour))
+            shown = before(_first(steps, Image.new("RGB", (PROBE_SIZE, PROBE_SIZE), colour)))
             if not isinstance(shown, Tensor) or not shown.is_floating_point():
                 names = ", ".join(type(step).__name__ for step in steps) or "none"
                 raise ValueError(
@@ -196,7 +202,7 @@ class TorchdistillData:
         if normalize is not None or white != 1:
             mean, std = ([0.0], [1.0]) if normalize is None else (normalize.mean, normalize.std)
             statistics = tuple(float(one) / white for one in mean), tuple(float(one) / white for one in std)
-        return _Leaf(dataset, whole, before, normalize, white, statistics)
+        return _Leaf(dataset, whole, before, steps, normalize, white, statistics)
 
     # --- what the data set has ---------------------------------------------------------------------------------------
 
@@ -208,6 +214,9 @@ class TorchdistillData:
     def classes(self) -> tuple[str, ...] | None:
         found = {_class_names(leaf.dataset) for leaf in self._leaves}
         return found.pop() if len(found) == 1 else None
+
+    def folders(self) -> tuple[str, ...] | None:
+        return None
 
     def labels(self) -> list[int] | None:
         return _labels(self._dataset)
@@ -240,14 +249,29 @@ class TorchdistillData:
     def of_file(self, path: Path) -> tuple[Tensor, Any]:
         from torchvision.datasets.folder import default_loader
 
-        leaf = self._leaves[0]
+        leaf = self._outside()
         image = getattr(leaf.dataset, "loader", default_loader)(str(path))
         return self._in_0_1(leaf.before(image)), leaf.whole(image)
 
     def sized(self, pixels: Tensor) -> Tensor:
         from torchvision.transforms.functional import to_pil_image
 
-        return self._in_0_1(self._leaves[0].before(to_pil_image(pixels))) if len(pixels) in (1, 3) else pixels
+        leaf = self._outside()
+        return self._in_0_1(leaf.before(_first(leaf.steps, to_pil_image(pixels)))) if len(pixels) in (1, 3) else pixels
+
+    def _outside(self) -> _Leaf:
+        """How the data set makes its images, where that can be done with others."""
+        from torchvision.datasets import DatasetFolder
+
+        leaf = self._leaves[0]
+        kind = type(leaf.dataset)
+        known = getattr(kind, "__getitem__", None) is DatasetFolder.__getitem__
+        if not known and not library_name(leaf.dataset).startswith("torchvision."):
+            raise ValueError(
+                f"{self._caller}: '{self.name}' must read images as torchvision does, but {kind.__name__} has a way of "
+                "its own. Leave out --data."
+            )
+        return leaf
 
     def of_pixels(self, pixels: Tensor) -> Any:
         normalize = self._leaves[0].normalize
@@ -266,13 +290,23 @@ class TorchdistillData:
         return image.float().as_subclass(torch.Tensor) / self.white
 
 
+def _first(steps: Sequence[Any], image: Any) -> Any:
+    """The image as the first step takes it: ``ToPILImage`` is for data sets of arrays."""
+    import numpy as np
+
+    return np.asarray(image) if steps and library_name(steps[0]) == "torchvision.ToPILImage" else image
+
+
 def _class_names(dataset: Any) -> tuple[str, ...] | None:
     """The names of the classes by label; None where there are none, or labels are changed in another way."""
     names = getattr(dataset, "classes", None)
     if not isinstance(names, Sequence) or isinstance(names, str):
         return None
     change = getattr(dataset, "target_transform", None) or int
-    places = {int(change(place)): str(name) for place, name in enumerate(names)}
+    numbers = getattr(dataset, "class_to_idx", None)
+    if not isinstance(numbers, Mapping) or not all(isinstance(name, str) and name in numbers for name in names):
+        numbers = dict(zip(names, range(len(names)), strict=True))
+    places = {int(change(numbers[name])): str(name) for name in names}
     return tuple(places[place] for place in range(len(names))) if set(places) == set(range(len(names))) else None
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("ikl_plugins.robustbench", reason="RobustBench is not instal
 
 from PIL import Image
 from quick_autoattack import Quick, message, robustbench
+from torchvision.datasets import ImageFolder
 
 from ikl_plugins.commands.main import main
 from ikl_plugins.commands.model_options import LoadedModel, images_from
@@ -110,6 +111,7 @@ HELD = "dict(type='GeneratedImages', data_root={root!r}, data_file='held.npz', p
 RESIZE = "dict(type='Resize', scale=16)"
 PIL = "dict(type='NumpyToPIL', to_rgb=True)"
 LISTED = ", ann_file='list.txt', metainfo=dict(classes=('fox', 'cat', 'dog'))"
+LIST_ALONE = LISTED.partition(", meta")[0]
 FLOATS = "mean=[0.4, 0.5, 0.45], std=[0.2, 0.3, 0.25]"
 # Pipeline, data preprocessor, dataset: the same predictions as the host's own test.
 RIGHT = {
@@ -368,14 +370,26 @@ def turned(label):
     return (label + 1) % 3
 
 
+class Arrays(torch.utils.data.Dataset):
+    """A data set that reads BGR arrays."""
+
+    def __init__(self, root, transform):
+        self.inner_samples, self.transform = ImageFolder(root).samples, transform
+
+    def __len__(self):
+        return len(self.inner_samples)
+
+    def __getitem__(self, index):
+        path, label = self.inner_samples[index]
+        return self.transform(numpy.asarray(Image.open(path))[..., ::-1].copy()), label
+
+
 class Joint(torch.utils.data.Dataset):
     """A data set that hands image and label to one transform."""
 
     classes = CLASSES
 
     def __init__(self, root, transforms):
-        from torchvision.datasets import ImageFolder
-
         self.inner_samples, self.transforms = ImageFolder(root).samples, transforms
 
     def __len__(self):
@@ -420,6 +434,8 @@ SAME = {
     "made grey": folder(compose(v1("Grayscale"), TENSOR, v1("Normalize", mean="[0.5]", std="[0.25]"))),
     "16 bits": folder(compose(TENSOR, LAST), "deep"),
     "joint": call(f"{__name__}.Joint", root="ROOT/rgb", transforms=compose(*DOCUMENTED, make=v2)),
+    "arrays": call(f"{__name__}.Arrays", root="ROOT/rgb", transform=compose(v1("ToPILImage"), TENSOR, LAST)),
+    "timm": folder(compose(call("timm.data.transforms.MaybeToTensor"), LAST)),
     "label": folder(compose(TENSOR, LAST), target_transform=get(f"{__name__}.turned")),
     "some": call("torch.utils.data.Subset", dataset=BASE, indices="[7, 2, 9, 4]"),
     "joined": call("torch.utils.data.ConcatDataset", datasets=f"[{BASE}, {BASE}]"),
@@ -470,7 +486,7 @@ def test_torchdistill_s_own_test_sees_the_same(case, torchdistill):
     assert torch.equal(images.labels, labels)
     assert len(set(logits.argmax(1).tolist())) > 1
     assert images.images.max() > 0.5
-    assert images.classes == (("fox", "cat", "dog") if case == "label" else CLASSES)
+    assert images.classes == {"label": ("fox", "cat", "dog"), "arrays": None}.get(case, CLASSES)
     found = check_natural(model, images, path, batch_size=4)
     assert found.host_accuracy == found.accuracy == 100 * theirs.argmax(1).eq(labels).double().mean()
 
@@ -487,7 +503,7 @@ SPOILED = [
     (folder(compose(TENSOR, LAST, v1("CenterCrop", size="16"))), r"Normalize\. Normalize once, at the end"),
     (folder(compose(TENSOR, LAST, LAST)), r"Normalize\. Normalize once, at the end"),
     (folder(v1("PILToTensor")), "torch.uint8 .*from PILToTensor"),
-    (folder("null"), "from none"),
+    (folder("null"), "make tensors by its `transform`, but ImageFolder has none"),
     (folder(get("builtins.abs")), "abs"),
     (f"{call('torch.utils.data.ConcatDataset', datasets=f'[{BASE}, {folder(TENSOR)}]')}", "normalised alike"),
     (call(f"{__name__}.Outer", dataset=BASE, transform=TENSOR), "one transform, got one inside another"),
@@ -508,10 +524,10 @@ def test_a_transform_that_may_change_pixels_is_refused_by_name(dataset, message,
 
 @pytest.mark.parametrize(
     ("more", "meta"),
-    [(LISTED, {}), (LISTED.partition(", meta")[0], {"dataset_meta": {"classes": ["fox", "cat", "dog"]}})],
-    ids=["config", "checkpoint"],
+    [(LISTED, {}), (LIST_ALONE, {"dataset_meta": {"classes": ["fox", "cat", "dog"]}}), (LIST_ALONE, {})],
+    ids=["config", "checkpoint", "list"],
 )
-def test_class_folders_get_the_order_of_the_config_or_the_checkpoint(more, meta, mmpretrain, root):
+def test_class_folders_get_the_order_of_the_host(more, meta, mmpretrain, root):
     path, checkpoint = mmpretrain(more=more, meta=meta)
     model = from_mmpretrain(path, checkpoint)
     given = load_images(root / "rgb")
@@ -522,6 +538,31 @@ def test_class_folders_get_the_order_of_the_config_or_the_checkpoint(more, meta,
     assert ordered.classes == ("fox", "cat", "dog")
     assert ordered.sha256 != given.sha256
     assert in_class_order(ordered, model, path) is ordered
+
+
+class Numbered(ImageFolder):
+    """Numbers classes otherwise than by their places, as for folders that are called 0, 1, 10, 2."""
+
+    def find_classes(self, directory):
+        classes, _ = super().find_classes(directory)
+        return classes, dict(zip(classes, (1, 2, 0), strict=True))
+
+
+def test_class_folders_get_the_numbers_of_torchdistill_s_data_set(torchdistill, root):
+    path, checkpoint, _ = torchdistill(call(f"{__name__}.Numbered", root="ROOT/rgb", transform=compose(TENSOR, LAST)))
+    own, model = images_of_torchdistill(path), from_torchdistill(path, checkpoint)
+    given = in_class_order(load_images(root / "rgb"), model, path)
+    assert given.labels.tolist() == own.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
+    assert own.classes == given.classes == ("fox", "cat", "dog")
+
+
+def test_a_data_set_that_reads_in_a_way_of_its_own_takes_no_other_images(torchdistill, root):
+    path, checkpoint, _ = torchdistill(call(f"{__name__}.Arrays", root="ROOT/rgb", transform=compose(TENSOR, LAST)))
+    model = from_torchdistill(path, checkpoint)
+    with pytest.warns(UserWarning, match="some/test names no classes, so labels are those of the folders of"):
+        given = in_class_order(load_images(root / "rgb"), model, path)
+    with message("must read images as torchvision does, but Arrays has a way of its own. Leave out --data."):
+        check_natural(model, given, path)
 
 
 def test_corruptions_take_no_other_order(mmpretrain, root):
@@ -574,6 +615,24 @@ def test_images_of_another_size_are_refused(kind, host, mmpretrain, torchdistill
         found = check_natural(model, images, path)
         assert found.accuracy == found.host_accuracy
         assert found.n_examples == COUNT
+
+
+@pytest.mark.parametrize("host", ["mmpretrain", "torchdistill"])
+def test_images_of_another_geometry_are_refused(host, mmpretrain, torchdistill, root):
+    if host == "mmpretrain":
+        path, checkpoint = mmpretrain(
+            (LOAD, "dict(type='CenterCrop', crop_size=24)", "dict(type='Resize', scale=32)", PACK)
+        )
+        model = from_mmpretrain(path, checkpoint)
+    else:
+        path, checkpoint, _ = torchdistill(
+            folder(compose(v1("CenterCrop", size="24"), v1("Resize", size="32"), TENSOR, LAST))
+        )
+        model = from_torchdistill(path, checkpoint)
+    with message(
+        "images must be those that the config's test pipeline makes, but cat/00.png differs. Leave out --data"
+    ):
+        check_natural(model, load_images(root / "rgb"), path)
 
 
 def test_a_model_that_sees_something_else_than_its_host_is_stopped(mmpretrain, torchdistill, tmp_path):
