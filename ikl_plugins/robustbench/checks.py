@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .conditions import precision
-from .data import check_pixels
+from .data import Images, check_pixels
 from .eps import Eps, parse_eps
 
 __all__ = [
     "ATTACKS",
     "VERSIONS",
     "chance",
+    "check_class_order",
     "check_data",
     "check_model",
     "check_radii",
@@ -158,6 +159,18 @@ def check_model(caller: str, model: nn.Module, version: str) -> None:
             f"{caller}: `model` must be in eval mode, but in training mode: {check.first_names(training)}. "
             "Call `model.eval()`; random parts need version='rand'."
         )
+
+
+def check_class_order(caller: str, model: nn.Module, data: object) -> None:
+    """Refuses images whose classes are those that a checkpoint says it was trained on, in another order."""
+    trained, names = getattr(model, "classes", None), data.classes if isinstance(data, Images) else None
+    if not isinstance(trained, tuple) or names is None or trained == names or {*trained} != {*names}:
+        return
+    theirs, ours = next(pair for pair in zip(trained, names, strict=False) if pair[0] != pair[1])
+    raise ValueError(
+        f"{caller}: classes must be in the checkpoint's order, but have {ours!r} where it has {theirs!r}. Use "
+        "in_class_order, or --mmpretrain CONFIG."
+    )
 
 
 def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import _validation as check
 from .._progress import Shown, teller
 from .._robustbench_import import import_robustbench
-from .checks import check_data, check_model, check_seed, natural_predictions, warn_of_chance
+from .checks import check_class_order, check_data, check_model, check_seed, natural_predictions, warn_of_chance
 from .conditions import own_conditions, trainable_copy
 from .data import Images, check_pixels, content_sha256
 from .evaluation import Progress, quiet
@@ -97,6 +97,7 @@ def evaluate_corruptions(
     pairs = [(corruption, severity) for corruption in source.corruptions for severity in _SEVERITIES]
     source.check_files(offline)
 
+    check_class_order(caller, model, natural)
     natural_log: dict[str, Any] = {"labels": None, "natural_predictions": None, "natural_correct": None}
     with quiet(device), torch.no_grad():
         torch.manual_seed(seed)

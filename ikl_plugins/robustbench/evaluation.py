@@ -27,6 +27,7 @@ from .._robustbench_import import import_robustbench
 from .checks import (
     ATTACKS,
     VERSIONS,
+    check_class_order,
     check_data,
     check_model,
     check_radii,
@@ -154,6 +155,7 @@ def evaluate(
     eps = check_threat(caller, norm, eps)
     version, chosen = check_version(caller, version, attacks)
     check_model(caller, model, version)
+    check_class_order(caller, model, data)
     images, labels = check_data(caller, images, labels)
     check.check_integer(caller, "batch_size", batch_size)
     check_seed(caller, seed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .._progress import steps
-from .checks import check_data, check_model, natural_predictions
+from .checks import check_class_order, check_data, check_model, natural_predictions
 from .conditions import own_conditions
 from .data import Images, check_pixels, content_sha256, spread
 from .mmpretrain_data import MMPretrainData
@@ -342,6 +342,7 @@ def check_natural(
     caller = "check_natural"
     if config is not None:
         check_model(caller, model, "standard")
+    check_class_order(caller, model, images)
     pixels, labels = check_data(caller, images.images, images.labels)
     check.check_integer(caller, "n_examples", n_examples)
     check.check_integer(caller, "batch_size", batch_size)

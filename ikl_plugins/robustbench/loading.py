@@ -188,7 +188,9 @@ def load_checkpoint(
     network = build()
     way_out = functools.partial(_way_out, weights, architecture, num_classes)
     load_strictly(caller, network, weights, path, architecture, way_out)
-    return (network if outer is None else Normalised(network, *outer)).to(device).eval()
+    found = network if outer is None else Normalised(network, *outer)
+    found.classes = _class_names(content)  # type: ignore[assignment]
+    return found.to(device).eval()
 
 
 def from_mmpretrain(

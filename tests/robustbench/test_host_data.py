@@ -15,16 +15,19 @@ from PIL import Image
 from quick_autoattack import Quick, message, robustbench
 from torchvision.datasets import ImageFolder
 
+from ikl_plugins import models
 from ikl_plugins.commands.main import main
 from ikl_plugins.commands.model_options import LoadedModel, images_from
 from ikl_plugins.robustbench import (
     HostImages,
     check_natural,
+    evaluate,
     from_mmpretrain,
     from_torchdistill,
     images_of_mmpretrain,
     images_of_torchdistill,
     in_class_order,
+    load_checkpoint,
     load_images,
 )
 from ikl_plugins.robustbench.mmpretrain_data import MMPretrainData
@@ -538,6 +541,21 @@ def test_class_folders_get_the_order_of_the_host(more, meta, mmpretrain, root):
     assert ordered.classes == ("fox", "cat", "dog")
     assert ordered.sha256 != given.sha256
     assert in_class_order(ordered, model, path) is ordered
+
+
+def test_an_order_that_nobody_has_changed_is_refused_before_an_attack(mmpretrain, root, tmp_path):
+    given, meta = load_images(root / "rgb"), {"dataset_meta": {"classes": ["fox", "cat", "dog"]}}
+    named = {"meta": meta, "state_dict": models.resnet8(num_classes=3).state_dict()}
+    torch.save(named, tmp_path / "named.pth")
+    statistics = {"mean": [0.5], "std": [0.25]}
+    for model in (
+        load_checkpoint(tmp_path / "named.pth", "resnet8", num_classes=3, **statistics),
+        from_mmpretrain(*mmpretrain(meta=meta)),
+    ):
+        with message("evaluate: classes must be in the checkpoint's order, but have 'cat' where it has 'fox'"):
+            evaluate(model, given.images, given.labels, eps="1/255", data=given)
+        with message("check_natural: classes must be in the checkpoint's order"):
+            check_natural(model, given)
 
 
 class Numbered(ImageFolder):
