@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["PROBE_SIZE", "Shown", "check_steps", "flat", "library_name", "probe"]
@@ -27,7 +28,7 @@ _ALLOWED = {
         "torchvision.ToDtype",
     ),
 }
-_COMPOSED = {"mmcv.Compose", "mmengine.Compose", "torchvision.Compose"}
+_COMPOSED = {"mmcv.Compose", "mmengine.Compose", "torchvision.Compose", "torch.Sequential"}
 _WRAPPED = "mmpretrain.TorchVisonTransformWrapper"  # of 'torchvision/Resize' and its like
 
 
@@ -53,8 +54,17 @@ def library_name(step: object) -> str:
 def flat(transform: Any) -> Iterator[Any]:
     """The steps of a transform, those of nested ``Compose`` one by one."""
     if library_name(transform) in _COMPOSED:
-        for step in transform.transforms:
+        for step in getattr(transform, "transforms", transform):
             yield from flat(step)
+    elif library_name(transform) == "torchvision.ImageClassification":  # of a network's `weights.transforms()`
+        from torchvision import transforms
+
+        size, how = transform.resize_size, {"interpolation": transform.interpolation, "antialias": transform.antialias}
+        if size is not None:
+            yield transforms.Resize(size, **how)
+        yield transforms.CenterCrop(transform.crop_size)
+        yield from (transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float))
+        yield transforms.Normalize(transform.mean, transform.std)
     elif transform is not None:
         yield transform
 

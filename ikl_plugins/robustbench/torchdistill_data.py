@@ -183,6 +183,8 @@ class TorchdistillData:
             )
         steps = list(flat(transform))
         whole = v2.Compose([*steps] or [nn.Identity()])  # of image and label, too
+        while steps and library_name(steps[-1]) in ("torchvision.ToPureTensor", "torchvision.Identity"):
+            steps.pop()  # torchvision's own recipes end so
         normalize = steps.pop() if steps and library_name(steps[-1]) == _NORMALIZE else None
         check_steps(self._caller, key, steps, "Normalize once, at the end.")
         before: Callable[..., Any] = v2.Compose(steps or [nn.Identity()])

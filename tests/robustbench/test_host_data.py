@@ -438,6 +438,14 @@ SAME = {
     "16 bits": folder(compose(TENSOR, LAST), "deep"),
     "joint": call(f"{__name__}.Joint", root="ROOT/rgb", transforms=compose(*DOCUMENTED, make=v2)),
     "arrays": call(f"{__name__}.Arrays", root="ROOT/rgb", transform=compose(v1("ToPILImage"), TENSOR, LAST)),
+    "pure": folder(compose(*DOCUMENTED, v2("ToPureTensor"), make=v2)),
+    "in a row": folder(
+        compose(
+            TENSOR,
+            f"!import_call {{key: 'torch.nn.Sequential', init: {{args: [{v1('Resize', size='[16, 16]')}, {LAST}]}}}}",
+        )
+    ),
+    "preset": folder(call("torchvision.transforms._presets.ImageClassification", crop_size="16", resize_size="20")),
     "timm": folder(compose(call("timm.data.transforms.MaybeToTensor"), LAST)),
     "label": folder(compose(TENSOR, LAST), target_transform=get(f"{__name__}.turned")),
     "some": call("torch.utils.data.Subset", dataset=BASE, indices="[7, 2, 9, 4]"),
