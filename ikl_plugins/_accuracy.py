@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["at_chance", "worse"]
+__all__ = ["LEAST_IMAGES", "at_chance", "worse"]
+
+LEAST_IMAGES = 32  # to ask a teacher about; of one or two even a good one may know none
 
 
 def at_chance(right: int, total: int, classes: int) -> bool:
-    """Whether so many right answers are within a standard deviation of those of a guess, or fewer.
+    """Whether so many right answers are within a standard deviation of those of a guess, or fewer; of few nobody knows.
 
     Args:
         right: number of right answers.
@@ -16,9 +18,11 @@ def at_chance(right: int, total: int, classes: int) -> bool:
         classes: number of classes.
 
     Example:
-        >>> at_chance(4, 32, 10), at_chance(6, 32, 10)
-        (True, False)
+        >>> at_chance(4, 32, 10), at_chance(6, 32, 10), at_chance(0, 2, 10)
+        (True, False, False)
     """
+    if total < LEAST_IMAGES // 2:
+        return False
     chance = 1 / max(1, classes)
     return right <= total * chance + math.sqrt(total * chance * (1 - chance))
 

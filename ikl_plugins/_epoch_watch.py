@@ -15,6 +15,8 @@ _FIRST_LOOK, _GROWTH, _LAST_LOOK = 12, 1.25, 50_000  # batches
 _LEAST_DRAWS = 12  # of a pass: samples whose class the others of their batch do not fix
 _EXACT, _CLOSE = 9, 24  # independent comparisons that must agree to the last sample, or but for a dropped last batch
 _DROPPED = 0.05  # share of the variance of as many random draws
+_SHUFFLED = 0.25  # share of that variance; batches below it are made to have about the same classes
+_EVEN, _FEW = 0.15, 50  # deviation between the classes, and samples of each, in the cycle of a class-balanced sampler
 
 
 class PassWatch:
@@ -22,8 +24,9 @@ class PassWatch:
 
     An epoch draws each sample once, so two epochs hold equally many samples of each class, where as many random draws
     differ by about the root of their number. The counts are noted per batch in 16 projections onto random signs; now
-    and then it is looked whether, for any P, the first P batches and those behind them agree in all of these. Batches
-    that all have the same classes say nothing, and nothing is said of them.
+    and then it is looked whether, for any P, the first P batches and those behind them agree in all of these. Nothing
+    is said where a sampler balances the classes: of batches with about the same classes, and of short cycles with
+    equally many samples of each.
 
     Args:
         counts: samples of each class (C,) before the first batch.
@@ -34,6 +37,7 @@ class PassWatch:
         shape = (len(counts), _PROJECTIONS)
         self._signs = (torch.randint(2, shape, generator=generator, device="cpu") * 2 - 1).to(counts.device)
         self._dimensions = min(len(counts) - 1, _PROJECTIONS)
+        self._start = counts.clone()
         self._trail = [self._projected(counts)]
         self._next_look = _FIRST_LOOK
 
@@ -53,18 +57,21 @@ class PassWatch:
         if batches < self._next_look:
             return None
         self._next_look = max(batches + 1, int(batches * _GROWTH))
-        return self._length_of_a_pass()
+        return self._length_of_a_pass(counts - self._start)
 
     def _projected(self, counts: Tensor) -> Tensor:
         return (counts.unsqueeze(1) * self._signs).sum(0)
 
-    def _length_of_a_pass(self) -> Tensor:
+    def _length_of_a_pass(self, seen: Tensor) -> Tensor:
         totals = torch.stack(self._trail)
         self._trail = list(totals)  # one block of memory in place of many
         place = totals.device
         totals = (totals - totals[0]).to(torch.float32 if place.type == "mps" else torch.float64)
         squares = torch.cat([totals[:1], totals.diff(dim=0).square().cumsum(0)])
         none = len(totals)
+        share = seen.to(totals.dtype) / seen.sum().clamp(min=1)
+        batch_size = seen.sum() / (none - 1)
+        shuffled = _SHUFFLED * batch_size * (1 - share.square().sum())  # variance of a batch
         shortest = torch.full((), none, device=place)
         for agreement, tolerance in ((_EXACT, 0.0), (_CLOSE, _DROPPED)):
             passes = 1 + -(-agreement // self._dimensions)
@@ -76,9 +83,10 @@ class PassWatch:
             batches = passes * lengths
             variances = (squares[batches] - totals[batches].square() / batches.unsqueeze(1)).mean(1) / batches
             drawn = lengths * variances  # each adds 1 to the variance of a projection
-            found = (drawn >= _LEAST_DRAWS) & (differences <= tolerance * 2 * drawn)
+            found = (drawn >= _LEAST_DRAWS) & (differences <= tolerance * 2 * drawn) & (variances >= shuffled)
             shortest = torch.minimum(shortest, torch.where(found, lengths, none).min())
-        return torch.where(shortest < none, shortest, 0)
+        balanced = (share.std() <= _EVEN * share.mean()) & (shortest * batch_size < _FEW * len(share))
+        return torch.where((shortest < none) & ~balanced, shortest, 0)
 
 
 def meet_all_ranks(caller: str, seconds: float) -> None:

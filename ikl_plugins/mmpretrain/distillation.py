@@ -42,7 +42,8 @@ class DistillationClassifier(EpochClassifier):
             ramp, None that of the loss's ``preset``.
         ce_weight: weight of the head's own loss, at least 0. It is not ramped.
         teacher_val_batches: before training, log the teacher's accuracy on so many batches of the validation data,
-            images spread over the whole set, beside that which its own config's test pipeline gives; 0 for none.
+            at least 32 images, spread over the whole set, beside that which its own config's test pipeline gives; 0 for
+            none.
         **kwargs: those of ``ImageClassifier``. Mixup and CutMix in ``train_cfg`` go with every loss that has no class
             prior; a teacher with other means, stds or channel order in ``data_preprocessor`` gets its own inputs.
 

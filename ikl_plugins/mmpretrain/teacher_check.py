@@ -12,7 +12,7 @@ from mmengine.dataset import Compose
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from .._accuracy import at_chance, worse
+from .._accuracy import LEAST_IMAGES, at_chance, worse
 from ..mmengine.dry_run import batches, kept_random_states
 
 __all__ = ["check_teacher"]
@@ -65,7 +65,7 @@ def _indices(loader: Any, model: Any) -> list[int] | None:
     if getattr(loader, "batch_sampler", None) is None or size is None:
         return None
     length = len(loader.dataset)
-    count = min(length, model.teacher_val_batches * size * mmengine.dist.get_world_size())
+    count = min(length, max(LEAST_IMAGES, model.teacher_val_batches * size * mmengine.dist.get_world_size()))
     spread = [index * length // count for index in range(count)] if count else []
     return spread[mmengine.dist.get_rank() :: mmengine.dist.get_world_size()]
 

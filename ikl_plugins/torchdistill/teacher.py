@@ -15,7 +15,7 @@ from torchdistill.datasets.util import build_data_loader
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from .. import _validation as check
-from .._accuracy import at_chance
+from .._accuracy import LEAST_IMAGES, at_chance
 from ..adversarial import PixelSpace
 from ..models.weights import drawn_parameters
 from .run_checkpoints import CALLER
@@ -104,6 +104,8 @@ def refuse_untrained(
 def check_teacher(box: Any, loader: dict[str, Any], datasets: dict[str, Any]) -> None:
     """Logs the teacher's accuracy on a batch of validation images, spread over the set: folders are sorted by class.
 
+    It is asked as in training, by the `forward_proc:` of the config.
+
     Args:
         box: torchdistill's box. The mode of its modules stays.
         loader: the block of the validation loader.
@@ -114,28 +116,29 @@ def check_teacher(box: Any, loader: dict[str, Any], datasets: dict[str, Any]) ->
         return
     dataset = datasets[loader["dataset_id"]]
     length = len(dataset)
-    count = min(length, int(loader["kwargs"].get("batch_size") or 1))
+    count = min(length, max(LEAST_IMAGES, loader["kwargs"].get("batch_size") or 1))
     spread = Subset(dataset, [index * length // count for index in range(count)])
-    images, targets = next(iter(build_data_loader(spread, loader, distributed=False)))
     modes = [(module, module.training) for module in teacher.modules()]
+    right = total = classes = 0
     try:
-        with torch.inference_mode():
-            logits = teacher.eval()(images.to(box.device))
+        teacher.eval()
+        for images, targets in build_data_loader(spread, loader, distributed=False):
+            with torch.no_grad():
+                logits = box.teacher_forward_proc(teacher, images.to(box.device), targets.to(box.device), {})
+            if not isinstance(logits, Tensor) or logits.dim() != 2 or targets.dim() != 1:
+                logger.info("the teacher is not tested: it gives no logits of shape (N, C) for images of one class")
+                return
+            right += int((logits.argmax(1) == targets.to(logits.device)).sum())
+            total, classes = total + len(targets), logits.shape[1]
     finally:
         for module, training in modes:
             module.training = training
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or targets.dim() != 1:
-        logger.info("the teacher is not tested: it gives no logits of shape (N, C) for images with one class each")
-        return
-    right, total = int((logits.argmax(1) == targets.to(logits.device)).sum()), len(targets)
-    accuracy = 100.0 * right / total
+    accuracy = 100.0 * right / max(1, total)
     logger.info(
         "the teacher's accuracy on %d validation images is %.2f; by its own test pipeline not known, as torchdistill's "
         "files have none",
         total,
         accuracy,
     )
-    if at_chance(right, total, logits.shape[1]):
-        logger.warning(
-            "the teacher is not better than chance (%.2f %% of %d classes). %s", accuracy, logits.shape[1], _WAY_OUT
-        )
+    if at_chance(right, total, classes):
+        logger.warning("the teacher is not better than chance (%.2f %% of %d classes). %s", accuracy, classes, _WAY_OUT)

@@ -427,6 +427,12 @@ def _cycle(*batches: list[int]) -> Iterator[Tensor]:
     return (torch.tensor(batch) for _ in range(300) for batch in batches)
 
 
+def _in_turn(batch_size: int, each: int = 1) -> Iterator[Tensor]:
+    """What a class-balanced sampler draws: all classes in a new order again and again, ``each`` samples of one."""
+    labels = torch.cat([torch.randperm(10).repeat_interleave(each) for _ in range(600)])
+    return iter(labels.split(batch_size))
+
+
 RANDOM = torch.randint(10, (20_000,), generator=torch.Generator().manual_seed(1))
 SORTED = RANDOM.sort().values
 FEW = RANDOM[:90] % 3
@@ -443,6 +449,9 @@ STREAMS: dict[str, tuple[Callable[[], Iterator[Tensor]], int | None]] = {
     "two classes of random draws": (lambda: (torch.randint(2, (8,)) for _ in range(1500)), None),
     "the same classes in every batch": (lambda: (torch.randperm(10) for _ in range(300)), None),
     "the same batch again and again": (lambda: _cycle([0, 1, 1, 4]), None),
+    "each class in turn": (lambda: _in_turn(5), None),
+    "each class in turn, several times a batch": (lambda: _in_turn(32), None),
+    "a few of each class in turn": (lambda: _in_turn(20, each=4), None),
     "one class": (lambda: _cycle([0] * 8), None),
 }
 

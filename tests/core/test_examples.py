@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from examples import (
     CLASSES,
     EPOCHS,
+    ROOT,
     accuracy,
     assert_beats,
     blocks,
@@ -32,6 +34,19 @@ def script(page: str, heading: str, **names: Any) -> dict[str, Any]:
     names["__name__"] = "example"
     exec(compile(text, f"{page}: {heading}", "exec"), names)  # noqa: S102 - our own page
     return names
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_python_on_a_page_is_whole_lines_and_no_tuple_by_a_comma(page: str) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    assert all(line.lstrip().startswith("```") for line in lines if "```" in line)
+    for statement in (part for text in blocks(page) for part in ast.parse(text).body):
+        value = getattr(statement, "value", None)
+        assert not (isinstance(value, ast.Tuple) and len(value.elts) == 1), ast.unparse(statement)
+
+
+def test_the_presets_of_the_page() -> None:
+    exec(blocks("docs/choosing.md")[0], {})  # noqa: S102 - our own page
 
 
 def test_the_own_loop_of_readme() -> None:

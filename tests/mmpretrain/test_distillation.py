@@ -469,18 +469,19 @@ def runner_with(data, **keywords):
 
 
 def test_the_teachers_accuracy_is_logged_and_nothing_else_changes(make, small_batch, said):
-    model = make(teacher_val_batches=2).train()
+    model = make(teacher_val_batches=10).train()
     with torch.no_grad():
-        data = model.data_preprocessor(small_batch(images=12), False)
+        data = model.data_preprocessor(small_batch(images=60), False)
         labels = model.teacher(data["inputs"]).argmax(1).tolist()
-    seen = [0, 1, 3, 4, 6, 7, 9, 10]  # two batches of four, spread over the set
-    labels[10] = (labels[10] + 1) % 3
-    images = Images(small_batch(images=12, labels=labels))
+    seen = [index for index in range(60) if index % 3 < 2]  # ten batches of four, spread over the set
+    for wrong in (9, 10, 11, 12, 13, 14, 15):
+        labels[wrong] = (labels[wrong] + 1) % 3
+    images = Images(small_batch(images=60, labels=labels))
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     weights = copy.deepcopy(model.state_dict())
     model.attach(runner_with(images))
     assert images.read == seen
-    assert "accuracy on 8 validation images is 87.50 %; not known by its own test pipeline: `teacher` is" in said.text
+    assert "accuracy on 40 validation images is 87.50 %; not known by its own test pipeline: `teacher` is" in said.text
     assert "not better than chance" not in said.text
     assert random.getstate() == states[0]
     assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), states[1], strict=True))
@@ -494,7 +495,7 @@ def test_a_teacher_at_chance_is_warned_about(make, small_batch, said):
     constant = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
     nn.init.zeros_(constant[1].weight)
     model = make(teacher=constant, teacher_val_batches=9)
-    model.attach(runner_with(Images(small_batch(images=12)), shuffle=True))  # four of each class
+    model.attach(runner_with(Images(small_batch(images=18)), shuffle=True))  # six of each class
     (warning,) = [record.getMessage() for record in said.records if record.levelno == logging.WARNING]
     assert "the teacher is not better than chance (33.33 % of 3 classes; not known by its own" in warning
 

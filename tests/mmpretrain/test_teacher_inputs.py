@@ -138,7 +138,7 @@ def test_a_teacher_lies_beside_the_config_and_is_tested_by_default(places, tmp_p
     model = started(tmp_path / "student.py", tmp_path, monkeypatch)
     assert model.teacher.module.head.fc.weight.equal(module.head.fc.weight)
     lines, _ = said()
-    assert f"on 12 validation images is {host_accuracy:.2f} %; {host_accuracy:.2f} % by its own test pipeline" in lines
+    assert f"on 24 validation images is {host_accuracy:.2f} %; {host_accuracy:.2f} % by its own test pipeline" in lines
 
 
 def test_a_teacher_that_is_nowhere_is_named(places, tmp_path, monkeypatch):

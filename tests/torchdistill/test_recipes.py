@@ -292,12 +292,12 @@ def prepare(path, batch_size=2):
     config = load_config(CONFIGS / path)
     teacher = config["models"].get("teacher_model")
     if teacher is not None:
-        teacher["kwargs"].pop("weights", None)
-        if "src_ckpt" in teacher:
-            source = Path(teacher["src_ckpt"])
-            source.parent.mkdir(parents=True, exist_ok=True)
-            content = {"epoch": 240, "model": network(teacher).state_dict(), "best_acc": 72.34}
-            torch.save(content, source)
+        if teacher["kwargs"].pop("weights", None):
+            teacher["src_ckpt"] = "teacher.pt"  # in place of what torchvision would download
+        source = Path(teacher["src_ckpt"])
+        source.parent.mkdir(parents=True, exist_ok=True)
+        content = {"epoch": 240, "model": network(teacher).state_dict(), "best_acc": 72.34}
+        torch.save(content, source)
     for loader in (config["train"]["train_data_loader"], config["train"]["val_data_loader"]):
         loader["kwargs"].update(batch_size=batch_size, num_workers=0)
     config["test"]["test_data_loader"]["kwargs"].update(batch_size=batch_size, num_workers=0)

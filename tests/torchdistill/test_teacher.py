@@ -11,6 +11,7 @@ pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill ada
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchdistill.core.distillation import get_distillation_box
+from torchdistill.core.interfaces.forward_proc import forward_batch_target
 from torchdistill_boxes import CLASSES, CPU, loader, stage
 
 from ikl_plugins.models import resnet8
@@ -74,22 +75,27 @@ def test_torchdistill_s_own_box_teaches_through_it(teacher):
     assert not any(module.training for module in teacher.modules())
 
 
-@pytest.mark.parametrize("case", ["right", "chance", "no logits"])
+@pytest.mark.parametrize("case", ["right", "as in training", "chance", "no logits"])
 def test_its_accuracy_is_told_and_near_chance_loudly(case, teacher, caplog):
     caplog.set_level(logging.INFO)
     datasets = data(teacher)
     if case == "chance":
         datasets["train"].tensors[1].add_(1).remainder_(CLASSES)
     box = box_with(teacher, datasets, {"size": 12, **STUDENT})
+    if case == "as in training":  # of the images and the targets
+        forward = box.teacher_model.forward
+        box.teacher_model.forward = lambda images, targets: forward(images)
+        box.teacher_forward_proc = forward_batch_target
     if case == "no logits":
         teacher[1].forward = lambda inputs: {"out": inputs}
     modes = [module.training for module in box.teacher_model.modules()]
     check_teacher(box, loader(SEQUENTIAL), datasets)
     assert [module.training for module in box.teacher_model.modules()] == modes
     warnings = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
-    if case == "right":
+    if case in ("right", "as in training"):
         assert (
-            "the teacher's accuracy on 8 validation images is 100.00; by its own test pipeline not known" in caplog.text
+            "the teacher's accuracy on 24 validation images is 100.00; by its own test pipeline not known"
+            in caplog.text
         )
     elif case == "no logits":
         assert "the teacher is not tested: it gives no logits" in caplog.text
