@@ -162,8 +162,8 @@ def check_model(caller: str, model: nn.Module, version: str) -> None:
 
 
 def check_class_order(caller: str, model: nn.Module, data: object) -> None:
-    """Refuses images whose classes are those that a checkpoint says it was trained on, in another order."""
-    trained, names = getattr(model, "classes", None), data.classes if isinstance(data, Images) else None
+    """Refuses images from elsewhere whose classes are the checkpoint's in another order."""
+    trained, names = getattr(model, "classes", None), data.classes if type(data) is Images else None
     if not isinstance(trained, tuple) or names is None or trained == names or {*trained} != {*names}:
         return
     theirs, ours = next(pair for pair in zip(trained, names, strict=False) if pair[0] != pair[1])

@@ -244,10 +244,17 @@ def in_class_order(images: Images, model: nn.Module, config: Config) -> Images:
             "config of its training."
         )
     names = known or trained
-    if images.classes in (None, names):
+    if images.classes is None:
+        return images
+    folders = data.folders()
+    if names and folders and names != folders and set(names) == set(folders):
+        raise ValueError(
+            f"{caller}: the config's classes must be named as its labels are, got {_differing(names, folders)}. "
+            "Leave out --data."
+        )
+    if images.classes == names:
         return images
     if names is None or _ids(images.classes) != _ids(names):
-        folders = data.folders()
         if folders is None and names is None:
             warnings.warn(
                 f"{caller}: {data.name} names no classes, so labels are those of the folders of {images.name}. Check "

@@ -123,6 +123,7 @@ RIGHT = {
     "resized": {"pipeline": (LOAD, RESIZE, PACK)},
     "cropped": {"pipeline": (LOAD, "dict(type='ResizeEdge', scale=24)", "dict(type='CenterCrop', crop_size=20)", PACK)},
     "padded": {"pipeline": (LOAD, "dict(type='Pad', size=(40, 36), pad_val=dict(img=90))", PACK)},
+    "padded far": {"pipeline": (LOAD, "dict(type='CenterCrop', crop_size=200, auto_pad=True)", PACK)},
     "floats": {"pipeline": (loaded("to_float32=True"), "dict(type='Resize', scale=20)", PACK)},
     "pillow": {"pipeline": (loaded("imdecode_backend='pillow'"), PACK)},
     "torchvision": {
@@ -611,6 +612,10 @@ def test_other_classes_are_refused(mmpretrain, torchdistill, root, tmp_path):
     path, checkpoint = mmpretrain(more=LISTED, meta={"dataset_meta": {"classes": CLASSES}})
     with message("the config's classes must be the checkpoint's, got 'fox' where it has 'cat'"):
         in_class_order(given, from_mmpretrain(path, checkpoint), path)
+    path, checkpoint = mmpretrain(more=", metainfo=dict(classes=('fox', 'cat', 'dog'))")  # of labels by folder
+    with message("config's classes must be named as its labels are, got 'fox' where it has 'cat'. Leave out --data"):
+        in_class_order(given, from_mmpretrain(path, checkpoint), path)
+    assert check_natural(from_mmpretrain(path, checkpoint), images_of_mmpretrain(path), path).host == "MMPretrain"
     for folder in CLASSES:
         (tmp_path / "wordnet" / f"n0000000{CLASSES.index(folder)}").mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "wordnet" / f"n0000000{CLASSES.index(folder)}" / "a.png")
