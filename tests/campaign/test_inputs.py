@@ -55,8 +55,9 @@ def examine(subject: str, profile: str, *, start: int = 0, shrink: bool = True) 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_a_few_inputs(subject: str) -> None:
     found = examine(subject, "few")
+    # What Hypothesis draws depends on the modules that are loaded, and a subject has as few as 16 examples here.
     assert found["right number"] >= 4
-    assert sum(count for outcome, count in found.items() if "that names the argument" in outcome) >= 3
+    assert any("that names the argument" in outcome for outcome in found)
 
 
 @pytest.mark.campaign
