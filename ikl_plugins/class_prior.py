@@ -264,9 +264,13 @@ class ClassPrior(nn.Module):
         self.left_out.zero_()
         self._watch = self._own_sums = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy watches from here on: what the watch has noted grows with each batch, and pickled with its square.
+        return {**self.__dict__, "_own_sums": None, "_watch": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._passed = self._own_sums = None  # of another matrix: this is a copy
+        self._passed = None  # of another matrix: this is a copy
         if "left_out" not in self._buffers:  # pickled by an older release
             self.register_buffer("left_out", torch.zeros_like(self.counts[0]), persistent=False)
 
