@@ -283,7 +283,14 @@ class TorchdistillData:
     def predict(self, model: nn.Module, samples: Sequence[Any]) -> Tensor:
         from .loading import Normalised
 
-        network = model.network if isinstance(model, Normalised) and self.statistics is not None else model
+        network = getattr(model, "_orig_mod", model)  # of a compiled one
+        if self.statistics is not None:
+            if not isinstance(network, Normalised):
+                raise TypeError(
+                    f"{self._caller}: `model` must be from_torchdistill's, got {type(network).__name__}. Leave out "
+                    "`config`."
+                )
+            network = network.network
         place = next(iter(network.parameters()), torch.empty(0)).device
         logits: Tensor = network(torch.stack(list(samples)).to(place))
         return logits.argmax(1).cpu()

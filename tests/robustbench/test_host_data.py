@@ -685,6 +685,14 @@ def test_a_model_that_sees_something_else_than_its_host_is_stopped(mmpretrain, t
         check_natural(from_torchdistill(path, checkpoint), images_of_torchdistill(path), path)
 
 
+def test_a_compiled_model_is_compared_as_the_one_inside(torchdistill):
+    path, checkpoint, _ = torchdistill()
+    model, images = from_torchdistill(path, checkpoint), images_of_torchdistill(path)
+    assert check_natural(torch.compile(model, backend="eager"), images, path) == check_natural(model, images, path)
+    with pytest.raises(TypeError, match=r"`model` must be from_torchdistill's, got Sequential"):
+        check_natural(model.network, images, path)
+
+
 class Negative(Joint):
     """A data set that changes values where no list of steps shows it."""
 
