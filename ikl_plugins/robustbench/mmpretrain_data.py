@@ -261,6 +261,8 @@ class MMPretrainData:
 
     def folders(self) -> tuple[str, ...] | None:
         found: dict[int, set[str]] = {}
+        if not self.reads_files:  # others may be downloaded when they are built
+            return None
         with contextlib.suppress(ValueError):  # the data may be elsewhere
             for index in range(len(self.dataset)):
                 info = self.dataset.get_data_info(index)

@@ -567,6 +567,12 @@ def test_an_order_that_nobody_has_changed_is_refused_before_an_attack(mmpretrain
             check_natural(model, given)
 
 
+def test_no_data_that_may_be_downloaded_are_built_for_the_order(mmpretrain, root, monkeypatch):
+    path, _ = mmpretrain(**RIGHT["held, bgr"])
+    monkeypatch.setattr(MMPretrainData, "dataset", property(lambda self: pytest.fail("built")))
+    assert MMPretrainData("x", path).folders() is None
+
+
 class Numbered(ImageFolder):
     """Numbers classes otherwise than by their places, as for folders that are called 0, 1, 10, 2."""
 
