@@ -597,9 +597,12 @@ def test_a_checkpoint_whose_own_config_has_the_same_images_is_loaded(saved, arch
     assert load_checkpoint(saved(stored(network, digits)), architecture)(images()).equal(network(images()))
 
 
-def test_statistics_that_are_given_overrule_the_checkpoint_s_config(saved):
-    path = saved(stored(robustbench_network(PLAIN), NORMALISED))
-    assert isinstance(load_checkpoint(path, PLAIN, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3)), Normalised)
+def test_statistics_that_are_given_must_be_those_of_the_checkpoint_s_config(saved):
+    network, own = robustbench_network(PLAIN), {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3)}
+    assert isinstance(load_checkpoint(saved(stored(network, NORMALISED)), PLAIN, **own), Normalised)
+    for other in (NORMALISED.replace("True", "False"), NORMALISED.replace("127.5", "120"), PIXELS):
+        with pytest.raises(ValueError, match=r"with mean \(0\.5, 0\.4, 0\.3\) and .* but .* has (BGR|RGB) with mean"):
+            load_checkpoint(saved(stored(network, other)), PLAIN, **own)
 
 
 def test_a_text_that_is_no_config_says_nothing_and_is_not_run(saved, tmp_path):
