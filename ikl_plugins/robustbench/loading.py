@@ -145,8 +145,8 @@ def load_checkpoint(
         num_classes: of other data; None for as many as ``dataset`` has.
         mean: of the three channels in [0, 1], or one number for all, where the network was trained with others than
             those. For the networks of :mod:`ikl_plugins.models` those of the distillation literature are known for
-            'cifar100', no others. Where the file has a layer that normalises images, its mean and std are taken; where it has
-            MMPretrain's config, they must be that one's.
+            'cifar100', no others. Where the file has a layer that normalises images, its mean and std are taken;
+            where it has MMPretrain's config, they must be that one's.
         std: likewise.
         averaged: of a checkpoint that also has the average of its weights (EMA, SWA), take the average.
         device: where the network goes.
