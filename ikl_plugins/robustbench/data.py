@@ -224,10 +224,9 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None, 
     try:
         folder = ImageFolder(str(path))
     except FileNotFoundError as error:
-        empty = [entry.name for entry in sorted(os.scandir(path), key=lambda entry: entry.name) if entry.is_dir()]
-        found = f"no image in all of {', '.join(empty[:4])}" if empty else "no folder"
         raise ValueError(
-            f"{_CALLER}: `source` must have a folder per class, but {path} has {found} ({error}). Name one split."
+            f"{_CALLER}: `source` must have images in a folder per class and no empty one, but reading {path} gave: "
+            f"{str(error).rstrip('.')}. Name one split."
         ) from error
     samples = folder.samples
     if n_examples is not None:

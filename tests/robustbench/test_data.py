@@ -206,11 +206,11 @@ def test_an_image_that_cannot_be_read_is_named(folder, content):
 
 
 def test_a_folder_of_another_layout_is_refused(folder, tmp_path):
-    with message("has no folder"):
+    with message("no empty one, but reading"):
         load_images(folder / "cat")
     for name in ("ape", "bat"):
         (tmp_path / "empty" / name).mkdir(parents=True)
-    with message("has no image in all of ape, bat"):
+    with message("Found no valid file for the classes ape, bat"):
         load_images(tmp_path / "empty")
 
 
