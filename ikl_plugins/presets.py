@@ -42,9 +42,10 @@ def find_preset(name: str, loss: str) -> Preset:
     Raises:
         ValueError: there is none, or it is of another loss.
     """
-    short = name if name in PRESETS else f"{name}-{loss.removesuffix('Loss').lower()}"
+    last = f"-{loss.removesuffix('Loss').lower()}"
+    short = name if name in PRESETS else name + last
     if short not in PRESETS:
-        known = [key for key, preset in PRESETS.items() if preset.loss == loss]
+        known = [key.removesuffix(last) for key, preset in PRESETS.items() if preset.loss == loss]
         raise ValueError(check.unknown_name_message(f"{loss}.preset", "preset", name, known))
     preset = PRESETS[short]
     if preset.loss != loss:

@@ -139,7 +139,7 @@ class IKLHook(Hook):  # type: ignore[misc]
         if length is None:
             return
         if self.seed_epochs:
-            self._data_stream = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+            self._keep_data_stream()
         self._seed(runner, runner.iter)
         model = _unwrap(runner.model)
         epoch = runner.iter // length + 1
@@ -157,17 +157,21 @@ class IKLHook(Hook):  # type: ignore[misc]
             model.end_iteration()
         if length is not None and (runner.iter + 1) % length == 0:
             _end_epoch(runner, (runner.iter + 1) // length)
-        if self._data_stream is not None:  # the next batch is drawn as if no step had been in between
-            python, arrays, tensors = self._data_stream
-            random.setstate(python)
-            numpy.random.set_state(arrays)
-            torch.set_rng_state(tensors)
-            self._data_stream = None
+        self._restore_data_stream()  # the next batch is drawn as if no step had been in between
 
     def after_train_epoch(self, runner: Any) -> None:
         """Ends an epoch of an epoch-based loop."""
         if self._iterations_per_epoch is None:
             _end_epoch(runner, runner.epoch + 1)
+
+    def before_val(self, runner: Any) -> None:
+        """Keeps the random numbers of an iteration-based loop's data: a resumed run replays no validation."""
+        if self._iterations_per_epoch is not None and self.seed_epochs:
+            self._keep_data_stream()
+
+    def after_val(self, runner: Any) -> None:
+        """Gives them back."""
+        self._restore_data_stream()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Reads what checks of values have found on a device."""
@@ -199,6 +203,17 @@ class IKLHook(Hook):  # type: ignore[misc]
         for path, loss in self._losses.items():
             for name, term in (loss.last_terms._asdict() if loss.last_terms is not None else {}).items():
                 outputs.setdefault(_log_name(name, path, self._losses), term.mean())
+
+    def _keep_data_stream(self) -> None:
+        self._data_stream = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+
+    def _restore_data_stream(self) -> None:
+        if self._data_stream is not None:
+            python, arrays, tensors = self._data_stream
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+            torch.set_rng_state(tensors)
+            self._data_stream = None
 
     def _seed(self, runner: Any, position: int) -> None:
         if not self.seed_epochs:

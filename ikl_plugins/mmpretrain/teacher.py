@@ -192,8 +192,8 @@ def _read_config(caller: str, path: str) -> tuple[dict[str, Any], Any]:
     if not isinstance(model, Mapping):
         raise ValueError(f"{caller}: `teacher` must be a config with a `model`, but {path} has none.")
     config = copy.deepcopy(dict(model))
-    if config.get("data_preprocessor") is None:
-        config["data_preprocessor"] = copy.deepcopy(file.get("data_preprocessor"))
+    if config.get("data_preprocessor") is None and file.get("data_preprocessor") is not None:
+        config["data_preprocessor"] = copy.deepcopy(file.data_preprocessor)
     loader = file.get("test_dataloader") or file.get("val_dataloader") or {}
     return config, loader.get("dataset", {}).get("pipeline")
 

@@ -103,9 +103,9 @@ def _own_answers(model: Any, loader: Any) -> tuple[Tensor | None, str]:
         return None, "`teacher` is no config file with a test pipeline"
     if indices is None or not hasattr(loader.dataset, "get_data_info"):
         return None, f"{type(loader.dataset).__name__} gives no images without its own pipeline"
-    preprocessor = teacher.module.data_preprocessor
-    preprocessor.to(next(teacher.module.parameters()).device)
     try:
+        preprocessor = teacher.module.data_preprocessor  # not of a bare network
+        preprocessor.to(next(teacher.module.parameters()).device)
         pipeline = Compose(list(teacher.pipeline))
         samples = (pipeline(loader.dataset.get_data_info(index)) for index in indices)
         data = ({key: [value] for key, value in sample.items()} for sample in samples)

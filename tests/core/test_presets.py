@@ -85,6 +85,8 @@ def test_overrides_replace_and_another_class_count_is_possible() -> None:
 def test_unknown_presets_and_those_of_another_loss() -> None:
     with pytest.raises(ValueError, match=r"IKLLoss\.preset: unknown preset `cifar100/resnet20`"):
         IKLLoss.preset("cifar100/resnet20")
+    with pytest.raises(ValueError, match=r"unknown preset `strat`\. Did you mean `start`\?"):
+        IKLLoss.preset("strat")
     with pytest.raises(ValueError, match=r"must be of a preset for IKLLoss, .*Use GKLLoss"):
         IKLLoss.preset("cifar100/resnet20_from_resnet56-gkl")
     with pytest.raises(TypeError, match="assignment"):

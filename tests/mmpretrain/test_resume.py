@@ -100,13 +100,17 @@ class Flipped(Dataset):
 )
 @pytest.mark.parametrize("iterations", [2, 4])
 def test_an_iteration_based_run_goes_on_with_the_numbers_it_would_have_drawn(iterations, start, tmp_path):
-    """In the middle of an epoch of three iterations or at its beginning, augmentation included."""
+    """In the middle of an epoch of three iterations or at its beginning, augmentation and validation included."""
 
     def trained(folder, **keywords):
         data = Flipped()
         sampler = InfiniteSampler(data, shuffle=False)
         flipped = DataLoader(data, batch_size=4, sampler=sampler, collate_fn=pseudo_collate)
-        run = start(folder, **{**by_iteration(6, 2), "train_dataloader": flipped}, **keywords)
+        validated = DataLoader(data, batch_size=4, collate_fn=pseudo_collate)
+        settings = {**by_iteration(6, 2), "train_dataloader": flipped, "val_dataloader": validated}
+        settings |= {"val_cfg": {}, "val_evaluator": {"type": "Accuracy"}}
+        settings["train_cfg"]["val_interval"] = 2
+        run = start(folder, **settings, **keywords)
         drawn = []
         run.register_hook(Record(before_train_iter=lambda *_, **__: drawn.append(float(torch.rand(())))), "LOW")
         return drawn, *resumed(run)

@@ -9,6 +9,7 @@ from mmpretrain.models import ImageClassifier
 from torch import nn
 
 from ikl_plugins.mmpretrain import EpochClassifier, FrozenTeacher, build_teacher
+from ikl_plugins.models import resnet8
 
 OTHER_MEAN = (100.0, 90.0, 80.0)
 
@@ -81,6 +82,16 @@ def test_without_preprocessor_a_config_file_and_a_dict_see_the_students_inputs(s
     settings = Config.fromfile(config).to_dict()["model"]
     for teacher in (config, settings, {"cfg_path": config}):
         agrees(build_teacher(teacher, ckpt, student=student), student, module, student)
+
+
+def test_a_config_file_may_have_a_bare_network(student, tmp_path):
+    """Which takes no data preprocessor."""
+    module = resnet8(3).eval()
+    torch.save(module.state_dict(), tmp_path / "bare.pth")
+    Config({"model": {"type": "DistillationNetwork", "name": "resnet8", "num_classes": 3}}).dump(tmp_path / "bare.py")
+    holder = build_teacher(tmp_path / "bare.py", tmp_path / "bare.pth", student=student)
+    inputs = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(holder(inputs), module(inputs))
 
 
 @pytest.mark.parametrize("own", [False, True])
