@@ -150,7 +150,8 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(note, what, s
 def test_a_last_checkpoint_that_is_damaged_otherwise_is_not_passed_over(stopped, start, tmp_path):
     path, elsewhere = stopped / "epoch_2.pth", tmp_path / "epoch_2.pth"
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    middle = slice(len(content) // 2, len(content) // 2 + 200)  # more than the padding between two records
+    content[middle] = bytes(255 - byte for byte in content[middle])
     elsewhere.write_bytes(content[:-40])
     for damaged, file in ((content, path), (b"text" * 100, path), (None, elsewhere)):
         if damaged is not None:
