@@ -35,7 +35,8 @@ class PassWatch:
     def __init__(self, counts: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (len(counts), _PROJECTIONS)
-        self._signs = (torch.randint(2, shape, generator=generator, device="cpu") * 2 - 1).to(counts.device)
+        signs = torch.randint(2, shape, generator=generator, device="cpu") * 2 - 1
+        self._signs = signs.to(counts.device, torch.float64)  # exact, also under autocast
         self._dimensions = min(len(counts) - 1, _PROJECTIONS)
         self._start = counts.clone()
         self._trail = [self._projected(counts)]
@@ -60,13 +61,13 @@ class PassWatch:
         return self._length_of_a_pass(counts - self._start)
 
     def _projected(self, counts: Tensor) -> Tensor:
-        return (counts.unsqueeze(1) * self._signs).sum(0)
+        return counts.to(self._signs.dtype) @ self._signs
 
     def _length_of_a_pass(self, seen: Tensor) -> Tensor:
         totals = torch.stack(self._trail)
         self._trail = list(totals)  # one block of memory in place of many
         place = totals.device
-        totals = (totals - totals[0]).to(torch.float32 if place.type == "mps" else torch.float64)
+        totals = totals - totals[0]
         squares = torch.cat([totals[:1], totals.diff(dim=0).square().cumsum(0)])
         none = len(totals)
         share = seen.to(totals.dtype) / seen.sum().clamp(min=1)

@@ -201,7 +201,7 @@ class ClassPrior(nn.Module):
         if self._own_sums is not None and self._own_sums.device == self.sums.device:
             changed = (self.sums.diagonal() != self._own_sums).sum()
             check_values("ClassPrior", "sums", (changed,), _judge_sums)
-        if self.watches_epochs and self._watch is None:
+        if self.watches_epochs and self._watch is None and counts.device.type != "mps":  # which has no float64
             self._watch = PassWatch(counts)
         return True
 
