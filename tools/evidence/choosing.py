@@ -15,6 +15,7 @@ import argparse
 import csv
 import functools
 import importlib.util
+import math
 import statistics
 import sys
 import warnings
@@ -34,7 +35,7 @@ from ikl_plugins.losses import LOSSES
 from ikl_plugins.presets import PRESETS
 
 Rows = dict[str, tuple[Tensor, Tensor]]
-Result = dict[str, float]
+Result = dict[str, Any]
 Setting = dict[str, Any]  # loss (None: cross entropy alone), its keywords, ce_weight of the labels (1 by default)
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[float, ...]]] = {  # and rates to choose from
     "SGD": (functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4), (0.03, 0.1, 0.3)),
@@ -253,7 +254,8 @@ def student_result(
         found = {"accuracy": accuracy(model(rows[part][0]), rows[part][1])}
     if terms:
         mse, cross_entropy = (float(sum(column)) for column in zip(*terms, strict=True))
-        found["ratio"] = mse / cross_entropy if cross_entropy else float("inf")
+        ratio = mse / cross_entropy if cross_entropy else math.inf
+        found["ratio"] = ratio if math.isfinite(ratio) else None  # it diverged
     return found
 
 
@@ -382,7 +384,8 @@ class Trials:
             found[loss] = []
             for setting, *row in zip(settings, *columns, strict=True):
                 gains = [ours[0]["accuracy"] - base[0]["accuracy"] for ours, base in zip(row, alone, strict=True)]
-                ratio = min(ours[0]["ratio"] for ours in row)
+                ratios = [ours[0]["ratio"] for ours in row]
+                ratio = None if None in ratios else min(ratios)
                 line = {"mean": round(statistics.fmean(gains), 2), "worst": round(min(gains), 1), "ratio": ratio}
                 found[loss].append({"setting": setting, **line})
         return found
@@ -393,11 +396,15 @@ class Trials:
         for where in self.conditions:
             results = self.results(where, "settings", list(settings.values()), "test", seeds)
             means = {
-                name: {key: round(statistics.fmean(one[key] for one in some), 5) for key in some[0]}
+                name: {key: _mean([one[key] for one in some]) for key in some[0]}
                 for name, some in zip(settings, results, strict=True)
             }
             found.append({**where._asdict(), "results": means})
         return found
+
+
+def _mean(values: list[Any]) -> float | None:
+    return None if None in values else round(statistics.fmean(values), 5)
 
 
 def measure(folder: Path, *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:

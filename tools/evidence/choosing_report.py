@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from typing import Any
@@ -25,7 +24,7 @@ def chosen(search: dict[str, list[dict[str, Any]]]) -> dict[str, Setting]:
     """
     found = {}
     for loss, rows in search.items():
-        allowed = [row for row in rows if loss == "DKLLoss" or row["ratio"] >= LEAST_RATIO]
+        allowed = [row for row in rows if loss == "DKLLoss" or (row["ratio"] or 0) >= LEAST_RATIO]
         found[loss] = max(allowed, key=lambda row: row["mean"])["setting"]
     return found
 
@@ -54,7 +53,7 @@ def _search_table(search: dict[str, list[dict[str, Any]]]) -> str:
             )
             prior = ", class prior" if setting.get("global_info") else ""
             mark = " (start)" if row["setting"] == starts[loss] else ""
-            numbers = [f"{row['mean']:+.1f}", f"{row['worst']:+.1f}", f"{row['ratio']:.0e}"]
+            numbers = [f"{row['mean']:+.1f}", f"{row['worst']:+.1f}", f"{row['ratio'] or 0:.0e}"]
             cells.append([f"{loss.removesuffix('Loss')}, {named}{prior}{mark}", *numbers])
     return narrow_table(["setting", "mean gain", "worst", "least MSE / CE"], cells) + "\n"
 
@@ -74,7 +73,7 @@ def _test_table(content: dict[str, Any]) -> str:
             row.append(f"{ours:.1f}" if name == "labels alone" else f"{ours - theirs:+.1f}")
         worst = min(ours - theirs for ours, theirs in zip(values, base, strict=True))
         ratios = [one["results"][name]["ratio"] for one in tested if "ratio" in one["results"][name]]
-        least = f"{min(ratios, default=0):.0e}" if all(map(math.isfinite, ratios)) else "diverges"
+        least = "diverges" if None in ratios else f"{min(ratios, default=0):.0e}"
         last = ["", ""] if name == "labels alone" else [f"{worst:+.1f}", least]
         cells.append([name, *row, *last])
     return narrow_table(["", *(group for _, group in groups), "worst", "least MSE / CE"], cells) + "\n"
