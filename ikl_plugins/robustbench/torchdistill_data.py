@@ -158,13 +158,18 @@ class TorchdistillData:
                 raise ValueError(f"{self._caller}: '{self.name}' must have one transform, got one inside another.")
             leaf = self._leaf(dataset, transform)
             self._leaves.append(leaf)
-            if standard:
-                made.transforms = copy.copy(joint)
-                made.transforms.transform = leaf.before
-            elif joint is not None:
-                made.transforms = leaf.before
-            if getattr(dataset, "transform", None) is not None:
-                made.transform = leaf.before
+            try:
+                if standard:
+                    made.transforms = copy.copy(joint)
+                    made.transforms.transform = leaf.before
+                elif joint is not None:
+                    made.transforms = leaf.before
+                if getattr(dataset, "transform", None) is not None:
+                    made.transform = leaf.before
+            except AttributeError as error:  # a property that cannot be set
+                raise ValueError(
+                    f"{self._caller}: the transform of '{self.name}' must be an attribute that can be set, but {error}."
+                ) from error
         for name, one in inner.items():
             deeper = inside or transform is not None
             several = isinstance(one, (list, tuple))

@@ -519,6 +519,7 @@ SPOILED = [
     (folder(get("builtins.abs")), "abs"),
     (f"{call('torch.utils.data.ConcatDataset', datasets=f'[{BASE}, {folder(TENSOR)}]')}", "normalised alike"),
     (call(f"{__name__}.Outer", dataset=BASE, transform=TENSOR), "one transform, got one inside another"),
+    (call(f"{__name__}.Fixed", dataset=BASE, transform=TENSOR), "be an attribute that can be set"),
 ]
 
 
@@ -716,6 +717,15 @@ class Outer(torch.utils.data.Dataset):
 
     def __init__(self, dataset, transform):
         self.dataset, self.transform = dataset, transform
+
+
+class Fixed(torch.utils.data.Dataset):
+    """A data set whose transform is a property that nobody can set."""
+
+    transform = property(lambda self: self._transform)
+
+    def __init__(self, dataset, transform):
+        self._images, self._transform = dataset, transform
 
 
 def noisy_loader(path):
