@@ -263,7 +263,10 @@ def _strides_in(tensor: Tensor | None, student: Tensor) -> _Strides:
     if tensor is None:
         return 0, 0, 0
     found = _strides(tensor)
-    assert found is not None  # noqa: S101
+    if found is None:
+        raise ValueError(
+            f"kernels: strides {tensor.stride()} must have one step behind the classes. Call contiguous()."
+        )
     return found
 
 

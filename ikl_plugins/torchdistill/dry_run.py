@@ -23,6 +23,8 @@ def dry_run(box: Any, config: dict[str, Any]) -> None:
     Raises:
         ValueError: a set that is not there or gives no batches of images and labels; a scheduler that cannot step.
     """
+    if getattr(box, "train_data_loader", None) is None:
+        raise ValueError(f"{CALLER}: `train:` must have `train_data_loader:`, but has none. Check its spelling.")
     train = config["train"]
     stages = sum(key.startswith("stage") for key in train) if hasattr(box, "stage_number") else 0
     loaders = dict(val_loader(train, stage) for stage in range(min(1, stages), stages + 1))
