@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _log(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..robustbench.evaluation_log import Evaluation
+    from ..robustbench.evaluation.log import Evaluation
 
     for name in ("robust", "natural", "eps", "threat_model"):
         if getattr(arguments, name) is not None:

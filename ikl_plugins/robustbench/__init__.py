@@ -8,11 +8,9 @@ from .._robustbench_import import import_robustbench
 
 import_robustbench()
 
-from .corruptions import evaluate_corruptions  # noqa: E402
 from .data import Images, load_images  # noqa: E402
 from .eps import Eps, parse_eps  # noqa: E402
-from .evaluation import curve, evaluate  # noqa: E402
-from .evaluation_log import Evaluation  # noqa: E402
+from .evaluation import Evaluation, curve, evaluate, evaluate_corruptions  # noqa: E402
 from .host_data import (  # noqa: E402
     HostImages,
     NaturalCheck,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .._progress import steps
-from .checks import check_class_order, check_data, check_model, natural_predictions
 from .conditions import own_conditions
 from .data import Images, check_pixels, content_sha256, spread
+from .evaluation.checks import check_class_order, check_data, check_model, natural_predictions
 from .mmpretrain_data import MMPretrainData
 from .torchdistill_data import TorchdistillData
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._files import written_aside
 from .data import Images
-from .evaluation_log import Evaluation
+from .evaluation.log import Evaluation
 from .figures import new_figure, require_matplotlib, save_figure
 
 __all__ = ["binomial_interval", "write_report"]
@@ -62,7 +62,7 @@ def write_report(evaluation: Evaluation, path: str | Path, *, images: Images | T
 
     Args:
         evaluation: of :func:`~ikl_plugins.robustbench.evaluation.evaluate` or
-            :func:`~ikl_plugins.robustbench.corruptions.evaluate_corruptions`, finished or not.
+            :func:`~ikl_plugins.robustbench.evaluation.evaluate_corruptions`, finished or not.
         path: a folder, which gets report.md; or a file that ends with .md, whose name begins those of the pictures
             beside it. Files of the same names are replaced.
         images: those that were evaluated, so that images that fell can be shown.

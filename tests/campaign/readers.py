@@ -207,7 +207,7 @@ def _evaluation_log(work: Path) -> Path:
 
 
 def _evaluation(path: Path) -> Any:
-    from ikl_plugins.robustbench.evaluation_log import Evaluation
+    from ikl_plugins.robustbench.evaluation.log import Evaluation
 
     found = Evaluation.load(path)
     return {"log": found.log, "adversarial": dict(found.adversarial or {})}

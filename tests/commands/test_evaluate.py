@@ -34,7 +34,7 @@ from ikl_plugins.commands.model_options import (
 from ikl_plugins.models.robustbench_zoo import robustbench_network
 from ikl_plugins.robustbench import data, evaluation, loading, mmpretrain_data, torchdistill_data
 from ikl_plugins.robustbench.evaluation import curve, evaluate
-from ikl_plugins.robustbench.evaluation_log import Evaluation
+from ikl_plugins.robustbench.evaluation.log import Evaluation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
 robustbench = import_robustbench()

@@ -15,7 +15,7 @@ from quick_autoattack import Quick, robustbench, write_network_and_images
 from ikl_plugins.commands.main import main as ikl
 from ikl_plugins.models.robustbench_zoo import robustbench_network
 from ikl_plugins.robustbench.evaluation import evaluate
-from ikl_plugins.robustbench.evaluation_log import Evaluation
+from ikl_plugins.robustbench.evaluation.log import Evaluation
 from ikl_plugins.robustbench.submission import DEMONSTRATION
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")

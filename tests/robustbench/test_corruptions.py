@@ -1,4 +1,4 @@
-"""ikl_plugins.robustbench.corruptions: RobustBench's own numbers, from its own loaders, with a log to go on from."""
+"""Evaluations under corruptions: RobustBench's own numbers, from its own loaders, with a log to go on from."""
 
 import csv
 
@@ -9,9 +9,9 @@ from quick_autoattack import Interruption, message, without_times
 from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
-from ikl_plugins.robustbench.corruptions import evaluate_corruptions
 from ikl_plugins.robustbench.data import Images, content_sha256
-from ikl_plugins.robustbench.evaluation_log import Evaluation
+from ikl_plugins.robustbench.evaluation.corruptions import evaluate_corruptions
+from ikl_plugins.robustbench.evaluation.log import Evaluation
 
 robustbench = import_robustbench()
 BenchmarkDataset, ThreatModel = robustbench.data.BenchmarkDataset, robustbench.data.ThreatModel

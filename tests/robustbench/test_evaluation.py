@@ -26,7 +26,7 @@ from ikl_plugins import _files, _progress
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.robustbench.data import Images, content_sha256
 from ikl_plugins.robustbench.evaluation import curve, evaluate
-from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
+from ikl_plugins.robustbench.evaluation.log import Evaluation, weights_sha256
 from ikl_plugins.robustbench.loading import Normalised
 from ikl_plugins.robustbench.preflight import preflight
 

@@ -13,7 +13,7 @@ from quick_autoattack import Quick, batch, network, robustbench
 from ikl_plugins.robustbench import report as module
 from ikl_plugins.robustbench.data import Images
 from ikl_plugins.robustbench.evaluation import curve, evaluate
-from ikl_plugins.robustbench.evaluation_log import Evaluation
+from ikl_plugins.robustbench.evaluation.log import Evaluation
 from ikl_plugins.robustbench.leaderboard import draw, rank
 from ikl_plugins.robustbench.report import binomial_interval, write_report
 

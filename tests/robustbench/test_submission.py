@@ -19,7 +19,7 @@ from quick_autoattack import made_up_log
 
 from ikl_plugins import models
 from ikl_plugins.models.robustbench_zoo import parse_architecture, robustbench_network
-from ikl_plugins.robustbench.evaluation_log import Evaluation, weights_sha256
+from ikl_plugins.robustbench.evaluation.log import Evaluation, weights_sha256
 from ikl_plugins.robustbench.leaderboard import entries
 from ikl_plugins.robustbench.loading import Normalised
 from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..._progress import Shown, teller
-from ..checks import chance
 from ..conditions import own_conditions
 from ..data import Images
-from ..evaluation_log import data_facts
+from ..evaluation.checks import chance
+from ..evaluation.log import data_facts
 from ..submittable import network_obstacle
 from .claims import claim, radius
 from .forward import batch, deterministic, eval_mode, output

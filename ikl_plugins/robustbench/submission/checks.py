@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import _validation as check
 from ..eps import as_fraction
-from ..evaluation_log import Evaluation, weights_sha256
+from ..evaluation.log import Evaluation, weights_sha256
 from ..leaderboard import entries, table_origin
 from ..preflight import Preflight
 from ..submittable import CALLER, against_benchmark

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation_log import Evaluation
+from ..evaluation.log import Evaluation
 from ..leaderboard import board_eps
 from ..submittable import same_eps
 

@@ -18,7 +18,7 @@ from ..._files import naming
 from ..._robustbench_import import import_robustbench
 from ...models.robustbench_zoo import class_count, parse_architecture
 from ..data import file_sha256
-from ..evaluation_log import Evaluation, weights_sha256
+from ..evaluation.log import Evaluation, weights_sha256
 from ..loading import DATASET_CLASSES
 from ..preflight import Preflight
 from ..submittable import check_dataset, check_network, same_logits

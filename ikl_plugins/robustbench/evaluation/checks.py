@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import _validation as check
-from .conditions import precision
-from .data import Images, check_pixels
-from .eps import Eps, parse_eps
+from ... import _validation as check
+from ..conditions import precision
+from ..data import Images, check_pixels
+from ..eps import Eps, parse_eps
 
 __all__ = [
     "ATTACKS",

@@ -6,14 +6,10 @@ with one seed, the images that fell and the adversarial images equal those of on
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import math
-import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _validation as check
-from .._progress import Shown, teller
-from .._robustbench_import import import_robustbench
+from ... import _validation as check
+from ..._progress import Shown, teller
+from ..conditions import own_conditions, trainable_copy
+from ..data import Images
+from ..eps import Eps
+from .attacks import autoattack, possible_attacks, prepared, quiet, run_checks
 from .checks import (
     ATTACKS,
     VERSIONS,
@@ -37,10 +36,7 @@ from .checks import (
     natural_predictions,
     warn_of_chance,
 )
-from .conditions import own_conditions, trainable_copy
-from .data import Images
-from .eps import Eps
-from .evaluation_log import Evaluation, Record, class_names, data_facts, identity, percent
+from .log import Evaluation, Record, class_names, data_facts, identity, percent
 
 __all__ = [
     "ATTACKS",
@@ -49,12 +45,7 @@ __all__ = [
     "check_radii",
     "curve",
     "evaluate",
-    "quiet",
 ]
-
-_LEAST_CLASSES = {"apgd-dlr": 4, "apgd-t": 4}  # the margin is divided by the distance to the third or fourth logit
-
-_robustbench = import_robustbench()
 
 
 @dataclass(frozen=True)
@@ -165,8 +156,8 @@ def evaluate(
     with quiet(device) as warned, torch.no_grad():
         torch.manual_seed(seed)
         predictions, classes = natural_predictions(caller, model, images, labels, batch_size, device)
-        adversary = _adversary(model, norm, eps, version, chosen, seed, device)
-        run, dropped = _attacks(caller, chosen or adversary.attacks_to_run, classes)
+        adversary = autoattack(model, norm, eps, version, chosen, seed, device)
+        run, dropped = possible_attacks(caller, chosen or adversary.attacks_to_run, classes)
         for targeted in (adversary.apgd_targeted, adversary.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
 
@@ -198,13 +189,13 @@ def evaluate(
         record = Record(caller, fresh, None if log is None else Path(log))
         warned.extend(record.log["warnings"])
         if not record.log["progress"]:
-            _run_checks(adversary, images[:batch_size], labels[:batch_size])
+            run_checks(adversary, images[:batch_size], labels[:batch_size])
         record.log["warnings"] = warned
         warn_of_chance(caller, predictions, labels, classes)
         record.save()
         for attack in run:
             # Also of an attack that has run already: some of its settings stay.
-            perturb = _prepared(adversary, attack)
+            perturb = prepared(adversary, attack)
             _run_attack(record, attack, perturb, adversary.get_logits, images, labels, device, tell)
         record.log["finished"] = True
         record.save()
@@ -290,72 +281,6 @@ def curve(
     return points
 
 
-# --- AutoAttack ------------------------------------------------------------------------------------------------------
-
-
-def _adversary(
-    model: nn.Module, norm: str, eps: Eps, version: str, chosen: Sequence[str] | None, seed: int, device: torch.device
-) -> Any:
-    named = {} if chosen is None else {"attacks_to_run": list(chosen)}
-    return _robustbench.eval.AutoAttack(
-        model, norm=norm, eps=float(eps), seed=seed, verbose=False, version=version, device=device, **named
-    )
-
-
-def _run_checks(adversary: Any, images: Tensor, labels: Tensor) -> None:
-    """AutoAttack's own checks of the model, and no attack."""
-    adversary.attacks_to_run = []
-    tracer = sys.gettrace()  # its check for dynamic defences takes the place of a debugger's
-    try:
-        adversary.run_standard_evaluation(images, labels, bs=len(images))
-    finally:
-        sys.settrace(tracer)
-
-
-def _attacks(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str], list[dict[str, str]]]:
-    """The attacks that can run with so many classes, and why the others cannot."""
-    run, dropped = [], []
-    for attack in wanted:
-        least = _LEAST_CLASSES.get(attack, 2)
-        if classes >= least:
-            run.append(attack)
-        else:
-            dropped.append({"attack": attack, "reason": f"its loss needs {least} classes, and the model has {classes}"})
-    if not run:
-        raise ValueError(
-            f"{caller}: `attacks` must have one that works with {classes} classes, got {', '.join(wanted)}. "
-            "Add apgd-ce."
-        )
-    return run, dropped
-
-
-def _prepared(adversary: Any, attack: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """One attack of AutoAttack, set up as AutoAttack does it before each batch.
-
-    Its own loop is not used, since it looks at the natural images anew in each call: a model that draws random numbers
-    would get another chance to be wrong with every batch.
-    """
-    if attack in ("apgd-ce", "apgd-dlr"):
-        found = adversary.apgd
-        found.loss = attack.removeprefix("apgd-")
-    elif attack == "apgd-t":
-        found = adversary.apgd_targeted
-    elif attack == "square":
-        found = adversary.square
-    else:
-        found = adversary.fab
-        found.targeted = attack == "fab-t"
-        if found.targeted:
-            found.n_restarts = 1
-
-    def perturb(images: Tensor, labels: Tensor) -> Tensor:
-        found.seed = adversary.get_seed()
-        result: Tensor = found.perturb(images, labels)
-        return result
-
-    return perturb
-
-
 def _run_attack(
     record: Record,
     attack: str,
@@ -389,30 +314,3 @@ def _run_attack(
         entry["seconds"] += time.perf_counter() - started
         record.save()
         tell(Progress(attack, number + 1, batches, entry["standing"], len(images), entry["seconds"]))
-
-
-@contextlib.contextmanager
-def quiet(device: torch.device) -> Iterator[list[str]]:
-    """Keeps the caller's random numbers, and collects what AutoAttack warns of, each kind once."""
-    warned: list[str] = []
-    handler = _Collector(warned)
-    logger = logging.getLogger("auto-attack")
-    logger.addHandler(handler)
-    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
-    try:
-        with torch.random.fork_rng(devices=[index] if device.type == "cuda" else []):
-            yield warned
-    finally:
-        logger.removeHandler(handler)
-
-
-class _Collector(logging.Handler):
-    def __init__(self, messages: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._messages = messages
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        kinds = {re.sub(r"[\d.]+", "", known) for known in self._messages}
-        if re.sub(r"[\d.]+", "", message) not in kinds:
-            self._messages.append(message)

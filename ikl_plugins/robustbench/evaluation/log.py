@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
-from .. import _validation as check
-from .._files import written_aside
-from ..checkpoints import plain_name
-from .conditions import precision
-from .data import Images, content_sha256, file_sha256
-from .tables import aligned
+from ... import __version__
+from ... import _validation as check
+from ..._files import written_aside
+from ...checkpoints import plain_name
+from ..conditions import precision
+from ..data import Images, content_sha256, file_sha256
+from ..tables import aligned
 
 __all__ = ["FORMAT", "Evaluation", "Record", "class_names", "data_facts", "identity", "percent", "weights_sha256"]
 

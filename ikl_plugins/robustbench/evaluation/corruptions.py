@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _validation as check
-from .._progress import Shown, teller
-from .._robustbench_import import import_robustbench
+from ... import _validation as check
+from ..._progress import Shown, teller
+from ..._robustbench_import import import_robustbench
+from ..conditions import own_conditions, trainable_copy
+from ..data import Images, check_pixels, content_sha256
+from .attacks import quiet
 from .checks import check_class_order, check_data, check_model, check_seed, natural_predictions, warn_of_chance
-from .conditions import own_conditions, trainable_copy
-from .data import Images, check_pixels, content_sha256
-from .evaluation import Progress, quiet
-from .evaluation_log import Evaluation, Record, class_names, data_facts, identity
+from .log import Evaluation, Record, class_names, data_facts, identity
+from .run import Progress
 
 __all__ = ["evaluate_corruptions"]
 
