@@ -158,6 +158,7 @@ def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Ev
 
 def _check_natural(arguments: argparse.Namespace, loaded: LoadedModel, images: Images) -> None:
     from ..robustbench import check_natural, submission_obstacles
+    from ..robustbench.known_sets import recorded_name
 
     _say(f"{len(images)} images of {images.name}, model {loaded.name}")
     found = check_natural(loaded.model, images, loaded.host, batch_size=arguments.batch_size, device=arguments.device)
@@ -165,7 +166,7 @@ def _check_natural(arguments: argparse.Namespace, loaded: LoadedModel, images: I
     if arguments.zoo is None:  # what is there need not be submitted
         names = ("architecture", "mean", "std", "threat_model", "eps", "version", "attacks")
         plan = {name: getattr(arguments, name) for name in names}
-        plan.update(data=images.name, n_examples=len(images))
+        plan.update(data=recorded_name(images.name, images.source), n_examples=len(images))
         for obstacle in submission_obstacles(loaded.model, arguments.dataset, **plan):
             _say(f"RobustBench would not take the result: {obstacle}")
 

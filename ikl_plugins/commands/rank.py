@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["configure", "run"]
 
 CALLER = "ikl rank"
-# Images of the benchmark: the test sets of CIFAR, and those of ImageNet that RobustBench lists.
-IMAGES = {"cifar10": 10000, "cifar100": 10000, "imagenet": 5000}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +110,7 @@ def _dataset(arguments: argparse.Namespace, log: dict[str, Any]) -> str:
 
 def _notes(log: dict[str, Any], dataset: str, ranking: Ranking, options: dict[str, Any]) -> list[str]:
     """Why the place may not be the one that RobustBench would give."""
+    from ..robustbench.known_sets import KNOWN
     from ..robustbench.leaderboard import rank
     from ..robustbench.report import binomial_interval
 
@@ -123,12 +122,12 @@ def _notes(log: dict[str, Any], dataset: str, ranking: Ranking, options: dict[st
     if not log["standard"] and log["eps"] is not None:
         attacks = ", ".join(log["attacks"])
         notes.append(f"The entries are by standard AutoAttack, the result by {attacks}: it may be too high.")
-    count = log["n_examples"]
-    if count < IMAGES[dataset]:
+    count, whole = log["n_examples"], KNOWN[dataset].n_examples
+    if count < whole:
         low, high = binomial_interval(round(log["robust_accuracy"] / 100 * count), count)
         places = [rank(dataset, ranking.threat_model, bound, **options).overall.place for bound in (high, low)]
         notes.append(
-            f"Only {count} of {IMAGES[dataset]} images: with 95 % probability the accuracy on all lies "
+            f"Only {count} of {whole} images: with 95 % probability the accuracy on all lies "
             f"between {low:.2f} % and {high:.2f} %, and the place between {places[0]} and {places[1]}."
         )
     return notes

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from .. import _validation as check
 from .._robustbench_import import import_robustbench
+from .known_sets import KNOWN, cifar_source, imagenet_source
 
 __all__ = ["DATASETS", "Images", "check_pixels", "content_sha256", "file_sha256", "load_images", "spread"]
 
-DATASETS = ("cifar10", "cifar100", "imagenet")  # RobustBench's names
+DATASETS = tuple(KNOWN)  # RobustBench's names
 _CALLER = "load_images"
 _IMAGENET_CLASSES = 1000
-_IMAGENET_IMAGES = 5000  # as many as RobustBench's list names
+_IMAGENET_IMAGES = KNOWN["imagenet"].n_examples  # as many as RobustBench's list names
 _IMAGENET_PREPROCESSING = "Res256Crop224"  # that of its loader
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 _KEYS = (("image", "images"), ("label", "labels"))
@@ -51,6 +52,8 @@ class Images:
         sha256: checksum of these images and labels, see :func:`content_sha256`.
         files: where each image came from, or None.
         preprocessing: name of the geometry that was applied, or None.
+        source: what makes them the first images of the test set that ``name`` says, such as the file with its MD5; None
+            for images of any other origin or order.
     """
 
     images: Tensor
@@ -60,6 +63,7 @@ class Images:
     sha256: str
     files: tuple[str, ...] | None = None
     preprocessing: str | None = None
+    source: dict[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -151,12 +155,13 @@ def file_sha256(path: str | Path) -> str:
 def _load_dataset(
     name: str, data_dir: Path, n_examples: int | None, offline: bool, preprocessing: str | None
 ) -> Images:
+    samples: list[tuple[str, int]] = []
     if name == "imagenet":
         preprocessing = preprocessing or _IMAGENET_PREPROCESSING
         n_examples = _IMAGENET_IMAGES if n_examples is None else n_examples
         if n_examples > _IMAGENET_IMAGES:
             raise _too_many(n_examples, _IMAGENET_IMAGES, "RobustBench's list of ImageNet images")
-        _check_imagenet(data_dir, n_examples)
+        samples = _imagenet_samples(data_dir, n_examples)
     elif offline:
         check_cifar(_CALLER, name, data_dir)
     kind = _robustbench.data.BenchmarkDataset(name)
@@ -164,7 +169,13 @@ def _load_dataset(
     images, labels = _robustbench.data.load_clean_dataset(kind, n_examples, str(data_dir), transform)
     if n_examples is not None and len(images) < n_examples:
         raise _too_many(n_examples, len(images), name)
-    return _images(images, labels.long(), _class_names(name, data_dir), name, None, preprocessing)
+    labels = labels.long()
+    if name == "imagenet":
+        read = _robustbench.loaders.pil_loader
+        source = imagenet_source(samples, data_dir / "val", lambda file: transform(read(file)), images, labels)
+    else:
+        source = None if preprocessing else cifar_source(name, data_dir, images, labels)
+    return _images(images, labels, _class_names(name, data_dir), name, None, preprocessing, source)
 
 
 def check_cifar(caller: str, name: str, data_dir: Path) -> None:
@@ -194,8 +205,8 @@ def _class_names(name: str, data_dir: Path) -> tuple[str, ...] | None:
         return None  # a loader of one's own reads from elsewhere; the numbers need no names
 
 
-def _check_imagenet(data_dir: Path, n_examples: int) -> None:
-    """Refuses a folder that lacks one of the images that RobustBench reads."""
+def _imagenet_samples(data_dir: Path, n_examples: int) -> list[tuple[str, int]]:
+    """RobustBench's list of files and labels; a folder that lacks one of the first ``n_examples`` is refused."""
     root = data_dir / "val"
     way_out = "Put ILSVRC2012_img_val there, a folder per class (n01440764, ...); data_dir is the folder above."
     if not root.is_dir():
@@ -207,12 +218,13 @@ def _check_imagenet(data_dir: Path, n_examples: int) -> None:
             f"{len(folders):,}. {way_out}"
         )
     try:
-        samples = _robustbench.data.CustomImageFolder(str(root)).samples
+        samples: list[tuple[str, int]] = _robustbench.data.CustomImageFolder(str(root)).samples
     except KeyError as error:
         raise ValueError(f"{_CALLER}: imagenet in {root} must have the folder {error.args[0]}. {way_out}") from error
     for file, _ in samples[:n_examples]:
         if not Path(file).is_file():
             raise ValueError(f"{_CALLER}: imagenet must have RobustBench's images, but {file} is missing. {way_out}")
+    return samples
 
 
 # --- folders and files -----------------------------------------------------------------------------------------------
@@ -371,9 +383,10 @@ def _images(
     name: str,
     files: tuple[str, ...] | None,
     preprocessing: str | None,
+    source: dict[str, str] | None = None,
 ) -> Images:
     check_pixels(_CALLER, images)
-    return Images(images, labels, classes, name, content_sha256(images, labels), files, preprocessing)
+    return Images(images, labels, classes, name, content_sha256(images, labels), files, preprocessing, source)
 
 
 def check_pixels(caller: str, images: Tensor) -> None:

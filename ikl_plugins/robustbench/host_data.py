@@ -273,7 +273,8 @@ def in_class_order(images: Images, model: nn.Module, config: Config) -> Images:
         )
     places = torch.tensor([names.index(name) for name in images.classes])
     labels = places[images.labels]
-    return dataclasses.replace(images, labels=labels, classes=names, sha256=content_sha256(images.images, labels))
+    sha256 = content_sha256(images.images, labels)
+    return dataclasses.replace(images, labels=labels, classes=names, sha256=sha256, source=None)
 
 
 def _differing(ours: Sequence[str], theirs: Sequence[str]) -> str:

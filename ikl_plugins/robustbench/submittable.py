@@ -13,6 +13,7 @@ from .. import _validation as check
 from ..models.robustbench_zoo import Architecture, class_count, nearest_architecture, parse_architecture
 from .conditions import own_conditions, precision
 from .eps import Eps, as_fraction, parse_eps
+from .known_sets import KNOWN
 from .leaderboard import board_eps, entries
 from .loading import DATASET_CLASSES, HostClassifier, Normalised
 
@@ -28,7 +29,6 @@ __all__ += ["same_logits"]
 
 CALLER = "write_submission"
 _DATASETS = ("cifar10", "cifar100")
-_IMAGES = 10000  # of the test sets of CIFAR-10 and CIFAR-100
 _CORRUPTIONS = 15 * 5  # corruptions and severities of CIFAR-10-C and CIFAR-100-C
 _ROOM = "robustbench.model_zoo.architectures."
 
@@ -84,7 +84,7 @@ def submission_obstacles(
         "version": version,
         "attacks": attacks or [version],
         "data": {"name": dataset if data is None else data},
-        "n_examples": _IMAGES if n_examples is None else n_examples,
+        "n_examples": KNOWN[dataset].n_examples if n_examples is None else n_examples,
         "n_classes": class_count(_tensors(model)) or DATASET_CLASSES[dataset],
         "eps": None if eps is None else parse_eps(CALLER, eps, norm="L2").text,  # without the warning of Linf
     }
@@ -203,8 +203,8 @@ def against_benchmark(log: Mapping[str, Any], dataset: str) -> str | None:
         return f"be of standard AutoAttack, got version {log['version']!r} with {', '.join(log['attacks'])}"
     if data != dataset:
         return f"be on the test images of {dataset}, got {data!r}"
-    if log["n_examples"] < _IMAGES:
-        return f"have all {_IMAGES} test images, got {log['n_examples']}"
+    if log["n_examples"] < (images := KNOWN[dataset].n_examples):
+        return f"have all {images} test images, got {log['n_examples']}"
     if log["n_classes"] != classes:
         return f"be of a model with {classes} classes, got {log['n_classes']}"
     if not corrupted and not same_eps(log, dataset):

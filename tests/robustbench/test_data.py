@@ -1,6 +1,8 @@
 """ikl_plugins.robustbench.data: images from RobustBench's data sets, class folders and .npz files."""
 
+import dataclasses
 import hashlib
+import json
 import pickle
 import re
 import struct
@@ -17,6 +19,8 @@ from torchvision.transforms import CenterCrop, Compose, Grayscale, Resize, ToTen
 
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.robustbench.data import content_sha256, file_sha256, load_images
+from ikl_plugins.robustbench.evaluation.log import data_facts
+from ikl_plugins.robustbench.known_sets import KNOWN, KnownSet
 
 robustbench = import_robustbench()
 BenchmarkDataset = robustbench.data.BenchmarkDataset
@@ -336,6 +340,8 @@ def cifar(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "train_list", [[name, sums[name]] for name, _ in kind.train_list])
     monkeypatch.setattr(kind, "test_list", [[name, sums[name]] for name, _ in kind.test_list])
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": meta})
+    known = KnownSet(10, {"file": "cifar-10-batches-py/test_batch", "md5": sums["test_batch"]})
+    monkeypatch.setitem(KNOWN, "cifar10", known)
 
     def no_network(*args, **kwargs):
         raise AssertionError("this would download")
@@ -352,7 +358,40 @@ def test_cifar10_is_what_robustbench_reads(cifar, offline):
     assert torch.equal(found.labels, labels)
     assert found.labels.tolist() == [0, 3, 6, 9, 2, 5, 8]
     assert (found.classes, found.name, found.files) == (NAMES, "cifar10", None)
+    assert found.source == KNOWN["cifar10"].source
+    facts = data_facts(found, found.images[:4], found.labels[:4])
+    assert (facts["name"], facts["source"]) == ("cifar10", found.source)
     assert len(load_images("cifar10", data_dir=cifar, offline=offline)) == 10
+
+
+def test_the_sums_of_known_sets_are_those_that_torchvision_states():
+    for name, kind in (("cifar10", torchvision.datasets.CIFAR10), ("cifar100", torchvision.datasets.CIFAR100)):
+        ((file, md5),) = kind.test_list
+        assert KNOWN[name] == (10000, {"file": f"{kind.base_folder}/{file}", "md5": md5})
+
+
+def _swapped(x):
+    return x[[1, 0, *range(2, len(x))]]
+
+
+@pytest.mark.parametrize("case", ["one grey level", "order", "label", "sum", "geometry", "text", "class order"])
+def test_other_images_have_no_right_to_the_name_of_a_known_set(case, cifar, monkeypatch):
+    images, labels = robustbench.data.load_cifar10(10, str(cifar))
+    given = {
+        "one grey level": (images + (torch.arange(images.numel()).view_as(images) == 9).float() / 255, labels),
+        "order": (_swapped(images), _swapped(labels)),
+        "label": (images, labels.roll(1)),
+    }.get(case, (images, labels))
+    kind = robustbench.data.BenchmarkDataset.cifar_10
+    monkeypatch.setitem(robustbench.data._clean_dataset_loaders, kind, lambda n, folder, transform: given)
+    if case == "sum":
+        monkeypatch.setitem(KNOWN, "cifar10", KnownSet(10, {**KNOWN["cifar10"].source, "md5": "0" * 32}))
+    found = load_images("cifar10", data_dir=cifar, preprocessing="Res224" if case == "geometry" else None)
+    assert (found.source is None) == (case not in ("text", "class order")), found.source
+    if case == "class order":
+        found = dataclasses.replace(found, labels=found.labels.roll(1))
+    facts = data_facts("cifar10" if case == "text" else found, found.images, labels)
+    assert (facts["name"], facts["source"]) == ("images named cifar10", None)
 
 
 def test_offline_refuses_what_would_be_downloaded(cifar, tmp_path):
@@ -388,8 +427,9 @@ def imagenet(tmp_path):
     listed = robustbench.data.__file__.replace("data.py", "helper_files/imagenet_test_image_ids.txt")
     with open(listed) as file:
         names = file.read().split()
-    labels = {name.split("/")[0] for name in names}
-    for label in labels | {f"z{number}" for number in range(1000 - len(labels))}:  # not all classes are in the list
+    with open(listed.replace("test_image_ids.txt", "class_to_id_map.json")) as file:
+        labels = json.load(file)  # not all classes are in the list
+    for label in labels:
         (tmp_path / "val" / label).mkdir(parents=True)
     for number, name in enumerate(names[:3]):
         save_image(tmp_path / "val" / name, noise(240, 260, 3, seed=number))
@@ -405,6 +445,9 @@ def test_imagenet_is_what_robustbench_reads(imagenet):
     assert torch.equal(found.labels, labels)
     assert [found.classes[label] for label in found.labels] == [name.split("/")[0] for name in names[:3]]
     assert (len(found.classes), found.preprocessing, found.images.shape) == (1000, "Res256Crop224", (3, 3, 224, 224))
+    assert found.source == KNOWN["imagenet"].source
+    (root / "val" / "n02066245").rename(root / "val" / "z")  # a class that is not in the list, so that labels move
+    assert load_images("imagenet", data_dir=root, n_examples=3).source is None
 
 
 def test_imagenet_that_is_not_whole_is_refused(imagenet, tmp_path):

@@ -423,7 +423,8 @@ def test_the_log_says_everything(tmp_path):
     assert {key: log[key] for key in expected} == expected
     assert set(log) == {*expected, "data", "versions", "date", "device", "progress"}
     digest = content_sha256(images, labels)
-    assert log["data"] == {"name": "made up", "sha256": digest, "n_examples": 14, "preprocessing": "Res224"}
+    facts = {"name": "made up", "source": None, "sha256": digest, "n_examples": 14, "preprocessing": "Res224"}
+    assert log["data"] == facts
     assert set(log["versions"]) - {"autoattack"} >= {"python", "torch", "torchvision", "robustbench", "ikl_plugins"}
     batches = [3, -(-standing[0] // 5)]
     assert [{**entry, "seconds": 0} for entry in log["progress"]] == [

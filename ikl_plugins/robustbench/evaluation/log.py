@@ -25,6 +25,7 @@ from ..._files import written_aside
 from ...checkpoints import plain_name
 from ..conditions import precision
 from ..data import Images, content_sha256, file_sha256
+from ..known_sets import recorded_name
 from ..tables import aligned
 
 __all__ = ["FORMAT", "Evaluation", "Record", "class_names", "data_facts", "identity", "percent", "weights_sha256"]
@@ -309,8 +310,13 @@ def identity(
 
 
 def data_facts(data: str | Images | None, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    name, source = (data.name, data.source) if isinstance(data, Images) else (data, None)
+    if isinstance(data, Images) and source is not None:
+        first = data.images[: len(images)], data.labels[: len(images)]
+        source = source if torch.equal(first[0], images) and labels is not None and first[1].equal(labels) else None
     return {
-        "name": data.name if isinstance(data, Images) else data,
+        "name": recorded_name(name, source),
+        "source": source,
         "sha256": content_sha256(images, torch.empty(0) if labels is None else labels),
         "n_examples": len(images),
         "preprocessing": data.preprocessing if isinstance(data, Images) else None,
