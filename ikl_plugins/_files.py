@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, configs that are text in UTF-8, and where the shipped ones are."""
+"""Files that are there whole or not at all, files with one writer, configs in UTF-8, and where the shipped ones are."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ import errno
 import locale
 import os
 import re
+import socket
+import sys
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["check_config_text", "configs_folder", "naming", "written_aside"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["check_config_text", "configs_folder", "locked", "naming", "written_aside"]
+
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+_PATIENCE = 0.5  # seconds, for a holder that is about to let go
 
 
 @contextlib.contextmanager
-def written_aside(path: Path | str) -> Iterator[Path]:
+def written_aside(path: Path | str, *, first: bool = False) -> Iterator[Path]:
     """A place to write a file, which takes the name of ``path`` once everything is written.
 
     Args:
         path: where the file shall be; missing folders are made.
+        first: leave a file that is there by then, of another process that was faster, as it is.
 
     Yields:
         The path of a file beside it, with the same ending. If the block raises, or the process ends in it, the file at
@@ -45,10 +56,94 @@ def written_aside(path: Path | str) -> Iterator[Path]:
             yield aside
             with aside.open("rb+") as written:
                 os.fsync(written.fileno())
-            os.replace(aside, path)
+            if not first or not _linked(aside, path):
+                os.replace(aside, path)
         finally:
             with contextlib.suppress(OSError):  # on a read-only disk; what is told is why it was not written
                 aside.unlink(missing_ok=True)
+
+
+def _linked(aside: Path, path: Path) -> bool:
+    """Gives a file its name unless that is taken; False where the disk has no links."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(caller: str, path: Path | str, way_out: str) -> Iterator[None]:
+    """Makes this process the only one that works on a file, from whichever machine, for as long as the block runs.
+
+    The lock is a file beside it with the ending .lock, which says who holds it. It is the system's (``flock``), so that
+    it is gone with the process, however that ends; child processes that were forked inside the block hold it too. On
+    disks that are shared it holds between machines where the disk has locks, as NFS does. Where there are none
+    (Windows; some disks, with a warning) nothing is locked.
+
+    Args:
+        caller: whom a refusal names.
+        path: what is locked; it need not exist, and missing folders are made.
+        way_out: the last sentence of a refusal.
+
+    Raises:
+        ValueError: another block has it, of this process or another.
+        OSError: no file can be made there.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "log.json")
+        >>> with locked("evaluate", path, "Wait for it."):
+        ...     sorted(file.name for file in path.parent.iterdir())
+        ['log.json.lock']
+        >>> sorted(path.parent.iterdir())
+        []
+    """
+    path = Path(path)
+    lock = path.with_name(f"{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _taken(caller, path, lock, way_out)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            lock.unlink(missing_ok=True)  # before it is free: who takes it then looks whether the file is still there
+            os.close(descriptor)
+
+
+def _taken(caller: str, path: Path, lock: Path, way_out: str) -> int | None:
+    if sys.platform == "win32":
+        return None
+    until = time.monotonic() + _PATIENCE
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno not in _TAKEN:
+                warnings.warn(
+                    f"{caller}: {path} cannot be locked here ({error.strerror}). Run one process at a time.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+                return None
+            if time.monotonic() < until:
+                time.sleep(0.05)
+                continue
+            raise ValueError(
+                f"{caller}: {path} must have one process that writes it, but {holder or 'another process'} does. "
+                f"{way_out}"
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        os.close(descriptor)  # its holder has just let go, and removed the file
 
 
 @contextlib.contextmanager

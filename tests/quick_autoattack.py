@@ -60,7 +60,7 @@ def made_up_log(**changes):
     unread = ("versions", "weights_sha256", "version", "dropped", "labels", "natural_correct", "robust", "progress")
     return {
         **dict.fromkeys(unread),
-        "format": "ikl_plugins.robustbench.evaluation/1",
+        "format": "ikl_plugins.robustbench.evaluation/2",
         "model": "network",
         "threat_model": "Linf",
         "eps": "8/255",
@@ -74,6 +74,9 @@ def made_up_log(**changes):
         "finished": True,
         "adversarial": False,
         "fell_to": [],
+        "parameters": {},
+        "precision": "float32",
+        "unreliable": False,
         **changes,
     }
 

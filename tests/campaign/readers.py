@@ -227,7 +227,7 @@ def evaluation_log(work: Path) -> Reader:
 
 def evaluation_images(work: Path) -> Reader:
     log = _evaluation_log(work)
-    (archive,) = (work / "log_adversarial").glob("*.npz")
+    (archive,) = (work / "log_adversarial").glob("0-*.npz")
 
     def read(path: Path) -> Any:
         folder = path.with_suffix("") / "log_adversarial"

@@ -306,7 +306,7 @@ def evaluation(work: Path, images: int) -> Command:
         images_of = {}
         for path in sorted((folder / "evaluation_adversarial").glob("[!.]*.npz")):
             with np.load(path) as content:
-                images_of[path.name] = dict(content)
+                images_of[path.name] = {name: content[name] for name in content if name != "seconds"}
         return {"log": log, "adversarial": images_of}
 
     return Command(

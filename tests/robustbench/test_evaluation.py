@@ -389,7 +389,7 @@ def test_the_log_says_everything(tmp_path):
     assert 0 < standing[1] < standing[0] < 12
     names = [QUICK[0] if early else QUICK[1] if late else None for early, late in zip(fell_first, fell, strict=True)]
     expected = {
-        "format": "ikl_plugins.robustbench.evaluation/1",
+        "format": "ikl_plugins.robustbench.evaluation/2",
         "model": "small",
         "checkpoint": {"name": "weights.pt", "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
         "weights_sha256": weights_sha256(model),
@@ -402,6 +402,8 @@ def test_the_log_says_everything(tmp_path):
         "version": "custom",
         "standard": False,
         "attacks": ["apgd-ce", "apgd-t"],
+        "parameters": {},
+        "precision": "float32",
         "dropped": [],
         "n_target_classes": 9,
         "n_classes": 10,
@@ -417,6 +419,7 @@ def test_the_log_says_everything(tmp_path):
         "robust_accuracy": pytest.approx(100 * standing[1] / 14),
         "fell_to": names,
         "warnings": [],
+        "unreliable": False,
         "adversarial": "log_adversarial",
         "finished": True,
     }
@@ -427,10 +430,21 @@ def test_the_log_says_everything(tmp_path):
     assert log["data"] == facts
     assert set(log["versions"]) - {"autoattack"} >= {"python", "torch", "torchvision", "robustbench", "ikl_plugins"}
     batches = [3, -(-standing[0] // 5)]
-    assert [{**entry, "seconds": 0} for entry in log["progress"]] == [
-        {"attack": name, "standing": left, "seconds": 0, "batches": number, "batches_done": number}
+    assert [{**entry, "seconds": 0, "keys": len({*entry["keys"]})} for entry in log["progress"]] == [
+        {"attack": name, "standing": left, "seconds": 0, "batches": number, "batches_done": number, "keys": number}
         for name, left, number in zip(QUICK, standing, batches, strict=True)
     ]
+    files = [
+        f"{place}-{entry['attack']}-{number:05d}-{key}.npz"
+        for place, entry in enumerate(log["progress"])
+        for number, key in enumerate(entry["keys"])
+    ]
+    (natural,) = (tmp_path / "log_adversarial").glob("natural-*.npz")
+    assert sorted(file.name for file in natural.parent.iterdir()) == [*files, natural.name]
+    first = np.load(natural.parent / files[0])
+    assert [*first["index"], *first["fell"]] == [2, 3, 4, 5, 6, *(i for i in range(2, 7) if fell_first[i])]
+    assert np.array_equal(first["image"], adversarial[first["fell"]])
+    assert first["prediction"].tolist() == predictions[first["fell"]].tolist()
     assert [(event.attack, event.batch, event.batches, event.n_examples) for event in made] == [
         (name, batch + 1, number, 14) for name, number in zip(QUICK, batches, strict=True) for batch in range(number)
     ]
@@ -452,7 +466,7 @@ def test_a_log_of_which_nothing_fell_needs_no_images(tmp_path):
     model, images, labels = sample()
     found = evaluate(model, images, labels, eps=1e-9, attacks=["apgd-ce"], log=tmp_path / "log.json")
     assert found.robust_accuracy == found.natural_accuracy
-    assert not (tmp_path / "log_adversarial").exists()
+    shutil.rmtree(tmp_path / "log_adversarial")
     assert torch.equal(Evaluation.load(tmp_path / "log.json").adversarial_images(images), images)
 
 
@@ -517,11 +531,10 @@ def test_fab_after_fab_t_goes_on_with_autoattacks_restarts(tmp_path):
     assert len(counts) == 2
     resumed = interrupted(model, images, labels, after=1, log=tmp_path / "log.json", **options)
     assert torch.equal(resumed.adversarial_images(images), whole.adversarial_images(images))
-    (tmp_path / "log.json").unlink()
     with pytest.raises(Interruption):
-        evaluate(model, images, labels, log=tmp_path / "log.json", progress=stop, **options)
+        evaluate(model, images, labels, log=tmp_path / "new.json", progress=stop, **options)
     model.calls = 0
-    evaluate(model, images, labels, log=tmp_path / "log.json", **options)
+    evaluate(model, images, labels, log=tmp_path / "new.json", **options)
     assert model.calls == counts[1] - counts[0] + 1  # and one on the natural images
 
 
@@ -553,8 +566,8 @@ def test_a_file_of_a_run_killed_between_its_images_and_its_log_does_no_harm(tmp_
         patch.setattr(_files.os, "replace", stop)
         with pytest.raises(Interruption):
             evaluate(whole.model, whole.images, whole.labels, log=path, **OPTIONS)
-    files = {path.name for path in (tmp_path / "log_adversarial").iterdir()}
-    assert files == {"0-apgd-ce-00001.npz", "0-apgd-ce-00002.npz"}
+    files = sorted(path.name[:15] for path in (tmp_path / "log_adversarial").iterdir())
+    assert files == ["0-apgd-ce-00000", "0-apgd-ce-00001", "0-apgd-ce-00002", files[-1]]
     loaded = Evaluation.load(path)
     assert loaded.log["progress"][0]["batches_done"] == 2
     assert set(loaded.adversarial) <= set(range(7, 12))  # the first two are wrong without an attack
@@ -612,27 +625,25 @@ def test_a_wrapped_model_goes_on_with_the_log_of_the_plain_one(wrap, copied, who
         assert resumed.log[key] == whole.evaluation.log[key]
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_log_without_its_images_is_refused(copied, whole, resume):
-    def read():
-        if resume:
-            evaluate(whole.model, whole.images, whole.labels, log=copied, **OPTIONS)
-        else:
-            Evaluation.load(copied)
-
+def test_a_damaged_batch_is_refused_and_a_lost_one_runs_again(copied, whole):
     part = min((copied.parent / "log_adversarial").iterdir())
     part.write_bytes(part.read_bytes()[:-40])
-    with message(f"{part} must hold adversarial images, but is damaged"):
-        read()
+    for read in (
+        lambda: evaluate(whole.model, whole.images, whole.labels, log=copied, **OPTIONS),
+        lambda: Evaluation.load(copied),
+    ):
+        with message(f"{part} must be the file of a batch, but is damaged"):
+            read()
     part.unlink()
-    count = len(whole.evaluation.adversarial)
-    with message(f"must hold the adversarial images of all {count} that fell, but has "):
-        read()
+    with message(f"{part.parent} must hold all batches of the log, but lacks {part.name}"):
+        Evaluation.load(copied)
+    same(evaluate(whole.model, whole.images, whole.labels, log=copied, **OPTIONS), whole)
+    same(Evaluation.load(copied), whole)
 
 
 def test_adversarial_images_that_are_damaged_in_any_way_are_refused(copied, whole):
     """Readers of damaged files raise nearly anything; whatever it is, the message has the file's name."""
-    part = min((copied.parent / "log_adversarial").iterdir())
+    part = max((copied.parent / "log_adversarial").glob("0-*"), key=lambda path: path.stat().st_size)
     content = part.read_bytes()
     directory = content.rindex(b"PK\x01\x02")  # of the archive: the entry of its last file
     messages, kinds = set(), set()
@@ -645,26 +656,42 @@ def test_adversarial_images_that_are_damaged_in_any_way_are_refused(copied, whol
             kinds.add(type(error.__cause__))
         else:  # a date or the like
             same(loaded, whole)
-    assert messages == {f"Evaluation: {part} must hold adversarial images, but is damaged "}
+    assert messages == {f"Evaluation: {part} must be the file of a batch, but is damaged "}
     assert {NotImplementedError, KeyError, zipfile.BadZipFile} <= kinds
     with np.load(io.BytesIO(content)) as sound:
-        np.savez(part, index=sound["index"][:-1], image=sound["image"])
-    with message(f"Evaluation: {part} must hold adversarial images, but is damaged"):
-        Evaluation.load(copied)
+        parts = dict(sound)
+    for changed in ({"fell": parts["fell"][:-1]}, {"key": "0" * 16}):
+        np.savez(part, **{**parts, **changed})
+        with message(f"Evaluation: {part} must be the file of a batch, but is damaged"):
+            Evaluation.load(copied)
 
 
-def test_what_a_removed_log_left_is_not_taken_for_new(tmp_path):
+def test_files_of_other_evaluations_are_left_alone_and_serve_again(tmp_path, monkeypatch):
     model, images, labels = sample()
     path = tmp_path / "log.json"
-    evaluate(model, images, labels, eps="9/255", attacks=["apgd-ce"], batch_size=2, log=path)
+    first = evaluate(model, images, labels, eps="9/255", attacks=["apgd-ce"], batch_size=2, log=path)
+    before = {file: file.read_bytes() for file in (tmp_path / "log_adversarial").iterdir()}
     path.unlink()
-    found = evaluate(model, images, labels, eps="4/255", attacks=["apgd-ce"], batch_size=5, log=path)
-    loaded = Evaluation.load(path)
-    assert torch.equal(loaded.adversarial_images(images), found.adversarial_images(images))
-    assert len(list((tmp_path / "log_adversarial").iterdir())) == 2
+    options = {"eps": "4/255", "attacks": ["apgd-ce"], "batch_size": 5}
+    found = evaluate(model, images, labels, log=path, **options)
+    assert torch.equal(Evaluation.load(path).adversarial_images(images), found.adversarial_images(images))
+    assert without_times(found.log) == {
+        **without_times(evaluate(model, images, labels, **options).log),
+        "adversarial": "log_adversarial",
+    }
+    assert {file: file.read_bytes() for file in before} == before
+    path.unlink()
+    attack = type(Quick(model, norm="Linf", eps=0.1, verbose=False).apgd)
+    monkeypatch.setattr(attack, "perturb", None)  # nothing is attacked again
+    again = evaluate(model, images, labels, eps="9/255", attacks=["apgd-ce"], batch_size=2, log=path)
+    assert without_times(again.log) == without_times(first.log)
+    model.register_forward_pre_hook(lambda _, given: (1 - given[0],))
+    path.unlink()
+    with message("natural-"):
+        evaluate(model, images, labels, eps="9/255", attacks=["apgd-ce"], batch_size=2, log=path)
 
 
-FORMAT = "ikl_plugins.robustbench.evaluation/1"
+FORMAT = "ikl_plugins.robustbench.evaluation/2"
 
 
 @pytest.mark.parametrize(

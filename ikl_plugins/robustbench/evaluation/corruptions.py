@@ -20,7 +20,8 @@ from ..conditions import own_conditions, trainable_copy
 from ..data import Images, check_pixels, content_sha256
 from .attacks import quiet
 from .checks import check_class_order, check_data, check_model, check_seed, natural_predictions, warn_of_chance
-from .log import Evaluation, Record, class_names, data_facts, identity
+from .log import Evaluation, class_names, data_facts, identity
+from .record import Record
 from .run import Progress
 
 __all__ = ["evaluate_corruptions"]
@@ -122,6 +123,8 @@ def evaluate_corruptions(
             "version": None,
             "standard": False,
             "attacks": [],
+            "parameters": {},
+            "precision": "float32",
             "dropped": [],
             "n_target_classes": None,
             "n_classes": classes,
@@ -134,6 +137,7 @@ def evaluate_corruptions(
             "fell_to": None,
             "progress": [],
             "warnings": [],
+            "unreliable": False,
             "corruptions": [],
             "corruptions_mce": None,
             "corruptions_mce_note": None,

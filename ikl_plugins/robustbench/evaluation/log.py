@@ -1,6 +1,6 @@
 """The log of an evaluation: what ran, on what, and what became of each image.
 
-It is JSON, one entry a line, with the adversarial images in a folder beside it.
+It is JSON, one entry a line, with the files of the batches, and in them the adversarial images, in a folder beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +26,12 @@ from ..conditions import precision
 from ..data import Images, content_sha256, file_sha256
 from ..known_sets import recorded_name
 from ..tables import aligned
+from .batches import batch_path, read_batch
 
-__all__ = ["FORMAT", "Evaluation", "Record", "class_names", "data_facts", "identity", "percent", "weights_sha256"]
+__all__ = ["FORMAT", "Evaluation", "batch_folder", "class_names", "data_facts", "identity", "percent", "read_log"]
+__all__ += ["weights_sha256", "write_log"]
 
-FORMAT = "ikl_plugins.robustbench.evaluation/1"
+FORMAT = "ikl_plugins.robustbench.evaluation/2"
 # What every log has, read by reports, submissions and ranks.
 _KEYS = (
     "versions",
@@ -41,6 +42,8 @@ _KEYS = (
     "version",
     "standard",
     "attacks",
+    "parameters",
+    "precision",
     "dropped",
     "n_examples",
     "data",
@@ -50,27 +53,12 @@ _KEYS = (
     "robust",
     "adversarial",
     "progress",
+    "unreliable",
     "finished",
     "natural_accuracy",
     "robust_accuracy",
 )
-# Of the predictions on the natural images, which a GPU may give otherwise from run to run.
-_MAY_DIFFER = 0.01
-# What must be the same when a run goes on; the keys of the log.
-_SETTINGS = (
-    "threat_model",
-    "dataset",
-    "eps_value",
-    "version",
-    "attacks",
-    "n_target_classes",
-    "n_examples",
-    "batch_size",
-    "seed",
-    "device",
-)
 _COMPILED = frozenset(("_orig_mod",))  # what torch.compile puts into the names of weights
-_RESULTS_VERSIONS = ("torch", "robustbench", "autoattack", "pyautoattack")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +134,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Writes the log as JSON; a file that cannot be written whole is left as it was."""
-        _write_log(self.log, Path(path))
+        write_log(self.log, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
@@ -156,97 +144,14 @@ class Evaluation:
             ValueError: the file is missing or damaged, is no such log, or lacks some of its adversarial images.
         """
         path = Path(path)
-        log = _read_log("Evaluation.load", path)
-        folder = _folder(path)
-        there = log["adversarial"] and (folder.is_dir() or not any(log["fell_to"]))
-        return cls(log, _read_adversarial(log, folder) if there else None)
-
-
-class Record:
-    """The log of a run that may go on from an earlier one, with the adversarial images beside it."""
-
-    def __init__(self, caller: str, fresh: dict[str, Any], path: Path | None) -> None:
-        self._caller = caller
-        self._path = path
-        self.adversarial: dict[int, Tensor] = {}
-        if path is None or not path.exists():
-            self.log = {**fresh, "adversarial": None if path is None or fresh["eps"] is None else _folder(path).name}
-            if path is not None:
-                for left in _folder(path).glob("*.npz"):
-                    left.unlink()  # of a log that somebody has removed
-        else:
-            self.log = self._resumed(fresh, _read_log(caller, path))
-            if self.log["fell_to"] is not None:
-                self.adversarial = _read_adversarial(self.log, _folder(path))
-        self.log["finished"] = self.log.get("finished", False)
-        self._count()
-
-    def _resumed(self, fresh: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-        differing = [
-            f"{key} {json.dumps(old.get(key))} instead of {json.dumps(fresh[key])}"
-            for key in _SETTINGS
-            if old.get(key) != fresh[key]
-        ]
-        differing += [
-            f"version of {name} {old['versions'].get(name)} instead of {fresh['versions'].get(name)}"
-            for name in _RESULTS_VERSIONS
-            if old["versions"].get(name) != fresh["versions"].get(name)
-        ]
-        if old["weights_sha256"] != fresh["weights_sha256"]:
-            differing.append("weights")
-        if (old["data"] or {}).get("sha256") != (fresh["data"] or {}).get("sha256"):
-            differing.append("data")
-        if not differing and fresh["version"] != "rand" and fresh["natural_predictions"] is not None:
-            pairs = zip(old["natural_predictions"], fresh["natural_predictions"], strict=True)
-            if sum(a != b for a, b in pairs) > _MAY_DIFFER * len(fresh["labels"]):
-                differing.append("predictions on the natural images")
-        if differing:
-            raise self.refusal("; ".join(differing))
-        return {**old, **{key: fresh[key] for key in ("checkpoint", "model", "data", "classes")}}
-
-    def refusal(self, differing: str) -> ValueError:
-        return ValueError(
-            f"{self._caller}: `log` must be new or of the same evaluation, but {self._path} has other {differing}. "
-            f"Name another file, or remove this one."
-        )
-
-    def entry(self, attack: str, batches: int, standing: int) -> dict[str, Any]:
-        """The line of the progress for an attack."""
-        for known in self.log["progress"]:
-            if known["attack"] == attack:
-                found: dict[str, Any] = known
-                return found
-        new = {"attack": attack, "standing": standing, "seconds": 0.0, "batches": batches, "batches_done": 0}
-        self.log["progress"].append(new)
-        return new
-
-    def fall(self, attack: str, batch: int, indices: Tensor, images: Tensor, predictions: Tensor) -> None:
-        """Notes the images of a batch that fell, after their adversarial images are on the disk."""
-        if self._path is not None and len(indices):
-            number = self.log["attacks"].index(attack)
-            with written_aside(_folder(self._path) / f"{number}-{attack}-{batch:05d}.npz") as aside:
-                np.savez(aside, index=indices.numpy(), image=images.numpy())
-        for index, image, prediction in zip(indices.tolist(), images, predictions.tolist(), strict=True):
-            self.adversarial[index] = image
-            self.log["predictions"][index] = prediction
-            self.log["fell_to"][index] = attack
-
-    def save(self) -> None:
-        self._count()
-        if self._path is not None:
-            _write_log(self.log, self._path)
-
-    def _count(self) -> None:
-        log = self.log
-        correct = log["natural_correct"]
-        log["natural_accuracy"] = None if correct is None else percent(correct)
-        if log["fell_to"] is None:
-            accuracies = [entry["accuracy"] for entry in log["corruptions"]]
-            log["robust"] = None
-            log["robust_accuracy"] = float(np.mean(accuracies)) if accuracies else None
-        else:
-            log["robust"] = [int(ok and name is None) for ok, name in zip(correct, log["fell_to"], strict=True)]
-            log["robust_accuracy"] = percent(log["robust"])
+        log = read_log("Evaluation.load", path)
+        folder = batch_folder(path)
+        adversarial = None
+        if log["adversarial"] and folder.is_dir():
+            adversarial = _read_adversarial(log, folder)
+        elif log["adversarial"] and not any(log["fell_to"]):
+            adversarial = {}
+        return cls(log, adversarial)
 
 
 def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -335,18 +240,18 @@ def percent(flags: Sequence[int]) -> float:
     return 100 * sum(flags) / len(flags)
 
 
-def _folder(path: Path) -> Path:
-    """Where the adversarial images of a log lie."""
+def batch_folder(path: Path) -> Path:
+    """Where the batch files of a log lie."""
     return path.with_name(f"{path.stem}_adversarial")
 
 
-def _write_log(log: Mapping[str, Any], path: Path) -> None:
+def write_log(log: Mapping[str, Any], path: Path) -> None:
     lines = (f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in log.items())
     with written_aside(path) as aside:
         aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def _read_log(caller: str, path: Path) -> dict[str, Any]:
+def read_log(caller: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{caller}: the log must be a file, but there is none at {path}.")
     try:
@@ -365,24 +270,16 @@ def _read_log(caller: str, path: Path) -> dict[str, Any]:
 
 
 def _read_adversarial(log: Mapping[str, Any], folder: Path) -> dict[int, Tensor]:
-    """The adversarial images of all that fell."""
-    fell = {index: attack for index, attack in enumerate(log["fell_to"]) if attack is not None}
+    """The adversarial images of all that fell, from the batch files that the log stands for."""
     found = {}
-    for number, attack in enumerate(log["attacks"]):
-        for path in sorted(folder.glob(f"{number}-{attack}-*.npz")):
-            try:
-                with path.open("rb") as file:
-                    part = np.load(file, allow_pickle=False)
-                    pairs = list(zip(part["index"].tolist(), torch.from_numpy(part["image"]), strict=True))
-            except Exception as error:  # a damaged file makes the readers raise nearly anything
-                raise ValueError(
-                    f"Evaluation: {path} must hold adversarial images, but is damaged ({error}). Evaluate again."
-                ) from error
-            # A run that was killed between its images and its log leaves some that the log knows nothing of.
-            found.update({index: image for index, image in pairs if fell.get(index) == attack})
-    if len(found) != len(fell):
-        raise ValueError(
-            f"Evaluation: {folder} must hold the adversarial images of all {len(fell)} that fell, but has "
-            f"{len(found)}. Bring it back."
-        )
-    return dict(sorted(found.items()))
+    for place, entry in enumerate(log["progress"]):
+        keys = [(number, key) for number, key in enumerate(entry["keys"]) if key is not None]
+        for path, key in ((batch_path(folder, place, entry["attack"], number, key), key) for number, key in keys):
+            if not path.exists():
+                raise ValueError(f"Evaluation: {folder} must hold all batches of the log, but lacks {path.name}.")
+            batch = read_batch("Evaluation", path, key)
+            attack = entry["attack"]
+            found.update({index: (attack, image) for index, image in zip(batch.fell, batch.image, strict=True)})
+    if {index: found[index][0] for index in found} != {i: attack for i, attack in enumerate(log["fell_to"]) if attack}:
+        raise ValueError(f"Evaluation: {folder} must hold the images that fell, but not those of the log's `fell_to`.")
+    return {index: found[index][1] for index in sorted(found)}

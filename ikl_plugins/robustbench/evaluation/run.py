@@ -7,7 +7,6 @@ with one seed, the images that fell and the adversarial images equal those of on
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..conditions import own_conditions, trainable_copy
 from ..data import Images
 from ..eps import Eps
 from .attacks import autoattack, possible_attacks, prepared, quiet, run_checks
+from .batches import Batch, Batches, natural
 from .checks import (
     ATTACKS,
     VERSIONS,
@@ -36,7 +36,8 @@ from .checks import (
     natural_predictions,
     warn_of_chance,
 )
-from .log import Evaluation, Record, class_names, data_facts, identity, percent
+from .log import Evaluation, class_names, data_facts, identity, percent
+from .record import Record, each_kind_once
 
 __all__ = [
     "ATTACKS",
@@ -171,6 +172,8 @@ def evaluate(
             "version": version,
             "standard": version == "standard" and not dropped,
             "attacks": run,
+            "parameters": {},
+            "precision": "float32",
             "dropped": dropped,
             "n_target_classes": adversary.fab.n_target_classes if {"apgd-t", "fab-t"} & set(run) else None,
             "n_classes": classes,
@@ -185,18 +188,41 @@ def evaluate(
             "fell_to": [None] * len(images),
             "progress": [],
             "warnings": [],
+            "unreliable": False,
         }
-        record = Record(caller, fresh, None if log is None else Path(log))
-        warned.extend(record.log["warnings"])
-        if not record.log["progress"]:
+        path = None if log is None else Path(log)
+        record = Record(caller, fresh, path, images, labels)
+
+        def checks() -> list[str]:
             run_checks(adversary, images[:batch_size], labels[:batch_size])
-        record.log["warnings"] = warned
-        warn_of_chance(caller, predictions, labels, classes)
-        record.save()
+            return each_kind_once(warned)
+
+        predictions = torch.tensor(record.log["natural_predictions"])
+        start, place = natural(caller, record.folder, record.log, images, labels, predictions, checks)
+        if place is not None:
+            record.adopt(start.predictions.tolist(), place)
+        record.log["warnings"] = start.warnings
+        warn_of_chance(caller, start.predictions, labels, classes)
+        if not record.found:
+            record.save()
+        batches = Batches(caller, record.folder, record.log, start.digests)
         for attack in run:
             # Also of an attack that has run already: some of its settings stay.
             perturb = prepared(adversary, attack)
-            _run_attack(record, attack, perturb, adversary.get_logits, images, labels, device, tell)
+
+            def attacked(index: Tensor, perturb: Callable[[Tensor, Tensor], Tensor] = perturb) -> Batch:
+                started = time.perf_counter()
+                warned.clear()
+                torch.manual_seed(seed)  # a model that draws random numbers does so before the attack sets its seed
+                clean, true = images[index].clone().to(device), labels[index].clone().to(device)
+                adversarial = perturb(clean, true)
+                found = adversary.get_logits(adversarial).max(dim=1)[1]
+                fell = found.ne(true).cpu()
+                image, prediction = adversarial.cpu()[fell], found.cpu()[fell].tolist()
+                seconds = time.perf_counter() - started
+                return Batch(index.tolist(), index[fell].tolist(), image, prediction, seconds, each_kind_once(warned))
+
+            _run_attack(record, batches, attack, attacked, tell)
         record.log["finished"] = True
         record.save()
     return Evaluation(record.log, record.adversarial)
@@ -283,34 +309,25 @@ def curve(
 
 def _run_attack(
     record: Record,
+    batches: Batches,
     attack: str,
-    perturb: Callable[[Tensor, Tensor], Tensor],
-    model: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    device: torch.device,
+    attacked: Callable[[Tensor], Batch],
     tell: Callable[[Progress], None],
 ) -> None:
-    """Runs one attack on the images that stood when it began, batch by batch, skipping the batches already done."""
+    """Runs one attack on the images that stand, batch by batch, except for those batches that have run already."""
     log = record.log
-    standing = [
-        index
-        for index, (correct, fell_to) in enumerate(zip(log["natural_correct"], log["fell_to"], strict=True))
-        if correct and fell_to in (None, attack)
-    ]
-    size = log["batch_size"]
-    batches = math.ceil(len(standing) / size)
-    entry = record.entry(attack, batches, len(standing))
-    for number in range(entry["batches_done"], batches):
-        started = time.perf_counter()
-        batch = torch.tensor(standing[number * size : (number + 1) * size])
-        natural, true = images[batch].clone().to(device), labels[batch].clone().to(device)
-        adversarial = perturb(natural, true)
-        predictions = model(adversarial).max(dim=1)[1]
-        fell = predictions.ne(true).cpu()
-        record.fall(attack, number, batch[fell], adversarial[fell.to(device)].cpu(), predictions.cpu()[fell])
-        entry["batches_done"] = number + 1
-        entry["standing"] -= int(fell.sum())
-        entry["seconds"] += time.perf_counter() - started
-        record.save()
-        tell(Progress(attack, number + 1, batches, entry["standing"], len(images), entry["seconds"]))
+    pairs = enumerate(zip(log["natural_correct"], log["fell_to"], strict=True))
+    standing = [index for index, (correct, fell_to) in pairs if correct and fell_to is None]
+    parts = [standing[start : start + log["batch_size"]] for start in range(0, len(standing), log["batch_size"])]
+    entry = record.begin(attack, len(parts), len(standing))
+    for number, index in enumerate(parts):
+        batch = batches.read(attack, number, index)
+        if batch is None:
+            batch = attacked(torch.tensor(index))
+            batches.write(attack, number, batch)
+            record.note(number, batches.key(attack, index), batch)
+            record.save()
+            done = entry["batches_done"]
+            tell(Progress(attack, done, len(parts), entry["standing"], log["n_examples"], entry["seconds"]))
+        else:
+            record.note(number, batches.key(attack, index), batch)

@@ -1,0 +1,235 @@
+"""Batch files: what became of each batch of each attack, so that any process can go on from what others have done.
+
+Random numbers are those of a batch: each begins from the seed, and what is drawn then depends on its images alone. So a
+batch can be computed by any process at any time. Its file is named by a key, a digest of everything that its content
+follows from, and is read only where that key is wanted. No file is ever changed or removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..._files import written_aside
+
+__all__ = ["RESULTS_VERSIONS", "Batch", "Batches", "Natural", "batch_path", "facts", "natural", "read_batch"]
+__all__ += ["read_natural"]
+
+# What the content of every batch follows from; keys of the log.
+_FACTS = (
+    "weights_sha256",
+    "dtype",
+    "precision",
+    "device",
+    "autoattack",
+    "seed",
+    "threat_model",
+    "eps_value",
+    "version",
+    "n_target_classes",
+    "parameters",
+)
+T = TypeVar("T")
+RESULTS_VERSIONS = ("torch", "robustbench", "autoattack", "pyautoattack")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What became of one batch.
+
+    Attributes:
+        index: of all images that were attacked.
+        fell: of those that fell.
+        image: their adversarial images, (fell, C, H, W).
+        prediction: what the model takes these for.
+        seconds: that it took.
+        warnings: of AutoAttack.
+    """
+
+    index: list[int]
+    fell: list[int]
+    image: Tensor
+    prediction: list[int]
+    seconds: float
+    warnings: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Natural:
+    """What an evaluation begins from.
+
+    Attributes:
+        predictions: on the natural images, (N,).
+        digests: for each image one of the pixels, labels and predictions of all images up to it.
+        warnings: of AutoAttack's checks.
+        facts: what the evaluation follows from.
+    """
+
+    predictions: Tensor
+    digests: list[str]
+    warnings: list[str]
+    facts: dict[str, Any]
+
+
+class Batches:
+    """The batch files of one evaluation.
+
+    Args:
+        caller: whom a refusal names.
+        folder: where they lie; None keeps nothing.
+        log: of the evaluation.
+        digests: of its images, see :class:`Natural`.
+    """
+
+    def __init__(self, caller: str, folder: Path | None, log: Mapping[str, Any], digests: Sequence[str]) -> None:
+        self._caller = caller
+        self._folder = folder
+        self._facts = facts(log)
+        self._attacks: list[str] = log["attacks"]
+        self._digests = digests
+
+    def key(self, attack: str, index: Sequence[int]) -> str:
+        """Of a batch of these images. Earlier attacks are in it, as fab-t leaves fab with other restarts."""
+        until = self._attacks[: self._attacks.index(attack) + 1]
+        return _digest(self._facts, until, list(index), self._digests[index[-1]])
+
+    def path(self, attack: str, number: int, index: Sequence[int]) -> Path | None:
+        if self._folder is None:
+            return None
+        return batch_path(self._folder, self._attacks.index(attack), attack, number, self.key(attack, index))
+
+    def read(self, attack: str, number: int, index: Sequence[int]) -> Batch | None:
+        """What a file says of a batch; None where there is none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.path(attack, number, index)
+        if path is None or not path.exists():
+            return None
+        return read_batch(self._caller, path, self.key(attack, index))
+
+    def write(self, attack: str, number: int, batch: Batch) -> None:
+        path = self.path(attack, number, batch.index)
+        if path is not None:
+            content = {**vars(batch), "image": batch.image.numpy(), "warnings": np.array(batch.warnings, dtype=str)}
+            with written_aside(path) as aside:
+                np.savez(aside, key=self.key(attack, batch.index), **content)
+
+
+def batch_path(folder: Path, place: int, attack: str, number: int, key: str | None) -> Path:
+    """The file of a batch of the attack at this place in the order of attacks."""
+    return folder / f"{place}-{attack}-{number:05d}-{key}.npz"
+
+
+def read_batch(caller: str, path: Path, key: str) -> Batch:
+    """Reads a batch file.
+
+    Raises:
+        ValueError: it is damaged, or of another key.
+    """
+
+    def content(part: Mapping[str, Any]) -> Batch:
+        lists = {name: part[name].tolist() for name in ("index", "fell", "prediction", "seconds", "warnings")}
+        batch = Batch(image=torch.from_numpy(part["image"]), **lists)
+        if part["key"].item() != key or not len(batch.fell) == len(batch.image) == len(batch.prediction):
+            raise ValueError("its parts do not fit")
+        return batch
+
+    return _read(caller, path, content)
+
+
+def facts(log: Mapping[str, Any]) -> dict[str, Any]:
+    """What every batch of an evaluation follows from, beside its images."""
+    versions = {name: log["versions"].get(name) for name in RESULTS_VERSIONS}
+    return {**{name: log.get(name) for name in _FACTS}, **{f"version of {name}": versions[name] for name in versions}}
+
+
+def natural(
+    caller: str,
+    folder: Path | None,
+    log: Mapping[str, Any],
+    images: Tensor,
+    labels: Tensor,
+    predictions: Tensor,
+    checks: Callable[[], list[str]],
+) -> tuple[Natural, Path | None]:
+    """What the evaluation begins from, as the first of its processes has found it, and the file that says so.
+
+    Args:
+        caller: whom a refusal names.
+        folder: where the file lies; None keeps nothing.
+        log: of the evaluation.
+        images: pixels in [0, 1], (N, C, H, W).
+        labels: class indices (N,).
+        predictions: of this process (N,).
+        checks: runs AutoAttack's checks and gives its warnings; called where no process has.
+    """
+    said = {**facts(log), "attacks": log["attacks"], "n_examples": log["n_examples"], "data": log["data"]["sha256"]}
+    path = None if folder is None else folder / f"natural-{_digest(said)}.npz"
+    if path is not None and path.exists():
+        found = read_natural(caller, path)
+        if found.digests != _digests(images, labels, found.predictions):
+            raise ValueError(f"{caller}: {path} must be of these images, but is damaged. Remove it, evaluate again.")
+        return found, path
+    found = Natural(predictions, _digests(images, labels, predictions), checks(), said)
+    if path is None:
+        return found, None
+    with written_aside(path, first=True) as aside:
+        np.savez(
+            aside,
+            facts=json.dumps(said),
+            predictions=predictions.numpy(),
+            digests=np.array(found.digests),
+            warnings=np.array(found.warnings, dtype=str),
+        )
+    return natural(caller, folder, log, images, labels, predictions, checks)  # that of another process may be there
+
+
+def read_natural(caller: str, path: Path) -> Natural:
+    """Reads a file of :func:`natural`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+
+    def content(part: Mapping[str, Any]) -> Natural:
+        found = json.loads(part["facts"].item())
+        if path.name != f"natural-{_digest(found)}.npz":
+            raise ValueError("its parts do not fit")
+        lists = {name: part[name].tolist() for name in ("digests", "warnings")}
+        return Natural(predictions=torch.from_numpy(part["predictions"]), facts=found, **lists)
+
+    return _read(caller, path, content)
+
+
+def _read(caller: str, path: Path, content: Callable[[Mapping[str, Any]], T]) -> T:
+    try:
+        with path.open("rb") as file:
+            return content(np.load(file, allow_pickle=False))
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        raise ValueError(
+            f"{caller}: {path} must be the file of a batch, but is damaged ({error}). Remove it, evaluate again."
+        ) from error
+
+
+def _digests(images: Tensor, labels: Tensor, predictions: Tensor) -> list[str]:
+    chain = hashlib.sha256(f"{tuple(images.shape[1:])}".encode())
+    found = []
+    for image, label, prediction in zip(images, labels.tolist(), predictions.tolist(), strict=True):
+        chain.update(image.numpy().tobytes())
+        chain.update(f" {label} {prediction}\n".encode())
+        found.append(chain.hexdigest()[:16])
+    return found
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
