@@ -234,3 +234,13 @@ def first_names(names: Sequence[str], shown: int = 3) -> str:
     """The first of many names, for a message: 'a, b, c and 5 more'."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def failing_step(error: BaseException, steps: Sequence[object]) -> str | None:
+    """The innermost of ``steps``, as of a pipeline of transforms, that ran when an error came; None if none did."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        values = trace.tb_frame.f_locals.values()
+        found = next((pair for pair in enumerate(steps) if any(value is pair[1] for value in values)), found)
+        trace = trace.tb_next
+    return None if found is None else f"step {found[0]}, {' '.join(repr(found[1]).split())}"

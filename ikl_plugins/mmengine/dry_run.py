@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import MMLogger
+from mmengine.optim import _ParamScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,8 +35,10 @@ def first_batch(runner: Any) -> Any:
     """
     if runner.val_loop is None:
         return None
-    with kept_random_states(), _telling("val_dataloader"):
-        return _first_batch(runner.val_loop.dataloader)
+    loader = runner.val_loop.dataloader
+    pipeline = getattr(getattr(loader, "dataset", None), "pipeline", None)
+    with kept_random_states(), _telling("val_dataloader", getattr(pipeline, "transforms", ())):
+        return _first_batch(loader)
 
 
 def dry_run(runner: Any, model: nn.Module, batch: Any) -> None:
@@ -52,6 +56,7 @@ def dry_run(runner: Any, model: nn.Module, batch: Any) -> None:
         ValueError: a CheckpointHook with an unknown option, or whose ``save_best`` is no metric of the validation;
             a metric that cannot take predictions.
     """
+    _check_schedules(runner)
     savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     for hook in savers:
         _check_options(hook, runner)
@@ -89,6 +94,21 @@ def kept_random_states() -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(arrays)
+
+
+def _check_schedules(runner: Any) -> None:
+    """Computes what each schedule would set after its first step, which MMEngine does behind the first epoch."""
+    found = runner.param_schedulers or []
+    for schedule in itertools.chain(*found.values()) if isinstance(found, dict) else found:
+        if not isinstance(schedule, _ParamScheduler):  # of what a metric decides, and of those that only look alike
+            continue
+        before = schedule.last_step
+        schedule.last_step = before + 1
+        try:
+            with _telling(f"param_scheduler: {type(schedule).__name__}"):
+                schedule._get_value()  # reads the optimizer, and writes nothing
+        finally:
+            schedule.last_step = before
 
 
 def _check_options(hook: Any, runner: Any) -> None:
@@ -155,13 +175,16 @@ def _uncomputed_as_warnings(metrics: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _telling(block: str) -> Iterator[None]:
-    """Names the block of the config that an error in the validation comes from."""
+def _telling(block: str, steps: Sequence[object] = ()) -> Iterator[None]:
+    """Names the block of the config, and the step of its pipeline, that an error after an epoch would come from."""
     try:
         yield
-    except Exception as error:  # of data sets, transforms and metrics of any kind
+    except Exception as error:  # of data sets, transforms, metrics and schedules of any kind
+        step = check.failing_step(error, steps)
+        source = "" if step is None else f"`pipeline` {step} "
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"{_CALLER}: `{block}` must work after an epoch, but gives {type(error).__name__}: {error}. "
+            f"{_CALLER}: `{block}` must work after an epoch, but {source}gives {type(error).__name__}: {reason}. "
             f"Correct it, or set rehearse=False in dict(type='IKLHook')."
         ) from error
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchdistill.datasets.util import build_data_loader
 
+from .. import _validation as check
 from .run_checkpoints import CALLER
 from .teacher import check_teacher
 from .yaml_config import val_loader
@@ -49,10 +50,12 @@ def _check_loader(where: str, config: Any, datasets: dict[str, Any]) -> None:
         if not (isinstance(images, Tensor) and isinstance(targets, Tensor)):
             raise TypeError(f"{type(images).__name__} and {type(targets).__name__}")
     except Exception as error:  # of data sets, transforms and workers of any kind
-        transform = getattr(datasets[name], "transform", None)
+        steps = getattr(getattr(datasets[name], "transform", None), "transforms", ())
+        step = check.failing_step(error, steps)
+        source = repr(name) if step is None else f"{name!r}, `transforms:` {step},"
         raise ValueError(
-            f"{CALLER}: `{where}:` with {config['kwargs']} must give batches of images and labels, but {name!r} gives "
-            f"{type(error).__name__}: {error}. Correct it, or `transform:`, {transform!r}."
+            f"{CALLER}: `{where}:` with {config['kwargs']} must give batches of images and labels, but {source} gives "
+            f"{type(error).__name__}: {error}. Correct it, or its `transform:`."
         ) from error
 
 

@@ -7,7 +7,7 @@ import cv2
 import numpy
 import pytest
 import torch
-from mmengine.dataset import InfiniteSampler, pseudo_collate
+from mmengine.dataset import Compose, InfiniteSampler, pseudo_collate
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, SyncBuffersHook
 from mmengine.model import BaseModel
@@ -250,10 +250,30 @@ def half_a_worker():
 # What MMEngine would find out after an epoch, and how it is told before.
 WRONG = saving(save_best="accuracy/top11", rule="greater")
 UNREADABLE = DataLoader(Unreadable(), collate_fn=pseudo_collate)
+
+
+class Piped(Unreadable):
+    """A data set with a pipeline, one step of which cannot work."""
+
+    pipeline = Compose([{"type": "CenterCrop", "crop_size": 8}, {"type": "mmpretrain.Resize", "scale": 0.5}])
+
+    def __getitem__(self, index):
+        return self.pipeline({"img": numpy.zeros((16, 16, 3), numpy.uint8)})
+
+
+def scheduled(**options):
+    return {"param_scheduler": [{"type": "CosineAnnealingLR", "by_epoch": True, **options}]}
+
+
 LATE = {
     "unknown option": (saving(max_keep_kpts=3), r"`max_keep_kpts`\. Did you mean `max_keep_ckpts`"),
     "no such metric": (validated(**WRONG), "'accuracy/top1', got 'accuracy/top11'"),
     "unreadable images": (validated(val_dataloader=UNREADABLE), "`val_dataloader` must work .* OSError: no image"),
+    "a step of the pipeline": (
+        validated(val_dataloader=DataLoader(Piped(), collate_fn=pseudo_collate)),
+        r"`val_dataloader` must work .* `pipeline` step 1, Resize\(scale=0\.5, .* gives ",
+    ),
+    "a schedule": (scheduled(T_max={"some": "thing"}), "`param_scheduler: CosineAnnealingLR` must work .* TypeError"),
     "metric of another task": (
         validated(val_evaluator={"type": "RobustAccuracy"}),
         "`val_evaluator` .* ValueError: Rob",
