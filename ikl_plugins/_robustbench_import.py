@@ -4,22 +4,32 @@ RobustBench 1.1.1 imports two modules that a plain installation lacks: ``autoatt
 ``pyautoattack`` alone, and ``pkg_resources``, which setuptools has dropped. :func:`import_robustbench` answers for
 either of them while RobustBench is imported, and only when it asks and nobody else has an answer: where the real
 module is installed, or a later RobustBench asks no more, nothing of this file comes into play.
+
+A program that knows nothing of this package, and its child processes, get the same from the folder :data:`STAND_INS` on
+their path: a package ``robustbench`` and a package ``autoattack`` that leave their names to the installed ones.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
-__all__ = ["import_robustbench"]
+__all__ = ["STAND_INS", "autoattack_facts", "give_place", "import_robustbench"]
 
 INSTALL = "pip install 'ikl_plugins[robustbench]'"
+STAND_INS = Path(__file__).resolve().parent / "stand_ins"
 _CALLER = "ikl_plugins.robustbench"
 # It wants a timm of 2024, which says at each import what torch and timm have renamed since. No user can mend that.
 _OUTDATED = ("Importing from timm.models", "`torch.jit.interface` is deprecated")
@@ -30,6 +40,7 @@ _PARTS = (
     "fab_base",
     "fab_projections",
     "fab_pt",
+    "fab_tf",
     "other_utils",
     "square",
     "state",
@@ -46,12 +57,8 @@ def import_robustbench() -> ModuleType:
     Raises:
         ImportError: RobustBench, or one of the packages it needs, is not installed.
     """
-    finder = _StandIns()
-    sys.meta_path.append(finder)  # the last one: asked when all others have found nothing
     try:
-        with warnings.catch_warnings():
-            for message in _OUTDATED:
-                warnings.filterwarnings("ignore", message)
+        with _lent():
             return importlib.import_module("robustbench")
     except ImportError as error:
         missing = error.name or str(error)
@@ -59,6 +66,79 @@ def import_robustbench() -> ModuleType:
             f"{_CALLER} needs RobustBench and an AutoAttack, but `{missing}` is missing. Run: {INSTALL}",
             name=error.name,
         ) from error
+
+
+def give_place(name: str) -> None:
+    """Imports the package of this name from elsewhere than :data:`STAND_INS`, in the place of the one from there.
+
+    Args:
+        name: 'robustbench' or 'autoattack'. Called by that package of :data:`STAND_INS` while it is imported, which
+            makes Python hand out what :data:`sys.modules` has under its name afterwards.
+
+    Raises:
+        ImportError: as :func:`import_robustbench`; or there is neither autoattack nor pyautoattack.
+    """
+    del sys.modules[name]
+    place = next(place for place, entry in enumerate(sys.path) if Path(entry).resolve() == STAND_INS)
+    entry = sys.path.pop(place)
+    try:
+        if name == "robustbench":
+            import_robustbench()
+        else:
+            with _lent():
+                importlib.import_module(name)
+    finally:
+        sys.path.insert(place, entry)
+
+
+def autoattack_facts() -> dict[str, str | None]:
+    """Which AutoAttack RobustBench runs: not what is installed, but whose code it is.
+
+    Returns:
+        'module': the package that has the code. 'package': the distribution that brought it, None where no metadata
+        says so. 'version': that of the distribution, with the commit if it was installed from Git, and with the first
+        digits of a checksum of the code if it is from a folder, installed or not.
+    """
+    classes = import_robustbench().eval.AutoAttack.__mro__
+    # The first of them: what is derived from it, such as the stand-in, runs its attacks.
+    module = [kind for kind in classes if "run_standard_evaluation" in vars(kind)][-1].__module__
+    package = module.partition(".")[0]
+    file = Path(str(sys.modules[module].__file__)).resolve()
+    version, found, commit, local = [], None, None, True
+    for name in metadata.packages_distributions().get(package, ()):
+        distribution = metadata.distribution(name)
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        files = [Path(str(distribution.locate_file(entry))).resolve() for entry in distribution.files or ()]
+        folder = Path(unquote(urlsplit(origin.get("url", "")).path)).resolve() if "dir_info" in origin else None
+        if file in files or (folder is not None and folder in file.parents):
+            found, local = distribution.metadata["Name"], folder is not None
+            version.append(distribution.version)
+            commit = origin.get("vcs_info", {}).get("commit_id")
+            break
+    if commit is not None:
+        version.append(f"commit {commit[:12]}")
+    if local:
+        version.append(f"code {_code_sha256(file.parent)[:12]}")
+    return {"module": package, "package": found, "version": ", ".join(version)}
+
+
+def _code_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _lent() -> Iterator[None]:
+    """Lends the stand-ins to what is imported."""
+    finder = _StandIns()
+    sys.meta_path.append(finder)  # the last one: asked when all others have found nothing
+    try:
+        with warnings.catch_warnings():
+            for message in _OUTDATED:
+                warnings.filterwarnings("ignore", message)
+            yield
     finally:
         sys.meta_path.remove(finder)
         # Others that look for it must not take ours for the real one.

@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "say what works here, and the cure for what does not",
     "evaluate": "attack a checkpoint with AutoAttack, as RobustBench does",
     "rank": "place a result on RobustBench's leaderboard",
+    "robustbench": "run a program that uses RobustBench or AutoAttack, RobustBench's own among them",
     "submit": "write what RobustBench asks for when a model is submitted",
     "train": "train a torchdistill YAML or an MMPretrain config",
 }
@@ -42,6 +43,9 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if module is None:
         parser.print_help()
+        return
+    if asked == "robustbench":  # the program's own process, its errors too
+        module.run(arguments)
         return
     if asked == "train":  # the host's own process: its warnings and tracebacks stay as they are
         _run(module, arguments)
