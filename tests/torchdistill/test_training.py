@@ -406,7 +406,7 @@ LATE = {
     "arguments that are none": (change_at(*TEST, kwargs="words"), r"must .* have `kwargs:`, got .*'words'"),
     "images as pictures": (
         no_transform,
-        r"`train: val_data_loader:` .* must give batches .*'digits/val' .*`transform:`\.",
+        r"`train: val_data_loader:` .* must give .*'digits/val' .*`transform:`\.",
     ),
     "a transform of words": (add_words, r"`train: val_data_loader:` .* `transforms:` step 3, 'several words', .* Ty"),
     "a schedule of words": (change_at(*SCHEDULE, T_max="words"), r"`train: scheduler:` must .*'words'.* TypeError in"),
