@@ -19,6 +19,7 @@ from .host_data import (  # noqa: E402
     images_of_torchdistill,
     in_class_order,
 )
+from .image_models import from_huggingface, from_timm, from_torchvision, images_for  # noqa: E402
 from .leaderboard import Ranking, rank  # noqa: E402
 from .loading import HostClassifier, Normalised, from_mmpretrain, from_torchdistill, load_checkpoint  # noqa: E402
 from .preflight import Preflight, preflight  # noqa: E402
@@ -40,8 +41,12 @@ __all__ = [
     "curve",
     "evaluate",
     "evaluate_corruptions",
+    "from_huggingface",
     "from_mmpretrain",
+    "from_timm",
     "from_torchdistill",
+    "from_torchvision",
+    "images_for",
     "images_of_mmpretrain",
     "images_of_torchdistill",
     "in_class_order",

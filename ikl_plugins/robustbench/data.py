@@ -7,10 +7,10 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,14 @@ _BITS_PER_SAMPLE = 258
 Array = np.ndarray[Any, Any]
 _Sample = TypeVar("_Sample")
 _robustbench = import_robustbench()
+
+
+class Preprocessing(Protocol):
+    """From a file's RGB image to pixels (C, H, W) in [0, 1], under a name for logs."""
+
+    name: str
+
+    def __call__(self, image: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +83,7 @@ def load_images(
     data_dir: str | Path = "data",
     n_examples: int | None = None,
     offline: bool = False,
-    preprocessing: str | None = None,
+    preprocessing: str | Preprocessing | None = None,
     channels: int | None = None,
 ) -> Images:
     """Loads images with pixels in [0, 1].
@@ -94,8 +102,8 @@ def load_images(
         n_examples: how many; None for all (of ImageNet RobustBench's 5,000). Of a data set or a file the first ones; of
             a class folder equally many of each class, as far as they reach.
         offline: never download.
-        preprocessing: name of one of RobustBench's geometries, such as 'Res256Crop224', None for the images as they
-            are; ImageNet is then given 'Res256Crop224'. Not for an .npz file.
+        preprocessing: name of one of RobustBench's geometries, such as 'Res256Crop224', or the ``geometry`` of a model;
+            None for the images as they are; ImageNet is then given 'Res256Crop224'. Not for an .npz file.
         channels: 1 to read a class folder as one grey channel, from files without colour; None for RGB, and for an
             .npz file as it is.
 
@@ -111,7 +119,7 @@ def load_images(
     if n_examples is not None:
         check.check_integer(_CALLER, "n_examples", n_examples, "None takes all.")
     named = _robustbench.data.PREPROCESSINGS
-    if preprocessing is not None and preprocessing not in named:
+    if isinstance(preprocessing, str) and preprocessing not in named:
         known = [name for name in named if name is not None]
         raise ValueError(check.unknown_name_message(_CALLER, "preprocessing", preprocessing, known))
     if channels is not None:
@@ -152,8 +160,15 @@ def file_sha256(path: str | Path) -> str:
 # --- RobustBench's data sets -----------------------------------------------------------------------------------------
 
 
+def _geometry(preprocessing: str | Preprocessing | None) -> tuple[Callable[[Any], Tensor], str | None]:
+    """What makes pixels of an image, and its name."""
+    if preprocessing is None or isinstance(preprocessing, str):
+        return _robustbench.data.PREPROCESSINGS[preprocessing], preprocessing
+    return preprocessing, preprocessing.name
+
+
 def _load_dataset(
-    name: str, data_dir: Path, n_examples: int | None, offline: bool, preprocessing: str | None
+    name: str, data_dir: Path, n_examples: int | None, offline: bool, preprocessing: str | Preprocessing | None
 ) -> Images:
     samples: list[tuple[str, int]] = []
     if name == "imagenet":
@@ -165,7 +180,7 @@ def _load_dataset(
     elif offline:
         check_cifar(_CALLER, name, data_dir)
     kind = _robustbench.data.BenchmarkDataset(name)
-    transform = _robustbench.data.PREPROCESSINGS[preprocessing]
+    transform, geometry = _geometry(preprocessing)
     images, labels = _robustbench.data.load_clean_dataset(kind, n_examples, str(data_dir), transform)
     if n_examples is not None and len(images) < n_examples:
         raise _too_many(n_examples, len(images), name)
@@ -175,7 +190,7 @@ def _load_dataset(
         source = imagenet_source(samples, data_dir / "val", lambda file: transform(read(file)), images, labels)
     else:
         source = None if preprocessing else cifar_source(name, data_dir, images, labels)
-    return _images(images, labels, _class_names(name, data_dir), name, None, preprocessing, source)
+    return _images(images, labels, _class_names(name, data_dir), name, None, geometry, source)
 
 
 def check_cifar(caller: str, name: str, data_dir: Path) -> None:
@@ -230,7 +245,7 @@ def _imagenet_samples(data_dir: Path, n_examples: int) -> list[tuple[str, int]]:
 # --- folders and files -----------------------------------------------------------------------------------------------
 
 
-def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None, mode: str) -> Images:
+def _load_folder(path: Path, n_examples: int | None, preprocessing: str | Preprocessing | None, mode: str) -> Images:
     from torchvision.datasets import ImageFolder
 
     try:
@@ -245,7 +260,7 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None, 
         if n_examples > len(samples):
             raise _too_many(n_examples, len(samples), path)
         samples = spread(samples, folder.targets, n_examples)
-    transform = _robustbench.data.PREPROCESSINGS[preprocessing]
+    transform, geometry = _geometry(preprocessing)
     images: list[Tensor] = []
     for file, _ in samples:
         images.append(transform(_read(file, mode)))
@@ -257,7 +272,7 @@ def _load_folder(path: Path, n_examples: int | None, preprocessing: str | None, 
             )
     labels = torch.tensor([label for _, label in samples])
     files = tuple(str(Path(file).relative_to(path)) for file, _ in samples)
-    return _images(torch.stack(images), labels, tuple(folder.classes), str(path), files, preprocessing)
+    return _images(torch.stack(images), labels, tuple(folder.classes), str(path), files, geometry)
 
 
 def spread(samples: Sequence[_Sample], labels: Sequence[int], n_examples: int) -> list[_Sample]:
@@ -308,7 +323,9 @@ def _read_differently(image: Any) -> tuple[str, str] | None:
     return None
 
 
-def _load_npz(path: Path, n_examples: int | None, preprocessing: str | None, channels: int | None) -> Images:
+def _load_npz(
+    path: Path, n_examples: int | None, preprocessing: str | Preprocessing | None, channels: int | None
+) -> Images:
     if preprocessing is not None:
         raise ValueError(
             f"{_CALLER}: `preprocessing` must be None for an .npz file, got {preprocessing!r}. Store images "
