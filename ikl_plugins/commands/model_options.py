@@ -36,14 +36,18 @@ THREAT_MODELS = ("Linf", "L2", "corruptions", "corruptions_3d")
 ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 VERSIONS = ("standard", "plus", "rand")
 WEIGHTS = ("averaged", "last")
-# Options that a way to a model does not read.
-_ALL = ("checkpoint", "architecture", "num_classes", "mean", "std", "weights", "channel_order")
-_UNREAD = {
-    "checkpoint": ("channel_order",),
-    "mmpretrain": ("architecture", "num_classes", "mean", "std"),
-    "torchdistill": ("architecture", "num_classes", "mean", "std", "weights", "channel_order"),
-    "zoo": _ALL,
+# The ways to a model, and which of the options that not all of them read each one does.
+_READ = {
+    "checkpoint": ("checkpoint", "architecture", "num_classes", "mean", "std", "weights"),
+    "mmpretrain": ("checkpoint", "weights", "channel_order"),
+    "torchdistill": ("checkpoint",),
+    "timm": ("checkpoint", "mean", "std", "weights", "image_size"),
+    "torchvision": ("checkpoint", "mean", "std", "weights", "weights_name"),
+    "huggingface": (),
+    "zoo": (),
 }
+_SOME_READ = tuple(dict.fromkeys(option for options in _READ.values() for option in options))
+_FETCHED = ("timm", "torchvision", "huggingface", "zoo")  # without a checkpoint too
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="config that the checkpoint was trained with, or its shipped name",
     )
+    add("--timm", metavar="NAME", help="a model of timm, with --checkpoint or its pretrained weights")
+    add("--image-size", type=int, metavar="N", help="of --timm, if not its own")
+    add("--torchvision", metavar="NAME", help="a model of torchvision, with --checkpoint or its pretrained weights")
+    add("--weights-name", metavar="NAME", help="of --torchvision's weights, whose images it takes (default: DEFAULT)")
+    add("--huggingface", metavar="FOLDER", help="an image classifier of transformers: its folder, or name on the hub")
     add("--zoo", metavar="NAME", help="a model of RobustBench")
     add("--model-dir", type=Path, default=Path("models"), help="where RobustBench's models lie (default: models)")
 
@@ -131,11 +140,13 @@ def images_from(
         arguments: of the command line.
         caller: whom a refusal names.
         loaded: the model. One of a config without ``--data`` gets the config's own test data; with it, class names are
-            put in the config's order, and a line says so.
+            put in the config's order, and a line says so. One of timm, torchvision or Hugging Face gets images that are
+            made as its library makes them.
         reorder: False to refuse another order.
     """
     from ..robustbench import load_images
     from ..robustbench.host_data import host_images, in_class_order
+    from ..robustbench.image_models import ImageModel, images_for
 
     host = None if loaded is None else loaded.host
     if host is not None and arguments.data is None:
@@ -146,14 +157,10 @@ def images_from(
         return host_images(caller, host, arguments.n_examples)
     source = arguments.dataset if arguments.data is None else arguments.data
     grey = host is not None and host.channels == 1 and source not in DATASETS and Path(source).expanduser().is_dir()
-    images = load_images(
-        source,
-        data_dir=arguments.data_dir,
-        n_examples=arguments.n_examples,
-        offline=arguments.offline,
-        preprocessing=arguments.preprocessing,
-        channels=1 if grey else None,
-    )
+    options = {name: getattr(arguments, name) for name in ("data_dir", "n_examples", "offline", "preprocessing")}
+    if loaded is not None and isinstance(loaded.model, ImageModel):
+        return images_for(loaded.model, source, **options)
+    images = load_images(source, channels=1 if grey else None, **options)
     if loaded is None or host is None:
         return images
     ordered = in_class_order(images, loaded.model, host)
@@ -172,6 +179,8 @@ def model_from(arguments: argparse.Namespace, *, caller: str) -> LoadedModel:
     way = _way(caller, arguments)
     if way == "zoo":
         return _from_zoo(caller, arguments)
+    if way in ("timm", "torchvision", "huggingface"):
+        return _of_library(way, arguments)
     from ..robustbench import loading
     from ..robustbench.mmpretrain_data import MMPretrainData
     from ..robustbench.torchdistill_data import TorchdistillData
@@ -216,25 +225,37 @@ def _config(given: Path) -> Path:
 
 def _way(caller: str, arguments: argparse.Namespace) -> str:
     """The one way to a model, after what is missing and what that way does not read."""
-    ways = [way for way in ("mmpretrain", "torchdistill", "zoo") if getattr(arguments, way) is not None]
+    ways = [way for way in _READ if way != "checkpoint" and getattr(arguments, way) is not None]
     if len(ways) > 1:
         raise ValueError(f"{caller}: one model must be named, got --{' and --'.join(ways)}. Leave out all but one.")
     way = ways[0] if ways else "checkpoint"
-    if way != "zoo" and arguments.checkpoint is None:
+    if way not in _FETCHED and arguments.checkpoint is None:
         what = f"--{way} comes without" if ways else "there is no"
         raise ValueError(
             f"{caller}: a model must be named, but {what} --checkpoint. Add --checkpoint FILE with its "
-            "network, or --zoo NAME."
+            "network, or --zoo, --timm, --torchvision or --huggingface NAME."
         )
     if way == "checkpoint" and arguments.architecture is None:
         raise ValueError(
             f"{caller}: --checkpoint needs its network. Add --architecture NAME, --mmpretrain CONFIG or "
             "--torchdistill YAML."
         )
-    for name in _UNREAD[way]:
-        if getattr(arguments, name) not in (None, WEIGHTS[0]):
+    for name in _SOME_READ:
+        if name not in _READ[way] and getattr(arguments, name) not in (None, WEIGHTS[0]):
             raise ValueError(f"{caller}: --{way} does not read --{name.replace('_', '-')}. Leave it out.")
     return way
+
+
+def _of_library(way: str, arguments: argparse.Namespace) -> LoadedModel:
+    from ..robustbench import image_models
+
+    name = getattr(arguments, way)
+    options = {option: getattr(arguments, option) for option in _READ[way] if option != "weights"}
+    options["offline"] = getattr(arguments, "offline", False)
+    if "weights" in _READ[way]:
+        options["averaged"] = arguments.weights == WEIGHTS[0]
+    model = getattr(image_models, f"from_{way}")(name, **options)
+    return LoadedModel(model, name, arguments.checkpoint)
 
 
 def _from_zoo(caller: str, arguments: argparse.Namespace) -> LoadedModel:

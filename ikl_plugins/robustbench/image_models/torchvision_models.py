@@ -111,6 +111,7 @@ def _transforms(
             resize_size=args["val_resize_size"],
             interpolation=InterpolationMode(args["interpolation"]),
         )
+    entries = {key: entry for key, entry in entries.items() if key != "DEFAULT"}
     if chosen is None and len({str(entry.transforms()) for entry in entries.values()}) > 1:
         raise ValueError(
             f"{caller}: {path} does not tell which of {', '.join(entries)} makes its images. Add weights_name."
