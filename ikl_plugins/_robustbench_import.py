@@ -12,6 +12,7 @@ their path: a package ``robustbench`` and a package ``autoattack`` that leave th
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.abc
@@ -102,9 +103,12 @@ def autoattack_facts() -> dict[str, str | None]:
     classes = import_robustbench().eval.AutoAttack.__mro__
     # The first of them: what is derived from it, such as the stand-in, runs its attacks.
     module = [kind for kind in classes if "run_standard_evaluation" in vars(kind)][-1].__module__
-    package = module.partition(".")[0]
-    file = Path(str(sys.modules[module].__file__)).resolve()
-    version, found, commit, local = [], None, None, True
+    return dict(_origin(module.partition(".")[0], Path(str(sys.modules[module].__file__)).resolve()))
+
+
+@functools.lru_cache
+def _origin(package: str, file: Path) -> dict[str, str | None]:
+    version, found, local = [], None, True
     for name in metadata.packages_distributions().get(package, ()):
         distribution = metadata.distribution(name)
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
@@ -113,10 +117,9 @@ def autoattack_facts() -> dict[str, str | None]:
         if file in files or (folder is not None and folder in file.parents):
             found, local = distribution.metadata["Name"], folder is not None
             version.append(distribution.version)
-            commit = origin.get("vcs_info", {}).get("commit_id")
+            if "vcs_info" in origin:
+                version.append(f"commit {origin['vcs_info']['commit_id'][:12]}")
             break
-    if commit is not None:
-        version.append(f"commit {commit[:12]}")
     if local:
         version.append(f"code {_code_sha256(file.parent)[:12]}")
     return {"module": package, "package": found, "version": ", ".join(version)}

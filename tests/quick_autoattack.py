@@ -76,6 +76,7 @@ def made_up_log(**changes):
         "fell_to": [],
         "parameters": {},
         "precision": "float32",
+        "autoattack": {"module": "pyautoattack", "package": "pyautoattack", "version": "0.2.0"},
         "unreliable": False,
         **changes,
     }

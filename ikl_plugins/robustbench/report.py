@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._files import written_aside
 from .data import Images
-from .evaluation.log import Evaluation
+from .evaluation.log import Evaluation, versions_text
 from .figures import new_figure, require_matplotlib, save_figure
 
 __all__ = ["binomial_interval", "write_report"]
@@ -173,7 +173,7 @@ def _setting(log: dict[str, Any]) -> str:
         "seed": str(log["seed"]),
         "device": log["device"],
         "started": log["date"],
-        "versions": ", ".join(f"{name} {version}" for name, version in log["versions"].items()),
+        "versions": versions_text(log),
     }
     return "## Setting\n\n" + _table(["", ""], [[name, value] for name, value in facts.items()])
 

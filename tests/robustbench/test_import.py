@@ -173,7 +173,8 @@ from autoattack import AutoAttack
 class Model: pass
 if __name__ == '__main__':
     from . import loaders
-    print(__name__, sys.argv[1:], loaders.file.rpartition('/')[2], AutoAttack.__module__, 'pkg_resources' in sys.modules, flush=True)
+    print(__name__, sys.argv[1:], loaders.file.rpartition('/')[2], AutoAttack.__module__, end=' ')
+    print('pkg_resources' in sys.modules, flush=True)
 """,
 }
 PROGRAM = """

@@ -38,7 +38,7 @@ _FACTS = (
     "parameters",
 )
 T = TypeVar("T")
-RESULTS_VERSIONS = ("torch", "robustbench", "autoattack", "pyautoattack")
+RESULTS_VERSIONS = ("torch", "robustbench")
 
 
 @dataclass(frozen=True, eq=False)

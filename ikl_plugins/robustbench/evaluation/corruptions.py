@@ -125,6 +125,7 @@ def evaluate_corruptions(
             "attacks": [],
             "parameters": {},
             "precision": "float32",
+            "autoattack": None,
             "dropped": [],
             "n_target_classes": None,
             "n_classes": classes,

@@ -29,7 +29,7 @@ from ..tables import aligned
 from .batches import batch_path, read_batch
 
 __all__ = ["FORMAT", "Evaluation", "batch_folder", "class_names", "data_facts", "identity", "percent", "read_log"]
-__all__ += ["weights_sha256", "write_log"]
+__all__ += ["versions_text", "weights_sha256", "write_log"]
 
 FORMAT = "ikl_plugins.robustbench.evaluation/2"
 # What every log has, read by reports, submissions and ranks.
@@ -44,6 +44,7 @@ _KEYS = (
     "attacks",
     "parameters",
     "precision",
+    "autoattack",
     "dropped",
     "n_examples",
     "data",
@@ -196,10 +197,6 @@ def identity(
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "ikl_plugins": __version__}
     for package in ("torchvision", "robustbench"):
         versions[package] = metadata.version(package)
-    try:
-        versions["autoattack"] = metadata.version("autoattack")
-    except metadata.PackageNotFoundError:
-        versions["pyautoattack"] = metadata.version("pyautoattack")
     return {
         "format": FORMAT,
         "versions": versions,
@@ -212,6 +209,13 @@ def identity(
         "weights_sha256": weights_sha256(model),
         "dtype": precision(model),
     }
+
+
+def versions_text(log: Mapping[str, Any]) -> str:
+    """Names and versions of what ran, behind commas."""
+    ran = log["autoattack"]
+    versions = log["versions"] if ran is None else {**log["versions"], ran["package"] or ran["module"]: ran["version"]}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def data_facts(data: str | Images | None, images: Tensor, labels: Tensor | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ... import _validation as check
 from ..._progress import Shown, teller
+from ..._robustbench_import import autoattack_facts
 from ..conditions import own_conditions, trainable_copy
 from ..data import Images
 from ..eps import Eps
@@ -174,6 +175,7 @@ def evaluate(
             "attacks": run,
             "parameters": {},
             "precision": "float32",
+            "autoattack": autoattack_facts(),
             "dropped": dropped,
             "n_target_classes": adversary.fab.n_target_classes if {"apgd-t", "fab-t"} & set(run) else None,
             "n_classes": classes,

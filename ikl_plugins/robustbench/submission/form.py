@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...models.robustbench_zoo import Architecture
+from ..evaluation.log import versions_text
 
 __all__ = ["Facts", "form", "worded", "zoo_entry"]
 
@@ -98,13 +99,12 @@ def _cross(ticked: bool) -> str:
 
 
 def _method(log: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in log["versions"].items())
     if log["threat_model"] == "corruptions":
         what = f"mean accuracy over {len(log['corruptions'])} corruptions and severities"
     else:
         kind = "standard AutoAttack" if log["standard"] else f"AutoAttack, version {log['version']}"
         what = f"{kind} ({', '.join(log['attacks'])})"
-    return f"{what}, {log['n_examples']} images, seed {log['seed']}; {versions}; per image in evaluation.json"
+    return f"{what}, {log['n_examples']} images, seed {log['seed']}; {versions_text(log)}; per image in evaluation.json"
 
 
 def zoo_entry(facts: Facts, threat_model: str) -> str:
