@@ -16,22 +16,19 @@ import threading
 import urllib.parse
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import torch.serialization
 from torch import Tensor
 
 from . import _validation as check
+from ._pickled_numpy import numpy_names, resolved
 
-__all__ = ["fetch", "is_address", "load_content", "load_weights", "mmengine_globals", "plain_name", "weights_in"]
+__all__ = ["fetch", "is_address", "load_content", "load_weights", "plain_name", "weights_in"]
 
-SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
-
-_PLAIN_DTYPES = numpy.typecodes["AllInteger"] + numpy.typecodes["AllFloat"] + "?SU"
 _STATISTICS = ("min", "max", "current", "mean")
 _BUFFER = ("mmengine.logging.history_buffer", "HistoryBuffer")
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
@@ -43,7 +40,7 @@ _LAST = ("unaveraged_model_state_dict", "current_model_state")
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 READS_WEIGHTS_ONLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 # torch's list of allowed names is the process's own, and a reading takes away at its end what it has added.
-reading = threading.Lock()
+_reading = threading.Lock()
 
 
 class _LogBuffer:
@@ -64,35 +61,12 @@ def _statistic(owner: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f"getattr of {name!r}; it may ask for {', '.join(_STATISTICS)} of a HistoryBuffer")
 
 
-def mmengine_globals() -> list[SafeGlobal]:
-    """Every name that a checkpoint of MMEngine may hold beyond those that torch knows.
-
-    Returns:
-        Entries for ``torch.serialization.add_safe_globals``. None of them does more than rebuild arrays and log
-        buffers; ``getattr`` is one that knows four methods of the log buffer.
-    """
-    multiarray = getattr(numpy, "_core", None) or numpy.core
-    reconstruct, scalar = multiarray.multiarray._reconstruct, multiarray.multiarray.scalar
-    return [
-        (_buffer(), ".".join(_BUFFER)),
-        # NumPy 2 has renamed its core; a checkpoint has the name of the version that wrote it.
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        (scalar, "numpy.core.multiarray.scalar"),
-        numpy.ndarray,
-        numpy.dtype,
-        # Numbers, booleans and text; an array of objects may hold anything and stays out.
-        *dict.fromkeys(type(numpy.dtype(code)) for code in _PLAIN_DTYPES),
-        (_statistic, "builtins.getattr"),
-    ]
-
-
-def load_content(path: Path | str) -> Any:
-    """Reads a checkpoint file onto the CPU without running what it holds.
+def load_content(path: Path | str, map_location: Any = "cpu") -> Any:
+    """Reads a checkpoint file without running what it holds.
 
     Args:
         path: the file, as torch.save or one of the training libraries has written it, or a ``.safetensors``.
+        map_location: as of ``torch.load``.
 
     Returns:
         What the file holds; for a checkpoint of MMEngine a mapping with 'state_dict', 'meta' and others, for one of
@@ -110,7 +84,7 @@ def load_content(path: Path | str) -> Any:
     if not path.is_file():
         what = "that is a folder" if path.is_dir() else "there is none"
         raise ValueError(f"load_content: a checkpoint must be a file, but {what} at {path}. Check the path.")
-    return _read(path, str(path))
+    return _read(path, str(path), map_location)
 
 
 def plain_name(name: str, wrappers: frozenset[str] = _WRAPPERS) -> str:
@@ -300,7 +274,7 @@ def fetch(address: str, *, name: str | None = None) -> Any:
     return _read(cached, f"{address} (kept as {cached})")
 
 
-def _read(path: Path, where: str) -> Any:
+def _read(path: Path, where: str, map_location: Any = "cpu") -> Any:
     if not READS_WEIGHTS_ONLY:
         raise ValueError(
             f"load_content: reading a checkpoint safely takes torch 2.6 or newer, this is {torch.__version__}. "
@@ -314,8 +288,14 @@ def _read(path: Path, where: str) -> Any:
                 damaged = archive.testzip()  # torch does not compare the checksums of tensors
             if damaged is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        ours: list[SafeGlobal] = [*mmengine_globals(), argparse.Namespace]
-        with reading:
+        buffer = _buffer()
+        ours: list[Any] = [
+            *numpy_names(),
+            (buffer, ".".join(_BUFFER)),
+            (_statistic, "builtins.getattr"),
+            argparse.Namespace,
+        ]
+        with _reading:
             # The context takes away at its end what it is given, so it gets what is not there for good.
             present = torch.serialization.get_safe_globals()
             with (
@@ -323,7 +303,8 @@ def _read(path: Path, where: str) -> Any:
                 torch.serialization.safe_globals([entry for entry in ours if entry not in present]),
             ):
                 warnings.filterwarnings("ignore", "Detected pickle protocol")  # told with the refusal
-                return torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location=map_location, weights_only=True)
+        return resolved(content, (buffer,))
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         found = re.search(r"(?:GLOBAL|class|getattr of) [^\s,;]+|attempted to call \S+|REDUCE[^\n]*", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:

@@ -1,9 +1,9 @@
 """What MMEngine's own loader needs to read its checkpoints, and to refuse those that would run code.
 
-Since version 2.6 torch reads with ``weights_only=True``. :func:`allow_mmengine_checkpoints` lists the few names that a
-checkpoint of MMEngine holds beyond those that torch knows, and no others, so that ``--resume`` and tools/test.py read
-such a file and refuse one that names anything else. :func:`verify` gives the same protection where the host's own
-loader would go on to run the file. The reading itself is in :mod:`ikl_plugins.checkpoints`.
+Since version 2.6 torch reads with ``weights_only=True``, and MMEngine's own files hold more. So
+:func:`allow_mmengine_checkpoints` registers a loader for files with MMEngine's ``CheckpointLoader``, and ``--resume``
+and tools/test.py read them. :func:`verify` gives the same protection where the host's own loader would go on to run
+the file. The reading itself is in :mod:`ikl_plugins.checkpoints`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import mmengine.runner.checkpoint
-import torch.serialization
-from mmengine.logging import HistoryBuffer, MMLogger  # noqa: F401  # the list has the real buffer where it is imported
+from mmengine.logging import HistoryBuffer, MMLogger  # noqa: F401  # checkpoints get the real buffer where it is imported
+from mmengine.runner import CheckpointLoader
 
 from .. import checkpoints
 from ..checkpoints import load_content, load_weights
@@ -27,19 +27,25 @@ _ZIP = b"PK\x03\x04"  # how torch.save begins a file
 
 
 def allow_mmengine_checkpoints() -> bool:
-    """Adds what a checkpoint of MMEngine holds to the names that torch may load. A second call changes nothing.
+    """Has MMEngine read checkpoint files with :func:`load_content`. A second call changes nothing.
 
-    The list holds no function that does more than rebuild arrays and log buffers; ``getattr`` stands in it as one that
-    knows four methods of the log buffer.
+    Nothing is added to what torch itself may load.
 
     Returns:
-        Whether the list is needed: False where torch is older than 2.6, or where MMEngine's loader brings its own.
+        Whether that is needed: False where torch is older than 2.6, or where MMEngine's loader brings its own list of
+        names.
     """
     if not checkpoints.READS_WEIGHTS_ONLY or hasattr(mmengine.runner.checkpoint, "get_torch_safe_globals"):
         return False
-    with checkpoints.reading:  # which takes away at its end what it has added, these names too
-        torch.serialization.add_safe_globals(checkpoints.mmengine_globals())
+    CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
     return True
+
+
+def load_from_local(filename: str, map_location: Any = "cpu") -> Any:
+    """A loader of MMEngine's ``CheckpointLoader``, which names it in its log by what follows ``load_from_``."""
+    if not Path(filename).expanduser().is_file():
+        raise FileNotFoundError(f"{filename} can not be found.")  # in the host's words
+    return load_content(filename, map_location)
 
 
 # What MMEngine looks up, without looking whether it is there, where a run goes on from a checkpoint.
