@@ -23,6 +23,7 @@ from .checks import check_class_order, check_data, check_model, check_seed, natu
 from .log import Evaluation, class_names, data_facts, identity
 from .record import Record
 from .run import Progress
+from .shards import check_shard
 
 __all__ = ["evaluate_corruptions"]
 
@@ -101,7 +102,8 @@ def evaluate_corruptions(
 
     check_class_order(caller, model, natural)
     natural_log: dict[str, Any] = {"labels": None, "natural_predictions": None, "natural_correct": None}
-    with quiet(device), torch.no_grad():
+    path = None if log is None else Path(log)
+    with check_shard(caller, None, None, log, progress).alone(path), quiet(device), torch.no_grad():
         torch.manual_seed(seed)
         classes = None
         if natural is not None:
@@ -143,7 +145,7 @@ def evaluate_corruptions(
             "corruptions_mce": None,
             "corruptions_mce_note": None,
         }
-        record = Record(caller, fresh, None if log is None else Path(log))
+        record = Record(caller, fresh, path)
         if natural is not None and classes is not None:
             warn_of_chance(caller, predictions, natural.labels, classes)
         done = record.log["corruptions"]
@@ -172,9 +174,9 @@ def evaluate_corruptions(
             record.save()
             name, correct = f"{corruption}/{severity}", round(accuracy * len(images))
             tell(Progress(name, number + 1, len(pairs), correct, len(images), done[-1]["seconds"]))
-    mce, note = _mean_corruption_error(dataset, threat_model, done, baseline)
-    record.log.update(corruptions_mce=mce, corruptions_mce_note=note, finished=True)
-    record.save()
+        mce, note = _mean_corruption_error(dataset, threat_model, done, baseline)
+        record.log.update(corruptions_mce=mce, corruptions_mce_note=note, finished=True)
+        record.save()
     return Evaluation(record.log)
 
 

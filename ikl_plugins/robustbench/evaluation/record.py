@@ -93,6 +93,11 @@ class Record:
         if found:
             raise self.refusal("; ".join(found))
 
+    def check_other(self) -> None:
+        """Refuses the log that the first shard has written meanwhile, if it is of another evaluation."""
+        if self._path is not None and not self._writer and self._path.exists():
+            self.check(read_log(self._caller, self._path))
+
     def adopt(self, predictions: list[int], path: Path) -> None:
         """Takes the predictions on the first natural images from an earlier run or another process."""
         own = self.log["natural_predictions"]

@@ -39,6 +39,7 @@ from .checks import (
 )
 from .log import Evaluation, class_names, data_facts, identity, percent
 from .record import Record, each_kind_once
+from .shards import Shard, check_shard
 
 __all__ = [
     "ATTACKS",
@@ -101,6 +102,8 @@ def evaluate(
     data: str | Images | None = None,
     model_name: str | None = None,
     progress: bool | Callable[[Progress], None] | None = True,
+    shard: tuple[int, int] | None = None,
+    wait: float | None = None,
 ) -> Evaluation:
     """Runs AutoAttack.
 
@@ -123,12 +126,19 @@ def evaluate(
         batch_size: images per batch. The images of a batch share random numbers, so that it is part of the result.
         device: where to compute.
         seed: of every attack, and of what the model itself draws. Random numbers of the caller are not touched.
-        log: a JSON file, written after every batch. If it is there, the evaluation goes on where it stopped.
+        log: a JSON file, written after every batch, with the files of the batches in a folder beside it. If it is
+            there, the evaluation goes on where it stopped; if it is of the first of these images, they are not attacked
+            again, unless in the last batch of an attack.
         checkpoint: path of the file that the weights are from, or a mapping with its 'name' and 'sha256'; for the log.
         data: name of the data, or the :class:`~ikl_plugins.robustbench.data.Images` they are from; for the log.
         model_name: for the log; None for the name of its class.
         progress: True for a bar on a terminal and lines elsewhere, on standard error; False for neither; or a function
             that is called with a :class:`Progress` after every batch.
+        shard: (3, 8) for the third of eight processes that share the work. They have the same arguments and the same
+            ``log``, on a disk that all of them see; of each attack this one takes batches 3, 11, 19 and so on. What the
+            first one logs and all return is what a single process would. In a process group this is
+            ``(dist.get_rank() + 1, dist.get_world_size())``.
+        wait: seconds to wait for the other shards at the end of each attack; None for ever, 0 for not at all.
 
     Returns:
         The evaluation. Its log says in ``fell_to`` for each image which attack it fell to.
@@ -137,7 +147,9 @@ def evaluate(
         TypeError: an argument of the wrong type.
         ValueError: an unknown norm, version or attack; a model in training mode, or that gives something else than
             finite float32 logits of at least two classes; pixels outside [0, 1]; labels the model has no logit for; a
-            log of another evaluation (the message says what differs) or without its adversarial images.
+            log of another evaluation (the message says what differs), or that another process writes; a damaged file
+            of a batch; no such shard.
+        RuntimeError: this shard's part is done, and it waits no longer for the others (``Unfinished``).
 
     Warns:
         UserWarning: an L-infinity radius that is nearly a number of grey levels; a natural accuracy no better than
@@ -152,10 +164,14 @@ def evaluate(
     images, labels = check_data(caller, images, labels)
     check.check_integer(caller, "batch_size", batch_size)
     check_seed(caller, seed)
+    part = check_shard(caller, shard, wait, log, progress)
+    path = None if log is None else Path(log)
     device = torch.device(device)
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # it would wait for the other ranks in every forward
+        model = model.module
     model = trainable_copy(caller, model).to(device)
 
-    with quiet(device) as warned, torch.no_grad():
+    with part.alone(path), quiet(device) as warned, torch.no_grad():
         torch.manual_seed(seed)
         predictions, classes = natural_predictions(caller, model, images, labels, batch_size, device)
         adversary = autoattack(model, norm, eps, version, chosen, seed, device)
@@ -192,8 +208,7 @@ def evaluate(
             "warnings": [],
             "unreliable": False,
         }
-        path = None if log is None else Path(log)
-        record = Record(caller, fresh, path, images, labels)
+        record = Record(caller, fresh, path, images, labels, writer=part.number == 1)
 
         def checks() -> list[str]:
             run_checks(adversary, images[:batch_size], labels[:batch_size])
@@ -224,7 +239,7 @@ def evaluate(
                 seconds = time.perf_counter() - started
                 return Batch(index.tolist(), index[fell].tolist(), image, prediction, seconds, each_kind_once(warned))
 
-            _run_attack(record, batches, attack, attacked, tell)
+            _run_attack(record, batches, attack, attacked, part, tell)
         record.log["finished"] = True
         record.save()
     return Evaluation(record.log, record.adversarial)
@@ -314,22 +329,45 @@ def _run_attack(
     batches: Batches,
     attack: str,
     attacked: Callable[[Tensor], Batch],
+    shard: Shard,
     tell: Callable[[Progress], None],
 ) -> None:
     """Runs one attack on the images that stand, batch by batch, except for those batches that have run already."""
-    log = record.log
+    log, size = record.log, record.log["batch_size"]
     pairs = enumerate(zip(log["natural_correct"], log["fell_to"], strict=True))
     standing = [index for index, (correct, fell_to) in pairs if correct and fell_to is None]
-    parts = [standing[start : start + log["batch_size"]] for start in range(0, len(standing), log["batch_size"])]
+    parts = [standing[start : start + size] for start in range(0, len(standing), size)]
     entry = record.begin(attack, len(parts), len(standing))
+
+    def note(number: int, batch: Batch) -> None:
+        record.note(number, batches.key(attack, parts[number]), batch)
+
+    def show() -> None:
+        done = entry["batches_done"]
+        tell(Progress(attack, done, len(parts), entry["standing"], log["n_examples"], entry["seconds"]))
+
     for number, index in enumerate(parts):
+        if not shard.owns(number):
+            continue
         batch = batches.read(attack, number, index)
-        if batch is None:
-            batch = attacked(torch.tensor(index))
-            batches.write(attack, number, batch)
-            record.note(number, batches.key(attack, index), batch)
+        if batch is not None:
+            note(number, batch)
+            continue
+        batch = attacked(torch.tensor(index))
+        batches.write(attack, number, batch)
+        note(number, batch)
+        record.save()
+        show()
+    others = [number for number in range(len(parts)) if not shard.owns(number)]
+    shard.waits()
+    while others:
+        there = {number: batches.read(attack, number, parts[number]) for number in others}
+        found = {number: batch for number, batch in there.items() if batch is not None}
+        for number, batch in found.items():
+            note(number, batch)
+        others = [number for number in others if number not in found]
+        if found:
             record.save()
-            done = entry["batches_done"]
-            tell(Progress(attack, done, len(parts), entry["standing"], log["n_examples"], entry["seconds"]))
-        else:
-            record.note(number, batches.key(attack, index), batch)
+            show()
+        if others:
+            shard.look_again(attack, others, record.check_other)
