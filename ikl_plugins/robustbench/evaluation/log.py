@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ... import __version__
 from ... import _validation as check
 from ..._files import written_aside
-from ..._robustbench_import import autoattack_facts
 from ...checkpoints import plain_name
 from ..conditions import precision
 from ..data import Images, content_sha256, file_sha256
@@ -36,7 +35,6 @@ FORMAT = "ikl_plugins.robustbench.evaluation/2"
 # What every log has, read by reports, submissions and ranks.
 _KEYS = (
     "versions",
-    "autoattack",
     "weights_sha256",
     "threat_model",
     "dataset",
@@ -202,7 +200,6 @@ def identity(
     return {
         "format": FORMAT,
         "versions": versions,
-        "autoattack": autoattack_facts(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
