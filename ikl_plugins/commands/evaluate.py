@@ -167,6 +167,7 @@ def _check_natural(arguments: argparse.Namespace, loaded: LoadedModel, images: I
         names = ("architecture", "mean", "std", "threat_model", "eps", "version", "attacks")
         plan = {name: getattr(arguments, name) for name in names}
         plan.update(data=recorded_name(images.name, images.source), n_examples=len(images))
+        plan.update(preprocessing=images.preprocessing)
         for obstacle in submission_obstacles(loaded.model, arguments.dataset, **plan):
             _say(f"RobustBench would not take the result: {obstacle}")
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .._robustbench_import import import_robustbench
 from ..models.robustbench_zoo import Architecture, class_count, nearest_architecture, parse_architecture
+from ..models.weights import same_statistics
 from .conditions import own_conditions, precision
 from .eps import Eps, as_fraction, parse_eps
+from .image_models import ImageArchitecture, ImageModel
 from .known_sets import KNOWN
 from .leaderboard import board_eps, entries
 from .loading import DATASET_CLASSES, HostClassifier, Normalised
@@ -20,16 +23,17 @@ from .loading import DATASET_CLASSES, HostClassifier, Normalised
 __all__ = [
     "against_benchmark",
     "check_dataset",
+    "check_loadable_name",
     "check_network",
+    "named_architecture",
     "network_obstacle",
     "same_eps",
     "submission_obstacles",
 ]
-__all__ += ["same_logits"]
+__all__ += ["same_logits", "stored_weights"]
 
 CALLER = "write_submission"
-_DATASETS = ("cifar10", "cifar100")
-_CORRUPTIONS = 15 * 5  # corruptions and severities of CIFAR-10-C and CIFAR-100-C
+_CORRUPTIONS = 15 * 5  # corruptions and severities of CIFAR-10-C, CIFAR-100-C and ImageNet-C
 _ROOM = "robustbench.model_zoo.architectures."
 
 
@@ -46,6 +50,7 @@ def submission_obstacles(
     attacks: Sequence[str] | None = None,
     data: str | None = None,
     n_examples: int | None = None,
+    preprocessing: str | None = "Res256Crop224",
 ) -> tuple[str, ...]:
     """What :func:`~ikl_plugins.robustbench.submission.write_submission` would refuse after an evaluation like this.
 
@@ -56,6 +61,7 @@ def submission_obstacles(
         threat_model, eps, version, attacks: of the evaluation.
         data: name of its images; None for ``dataset``.
         n_examples: how many there are; None for all.
+        preprocessing: of ImageNet's images, as :class:`~ikl_plugins.robustbench.Images` names it.
 
     Returns:
         Sentences, at most one on the network and one on the evaluation; none if nothing is known against it.
@@ -69,9 +75,10 @@ def submission_obstacles(
         return (_bare(error),)
     found = []
     reason = network_obstacle(model) if architecture is None else None
-    if architecture is not None:
+    named = architecture is not None or dataset == "imagenet" or isinstance(_uncompiled(model), ImageModel)
+    if reason is None and named:
         try:
-            check_network(model, parse_architecture(architecture, caller=CALLER), dataset, mean, std)
+            check_network(model, named_architecture(model, architecture, dataset), dataset, mean, std)
         except ValueError as error:
             reason = _bare(error)
     if reason is not None:
@@ -83,9 +90,9 @@ def submission_obstacles(
         "standard": version == "standard" and attacks is None,
         "version": version,
         "attacks": attacks or [version],
-        "data": {"name": dataset if data is None else data},
+        "data": {"name": dataset if data is None else data, "preprocessing": preprocessing},
         "n_examples": KNOWN[dataset].n_examples if n_examples is None else n_examples,
-        "n_classes": class_count(_tensors(model)) or DATASET_CLASSES[dataset],
+        "n_classes": _class_count(model) or DATASET_CLASSES[dataset],
         "eps": None if eps is None else parse_eps(CALLER, eps, norm="L2").text,  # without the warning of Linf
     }
     wrong = against_benchmark(plan, dataset)
@@ -98,6 +105,11 @@ def _bare(error: ValueError) -> str:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in _uncompiled(model).state_dict().items() if isinstance(value, Tensor)}
+
+
+def _class_count(model: nn.Module) -> int | None:
+    model = _uncompiled(model)
+    return model.num_classes if isinstance(model, ImageModel) else class_count(_tensors(model))
 
 
 def network_obstacle(model: nn.Module) -> str | None:
@@ -116,6 +128,13 @@ def _uncompiled(model: Any) -> Any:
 
 def _check_class(model: nn.Module) -> None:
     model = _uncompiled(model)
+    if isinstance(model, ImageModel):
+        if model.architecture.library == "transformers":
+            raise ValueError(
+                f"{CALLER}: `model` must be of timm, torchvision or RobustBench's own class, got one of transformers. "
+                "timm has most of its networks."
+            )
+        return
     if isinstance(model, (Normalised, HostClassifier)):
         way_out = "Train a DMWideResNet." if isinstance(model, Normalised) else "Load its file with load_checkpoint."
         raise ValueError(
@@ -129,9 +148,25 @@ def _check_class(model: nn.Module) -> None:
         )
 
 
+def named_architecture(model: object, name: str | None, dataset: str | None = None) -> Architecture | ImageArchitecture:
+    """What the zoo's entry builds: what a model of timm or torchvision says itself, else the architecture of a name."""
+    model = _uncompiled(model)
+    if isinstance(model, ImageModel):
+        if name is not None:
+            raise ValueError(f"{CALLER}: `architecture` must be left out for {model.architecture.name}, got {name!r}.")
+        return model.architecture
+    if dataset == "imagenet":
+        raise ValueError(
+            f"{CALLER}: `model` must be of timm or torchvision for imagenet, got {type(model).__name__}. Use from_timm."
+        )
+    if name is None:
+        raise ValueError(f"{CALLER}: `architecture` must be named, got None. Pass WideResNet-34-10.")
+    return parse_architecture(name, caller=CALLER)
+
+
 def check_network(
     model: object,
-    architecture: Architecture,
+    architecture: Architecture | ImageArchitecture,
     dataset: str,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -143,23 +178,28 @@ def check_network(
             f"{CALLER}: `model` must be the network that was evaluated, got {type(model).__name__}. Use "
             "load_checkpoint."
         )
-    if isinstance(model, (Normalised, HostClassifier)):
+    if isinstance(model, (Normalised, HostClassifier, ImageModel)):
         _check_class(model)
     state = model.state_dict()
-    network = architecture.build(class_count(state) or DATASET_CLASSES[dataset], dataset=dataset, mean=mean, std=std)
+    network: nn.Module
+    if isinstance(architecture, ImageArchitecture):
+        network = _zoo_network(model, architecture, mean, std)
+    else:
+        count = class_count(state) or DATASET_CLASSES[dataset]
+        network = architecture.build(count, dataset=dataset, mean=mean, std=std)
     own = network.state_dict()
     missing = [key for key in own if key not in state or state[key].shape != own[key].shape]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:
-        nearest = nearest_architecture(state)
+        nearest = None if isinstance(model, ImageModel) else nearest_architecture(state)
         raise ValueError(
             f"{CALLER}: `model` must be a {architecture.name}, but has other entries (missing: "
             f"{check.first_names(missing) or 'none'}; unexpected: {check.first_names(unexpected) or 'none'}). "
             f"{'Name its own architecture' if nearest in (None, architecture.name) else f'Name {nearest}'}."
         )
-    if type(model) is not type(network):
+    if _kind(model) is not _kind(network):
         raise ValueError(
-            f"{CALLER}: `model` must be RobustBench's {type(network).__name__}, got {type(model).__name__}. "
+            f"{CALLER}: `model` must be RobustBench's {_kind(network).__name__}, got {_kind(model).__name__}. "
             "Use load_checkpoint."
         )
     if precision(model) != "float32":
@@ -173,21 +213,65 @@ def check_network(
     return {key: state[key].detach().cpu().contiguous().clone() for key in own}
 
 
+def _zoo_network(
+    model: nn.Module, architecture: ImageArchitecture, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> nn.Module:
+    """What the zoo's entry gives for a model of timm or torchvision."""
+    if not isinstance(model, ImageModel):
+        raise ValueError(f"{CALLER}: `model` must be a {architecture.name}, got {type(model).__name__}. Use from_timm.")
+    if mean is not None and std is not None and not same_statistics((tuple(mean), tuple(std)), model.statistics):
+        raise ValueError(f"{CALLER}: `mean` and `std` must be those of `model`, got {mean} and {std}. Leave them out.")
+    normalize_model = import_robustbench().model_zoo.architectures.utils_architectures.normalize_model
+    network: nn.Module = normalize_model(architecture.build(model.num_classes), *model.statistics)
+    return network
+
+
+def _kind(network: nn.Module) -> type[nn.Module]:
+    """The class of a network, of one behind RobustBench's ``normalize_model`` the inner one's."""
+    inner = network._modules.get("model") if isinstance(network, nn.Sequential) else None
+    return type(network if inner is None else inner)
+
+
+def stored_weights(weights: Mapping[str, Tensor], model: nn.Module, dataset: str) -> dict[str, Tensor]:
+    """The weights by the names from which RobustBench's ``load_model`` makes the network's own.
+
+    It takes as many letters as 'module.' and then 'model.' have off each name that has them anywhere. For ImageNet it
+    then puts 'model.' in front, and leaves mean and std to the entry.
+    """
+    if isinstance(_uncompiled(model), ImageModel) and dataset == "imagenet":
+        weights = {name.removeprefix("model."): weights[name] for name in weights if not name.startswith("normalize.")}
+    found = {}
+    for name, value in weights.items():
+        for part in ("model.", "module."):
+            name = part + name if part in name else name
+        found[name] = value
+    return found
+
+
+def check_loadable_name(name: str, dataset: str) -> None:
+    """Refuses a name with which RobustBench's ``load_model`` would not read the checkpoint."""
+    if dataset == "imagenet" and "Standard" in name:
+        raise ValueError(f"{CALLER}: `name` must not have Standard for imagenet, got {name!r}: its weights go unread.")
+
+
 def same_logits(network: nn.Module, model: nn.Module) -> bool:
     """Whether two networks of equal weights are one: what no weight tells are activation, mean and std."""
+    inner = _uncompiled(model)
+    size = inner.geometry.size if isinstance(inner, ImageModel) else (32, 32)
     with own_conditions(), torch.no_grad():
-        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
         return torch.equal(network.eval()(images), copy.deepcopy(model).cpu().eval()(images))
 
 
 def check_dataset(dataset: str, threat_model: str) -> None:
-    """Refuses what has no leaderboard, and ImageNet."""
-    if dataset == "imagenet" or threat_model == "corruptions_3d":
+    """Refuses what has no leaderboard, and 3D corruptions, which RobustBench keeps in the entry of the others."""
+    if threat_model == "corruptions_3d":
         raise ValueError(
-            f"{CALLER}: `dataset` must be 'cifar10' or 'cifar100', got 'imagenet'. Fill RobustBench's form by hand."
+            f"{CALLER}: `threat_model` must be 'Linf', 'L2' or 'corruptions', got 'corruptions_3d'. Fill RobustBench's "
+            "form by hand."
         )
-    if dataset not in _DATASETS:
-        raise ValueError(check.unknown_name_message(CALLER, "data set", dataset, _DATASETS))
+    if dataset not in KNOWN:
+        raise ValueError(check.unknown_name_message(CALLER, "data set", dataset, KNOWN))
     entries(dataset, threat_model)
 
 
@@ -203,6 +287,10 @@ def against_benchmark(log: Mapping[str, Any], dataset: str) -> str | None:
         return f"be of standard AutoAttack, got version {log['version']!r} with {', '.join(log['attacks'])}"
     if data != dataset:
         return f"be on the test images of {dataset}, got {data!r}"
+    preprocessing = (log["data"] or {}).get("preprocessing")
+    known = [name for name in import_robustbench().data.PREPROCESSINGS if name is not None]
+    if dataset == "imagenet" and preprocessing not in known:
+        return f"be on images made by one of {', '.join(known)}, got {preprocessing!r}"
     if log["n_examples"] < (images := KNOWN[dataset].n_examples):
         return f"have all {images} test images, got {log['n_examples']}"
     if log["n_classes"] != classes:
