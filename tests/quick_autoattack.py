@@ -1,10 +1,13 @@
 """What tests of evaluations share: AutoAttack with fewer steps, a network and images for it, and how logs compare."""
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
@@ -53,6 +56,18 @@ def write_network_and_images(folder, count, wrong=0):
     labels[:wrong] = (labels[:wrong] + 1) % 10
     np.savez(folder / "images.npz", images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
     return model, pixels / 255, labels
+
+
+def write_imagenet(folder, count):
+    """Writes ImageNet's class folders with the first images of RobustBench's list; all names of the list."""
+    helpers = Path(robustbench.data.__file__).parent / "helper_files"
+    names = (helpers / "imagenet_test_image_ids.txt").read_text().split()
+    for label in json.loads((helpers / "imagenet_class_to_id_map.json").read_text()):  # not all are in the list
+        (folder / "val" / label).mkdir(parents=True)
+    for number, name in enumerate(names[:count]):
+        pixels = np.random.default_rng(number).integers(0, 256, (240, 260, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "val" / name)
+    return names
 
 
 def made_up_log(**changes):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pickle
 import re
 import struct
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torchvision.datasets
 from PIL import Image
+from quick_autoattack import write_imagenet
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import CenterCrop, Compose, Grayscale, Resize, ToTensor
 
@@ -424,16 +424,7 @@ def folder_of_two(tmp_path):
 @pytest.fixture
 def imagenet(tmp_path):
     """The class folders of ImageNet, and the first three images of RobustBench's list."""
-    listed = robustbench.data.__file__.replace("data.py", "helper_files/imagenet_test_image_ids.txt")
-    with open(listed) as file:
-        names = file.read().split()
-    with open(listed.replace("test_image_ids.txt", "class_to_id_map.json")) as file:
-        labels = json.load(file)  # not all classes are in the list
-    for label in labels:
-        (tmp_path / "val" / label).mkdir(parents=True)
-    for number, name in enumerate(names[:3]):
-        save_image(tmp_path / "val" / name, noise(240, 260, 3, seed=number))
-    return tmp_path, names
+    return tmp_path, write_imagenet(tmp_path, 3)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")  # RobustBench asks for them

@@ -14,11 +14,15 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from quick_autoattack import Quick, write_imagenet
 from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
+from ikl_plugins.commands.main import main as ikl
 from ikl_plugins.robustbench import from_huggingface, from_timm, from_torchvision, images_for, load_images
+from ikl_plugins.robustbench.evaluation.log import Evaluation
 from ikl_plugins.robustbench.image_models import torchvision_models
+from ikl_plugins.robustbench.submittable import network_obstacle, submission_obstacles
 
 robustbench = import_robustbench()
 timm = robustbench.data.timm  # imported without its warnings
@@ -328,6 +332,78 @@ def test_other_classes_are_refused(small, folder, tmp_path):
         images_for(small[0], tmp_path)
     with pytest.raises(ValueError, match=r"images must have shape \(N, 3, H, W\), got \(1, 1, 160, 160\)"):
         small[0](torch.rand(1, 1, 160, 160))
+
+
+# --- ImageNet --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")  # RobustBench asks for them
+@pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
+def test_imagenet_is_evaluated_on_robustbenchs_images(tmp_path, monkeypatch, capsys):
+    """With the model's own geometry, by the command; accuracy and predictions are timm's own."""
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", Quick)
+    files = write_imagenet(tmp_path, 2)[:2]
+    order = timm.data.ImageNetInfo().label_names()
+    labels = [order.index(file.split("/")[0]) for file in files]
+    network = of_timm(SMALL)
+    with torch.no_grad():  # one image is right
+        network.get_classifier().bias[labels[0]] += 9
+    torch.save({"state_dict": network.state_dict(), "args": timm_args(img_size=224)}, tmp_path / "net.pth")
+    ikl(
+        f"evaluate --timm {SMALL} --checkpoint {tmp_path}/net.pth --dataset imagenet --data-dir {tmp_path} "
+        f"--n-examples 2 --eps 4/255 --attacks apgd-ce --device cpu --output {tmp_path}/run".split()
+    )
+    shown = capsys.readouterr().out
+    log = Evaluation.load(tmp_path / "run" / "evaluation.json").log
+    data = timm.data.resolve_data_config({"img_size": 224}, model=network)
+    transform = timm.data.create_transform(**data)
+    with torch.no_grad():
+        expected = network(torch.stack([transform(Image.open(tmp_path / "val" / file)) for file in files])).argmax(1)
+    assert (log["natural_predictions"], log["labels"]) == (expected.tolist(), labels)
+    assert log["natural_accuracy"] == 50
+    assert (log["model"], log["data"]["name"], log["data"]["preprocessing"]) == (
+        SMALL,
+        "imagenet",
+        "BicubicRes256Crop224",
+    )
+    # Of the submission nothing stands against the network, its images and the radius.
+    refused = [line for line in shown.splitlines() if line.startswith("RobustBench would not take the result: ")]
+    assert refused == [
+        "RobustBench would not take the result: The evaluation must be of standard AutoAttack, got version 'standard' "
+        "with apgd-ce."
+    ]
+
+
+def listed(model, **plan):
+    return submission_obstacles(model, plan.pop("dataset", "imagenet"), **{"eps": "4/255", **plan})
+
+
+def test_what_robustbench_would_refuse_of_imagenet_is_known_before(small):
+    model, _ = small
+    assert network_obstacle(model) is None
+    assert listed(model) == ()
+    assert listed(model, threat_model="corruptions", eps=None) == ()
+    for plan, text in (
+        (
+            {"preprocessing": model.geometry.name},
+            "must be on images made by one of Res256Crop224, Crop288, Res224, Bicubic",
+        ),
+        ({"eps": "8/255"}, "must be at eps 4/255, that of the leaderboard, got 8/255"),
+        ({"n_examples": 1000}, "must have all 5000 test images, got 1000"),
+        ({"architecture": "ResNet-50"}, f"`architecture` must be left out for {SMALL}, got 'ResNet-50'"),
+        ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, "`mean` and `std` must be those of `model`"),
+        ({"dataset": "cifar10"}, "must be of a model with 10 classes, got 1000"),
+    ):
+        (reason,) = listed(model, **plan)
+        assert text in reason
+    half = copy.deepcopy(model).half()
+    assert "must have float32 weights" in listed(half)[0]
+    changed = copy.deepcopy(model)
+    changed.model.bn2.eps = 0.1
+    assert "must give the logits of the zoo entry" in listed(changed)[0]
+    grown = copy.deepcopy(model)
+    grown.model.register_buffer("extra", torch.zeros(1))
+    assert f"must be a {SMALL}, but has other entries (missing: none; unexpected: model.extra)" in listed(grown)[0]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
