@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "adopt": "put DKL, IKL or GKL into a config of yours",
     "build": "build the losses' C++ operator for CPUs",
+    "compare": "compare two evaluations, image for image",
     "config": "list, show and copy the shipped configs",
     "data": "write real images as class folders",
     "doctor": "say what works here, and the cure for what does not",

@@ -8,6 +8,7 @@ from .._robustbench_import import import_robustbench
 
 import_robustbench()
 
+from .compare import Comparison, compare  # noqa: E402
 from .data import Images, load_images  # noqa: E402
 from .eps import Eps, parse_eps  # noqa: E402
 from .evaluation import Evaluation, curve, evaluate, evaluate_corruptions  # noqa: E402
@@ -28,6 +29,7 @@ from .submission import write_submission  # noqa: E402
 from .submittable import submission_obstacles  # noqa: E402
 
 __all__ = [
+    "Comparison",
     "Eps",
     "Evaluation",
     "HostClassifier",
@@ -38,6 +40,7 @@ __all__ = [
     "Preflight",
     "Ranking",
     "check_natural",
+    "compare",
     "curve",
     "evaluate",
     "evaluate_corruptions",
