@@ -9,13 +9,22 @@ With a config the images are those of its own test, unless --data names others. 
 is shown beside that of the host's own test.
 
 The output folder gets evaluation.json, the adversarial images, report.md and its pictures. An interrupted evaluation
-goes on when the same command runs again, and ends as if it had never stopped.
+goes on when the same command runs again, and ends as if it had never stopped. Several processes share the work, and
+write what one alone would:
+
+    torchrun --nproc_per_node 8 $(which ikl) evaluate ... --output runs/wrn      # a device each
+    ikl evaluate ... --output runs/wrn --shard 3/8                               # eight jobs, one shared folder
+    ikl evaluate --merge shard1 shard2 --output runs/wrn                         # folders that are not shared
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["INTERRUPTED", "LOG", "configure", "run"]
 
 CALLER = "ikl evaluate"
+_AGAIN = 75  # the exit status of what is to be run again (EX_TEMPFAIL)
 INTERRUPTED = "run the same command again to go on"
 LOG = "evaluation.json"
 
@@ -54,6 +64,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, default=128, help="images per batch (default: 128)")
     add_device_argument(group)
     group.add_argument("--seed", type=int, default=0, help="of all attacks (default: 0)")
+    group.add_argument("--shard", metavar="K/N", help="do the K-th of N parts; the first writes the result")
+    group.add_argument("--wait", type=float, metavar="SECONDS", help="for other shards, per attack (default: for ever)")
+    group.add_argument("--merge", type=Path, nargs="+", metavar="FOLDER", help="unite outputs of shards; no model")
     group.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
 
 
@@ -63,14 +76,26 @@ def _names(text: str) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates, prints the accuracies and writes the report."""
-    import torch
-
-    from ..robustbench import write_report
+    from ..robustbench.evaluation import Unfinished
     from ..robustbench.figures import require_matplotlib
+
+    require_matplotlib(CALLER)  # rather now than when the attacks have run
+    if arguments.merge is not None:
+        _merge(arguments)
+        return
+    with _one_of_several(arguments):
+        try:
+            _evaluate(arguments)
+        except Unfinished as unfinished:
+            print(unfinished, file=sys.stderr)
+            sys.exit(_AGAIN)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
 
     corrupted = arguments.threat_model.startswith("corruptions")
     _check_together(arguments, corrupted)
-    require_matplotlib(CALLER)  # rather now than when the attacks have run
     loaded = model_from(arguments, caller=CALLER)
     try:
         evaluation, images = (_corruptions if corrupted else _attack)(arguments, loaded)
@@ -79,18 +104,81 @@ def run(arguments: argparse.Namespace) -> None:
         raise RuntimeError(
             f"{CALLER}: {arguments.device} has too little memory ({first}). Lower --batch-size."
         ) from error
+    if arguments.shard is None or arguments.shard[0] == 1:
+        _tell(evaluation, arguments.output, images)
+    else:
+        _say(f"shard {arguments.shard[0]} of {arguments.shard[1]} is done; the first one writes the result")
+
+
+def _tell(evaluation: Evaluation, output: Path, images: Images | None) -> None:
+    from ..robustbench import write_report
+
     natural = "" if evaluation.natural_accuracy is None else f"natural accuracy {evaluation.natural_accuracy:.2f} %, "
     _say(f"{natural}robust accuracy {evaluation.robust_accuracy:.2f} % ({_what(evaluation)})")
     for warning in evaluation.log["warnings"]:
         _say(f"AutoAttack warns: {warning}")
-    _say(f"report: {write_report(evaluation, arguments.output, images=images)}")
+    _say(f"report: {write_report(evaluation, output, images=images)}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from ..robustbench.evaluation import merge
+
+    for name in ("checkpoint", "mmpretrain", "torchdistill", "zoo", "data", "eps", "attacks", "curve", "shard", "wait"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{CALLER}: --merge does not read --{name}, as it runs no model. Leave it out.")
+    evaluation = merge([folder / LOG for folder in arguments.merge], arguments.output / LOG)
+    if evaluation.finished:
+        _tell(evaluation, arguments.output, None)
+        return
+    last = evaluation.log["progress"][-1]
+    _say(
+        f"{last['attack']}: {last['batches_done']} of {last['batches']} batches are there. Run the shards again, each "
+        f"with a copy of {arguments.output} as its --output, and merge again."
+    )
+    sys.exit(_AGAIN)
+
+
+@contextlib.contextmanager
+def _one_of_several(arguments: argparse.Namespace) -> Iterator[None]:
+    """Reads --shard, or what torchrun has set: ranks take a device each, and all but the first are silent."""
+    from ..robustbench.evaluation.shards import launched
+
+    rank = launched(CALLER, os.environ)
+    if arguments.shard is not None:
+        if rank is not None:
+            raise ValueError(f"{CALLER}: --shard must be left out under torchrun, where each rank is a shard.")
+        numbers = arguments.shard.split("/")
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"{CALLER}: --shard must be two numbers such as 3/8, got {arguments.shard}.")
+        arguments.shard = (int(numbers[0]), int(numbers[1]))
+    arguments.silent = rank is not None and rank[0] > 1
+    if rank is not None:
+        arguments.shard = rank
+        arguments.device = _own_device(arguments.device, int(os.environ.get("LOCAL_RANK", rank[0] - 1)))
+    if not arguments.silent:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _own_device(device: str, local_rank: int) -> str:
+    """Of the devices of this machine, that of the rank; several ranks share one where there are fewer."""
+    import torch
+
+    if device != "cuda":
+        return device
+    device = f"cuda:{local_rank % torch.cuda.device_count()}"
+    torch.cuda.set_device(device)
+    return device
 
 
 def _check_together(arguments: argparse.Namespace, corrupted: bool) -> None:
     """Refuses options of attacks for corruptions, and radii that the attacks would refuse hours later."""
     threat_model = arguments.threat_model
     if corrupted:
-        for name in ("eps", "attacks", "curve", "version", "data"):
+        for name in ("eps", "attacks", "curve", "version", "data", "shard"):
             if getattr(arguments, name) not in (None, VERSIONS[0]):
                 raise ValueError(f"{CALLER}: --threat-model {threat_model} does not read --{name}. Leave it out.")
     elif arguments.eps is None:
@@ -119,13 +207,17 @@ def _attack(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluat
         "checkpoint": loaded.checkpoint,
         "data": images,
         "model_name": loaded.name,
+        "progress": not arguments.silent,
+        "shard": arguments.shard,
+        "wait": arguments.wait,
     }
     log = arguments.output / LOG
     evaluation = evaluate(*data, eps=arguments.eps, log=log, **options)
     if arguments.curve is not None:
         points = curve(*data, arguments.curve, folder=arguments.output / "curve", **options)
         evaluation.log["curve"] = points
-        evaluation.save(log)
+        if arguments.shard is None or arguments.shard[0] == 1:
+            evaluation.save(log)
     return evaluation, images
 
 

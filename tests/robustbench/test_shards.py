@@ -4,12 +4,13 @@ import contextlib
 
 import pytest
 import torch
-from quick_autoattack import Quick, batch, network, without_times
+from quick_autoattack import Quick, batch, message, network, without_times
 
+from ikl_plugins._files import locked
 from ikl_plugins._robustbench_import import import_robustbench
-from ikl_plugins.robustbench.evaluation import evaluate
+from ikl_plugins.robustbench.evaluation import Unfinished, curve, evaluate
 from ikl_plugins.robustbench.evaluation.log import Evaluation
-from ikl_plugins.robustbench.evaluation.shards import Unfinished
+from ikl_plugins.robustbench.evaluation.shards import launched
 
 robustbench = import_robustbench()
 pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
@@ -85,3 +86,150 @@ def test_shards_find_what_autoattack_finds(version, norm, tmp_path):
             assert found.log["predictions"] == predictions.tolist()
             assert without_times(found.log) == without_times(whole.log)
             assert found.finished
+
+
+def test_shards_of_a_curve_end_as_one(tmp_path):
+    given = sample()
+    options = {"attacks": ["apgd-ce"], "batch_size": 5, "progress": False}
+    points = curve(*given, ["2/255", "6/255"], **options)
+    for number in (2, 1, 2):
+        with contextlib.suppress(Unfinished):
+            found = curve(*given, ["2/255", "6/255"], folder=tmp_path, shard=(number, 2), wait=0, **options)
+        with contextlib.suppress(Unfinished):
+            found = curve(*given, ["2/255", "6/255"], folder=tmp_path, shard=(number, 2), wait=0, **options)
+    assert found == points
+
+
+# --- more images, other numbers of shards ----------------------------------------------------------------------------
+
+
+def counted(model):
+    """How many images the attacks have got since the last call."""
+    seen = []
+    model.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+
+    def count():
+        total = sum(seen)
+        seen.clear()
+        return total
+
+    return count
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_more_images_later_end_as_all_at_once(shards, tmp_path):
+    model, images, labels = sample(count=23)
+    whole = evaluate(model, images, labels, log=tmp_path / "whole.json", **OPTIONS)
+    log, count = tmp_path / "log.json", counted(model)
+    evaluate(model, images[:13], labels[:13], log=log, **OPTIONS)  # of 11 right ones the last is alone in its batch
+    first = count()
+    before = {file: file.read_bytes() for file in (tmp_path / "log_adversarial").iterdir()}
+    if shards == 1:
+        found = evaluate(model, images, labels, log=log, **OPTIONS)
+    else:
+        found, *_ = in_turn(2, model, images, labels, log=log, **OPTIONS)
+    later = count()
+    for one in (found, Evaluation.load(log)):
+        assert without_times(one.log) == {**without_times(whole.log), "adversarial": "log_adversarial"}
+        assert torch.equal(one.adversarial_images(images), whole.adversarial_images(images))
+    assert {file: file.read_bytes() for file in before} == before
+    evaluate(model, images, labels, **OPTIONS)
+    if shards == 1:
+        assert later < count() - first / 2
+    with message("has other n_examples 23 instead of 13"):
+        evaluate(model, images[:13], labels[:13], log=log, **OPTIONS)
+    with message("has other data in its 23 images"):
+        more = torch.cat([images[:22], images])
+        evaluate(model, more, model(more).argmax(1), log=log, **OPTIONS)
+
+
+def test_the_number_of_shards_may_change_and_no_batch_runs_twice(tmp_path):
+    model, images, labels = sample(count=23)
+    whole = evaluate(model, images, labels, log=tmp_path / "whole.json", **OPTIONS)
+    log, runs = tmp_path / "log.json", []
+    for shard in ((2, 3), (4, 4), (1, 2), (2, 2), (1, 1)):
+        with contextlib.suppress(Unfinished):
+            evaluate(model, images, labels, log=log, shard=shard, wait=0, **{**OPTIONS, "progress": runs.append})
+    found = Evaluation.load(log)
+    assert without_times(found.log) == {**without_times(whole.log), "adversarial": "log_adversarial"}
+    files = [file.name for file in (tmp_path / "log_adversarial").iterdir()]
+    assert len(files) == 1 + sum(entry["batches"] for entry in found.log["progress"])
+
+
+# --- one writer ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_with_the_holder_named(tmp_path):
+    given, log = sample(), tmp_path / "log.json"
+    here = r"process \d+ on \S+ does. Wait for it, or share the work with --shard."
+    with locked("someone", log, ""):
+        with pytest.raises(ValueError, match=f"^evaluate: {log} must have one process that writes it, but {here}$"):
+            evaluate(*given, log=log, **OPTIONS)
+        with pytest.raises(Unfinished):  # not the one that writes
+            evaluate(*given, log=log, shard=(2, 2), wait=0, **OPTIONS)
+    evaluate(*given, log=log, **OPTIONS)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.json", "log_adversarial"]
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({"shard": (0, 2)}, ValueError, "`shard` must be two numbers such as (3, 8), the third of eight, got (0, 2)"),
+        ({"shard": (3, 2)}, ValueError, "got (3, 2)"),
+        ({"shard": "1/2"}, ValueError, "got '1/2'"),
+        ({"shard": (1, 2), "log": None}, ValueError, "`shard` needs a `log`"),
+        ({"wait": -1}, ValueError, "`wait` must be a finite number of at least 0"),
+    ],
+)
+def test_shards_that_are_none_are_refused(changes, kind, text, tmp_path):
+    with message(text, kind):
+        evaluate(*sample(), **{"log": tmp_path / "log.json", **OPTIONS, **changes})
+
+
+def test_a_shard_of_another_evaluation_is_refused_when_the_log_is_there(tmp_path, capsys):
+    given, log = sample(), tmp_path / "log.json"
+    with pytest.raises(Unfinished, match=r"shard 2 of 2 has done its part, but 2 batches of apgd-ce from shard 1 are"):
+        evaluate(*given, log=log, shard=(2, 2), wait=0, seed=1, **OPTIONS)
+
+    def writes(_, __):
+        if not log.exists():
+            evaluate(*sample(), log=log, **OPTIONS)
+
+    model = given[0]
+    model.register_forward_pre_hook(writes)
+    with message("has other seed 0 instead of 1"):
+        evaluate(*given, log=log, shard=(2, 2), wait=0, seed=1, **OPTIONS)
+
+
+def test_whom_a_shard_waits_for_is_said_once_a_minute(tmp_path, monkeypatch, capsys):
+    from ikl_plugins.robustbench.evaluation import shards
+
+    clock = iter(range(0, 10000, 20))
+    monkeypatch.setattr(shards.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    with pytest.raises(Unfinished):
+        evaluate(*sample(), log=tmp_path / "log.json", shard=(2, 3), wait=300, **{**OPTIONS, "progress": True})
+    said = [line for line in capsys.readouterr().err.splitlines() if "waits" in line]
+    assert said == ["shard 2 of 3 waits for 2 batches of apgd-ce from shard 1, shard 3"] * len(said)
+    assert 4 <= len(said) <= 6
+
+
+@pytest.mark.parametrize(
+    ("environment", "shard"),
+    [
+        ({}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "1"}, None),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (3, 4)),
+    ],
+)
+def test_a_launcher_makes_shards_of_its_ranks(environment, shard):
+    assert launched("ikl evaluate", environment) == shard
+
+
+def test_variables_that_are_no_ranks_are_refused():
+    with message("RANK must lie below WORLD_SIZE, got RANK=4, WORLD_SIZE=4"):
+        launched("ikl evaluate", {"RANK": "4", "WORLD_SIZE": "4"})

@@ -3,6 +3,9 @@
 from .checks import ATTACKS, VERSIONS, check_radii
 from .corruptions import evaluate_corruptions
 from .log import Evaluation
+from .merge import merge
 from .run import Progress, curve, evaluate
+from .shards import Unfinished
 
-__all__ = ["ATTACKS", "VERSIONS", "Evaluation", "Progress", "check_radii", "curve", "evaluate", "evaluate_corruptions"]
+__all__ = ["ATTACKS", "VERSIONS", "Evaluation", "Progress", "Unfinished", "check_radii", "curve", "evaluate"]
+__all__ += ["evaluate_corruptions", "merge"]

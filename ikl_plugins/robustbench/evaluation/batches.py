@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..._files import written_aside
 
-__all__ = ["RESULTS_VERSIONS", "Batch", "Batches", "Natural", "batch_path", "facts", "natural", "read_batch"]
-__all__ += ["read_natural"]
+__all__ = ["RESULTS_VERSIONS", "Batch", "Batches", "Natural", "batch_path", "natural", "natural_facts"]
+__all__ += ["natural_path", "read_batch", "read_natural"]
 
 # What the content of every batch follows from; keys of the log.
 _FACTS = (
@@ -78,6 +78,17 @@ class Natural:
     warnings: list[str]
     facts: dict[str, Any]
 
+    def write(self, path: Path) -> None:
+        """Writes the file, unless another process was faster."""
+        with written_aside(path, first=True) as aside:
+            np.savez(
+                aside,
+                facts=json.dumps(self.facts),
+                predictions=self.predictions.numpy(),
+                digests=np.array(self.digests),
+                warnings=np.array(self.warnings, dtype=str),
+            )
+
 
 class Batches:
     """The batch files of one evaluation.
@@ -92,7 +103,7 @@ class Batches:
     def __init__(self, caller: str, folder: Path | None, log: Mapping[str, Any], digests: Sequence[str]) -> None:
         self._caller = caller
         self._folder = folder
-        self._facts = facts(log)
+        self._facts = _facts(log)
         self._attacks: list[str] = log["attacks"]
         self._digests = digests
 
@@ -147,7 +158,7 @@ def read_batch(caller: str, path: Path, key: str) -> Batch:
     return _read(caller, path, content)
 
 
-def facts(log: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(log: Mapping[str, Any]) -> dict[str, Any]:
     """What every batch of an evaluation follows from, beside its images."""
     versions = {name: log["versions"].get(name) for name in RESULTS_VERSIONS}
     return {**{name: log.get(name) for name in _FACTS}, **{f"version of {name}": versions[name] for name in versions}}
@@ -173,25 +184,27 @@ def natural(
         predictions: of this process (N,).
         checks: runs AutoAttack's checks and gives its warnings; called where no process has.
     """
-    said = {**facts(log), "attacks": log["attacks"], "n_examples": log["n_examples"], "data": log["data"]["sha256"]}
-    path = None if folder is None else folder / f"natural-{_digest(said)}.npz"
+    path = None if folder is None else natural_path(folder, log)
     if path is not None and path.exists():
         found = read_natural(caller, path)
         if found.digests != _digests(images, labels, found.predictions):
             raise ValueError(f"{caller}: {path} must be of these images, but is damaged. Remove it, evaluate again.")
         return found, path
-    found = Natural(predictions, _digests(images, labels, predictions), checks(), said)
+    found = Natural(predictions, _digests(images, labels, predictions), checks(), natural_facts(log))
     if path is None:
         return found, None
-    with written_aside(path, first=True) as aside:
-        np.savez(
-            aside,
-            facts=json.dumps(said),
-            predictions=predictions.numpy(),
-            digests=np.array(found.digests),
-            warnings=np.array(found.warnings, dtype=str),
-        )
+    found.write(path)
     return natural(caller, folder, log, images, labels, predictions, checks)  # that of another process may be there
+
+
+def natural_facts(log: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation follows from."""
+    return {**_facts(log), "attacks": log["attacks"], "n_examples": log["n_examples"], "data": log["data"]["sha256"]}
+
+
+def natural_path(folder: Path, log: Mapping[str, Any]) -> Path:
+    """The file of :func:`natural`."""
+    return folder / f"natural-{_digest(natural_facts(log))}.npz"
 
 
 def read_natural(caller: str, path: Path) -> Natural:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,25 @@ class Record:
             f"{differing}. Name another file, or remove this one."
         )
 
-    def begin(self, attack: str, batches: int, standing: int) -> dict[str, Any]:
-        """The line of the progress for an attack that begins."""
-        entry = {"attack": attack, "standing": standing, "seconds": 0.0, "batches": batches, "batches_done": 0}
-        self._entry: dict[str, Any] = {**entry, "keys": [None] * batches}
-        self._standing, self._noted = standing, dict[int, Batch]()
+    def parts(self) -> list[list[int]]:
+        """The batches of the images that stand."""
+        log, size = self.log, self.log["batch_size"]
+        pairs = enumerate(zip(log["natural_correct"], log["fell_to"], strict=True))
+        standing = [index for index, (correct, fell_to) in pairs if correct and fell_to is None]
+        return [standing[start : start + size] for start in range(0, len(standing), size)]
+
+    def begin(self, attack: str, parts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The line of the progress for an attack on these batches."""
+        self._standing, self._noted = sum(len(part) for part in parts), dict[int, Batch]()
         self._warnings = self.log["warnings"]
+        self._entry: dict[str, Any] = {
+            "attack": attack,
+            "standing": self._standing,
+            "seconds": 0.0,
+            "batches": len(parts),
+            "batches_done": 0,
+            "keys": [None] * len(parts),
+        }
         self.log["progress"].append(self._entry)
         return self._entry
 

@@ -333,11 +333,8 @@ def _run_attack(
     tell: Callable[[Progress], None],
 ) -> None:
     """Runs one attack on the images that stand, batch by batch, except for those batches that have run already."""
-    log, size = record.log, record.log["batch_size"]
-    pairs = enumerate(zip(log["natural_correct"], log["fell_to"], strict=True))
-    standing = [index for index, (correct, fell_to) in pairs if correct and fell_to is None]
-    parts = [standing[start : start + size] for start in range(0, len(standing), size)]
-    entry = record.begin(attack, len(parts), len(standing))
+    log, parts = record.log, record.parts()
+    entry = record.begin(attack, parts)
 
     def note(number: int, batch: Batch) -> None:
         record.note(number, batches.key(attack, parts[number]), batch)
