@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from ikl_plugins.commands.model_options import (
     model_from,
 )
 from ikl_plugins.models.robustbench_zoo import robustbench_network
-from ikl_plugins.robustbench import data, evaluation, loading, mmpretrain_data, torchdistill_data
+from ikl_plugins.robustbench import data, evaluation, image_models, loading, mmpretrain_data, torchdistill_data
 from ikl_plugins.robustbench.evaluation import curve, evaluate
 from ikl_plugins.robustbench.evaluation.log import Evaluation
 
@@ -283,22 +284,53 @@ def parsed(*arguments):
             {},
             "kd",
         ),
+        (
+            "from_timm",
+            "--timm resnet18 --checkpoint c.pt --mean .1,.2,.3 --std 1,2,3 --weights last --image-size 32",
+            ["resnet18"],
+            {
+                "checkpoint": Path("c.pt"),
+                "averaged": False,
+                "offline": False,
+                "image_size": 32,
+                "mean": (0.1, 0.2, 0.3),
+                "std": (1.0, 2.0, 3.0),
+            },
+            "resnet18",
+        ),
+        (
+            "from_torchvision",
+            "--torchvision resnet50 --weights-name IMAGENET1K_V2 --offline",
+            ["resnet50"],
+            {
+                "checkpoint": None,
+                "averaged": True,
+                "offline": True,
+                "weights_name": "IMAGENET1K_V2",
+                "mean": None,
+                "std": None,
+            },
+            "resnet50",
+        ),
+        ("from_huggingface", "--huggingface google/vit", ["google/vit"], {"offline": False}, "google/vit"),
     ],
 )
 def test_every_way_to_a_model_gets_its_arguments(monkeypatch, function, arguments, positional, named, name):
-    real, called, model = getattr(loading, function), [], nn.Identity()
+    room = loading if hasattr(loading, function) else image_models
+    real, called, model = getattr(room, function), [], nn.Identity()
 
     def fake(*args, **kwargs):
         called.append(([str(arg) for arg in args], kwargs))
         return model
 
     inspect.signature(real).bind(*positional, **named)  # the real one would take them
-    monkeypatch.setattr(loading, function, fake)
+    monkeypatch.setattr(room, function, fake)
     for module, name_of_class in ((mmpretrain_data, "MMPretrainData"), (torchdistill_data, "TorchdistillData")):
         monkeypatch.setattr(module, name_of_class, lambda caller, config, *_: config)
     loaded = model_from(parsed(*arguments.split()), caller="x")
     assert called == [(positional, named)]
-    assert (loaded.model, loaded.name, loaded.checkpoint.stem) == (model, name, "c")
+    assert (loaded.model, loaded.name) == (model, name)
+    assert getattr(loaded.checkpoint, "stem", None) == ("c" if "--checkpoint" in arguments else None)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +341,11 @@ def test_every_way_to_a_model_gets_its_arguments(monkeypatch, function, argument
         ("--torchdistill a --mmpretrain b --checkpoint c", "one model must be named, got --mmpretrain and --torch"),
         ("--checkpoint c --mmpretrain a --architecture b", "--mmpretrain does not read --architecture"),
         ("--checkpoint c --torchdistill a --weights last", "--torchdistill does not read --weights"),
+        ("--timm a --torchvision b", "one model must be named, got --timm and --torchvision"),
+        ("--timm a --architecture b", "--timm does not read --architecture"),
+        ("--torchvision a --image-size 32", "--torchvision does not read --image-size"),
+        ("--huggingface a --checkpoint c", "--huggingface does not read --checkpoint"),
+        ("--checkpoint c --architecture a --weights-name b", "--checkpoint does not read --weights-name"),
         ("--checkpoint c --architecture a --channel-order rgb", "--checkpoint does not read --channel-order"),
     ],
 )
