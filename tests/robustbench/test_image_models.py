@@ -27,7 +27,7 @@ from ikl_plugins.robustbench.submittable import network_obstacle, submission_obs
 robustbench = import_robustbench()
 timm = robustbench.data.timm  # imported without its warnings
 NAMES = ("class1", "class2", "class10")
-SMALL = "test_efficientnet"  # of timm: 160x160, crop_pct 0.875, bicubic
+SMALL = "test_efficientnet"  # of timm: 160x160, bicubic
 
 
 def write_images(folder, names=NAMES, count=2):
@@ -150,11 +150,10 @@ def test_what_is_given_takes_the_place_of_the_configuration(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"img_size": 224}, "BicubicRes256Crop224"),
-        ({"img_size": 224, "interpolation": "bilinear"}, "Res256Crop224"),
+        ({"img_size": 224, "crop_pct": 0.875}, "BicubicRes256Crop224"),
+        ({"img_size": 224, "crop_pct": 0.875, "interpolation": "bilinear"}, "Res256Crop224"),
         ({"img_size": 224, "interpolation": "bilinear", "crop_mode": "squash", "crop_pct": 1.0}, "Res224"),
         ({"img_size": 224, "crop_pct": 0.9}, "timm 224x224, crop_pct 0.9, bicubic, center"),
-        ({}, "timm 160x160, crop_pct 0.875, bicubic, center"),
     ],
 )
 def test_a_geometry_that_robustbench_knows_has_its_name(changes, name, folder, tmp_path):
@@ -348,14 +347,16 @@ def test_imagenet_is_evaluated_on_robustbenchs_images(tmp_path, monkeypatch, cap
     network = of_timm(SMALL)
     with torch.no_grad():  # one image is right
         network.get_classifier().bias[labels[0]] += 9
-    torch.save({"state_dict": network.state_dict(), "args": timm_args(img_size=224)}, tmp_path / "net.pth")
+    torch.save(
+        {"state_dict": network.state_dict(), "args": timm_args(img_size=224, crop_pct=0.875)}, tmp_path / "net.pth"
+    )
     ikl(
         f"evaluate --timm {SMALL} --checkpoint {tmp_path}/net.pth --dataset imagenet --data-dir {tmp_path} "
         f"--n-examples 2 --eps 4/255 --attacks apgd-ce --device cpu --output {tmp_path}/run".split()
     )
     shown = capsys.readouterr().out
     log = Evaluation.load(tmp_path / "run" / "evaluation.json").log
-    data = timm.data.resolve_data_config({"img_size": 224}, model=network)
+    data = timm.data.resolve_data_config({"img_size": 224, "crop_pct": 0.875}, model=network)
     transform = timm.data.create_transform(**data)
     with torch.no_grad():
         expected = network(torch.stack([transform(Image.open(tmp_path / "val" / file)) for file in files])).argmax(1)
