@@ -23,6 +23,7 @@ class Quick(robustbench.eval.AutoAttack):
         super().__init__(*args, **kwargs)
         for attack in (self.apgd, self.apgd_targeted):
             attack.n_iter, attack.n_iter_2, attack.n_iter_min = 8, 3, 1
+            attack.n_iter_orig = 8  # of L1, which spreads them over three radii
             attack.eot_iter = min(attack.eot_iter, 3)
         self.fab.n_iter = 6
         self.square.n_queries = 60

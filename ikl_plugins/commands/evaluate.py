@@ -21,15 +21,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .model_options import (
     ATTACKS,
+    NORMS,
+    PRECISIONS,
     THREAT_MODELS,
     VERSIONS,
     LoadedModel,
@@ -47,6 +50,9 @@ __all__ = ["INTERRUPTED", "LOG", "configure", "run"]
 
 CALLER = "ikl evaluate"
 _AGAIN = 75  # the exit status of what is to be run again (EX_TEMPFAIL)
+_SURROGATE = ("surrogate_checkpoint", "surrogate_architecture")
+_OF_ATTACKS = ("eps", "attacks", "curve", "version", "data", "set", "precision", "channels_last", "shard", *_SURROGATE)
+_DEFAULTS = (None, VERSIONS[0], PRECISIONS[0], False)
 INTERRUPTED = "run the same command again to go on"
 LOG = "evaluation.json"
 
@@ -56,12 +62,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_data_arguments(parser)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--threat-model", choices=THREAT_MODELS, default="Linf", help="(default: Linf)")
+    models = tuple(dict.fromkeys((*NORMS, *THREAT_MODELS)))
+    group.add_argument("--threat-model", choices=models, default="Linf", help="(default: Linf)")
     group.add_argument("--eps", metavar="EPS", help="radius, as a fraction: 8/255")
     group.add_argument("--version", choices=VERSIONS, default=VERSIONS[0], help="of AutoAttack (default: standard)")
-    group.add_argument("--attacks", type=_names, metavar="A,B", help=f"some of {', '.join(ATTACKS)} instead")
+    own = "transfer-... of them, module:callable, or an entry point; first may be a version"
+    group.add_argument("--attacks", type=_names, metavar="A,B", help=f"instead: {', '.join(ATTACKS)}, {own}")
+    group.add_argument(
+        "--set", type=_parameter, action="append", metavar="A.P=V", help="of an attack, such as square.n_queries=20000"
+    )
+    group.add_argument("--surrogate-checkpoint", type=Path, metavar="FILE", help="that transfer attacks are made on")
+    group.add_argument("--surrogate-architecture", metavar="NAME", help="of the surrogate")
     group.add_argument("--curve", type=_names, metavar="EPS,EPS", help="radii at which to measure as well")
-    group.add_argument("--batch-size", type=int, default=128, help="images per batch (default: 128)")
+    batch = "images per batch, or auto for what fits memory (default: 128)"
+    group.add_argument("--batch-size", type=_batch_size, default=128, metavar="N", help=batch)
+    group.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="bfloat16 for a quick look")
+    group.add_argument("--channels-last", action="store_true", help="memory layout, for a quick look")
     add_device_argument(group)
     group.add_argument("--seed", type=int, default=0, help="of all attacks (default: 0)")
     group.add_argument("--shard", metavar="K/N", help="do the K-th of N parts; the first writes the result")
@@ -72,6 +88,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _parameter(text: str) -> tuple[str, str, int | float]:
+    """'square.n_queries=20000' as attack, parameter and value."""
+    key, _, value = text.partition("=")
+    attack, _, name = key.strip().rpartition(".")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not attack or math.isnan(number):
+        raise argparse.ArgumentTypeError(f"must be such as square.n_queries=20000, got {text!r}")
+    return attack, name, int(value) if value.strip().isdecimal() else number
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, dict[str, int | float]]:
+    found: dict[str, dict[str, int | float]] = {}
+    for attack, name, value in arguments.set or ():
+        found.setdefault(attack, {})[name] = value
+    return found
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -117,6 +157,8 @@ def _tell(evaluation: Evaluation, output: Path, images: Images | None) -> None:
     _say(f"{natural}robust accuracy {evaluation.robust_accuracy:.2f} % ({_what(evaluation)})")
     for warning in evaluation.log["warnings"]:
         _say(f"AutoAttack warns: {warning}")
+    if evaluation.log["unreliable"]:
+        _say("AutoAttack's own checks say that this evaluation may be unreliable.")
     _say(f"report: {write_report(evaluation, output, images=images)}")
 
 
@@ -178,9 +220,11 @@ def _check_together(arguments: argparse.Namespace, corrupted: bool) -> None:
     """Refuses options of attacks for corruptions, and radii that the attacks would refuse hours later."""
     threat_model = arguments.threat_model
     if corrupted:
-        for name in ("eps", "attacks", "curve", "version", "data", "shard"):
-            if getattr(arguments, name) not in (None, VERSIONS[0]):
-                raise ValueError(f"{CALLER}: --threat-model {threat_model} does not read --{name}. Leave it out.")
+        given = [name for name in _OF_ATTACKS if getattr(arguments, name) not in _DEFAULTS]
+        given += ["batch_size auto"] if arguments.batch_size == "auto" else []
+        for name in given:
+            option = name.replace("_", "-")
+            raise ValueError(f"{CALLER}: --threat-model {threat_model} does not read --{option}. Leave it out.")
     elif arguments.eps is None:
         raise ValueError(f"{CALLER}: --threat-model {threat_model} needs a radius. Add --eps 8/255.")
     elif arguments.curve is not None:
@@ -211,6 +255,7 @@ def _attack(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluat
         "shard": arguments.shard,
         "wait": arguments.wait,
     }
+    options.update(_other_attacks(arguments))
     log = arguments.output / LOG
     evaluation = evaluate(*data, eps=arguments.eps, log=log, **options)
     if arguments.curve is not None:
@@ -219,6 +264,24 @@ def _attack(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluat
         if arguments.shard is None or arguments.shard[0] == 1:
             evaluation.save(log)
     return evaluation, images
+
+
+def _other_attacks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What of the attacks is not AutoAttack's."""
+    from ..robustbench import load_checkpoint
+
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where module:callable is looked for, as by python -m
+    file, name = arguments.surrogate_checkpoint, arguments.surrogate_architecture
+    if (file is None) != (name is None):
+        raise ValueError(f"{CALLER}: --surrogate-checkpoint and --surrogate-architecture go together. Add the other.")
+    surrogate = None if file is None else load_checkpoint(file, name, arguments.dataset)
+    return {
+        "parameters": _parameters(arguments),
+        "surrogate": surrogate,
+        "precision": arguments.precision,
+        "channels_last": arguments.channels_last,
+    }
 
 
 def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Evaluation, Images]:
@@ -250,16 +313,20 @@ def _corruptions(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Ev
 
 def _check_natural(arguments: argparse.Namespace, loaded: LoadedModel, images: Images) -> None:
     from ..robustbench import check_natural, submission_obstacles
+    from ..robustbench.evaluation.precision import precision_in_words
     from ..robustbench.known_sets import recorded_name
 
     _say(f"{len(images)} images of {images.name}, model {loaded.name}")
-    found = check_natural(loaded.model, images, loaded.host, batch_size=arguments.batch_size, device=arguments.device)
+    size = 128 if arguments.batch_size == "auto" else arguments.batch_size
+    found = check_natural(loaded.model, images, loaded.host, batch_size=size, device=arguments.device)
     _say(str(found))
     if arguments.zoo is None:  # what is there need not be submitted
         names = ("architecture", "mean", "std", "threat_model", "eps", "version", "attacks")
         plan = {name: getattr(arguments, name) for name in names}
         plan.update(data=recorded_name(images.name, images.source), n_examples=len(images))
         plan.update(preprocessing=images.preprocessing)
+        plan["parameters"] = _parameters(arguments)
+        plan["precision"] = precision_in_words(CALLER, arguments.precision, arguments.channels_last)
         for obstacle in submission_obstacles(loaded.model, arguments.dataset, **plan):
             _say(f"RobustBench would not take the result: {obstacle}")
 
@@ -269,9 +336,9 @@ def _say(text: str) -> None:
 
 
 def _what(evaluation: Evaluation) -> str:
+    from ..robustbench.evaluation.verdict import attacks_in_words
+
     log = evaluation.log
     if log["eps"] is None:
         return f"mean over {len(log['corruptions'])} corruptions and severities"
-    version = f"part of {log['version']} AutoAttack" if log["dropped"] else f"AutoAttack {log['version']}"
-    name = "standard AutoAttack" if evaluation.standard else f"{version}: {', '.join(log['attacks'])}"
-    return f"{log['threat_model']}, eps {log['eps']}, {name}"
+    return f"{log['threat_model']}, eps {log['eps']}, {attacks_in_words(log)}"

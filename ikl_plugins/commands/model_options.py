@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ATTACKS",
     "DATASETS",
+    "NORMS",
+    "PRECISIONS",
     "THREAT_MODELS",
     "VERSIONS",
     "LoadedModel",
@@ -33,6 +35,8 @@ __all__ = [
 # Names of the room, again: it imports torch, and --help and completion shall not. A test compares them.
 DATASETS = ("cifar10", "cifar100", "imagenet")
 THREAT_MODELS = ("Linf", "L2", "corruptions", "corruptions_3d")
+NORMS = ("Linf", "L2", "L1")  # AutoAttack's; RobustBench has no leaderboard for L1
+PRECISIONS = ("float32", "bfloat16")
 ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 VERSIONS = ("standard", "plus", "rand")
 WEIGHTS = ("averaged", "last")

@@ -44,7 +44,7 @@ def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
     Args:
         caller: whom a refusal names.
         value: text such as '8/255', '0.5' or '7.5/255', a number, or an :class:`Eps`, which is handed back.
-        norm: 'Linf' or 'L2'. L-infinity radii count grey levels, so that a decimal close to one gets a warning.
+        norm: 'Linf', 'L2' or 'L1'. L-infinity radii count grey levels, so that a decimal close to one gets a warning.
 
     Returns:
         The radius, above 0. A float counts as k/255 only if it is the same float as k / 255.

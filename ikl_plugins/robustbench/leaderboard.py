@@ -25,6 +25,7 @@ _LABEL_DISTANCE = 1.0  # points of robust accuracy from one label to the next
 _FIELDS = {
     "Linf": ("external", "autoattack_acc"),
     "L2": ("external", "autoattack_acc"),
+    "L1": (),  # AutoAttack has it, RobustBench no leaderboard
     "corruptions": ("corruptions_acc",),
     "corruptions_3d": ("corruptions_acc_3d",),
 }

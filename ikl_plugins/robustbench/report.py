@@ -15,6 +15,7 @@ from torch import Tensor
 from .._files import written_aside
 from .data import Images
 from .evaluation.log import Evaluation, versions_text
+from .evaluation.verdict import attacks_in_words, not_standard_in_words
 from .figures import new_figure, require_matplotlib, save_figure
 
 __all__ = ["binomial_interval", "write_report"]
@@ -124,10 +125,6 @@ def _page(path: Path) -> Path:
 # --- the parts of the page -------------------------------------------------------------------------------------------
 
 
-def _version(log: dict[str, Any]) -> str:
-    return f"part of {log['version']}" if log["dropped"] else str(log["version"])
-
-
 def _summary(log: dict[str, Any]) -> str:
     lines = []
     if not log["finished"]:
@@ -150,9 +147,12 @@ def _summary(log: dict[str, Any]) -> str:
     lines += ["", _UPPER_BOUND]
     lines += ["", f"The intervals are binomial, for the choice of the {log['n_examples']:,} images alone."]
     if not log["standard"]:
-        lines += ["", "This is not standard AutoAttack, and not comparable with results that are."]
+        lines += ["", f"This is not standard AutoAttack ({not_standard_in_words(log)}), and not comparable with it."]
     lines += [f"Left out: {dropped['attack']}, since {dropped['reason']}." for dropped in log["dropped"]]
-    lines += [f"AutoAttack warns: {warning}" for warning in log["warnings"]]
+    if log["unreliable"]:
+        lines += ["", "AutoAttack's own checks say that **this evaluation may be unreliable**."]
+    lines += [""] if log["warnings"] else []
+    lines += [f"- AutoAttack warns: {warning}" for warning in log["warnings"]]
     return "\n".join(lines)
 
 
@@ -166,9 +166,11 @@ def _setting(log: dict[str, Any]) -> str:
         "sha256 of the checkpoint": checkpoint.get("sha256", "-"),
         "sha256 of the weights": log["weights_sha256"],
         "sha256 of the data": data.get("sha256", "-"),
-        "AutoAttack": "-" if log["version"] is None else f"{_version(log)}: {', '.join(log['attacks'])}",
+        "attacks": "-" if log["version"] is None else attacks_in_words(log),
+        "surrogate": _surrogate(log.get("surrogate")),
         "target classes": "-" if log["n_target_classes"] is None else str(log["n_target_classes"]),
         "dtype of the weights": log.get("dtype", "-"),
+        "precision": log["precision"],
         "batch size": str(log["batch_size"]),
         "seed": str(log["seed"]),
         "device": log["device"],
@@ -176,6 +178,10 @@ def _setting(log: dict[str, Any]) -> str:
         "versions": versions_text(log),
     }
     return "## Setting\n\n" + _table(["", ""], [[name, value] for name, value in facts.items()])
+
+
+def _surrogate(facts: dict[str, Any] | None) -> str:
+    return "-" if facts is None else f"{facts['model']}, sha256 of its weights {facts['weights_sha256']}"
 
 
 def _attack_part(log: dict[str, Any]) -> str:
@@ -200,7 +206,9 @@ def _curve_part(log: dict[str, Any], pictures: _Pictures) -> str:
     ends = [
         binomial_interval(sum(flags), len(flags)) for flags in (log["natural_correct"], *(p["robust"] for p in points))
     ]
-    scale, unit = (255, "grey levels of 255") if log["threat_model"] == "Linf" else (1, "pixels in [0, 1]")
+    scale, unit = {"Linf": (255, "grey levels of 255"), "L1": (1, "sum over pixels in [0, 1]")}.get(
+        log["threat_model"], (1, "pixels in [0, 1]")
+    )
     places = [scale * radius for radius in radii]
     axes.fill_between(places, [low for low, _ in ends], [high for _, high in ends], alpha=0.2, label="95 % interval")
     axes.plot(places, values, marker="o", label="radius after radius")

@@ -15,6 +15,7 @@ from ..models.robustbench_zoo import Architecture, class_count, nearest_architec
 from ..models.weights import same_statistics
 from .conditions import own_conditions, precision
 from .eps import Eps, as_fraction, parse_eps
+from .evaluation.verdict import STANDARD, not_standard_in_words
 from .image_models import ImageArchitecture, ImageModel
 from .known_sets import KNOWN
 from .leaderboard import board_eps, entries
@@ -48,6 +49,8 @@ def submission_obstacles(
     eps: str | float | Eps | None = None,
     version: str = "standard",
     attacks: Sequence[str] | None = None,
+    parameters: Mapping[str, Mapping[str, Any]] | None = None,
+    precision: str = "float32",
     data: str | None = None,
     n_examples: int | None = None,
     preprocessing: str | None = "Res256Crop224",
@@ -58,7 +61,8 @@ def submission_obstacles(
         model: that will be evaluated.
         dataset: of the leaderboard.
         architecture, mean, std: as the submission will name them; None for the network that the weights look like.
-        threat_model, eps, version, attacks: of the evaluation.
+        threat_model, eps, version, attacks, parameters: of the evaluation.
+        precision: as its log will have it.
         data: name of its images; None for ``dataset``.
         n_examples: how many there are; None for all.
         preprocessing: of ImageNet's images, as :class:`~ikl_plugins.robustbench.Images` names it.
@@ -87,9 +91,11 @@ def submission_obstacles(
         "threat_model": threat_model,
         "dataset": dataset,
         "corruptions": range(_CORRUPTIONS),
-        "standard": version == "standard" and attacks is None,
+        "standard": version == "standard" and attacks is None and not parameters and precision == "float32",
         "version": version,
-        "attacks": attacks or [version],
+        "attacks": attacks or (STANDARD if version == "standard" else ()),
+        "parameters": parameters or {},
+        "precision": precision,
         "data": {"name": dataset if data is None else data, "preprocessing": preprocessing},
         "n_examples": KNOWN[dataset].n_examples if n_examples is None else n_examples,
         "n_classes": _class_count(model) or DATASET_CLASSES[dataset],
@@ -284,7 +290,7 @@ def against_benchmark(log: Mapping[str, Any], dataset: str) -> str | None:
         found = f"{len(log['corruptions'])} of {log['dataset']}"
         return f"have all {_CORRUPTIONS} corruptions and severities of {dataset}, got {found}"
     if not corrupted and not log["standard"]:
-        return f"be of standard AutoAttack, got version {log['version']!r} with {', '.join(log['attacks'])}"
+        return f"be of standard AutoAttack, got {not_standard_in_words(log)}"
     if data != dataset:
         return f"be on the test images of {dataset}, got {data!r}"
     preprocessing = (log["data"] or {}).get("preprocessing")

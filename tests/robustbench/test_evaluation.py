@@ -403,6 +403,8 @@ def test_the_log_says_everything(tmp_path):
         "standard": False,
         "attacks": ["apgd-ce", "apgd-t"],
         "parameters": {},
+        "own_attacks": {},
+        "surrogate": None,
         "precision": "float32",
         "autoattack": autoattack_facts(),
         "dropped": [],

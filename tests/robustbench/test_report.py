@@ -70,7 +70,7 @@ def test_the_page_has_the_numbers(measured, tmp_path):
     assert "not standard AutoAttack" in text
     assert cells(text, "none (natural images)") == ["2", "38", "-"]
     assert cells(text, "apgd-ce")[:2] == [str(38 - robust), str(robust)]
-    for name in ("data", "images", "checkpoint", "seed", "AutoAttack"):
+    for name in ("data", "images", "checkpoint", "seed", "attacks"):
         assert len(cells(text, name)) == 1
     assert cells(text, "sha256 of the weights") == [log["weights_sha256"]]
     for label, name in enumerate(("cat", "$dog$", "owl", r"b\|d")):
@@ -179,7 +179,7 @@ def test_a_result_prints_itself_as_a_short_table(measured):
     evaluation, _ = measured
     standing = evaluation.log["progress"][0]["standing"]
     assert str(evaluation).splitlines() == [
-        "small_net: 40 images of made up, Linf, eps 4/255, AutoAttack custom",
+        "small_net: 40 images of made up, Linf, eps 4/255, not standard: apgd-ce",
         "                images  accuracy (%)",
         "natural images      38         95.00",
         f"after apgd-ce       {standing:2}         {2.5 * standing:.2f}",

@@ -1,51 +1,234 @@
-"""The attacks: AutoAttack's own, set up as AutoAttack does, and what it warns of."""
+"""The attacks: AutoAttack's own, set up as AutoAttack does, those on a surrogate, and those of others."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
+import copy
+import hashlib
+import importlib
+import inspect
+import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..._robustbench_import import import_robustbench
 from ..eps import Eps
+from .checks import ATTACKS
+from .plan import TRANSFER, Plan, check_parameters
 
-__all__ = ["autoattack", "possible_attacks", "prepared", "quiet", "run_checks"]
+__all__ = ["Attacks", "Setting", "distances", "outside", "random_state_kept", "source_sha256", "square_warnings"]
 
 _LEAST_CLASSES = {"apgd-dlr": 4, "apgd-t": 4}  # the margin is divided by the distance to the third or fourth logit
+_ITERATIONS = ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr")  # what APGD derives from n_iter
+_ROUNDING = 2**-23  # of a pixel in [0, 1]
 
 _robustbench = import_robustbench()
 
 
-def autoattack(
-    model: nn.Module, norm: str, eps: Eps, version: str, chosen: Sequence[str] | None, seed: int, device: torch.device
-) -> Any:
-    named = {} if chosen is None else {"attacks_to_run": list(chosen)}
-    return _robustbench.eval.AutoAttack(
-        model, norm=norm, eps=float(eps), seed=seed, verbose=False, version=version, device=device, **named
-    )
+class Setting(NamedTuple):
+    """What all attacks of an evaluation share."""
+
+    norm: str
+    eps: Eps
+    seed: int
+    device: torch.device
+    classes: int
 
 
-def run_checks(adversary: Any, images: Tensor, labels: Tensor) -> None:
-    """AutoAttack's own checks of the model, and no attack."""
-    adversary.attacks_to_run = []
-    tracer = sys.gettrace()  # its check for dynamic defences takes the place of a debugger's
-    try:
-        adversary.run_standard_evaluation(images, labels, bs=len(images))
-    finally:
-        sys.settrace(tracer)
+class Attacks:
+    """The attacks of an evaluation, and what AutoAttack's own checks say of it.
+
+    Attributes:
+        names: of the attacks, in their order.
+        dropped: those that cannot run with so few classes, and why.
+        parameters: by attack, those that differ from AutoAttack's.
+        n_target_classes: of the targeted attacks; None without one.
+        model: images to logits, as AutoAttack calls it.
+    """
+
+    def __init__(
+        self,
+        caller: str,
+        plan: Plan,
+        model: nn.Module,
+        setting: Setting,
+        parameters: Mapping[str, Mapping[str, Any]] | None = None,
+        surrogate: nn.Module | None = None,
+    ) -> None:
+        classes = setting.classes
+        self._caller, self._setting, self._own, self._network = caller, setting, plan.own, model
+        self._said = _Said()
+        self._adversary = self._autoattack(model, plan)
+        self._surrogate = self._adversary if surrogate is None else self._autoattack(surrogate, plan)
+        wanted = self._adversary.attacks_to_run if plan.named is None else plan.named
+        self.names, self.dropped = _possible(caller, [*wanted, *plan.behind], classes)
+        self.model: Callable[[Tensor], Tensor] = self._adversary.get_logits
+        checked = check_parameters(caller, parameters, self.names, classes)
+        self.parameters = {attack: changed for attack in checked if (changed := self._changed(attack, checked[attack]))}
+        targeted = {"apgd-t", "fab-t"} & {name.removeprefix(TRANSFER) for name in self.names}
+        self.n_target_classes: int | None = self._adversary.fab.n_target_classes if targeted else None
+
+    def _autoattack(self, model: nn.Module, plan: Plan) -> Any:
+        norm, eps, seed, device, classes = self._setting
+        names = (name.removeprefix(TRANSFER) for name in (plan.named or ()))
+        named = {"attacks_to_run": [name for name in names if name in ATTACKS]} if plan.version == "custom" else {}
+        made = _robustbench.eval.AutoAttack(
+            model,
+            norm=norm,
+            eps=float(eps),
+            seed=seed,
+            verbose=False,
+            version=plan.version,
+            device=device,
+            **named,
+        )
+        for targeted in (made.apgd_targeted, made.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+        for part in (made, made.apgd, made.apgd_targeted):
+            part.logger = self._said
+        return made
+
+    def _changed(self, attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the values that are not AutoAttack's own."""
+        found = _part(self._adversary, attack.removeprefix(TRANSFER))
+        theirs = {name: getattr(found, _attribute(name)) for name in values}
+        prefix = TRANSFER if attack.startswith(TRANSFER) else ""
+        if found is self._adversary.fab and f"{prefix}fab-t" in self.names[: self.names.index(attack) + 1]:
+            theirs["n_restarts"] = 1  # see `prepared`
+        return {name: value for name, value in values.items() if theirs[name] != value}
+
+    def prepared(self, attack: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """One attack, which takes the images and labels of a batch and gives images; the order of calls matters.
+
+        AutoAttack's own are set up as it does that before each batch. Its own loop is not used, since it looks at the
+        natural images anew in each call: a model that draws random numbers would get another chance to be wrong with
+        every batch.
+        """
+        if attack in self._own:
+            return self._prepared_own(attack)
+        adversary = self._surrogate if attack.startswith(TRANSFER) else self._adversary
+        name = attack.removeprefix(TRANSFER)
+        found = _part(adversary, name)
+        if name == "fab-t":
+            found.n_restarts = 1  # in AutoAttack as well, and it stays for a fab behind it
+        if attack in self.parameters:
+            found = _with_parameters(found, self.parameters[attack])
+        if name in ("apgd-ce", "apgd-dlr"):
+            found.loss = name.removeprefix("apgd-")
+        elif name in ("fab", "fab-t"):
+            found.targeted = name == "fab-t"
+
+        def perturb(images: Tensor, labels: Tensor) -> Tensor:
+            found.seed = adversary.get_seed()
+            result: Tensor = found.perturb(images, labels)
+            return result
+
+        return perturb
+
+    def _prepared_own(self, attack: str) -> Callable[[Tensor, Tensor], Tensor]:
+        called, model = self._own[attack], self._network
+        norm, eps, seed = self._setting[:3]
+
+        def perturb(images: Tensor, labels: Tensor) -> Tensor:
+            before = _state(model)
+            with _seeded(seed), torch.enable_grad():
+                found = called(model, images.clone(), labels.clone(), norm=norm, eps=float(eps), seed=seed)
+            if _state(model) != before:
+                raise ValueError(
+                    f"{self._caller}: attack `{attack}` must leave the model as it is, but changed weights, buffers or "
+                    "its mode. Attack a copy."
+                )
+            return self._checked(attack, images, found)
+
+        return perturb
+
+    def _checked(self, attack: str, images: Tensor, found: object) -> Tensor:
+        """What an attack of others gave, refused unless it is images in [0, 1] and in the ball."""
+        name = f"{self._caller}: attack `{attack}` must give"
+        if not isinstance(found, Tensor) or found.shape != images.shape or not found.is_floating_point():
+            got = f"{found.dtype} of {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{name} floating images of shape {tuple(images.shape)}, got {got}.")
+        found = found.detach().to(images)
+        low, high = (bound.item() for bound in torch.aminmax(found))
+        if not (low >= 0 and high <= 1):  # also of NaN
+            raise ValueError(f"{name} images in [0, 1], got values from {low:.9g} to {high:.9g}. Clamp them.")
+        norm, eps = self._setting[:2]
+        over = int(outside(images, found, norm, float(eps)).sum())
+        if over:
+            worst = distances(images, found, norm).max().item()
+            raise ValueError(
+                f"{name} images within {norm} eps {eps}, got {over} of {len(images)} further away, up to {worst:.6g}. "
+                "Project them."
+            )
+        return found
+
+    def run_checks(self, images: Tensor, labels: Tensor) -> None:
+        """AutoAttack's own checks of the model before its attacks, on the first batch as in AutoAttack."""
+        adversary = self._adversary
+        checks = importlib.import_module("autoattack.checks")
+        adversary.attacks_to_run = []
+        tracer = sys.gettrace()  # its check for dynamic defences takes the place of a debugger's
+        before = dict(checks.funcs)
+        checks.funcs.update(dict.fromkeys(before, 0))  # the counts of that check, which other models have raised
+        try:
+            with torch.enable_grad():
+                adversary.run_standard_evaluation(images, labels, bs=len(images))
+            targets = adversary.apgd_targeted.n_target_classes, adversary.fab.n_target_classes
+            checks.check_n_classes(self._setting.classes, self.names, *targets, logger=self._said)
+        finally:
+            sys.settrace(tracer)
+            checks.funcs.update(before)
+
+    def take_warnings(self) -> list[str]:
+        """What AutoAttack has warned of since this was called last."""
+        return self._said.take()
 
 
-def possible_attacks(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str], list[dict[str, str]]]:
+def square_warnings(accuracies: Mapping[str, float]) -> list[str]:
+    """What AutoAttack's check says of Square, after all attacks.
+
+    Args:
+        accuracies: shares of images that stood; of 'clean' and behind each attack of AutoAttack that ran.
+    """
+    said = _Said()
+    importlib.import_module("autoattack.checks").check_square_sr(dict(accuracies), logger=said)
+    return said.take()
+
+
+class _Said:
+    """Takes the place of AutoAttack's logger, pyautoattack's or the original's, and keeps what it warns of."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    def warning(self, message: str) -> None:
+        self._messages.append(message)
+
+    def log(self, message: str) -> None:
+        """The original's: its warnings begin with the word, and all else is progress."""
+        if message.startswith("Warning: "):
+            self._messages.append(message.removeprefix("Warning: "))
+
+    def debug(self, message: str) -> None:
+        """Progress."""
+
+    info = debug
+
+    def take(self) -> list[str]:
+        taken, self._messages = self._messages, []
+        return taken
+
+
+def _possible(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str], list[dict[str, str]]]:
     """The attacks that can run with so many classes, and why the others cannot."""
     run, dropped = [], []
     for attack in wanted:
-        least = _LEAST_CLASSES.get(attack, 2)
+        least = _LEAST_CLASSES.get(attack.removeprefix(TRANSFER), 2)
         if classes >= least:
             run.append(attack)
         else:
@@ -58,55 +241,87 @@ def possible_attacks(caller: str, wanted: Sequence[str], classes: int) -> tuple[
     return run, dropped
 
 
-def prepared(adversary: Any, attack: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """One attack of AutoAttack, set up as AutoAttack does it before each batch.
+# --- AutoAttack's parameters -----------------------------------------------------------------------------------------
 
-    Its own loop is not used, since it looks at the natural images anew in each call: a model that draws random numbers
-    would get another chance to be wrong with every batch.
-    """
-    if attack in ("apgd-ce", "apgd-dlr"):
-        found = adversary.apgd
-        found.loss = attack.removeprefix("apgd-")
-    elif attack == "apgd-t":
-        found = adversary.apgd_targeted
-    elif attack == "square":
-        found = adversary.square
-    else:
-        found = adversary.fab
-        found.targeted = attack == "fab-t"
-        if found.targeted:
-            found.n_restarts = 1
 
-    def perturb(images: Tensor, labels: Tensor) -> Tensor:
-        found.seed = adversary.get_seed()
-        result: Tensor = found.perturb(images, labels)
-        return result
+def _part(adversary: Any, name: str) -> Any:
+    """The object of an attack, which some share."""
+    if name in ("apgd-ce", "apgd-dlr"):
+        return adversary.apgd
+    if name == "apgd-t":
+        return adversary.apgd_targeted
+    return adversary.square if name == "square" else adversary.fab
 
-    return perturb
+
+def _attribute(name: str) -> str:
+    return "thr_decr" if name == "rho" else name
+
+
+def _with_parameters(found: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of an attack with other parameters."""
+    changed = copy.copy(found)
+    for name, value in values.items():
+        if name == "n_iter" and hasattr(found, "n_iter_orig"):
+            made = type(found)(found.model, n_iter=value, norm=found.norm, eps=found.eps_orig)
+            for attribute in _ITERATIONS:
+                setattr(changed, attribute, getattr(made, attribute))
+        else:
+            setattr(changed, _attribute(name), value)
+    return changed
+
+
+# --- attacks of others -----------------------------------------------------------------------------------------------
+
+
+def distances(images: Tensor, others: Tensor, norm: str) -> Tensor:
+    """How far images (N, C, H, W) are from others, by image (N,), in double precision."""
+    order = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}[norm]
+    found: Tensor = torch.linalg.vector_norm((others.double() - images.double()).flatten(1), order, dim=1)
+    return found
+
+
+def outside(images: Tensor, others: Tensor, norm: str, eps: float) -> Tensor:
+    """Which of the others, by image (N,), lie outside the balls around images, by more than float32 rounds."""
+    pixels = images[0].numel()
+    rounding: float = _ROUNDING * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[norm]
+    return distances(images, others, norm) > eps * (1 + 1e-5) + rounding
+
+
+def _state(model: nn.Module) -> tuple[Any, ...]:
+    """What an attack must leave alone: which values were written how often, and modes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(id(value), value._version) for value in tensors], [module.training for module in model.modules()]
 
 
 @contextlib.contextmanager
-def quiet(device: torch.device) -> Iterator[list[str]]:
-    """Keeps the caller's random numbers, and collects what AutoAttack warns of, each kind once."""
-    warned: list[str] = []
-    handler = _Collector(warned)
-    logger = logging.getLogger("auto-attack")
-    logger.addHandler(handler)
-    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers of torch, NumPy and Python begin anew; those of NumPy and Python are the caller's again behind."""
+    numbers, state = np.random.get_state(), random.getstate()
+    torch.manual_seed(seed)  # the evaluation keeps torch's for the caller
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
     try:
-        with torch.random.fork_rng(devices=[index] if device.type == "cuda" else []):
-            yield warned
+        yield
     finally:
-        logger.removeHandler(handler)
+        np.random.set_state(numbers)
+        random.setstate(state)
 
 
-class _Collector(logging.Handler):
-    def __init__(self, messages: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._messages = messages
+def source_sha256(called: Any) -> str | None:
+    """Of the file that an attack is from, so that a changed one does not go on with what it had found before."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(getattr(called, "func", called)))
+        if file is None:
+            return None
+        with open(file, "rb") as opened:
+            return hashlib.sha256(opened.read()).hexdigest()
+    except (OSError, TypeError):
+        return None
 
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        kinds = {re.sub(r"[\d.]+", "", known) for known in self._messages}
-        if re.sub(r"[\d.]+", "", message) not in kinds:
-            self._messages.append(message)
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """The caller's random numbers are as before when an evaluation is over."""
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    with torch.random.fork_rng(devices=[index] if device.type == "cuda" else []):
+        yield

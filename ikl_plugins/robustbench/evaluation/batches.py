@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ _FACTS = (
     "version",
     "n_target_classes",
     "parameters",
+    "own_attacks",
+    "surrogate",
 )
 T = TypeVar("T")
 RESULTS_VERSIONS = ("torch", "robustbench")
@@ -138,7 +141,8 @@ class Batches:
 
 def batch_path(folder: Path, place: int, attack: str, number: int, key: str | None) -> Path:
     """The file of a batch of the attack at this place in the order of attacks."""
-    return folder / f"{place}-{attack}-{number:05d}-{key}.npz"
+    name = re.sub(r"[^\w.-]", "_", attack)  # of an attack of others, as 'module:callable'
+    return folder / f"{place}-{name}-{number:05d}-{key}.npz"
 
 
 def read_batch(caller: str, path: Path, key: str) -> Batch:

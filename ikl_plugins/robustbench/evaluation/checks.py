@@ -25,14 +25,13 @@ __all__ = [
     "check_radii",
     "check_seed",
     "check_threat",
-    "check_version",
     "natural_predictions",
     "warn_of_chance",
 ]
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 VERSIONS = ("standard", "plus", "rand")
-_NORMS = ("Linf", "L2")
+_NORMS = ("Linf", "L2", "L1")
 
 
 def natural_predictions(
@@ -129,23 +128,6 @@ def check_radii(caller: str, radii: Sequence[str | float | Eps], norm: str) -> l
         if float(smaller) == float(larger):
             raise ValueError(f"{caller}: `radii` must be different, but {smaller} and {larger} are one. Name it once.")
     return parsed
-
-
-def check_version(caller: str, version: str, attacks: Sequence[str] | None) -> tuple[str, list[str] | None]:
-    if version not in VERSIONS:
-        raise ValueError(check.unknown_name_message(caller, "version", version, VERSIONS))
-    if attacks is None:
-        return version, None
-    if isinstance(attacks, str):
-        raise TypeError(f"{caller}: `attacks` must be a sequence of names, got {attacks!r}. Write [{attacks!r}].")
-    if version != "standard":
-        raise ValueError(f"{caller}: `attacks` must be None with version={version!r}, got {list(attacks)}.")
-    for attack in attacks:
-        if attack not in ATTACKS:
-            raise ValueError(check.unknown_name_message(caller, "attack", attack, ATTACKS))
-    if not attacks or len(set(attacks)) != len(attacks):
-        raise ValueError(f"{caller}: `attacks` must name one at least, each once, got {list(attacks)}.")
-    return "custom", list(attacks)
 
 
 def check_model(caller: str, model: nn.Module, version: str) -> None:

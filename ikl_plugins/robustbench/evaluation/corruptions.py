@@ -18,7 +18,7 @@ from ..._progress import Shown, teller
 from ..._robustbench_import import import_robustbench
 from ..conditions import own_conditions, trainable_copy
 from ..data import Images, check_pixels, content_sha256
-from .attacks import quiet
+from .attacks import random_state_kept
 from .checks import check_class_order, check_data, check_model, check_seed, natural_predictions, warn_of_chance
 from .log import Evaluation, class_names, data_facts, identity
 from .record import Record
@@ -103,7 +103,7 @@ def evaluate_corruptions(
     check_class_order(caller, model, natural)
     natural_log: dict[str, Any] = {"labels": None, "natural_predictions": None, "natural_correct": None}
     path = None if log is None else Path(log)
-    with check_shard(caller, None, None, log, progress).alone(path), quiet(device), torch.no_grad():
+    with check_shard(caller, None, None, log, progress).alone(path), random_state_kept(device), torch.no_grad():
         torch.manual_seed(seed)
         classes = None
         if natural is not None:

@@ -27,9 +27,10 @@ from ..data import Images, content_sha256, file_sha256
 from ..known_sets import recorded_name
 from ..tables import aligned
 from .batches import batch_path, read_batch
+from .verdict import attacks_in_words, is_standard
 
 __all__ = ["FORMAT", "Evaluation", "batch_folder", "class_names", "data_facts", "identity", "percent", "read_log"]
-__all__ += ["versions_text", "weights_sha256", "write_log"]
+__all__ += ["is_standard", "logged_batch_size", "versions_text", "weights_sha256", "write_log"]
 
 FORMAT = "ikl_plugins.robustbench.evaluation/2"
 # What every log has, read by reports, submissions and ranks.
@@ -81,9 +82,8 @@ class Evaluation:
         """What was evaluated, and how many images stood after each attack."""
         log, count = self.log, self.log["n_examples"]
         corrupted = log["fell_to"] is None
-        how = "standard AutoAttack" if log["standard"] else f"AutoAttack {log['version']}"
         data = (log["data"] or {}).get("name") or log["dataset"] or "data without a name"
-        what = log["threat_model"] if corrupted else f"{log['threat_model']}, eps {log['eps']}, {how}"
+        what = log["threat_model"] if corrupted else f"{log['threat_model']}, eps {log['eps']}, {attacks_in_words(log)}"
         rows = [["", "images", "accuracy (%)"]]
         if log["natural_correct"] is not None:
             rows.append(["natural images", f"{sum(log['natural_correct']):,}", f"{log['natural_accuracy']:.2f}"])
@@ -94,6 +94,8 @@ class Evaluation:
             standing = entry["standing"]
             rows.append([f"after {entry['attack']}", f"{standing:,}", f"{100 * standing / count:.2f}"])
         end = "" if log["finished"] else "\nNot finished: the robust accuracy will fall further."
+        end += "".join(f"\nAutoAttack warns: {warning}" for warning in log["warnings"])
+        end += "\nAutoAttack's own checks say that this evaluation may be unreliable." if log["unreliable"] else ""
         return f"{log['model']}: {count:,} images of {data}, {what}\n{aligned(rows)}{end}"
 
     @property
@@ -247,6 +249,14 @@ def percent(flags: Sequence[int]) -> float:
 def batch_folder(path: Path) -> Path:
     """Where the batch files of a log lie."""
     return path.with_name(f"{path.stem}_adversarial")
+
+
+def logged_batch_size(caller: str, path: str | Path | None) -> int | None:
+    """That of a log from which a run goes on; None where there is none."""
+    if path is None or not Path(path).exists():
+        return None
+    size: int = read_log(caller, Path(path))["batch_size"]
+    return size
 
 
 def write_log(log: Mapping[str, Any], path: Path) -> None:

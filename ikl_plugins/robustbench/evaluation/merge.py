@@ -68,7 +68,7 @@ def merge(logs: Sequence[str | Path], output: str | Path) -> Evaluation:
             if entry["batches_done"] < len(parts):
                 break
         else:
-            record.log["finished"] = True
+            record.finish()
         record.save()
     return Evaluation(record.log, record.adversarial)
 

@@ -12,8 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from ..data import content_sha256
+from .attacks import square_warnings
 from .batches import RESULTS_VERSIONS, Batch
 from .log import batch_folder, percent, read_log, write_log
+from .verdict import autoattack_accuracies, is_unreliable
 
 __all__ = ["Record", "differing", "each_kind_once"]
 
@@ -27,6 +29,8 @@ _SETTINGS = (
     "version",
     "attacks",
     "parameters",
+    "own_attacks",
+    "surrogate",
     "precision",
     "n_target_classes",
     "n_examples",
@@ -35,6 +39,8 @@ _SETTINGS = (
     "device",
     "autoattack",
 )
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 class Record:
@@ -154,6 +160,12 @@ class Record:
             self.log["predictions"][index] = prediction
             self.log["fell_to"][index] = self._entry["attack"]
 
+    def finish(self) -> None:
+        """All attacks have ended: AutoAttack checks what Square has found."""
+        said = square_warnings(autoattack_accuracies(self.log))
+        self.log["warnings"] = each_kind_once([*self.log["warnings"], *said])
+        self.log["finished"] = True
+
     def save(self) -> None:
         self._count()
         if self._path is not None and self._writer:
@@ -162,6 +174,7 @@ class Record:
     def _count(self) -> None:
         log = self.log
         correct = log["natural_correct"]
+        log["unreliable"] = is_unreliable(log)
         log["natural_accuracy"] = None if correct is None else percent(correct)
         if log["fell_to"] is None:
             accuracies = [entry["accuracy"] for entry in log["corruptions"]]
@@ -192,8 +205,14 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def each_kind_once(warnings: Iterable[str]) -> list[str]:
-    """The first warning of each kind: those of one kind differ in their numbers alone."""
+    """Of each kind, whose warnings differ in their numbers alone, the one with the largest, in order of the first."""
     kinds: dict[str, str] = {}
     for text in warnings:
-        kinds.setdefault(re.sub(r"[\d.]+", "", text), text)
+        kind = _NUMBER.sub("", text)
+        kinds[kind] = max(kinds.get(kind, text), text, key=_first_number)
     return list(kinds.values())
+
+
+def _first_number(text: str) -> float:
+    found = _NUMBER.search(text)
+    return float(found[0]) if found else 0.0

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ..._robustbench_import import autoattack_facts
 from ..conditions import own_conditions, trainable_copy
 from ..data import Images
 from ..eps import Eps
-from .attacks import autoattack, possible_attacks, prepared, quiet, run_checks
+from .attacks import Attacks, Setting, random_state_kept, source_sha256
 from .batches import Batch, Batches, natural
 from .checks import (
     ATTACKS,
@@ -33,13 +33,16 @@ from .checks import (
     check_radii,
     check_seed,
     check_threat,
-    check_version,
     natural_predictions,
     warn_of_chance,
 )
-from .log import Evaluation, class_names, data_facts, identity, percent
+from .log import Evaluation, class_names, data_facts, identity, logged_batch_size, percent, weights_sha256
+from .memory import fitting_batch_size
+from .plan import plan_attacks
+from .precision import precision_in_words, quick_look
 from .record import Record, each_kind_once
 from .shards import Shard, check_shard
+from .verdict import is_standard
 
 __all__ = [
     "ATTACKS",
@@ -93,8 +96,12 @@ def evaluate(
     eps: str | float | Eps,
     norm: str = "Linf",
     version: str = "standard",
-    attacks: Sequence[str] | None = None,
-    batch_size: int = 128,
+    attacks: Sequence[str | Callable[..., Tensor]] | None = None,
+    parameters: Mapping[str, Mapping[str, float]] | None = None,
+    surrogate: nn.Module | None = None,
+    batch_size: int | Literal["auto"] = 128,
+    precision: str = "float32",
+    channels_last: bool = False,
     device: str | torch.device = "cpu",
     seed: int = 0,
     log: str | Path | None = None,
@@ -110,6 +117,8 @@ def evaluate(
     With fewer than 10 classes the targeted attacks take all other classes as targets; with fewer than 4 the attacks on
     the difference of logits ratio cannot be computed and are left out, and the result is not standard AutoAttack.
 
+    Parameters, attacks of others and a quick look make a result that is not standard AutoAttack.
+
     The caller's ``torch.inference_mode``, ``no_grad``, autocast and default dtype and device do not reach the attacks.
     They work in float32: a model of half or double precision needs ``model.float()``, or a module around it that
     converts images and logits, and the log then says its ``dtype``.
@@ -119,11 +128,25 @@ def evaluate(
         images: pixels in [0, 1], shape (N, C, H, W) with any number of channels.
         labels: class indices (N,).
         eps: radius; for L-infinity of pixels in [0, 1], as '8/255'.
-        norm: 'Linf' or 'L2'.
+        norm: 'Linf', 'L2' or 'L1'.
         version: 'standard', 'plus' or, for models that draw random numbers, 'rand'.
-        attacks: names of some of the attacks, which run with the parameters of AutoAttack's version 'custom' in the
-            order given. Not beside another ``version`` than 'standard'.
+        attacks: some of the attacks, which run with the parameters of AutoAttack's version 'custom' in the order given.
+            Not beside another ``version`` than 'standard'. There may be 'transfer-apgd-ce' and the like, computed on
+            the ``surrogate``, and attacks of others: a callable, 'module:callable', or the name of an entry point in
+            the group 'ikl_plugins.attacks'. Behind 'standard', 'plus' or 'rand' as the first, these run after the
+            attacks of that version. An attack of others is called as ``attack(model, images, labels, norm=..., eps=...,
+            seed=...)`` with a batch on the device, under gradients, all random numbers seeded; it leaves the model as
+            it is and gives images of the same shape, in [0, 1] and in the ball.
+        parameters: by attack, parameters of it: ``{'square': {'n_queries': 20000}}``. Of APGD ``n_iter``,
+            ``n_restarts``, ``eot_iter`` and ``rho``; of FAB ``n_iter``, ``n_restarts``, ``alpha_max``, ``eta`` and
+            ``beta``; of the targeted ones ``n_target_classes``; of Square ``n_queries``, ``n_restarts``, ``p_init``.
+        surrogate: classifier as ``model``, of the same classes, on which transfer attacks are computed. An image that
+            does not fool it stays as it is.
         batch_size: images per batch. The images of a batch share random numbers, so that it is part of the result.
+            'auto' for the largest of 16, 32, ... 1024 that is likely to fit memory; a run that goes on has that of its
+            log.
+        precision: 'bfloat16' for autocast in the model, as a quick look.
+        channels_last: whether the model gets images in that memory layout, as a quick look.
         device: where to compute.
         seed: of every attack, and of what the model itself draws. Random numbers of the caller are not touched.
         log: a JSON file, written after every batch, with the files of the batches in a folder beside it. If it is
@@ -145,7 +168,8 @@ def evaluate(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: an unknown norm, version or attack; a model in training mode, or that gives something else than
+        ValueError: an unknown norm, version, attack or parameter, or one out of its range; an attack of others that
+            gives images it must not give; a model in training mode, or that gives something else than
             finite float32 logits of at least two classes; pixels outside [0, 1]; labels the model has no logit for; a
             log of another evaluation (the message says what differs), or that another process writes; a damaged file
             of a batch; no such shard.
@@ -158,42 +182,52 @@ def evaluate(
     caller = "evaluate"
     tell = _shown(caller, progress)
     eps = check_threat(caller, norm, eps)
-    version, chosen = check_version(caller, version, attacks)
-    check_model(caller, model, version)
+    plan = plan_attacks(caller, version, attacks, surrogate=surrogate is not None)
+    words = precision_in_words(caller, precision, channels_last)
+    check_model(caller, model, plan.version)
     check_class_order(caller, model, data)
     images, labels = check_data(caller, images, labels)
-    check.check_integer(caller, "batch_size", batch_size)
     check_seed(caller, seed)
     part = check_shard(caller, shard, wait, log, progress)
     path = None if log is None else Path(log)
     device = torch.device(device)
     if isinstance(model, nn.parallel.DistributedDataParallel):  # it would wait for the other ranks in every forward
         model = model.module
-    model = trainable_copy(caller, model).to(device)
+    network = trainable_copy(caller, model).to(device)
+    model = quick_look(network, words)
 
-    with part.alone(path), quiet(device) as warned, torch.no_grad():
+    with part.alone(path), random_state_kept(device), torch.no_grad():
+        if batch_size == "auto":
+            fab = plan.version == "plus" or "fab" in (plan.named or ())
+            known = logged_batch_size(caller, path)
+            if known is None and part.count > 1:
+                raise ValueError(f"{caller}: `batch_size` must be a number where work is shared, got 'auto'. Pass 128.")
+            batch_size = known or fitting_batch_size(caller, model, images, device, fab=fab)
+        check.check_integer(caller, "batch_size", batch_size)
         torch.manual_seed(seed)
         predictions, classes = natural_predictions(caller, model, images, labels, batch_size, device)
-        adversary = autoattack(model, norm, eps, version, chosen, seed, device)
-        run, dropped = possible_attacks(caller, chosen or adversary.attacks_to_run, classes)
-        for targeted in (adversary.apgd_targeted, adversary.fab):
-            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+        if surrogate is not None:
+            surrogate = _checked_surrogate(caller, surrogate, images[:batch_size], classes, device)
+        setting = Setting(norm, eps, seed, device, classes)
+        adversary = Attacks(caller, plan, model, setting, parameters, surrogate)
 
         fresh = {
-            **identity(model, model_name, checkpoint, device),
+            **identity(network, model_name, checkpoint, device),
             "seed": seed,
             "threat_model": norm,
             "dataset": None,
             "eps": eps.text,
             "eps_value": float(eps),
-            "version": version,
-            "standard": version == "standard" and not dropped,
-            "attacks": run,
-            "parameters": {},
-            "precision": "float32",
+            "version": plan.version,
+            "standard": False,
+            "attacks": adversary.names,
+            "parameters": adversary.parameters,
+            "own_attacks": {name: source_sha256(called) for name, called in plan.own.items()},
+            "surrogate": None if surrogate is None else _surrogate_facts(surrogate),
+            "precision": words,
             "autoattack": autoattack_facts(),
-            "dropped": dropped,
-            "n_target_classes": adversary.fab.n_target_classes if {"apgd-t", "fab-t"} & set(run) else None,
+            "dropped": adversary.dropped,
+            "n_target_classes": adversary.n_target_classes,
             "n_classes": classes,
             "n_examples": len(images),
             "batch_size": batch_size,
@@ -208,11 +242,12 @@ def evaluate(
             "warnings": [],
             "unreliable": False,
         }
+        fresh["standard"] = is_standard(fresh)
         record = Record(caller, fresh, path, images, labels, writer=part.number == 1)
 
         def checks() -> list[str]:
-            run_checks(adversary, images[:batch_size], labels[:batch_size])
-            return each_kind_once(warned)
+            adversary.run_checks(images[:batch_size], labels[:batch_size])
+            return each_kind_once(adversary.take_warnings())
 
         predictions = torch.tensor(record.log["natural_predictions"])
         start, place = natural(caller, record.folder, record.log, images, labels, predictions, checks)
@@ -223,26 +258,42 @@ def evaluate(
         if not record.found:
             record.save()
         batches = Batches(caller, record.folder, record.log, start.digests)
-        for attack in run:
+        for attack in adversary.names:
             # Also of an attack that has run already: some of its settings stay.
-            perturb = prepared(adversary, attack)
+            perturb = adversary.prepared(attack)
 
             def attacked(index: Tensor, perturb: Callable[[Tensor, Tensor], Tensor] = perturb) -> Batch:
                 started = time.perf_counter()
-                warned.clear()
                 torch.manual_seed(seed)  # a model that draws random numbers does so before the attack sets its seed
                 clean, true = images[index].clone().to(device), labels[index].clone().to(device)
                 adversarial = perturb(clean, true)
-                found = adversary.get_logits(adversarial).max(dim=1)[1]
+                found = adversary.model(adversarial).max(dim=1)[1]
                 fell = found.ne(true).cpu()
                 image, prediction = adversarial.cpu()[fell], found.cpu()[fell].tolist()
-                seconds = time.perf_counter() - started
-                return Batch(index.tolist(), index[fell].tolist(), image, prediction, seconds, each_kind_once(warned))
+                said, seconds = each_kind_once(adversary.take_warnings()), time.perf_counter() - started
+                return Batch(index.tolist(), index[fell].tolist(), image, prediction, seconds, said)
 
             _run_attack(record, batches, attack, attacked, part, tell)
-        record.log["finished"] = True
+        record.finish()
         record.save()
     return Evaluation(record.log, record.adversarial)
+
+
+def _checked_surrogate(
+    caller: str, surrogate: nn.Module, images: Tensor, classes: int, device: torch.device
+) -> nn.Module:
+    """The surrogate on the device, refused unless it is a model of as many classes."""
+    caller = f"{caller} surrogate"
+    check_model(caller, surrogate, "standard")
+    surrogate = trainable_copy(caller, surrogate).to(device)
+    _, found = natural_predictions(caller, surrogate, images, torch.zeros(1), len(images), device)
+    if found != classes:
+        raise ValueError(f"{caller}: it must have the {classes} classes of the model, got {found}.")
+    return surrogate
+
+
+def _surrogate_facts(surrogate: nn.Module) -> dict[str, str]:
+    return {"model": type(surrogate).__name__, "weights_sha256": weights_sha256(surrogate)}
 
 
 @own_conditions()
@@ -254,7 +305,7 @@ def curve(
     *,
     norm: str = "Linf",
     version: str = "standard",
-    attacks: Sequence[str] | None = None,
+    attacks: Sequence[str | Callable[..., Tensor]] | None = None,
     folder: str | Path | None = None,
     progress: bool | Callable[[Eps, Progress], None] | None = True,
     **options: Any,
@@ -271,8 +322,7 @@ def curve(
         folder: for a log per radius, from which an interrupted curve goes on.
         progress: as in :func:`evaluate`; a function is called with the radius and the progress on the images that stood
             before it.
-        **options: ``batch_size``, ``device``, ``seed``, ``checkpoint``, ``data`` and ``model_name`` of
-            :func:`evaluate`.
+        **options: further arguments of :func:`evaluate`, but ``log``.
 
     Returns:
         By rising radius, mappings of 'eps', 'eps_value', 'robust_accuracy' (percent), 'robust' (per image 0 or 1) and
