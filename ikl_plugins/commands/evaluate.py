@@ -51,7 +51,8 @@ __all__ = ["INTERRUPTED", "LOG", "configure", "run"]
 CALLER = "ikl evaluate"
 _AGAIN = 75  # the exit status of what is to be run again (EX_TEMPFAIL)
 _SURROGATE = ("surrogate_checkpoint", "surrogate_architecture")
-_OF_ATTACKS = ("eps", "attacks", "curve", "version", "data", "set", "precision", "channels_last", "shard", *_SURROGATE)
+_OF_ATTACKS = ("eps", "attacks", "curve", "version", "data", "set", "precision", "channels_last", "shard", "export")
+_OF_ATTACKS += _SURROGATE
 _DEFAULTS = (None, VERSIONS[0], PRECISIONS[0], False)
 INTERRUPTED = "run the same command again to go on"
 LOG = "evaluation.json"
@@ -83,6 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shard", metavar="K/N", help="do the K-th of N parts; the first writes the result")
     group.add_argument("--wait", type=float, metavar="SECONDS", help="for other shards, per attack (default: for ever)")
     group.add_argument("--merge", type=Path, nargs="+", metavar="FOLDER", help="unite outputs of shards; no model")
+    group.add_argument("--export", type=Path, metavar="FILE", help="adversarial images of all images, as .npz or .pt")
     group.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the results go")
 
 
@@ -146,6 +148,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         ) from error
     if arguments.shard is None or arguments.shard[0] == 1:
         _tell(evaluation, arguments.output, images)
+        if arguments.export is not None:
+            _say(f"adversarial images: {evaluation.export(arguments.export, images)}")
     else:
         _say(f"shard {arguments.shard[0]} of {arguments.shard[1]} is done; the first one writes the result")
 
@@ -165,7 +169,8 @@ def _tell(evaluation: Evaluation, output: Path, images: Images | None) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from ..robustbench.evaluation import merge
 
-    for name in ("checkpoint", "mmpretrain", "torchdistill", "zoo", "data", "eps", "attacks", "curve", "shard", "wait"):
+    names = ("checkpoint", "mmpretrain", "torchdistill", "zoo", "data", "eps", "attacks", "curve", "shard", "wait")
+    for name in (*names, "export"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"{CALLER}: --merge does not read --{name}, as it runs no model. Leave it out.")
     evaluation = merge([folder / LOG for folder in arguments.merge], arguments.output / LOG)
@@ -219,6 +224,10 @@ def _own_device(device: str, local_rank: int) -> str:
 def _check_together(arguments: argparse.Namespace, corrupted: bool) -> None:
     """Refuses options of attacks for corruptions, and radii that the attacks would refuse hours later."""
     threat_model = arguments.threat_model
+    if arguments.export is not None:
+        from ..robustbench.export import check_export_path
+
+        check_export_path(f"{CALLER} --export", arguments.export)
     if corrupted:
         given = [name for name in _OF_ATTACKS if getattr(arguments, name) not in _DEFAULTS]
         given += ["batch_size auto"] if arguments.batch_size == "auto" else []

@@ -95,7 +95,8 @@ def load_images(
 
     Args:
         source: 'cifar10', 'cifar100' or 'imagenet', read by RobustBench's own loaders; or a folder with a folder of
-            images per class; or an .npz file with ``image`` or ``images`` and ``label`` or ``labels`` (class indices).
+            images per class; or an .npz file with ``image`` or ``images``, ``label`` or ``labels`` (class indices) and
+            maybe ``classes`` (their names).
             Its images are uint8, (N, H, W, C), or floats in [0, 1], (N, C, H, W), with no more channels than rows or
             columns; or (N, H, W), which is one channel. A folder of a data set's name is written ./cifar10.
         data_dir: where the data sets lie, or are downloaded to; for ImageNet the folder that has ``val``.
@@ -333,7 +334,7 @@ def _load_npz(
         )
     if not path.is_file():
         raise ValueError(f"{_CALLER}: `source` must be a file, but there is none at {path} in {Path.cwd()}.")
-    pixels, labels = _read_npz(path)
+    pixels, labels, classes = _read_npz(path)
     if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
         raise TypeError(
             f"{_CALLER}: images of {path} must be uint8 or floats, got {pixels.dtype}. Convert grey levels to uint8."
@@ -364,10 +365,10 @@ def _load_npz(
     images = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
     if pixels.dtype == np.uint8:
         images = images.div(255)
-    return _images(images, torch.from_numpy(labels.astype(np.int64)), None, str(path), None, None)
+    return _images(images, torch.from_numpy(labels.astype(np.int64)), classes, str(path), None, None)
 
 
-def _read_npz(path: Path) -> tuple[Array, Array]:
+def _read_npz(path: Path) -> tuple[Array, Array, tuple[str, ...] | None]:
     try:
         with path.open("rb") as opened:
             file = np.load(opened, allow_pickle=False)
@@ -376,6 +377,7 @@ def _read_npz(path: Path) -> tuple[Array, Array]:
             there = list(file.files)
             chosen = [[key for key in keys if key in there] for keys in _KEYS]
             arrays = [file[keys[0]] for keys in chosen if len(keys) == 1]
+            names = file["classes"] if "classes" in there else np.empty(0)
     # A damaged archive raises any of them, and an array of objects, which would run code, a ValueError.
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
@@ -387,7 +389,7 @@ def _read_npz(path: Path) -> tuple[Array, Array]:
                 f"{_CALLER}: {path} must hold either `{keys[0]}` or `{keys[1]}`, but has "
                 f"{', '.join(there) or 'nothing'}."
             )
-    return arrays[0], arrays[1]
+    return arrays[0], arrays[1], tuple(names.tolist()) if names.dtype.kind == "U" and names.size else None
 
 
 # --- what all of them share ------------------------------------------------------------------------------------------

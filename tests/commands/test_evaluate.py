@@ -118,6 +118,23 @@ def test_the_command_evaluates_and_reports(files, tmp_path, capsys):
     assert f"natural accuracy 83.33 %, robust accuracy {direct.robust_accuracy:.2f} %" in shown
 
 
+def test_adversarial_images_are_exported_and_another_evaluation_reads_them(files, tmp_path, capsys):
+    exported = tmp_path / "adversarial.npz"
+    main(*line(files, tmp_path / "a", "--attacks", "apgd-ce", "--export", exported))
+    assert f"adversarial images: {exported}" in capsys.readouterr().out
+    again = line(files, tmp_path / "b", "--attacks", "apgd-ce")
+    again[again.index("--data") + 1] = exported
+    main(*again)
+    robust, natural = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
+    assert natural["natural_correct"] == robust["robust"]
+    assert "must end with .npz or .pt, got images.pth" in failure(*again, "--export", "images.pth")
+    corrupted = ["--threat-model", "corruptions", "--export", "a.pt"]
+    words = [
+        word for word in line(files, tmp_path) if word not in ("--eps", "1/255", "--data", f"{files.folder}/images.npz")
+    ]
+    assert "--threat-model corruptions does not read --export" in failure(*words, *corrupted)
+
+
 def test_a_second_run_reads_what_the_first_has_found(files, tmp_path, monkeypatch, capsys):
     arguments = line(files, tmp_path, "--attacks", ATTACKS, "--curve", "1/510,4/255")
     main(*arguments)

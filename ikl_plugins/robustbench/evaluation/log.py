@@ -24,6 +24,7 @@ from ..._files import written_aside
 from ...checkpoints import plain_name
 from ..conditions import precision
 from ..data import Images, content_sha256, file_sha256
+from ..export import export
 from ..known_sets import recorded_name
 from ..tables import aligned
 from .batches import batch_path, read_batch
@@ -134,6 +135,25 @@ class Evaluation:
         for index, image in self.adversarial.items():
             found[index] = image
         return found
+
+    def export(self, path: str | Path, images: Images | Tensor) -> Path:
+        """Writes the images as the attacks have left them, for other programs and for attacks on other models.
+
+        Args:
+            path: ends with .npz, which :func:`~ikl_plugins.robustbench.load_images` reads, or with .pt, which
+                ``torch.load(path, weights_only=True)`` reads. It is written whole or not at all.
+            images: those that were evaluated, (N, C, H, W).
+
+        Returns:
+            The path. The file holds ``image`` (float32, (N, C, H, W), those that stood unchanged; in .pt also under
+            AutoAttack's name ``adv_complete``), ``label``, ``prediction`` and ``natural_prediction`` (int64, (N,)),
+            ``fell_to`` (per image the attack, or ''), ``classes``, ``data`` and what the log says of model and attacks.
+
+        Raises:
+            ValueError: another ending; the evaluation is unfinished; its adversarial images were not kept; other images
+                than those of the log, by their checksum.
+        """
+        return export(self, path, images)
 
     def save(self, path: str | Path) -> None:
         """Writes the log as JSON; a file that cannot be written whole is left as it was."""
