@@ -51,8 +51,7 @@ __all__ = ["INTERRUPTED", "LOG", "configure", "run"]
 CALLER = "ikl evaluate"
 _AGAIN = 75  # the exit status of what is to be run again (EX_TEMPFAIL)
 _SURROGATE = ("surrogate_checkpoint", "surrogate_architecture")
-_OF_ATTACKS = ("eps", "attacks", "curve", "version", "data", "set", "precision", "channels_last", "shard", "export")
-_OF_ATTACKS += _SURROGATE
+_OF_ATTACKS = (*_SURROGATE, "eps", "attacks", "curve", "version", "data", "set", "precision", "channels_last", "shard")
 _DEFAULTS = (None, VERSIONS[0], PRECISIONS[0], False)
 INTERRUPTED = "run the same command again to go on"
 LOG = "evaluation.json"
@@ -229,7 +228,7 @@ def _check_together(arguments: argparse.Namespace, corrupted: bool) -> None:
 
         check_export_path(f"{CALLER} --export", arguments.export)
     if corrupted:
-        given = [name for name in _OF_ATTACKS if getattr(arguments, name) not in _DEFAULTS]
+        given = [name for name in (*_OF_ATTACKS, "export") if getattr(arguments, name) not in _DEFAULTS]
         given += ["batch_size auto"] if arguments.batch_size == "auto" else []
         for name in given:
             option = name.replace("_", "-")

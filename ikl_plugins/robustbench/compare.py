@@ -14,6 +14,7 @@ from typing import Any
 
 from .._files import written_aside
 from .evaluation.log import Evaluation
+from .evaluation.verdict import attacks_in_words
 from .figures import new_figure, require_matplotlib, save_figure
 from .report import binomial_interval
 from .tables import aligned
@@ -21,7 +22,17 @@ from .tables import aligned
 __all__ = ["Comparison", "Paired", "compare", "mcnemar", "paired_interval"]
 
 # Without these in common, robust accuracies are of different things; keys of the log.
-_SETTINGS = ("threat_model", "eps", "version", "attacks", "parameters", "precision", "n_target_classes", "autoattack")
+_SETTINGS = (
+    "threat_model",
+    "eps",
+    "version",
+    "attacks",
+    "parameters",
+    "surrogate",
+    "precision",
+    "n_target_classes",
+    "autoattack",
+)
 _SHOWN = 10  # indices of images
 _CLASSES = 20  # bars
 
@@ -234,8 +245,8 @@ def compare(
     if first["data"]["sha256"] != second["data"]["sha256"]:
         names = " and ".join(f"{log['n_examples']:,} of {log['data']['name'] or 'unnamed data'}" for log in logs)
         raise ValueError(f"{caller}: `a` and `b` must be of the same images, but are of others: {names}.")
-    keys = [] if natural else [key for key in _SETTINGS if first[key] != second[key]]
-    differences = tuple(f"{key}, {json.dumps(first[key])} and {json.dumps(second[key])}" for key in keys)
+    keys = [] if natural else [key for key in _SETTINGS if first.get(key) != second.get(key)]
+    differences = tuple(f"{key}, {json.dumps(first.get(key))} and {json.dumps(second.get(key))}" for key in keys)
     if differences and not allow_differences:
         raise ValueError(
             f"{caller}: `a` and `b` must have the same settings, but differ in {'; '.join(differences)}. "
@@ -314,4 +325,4 @@ def _what(log: Mapping[str, Any], attacked: bool) -> str:
     text = log["model"] if source is None else f"{log['model']}, {source}"
     if not attacked:
         return str(text)
-    return f"{text}; {log['threat_model']}, eps {log['eps']}, {', '.join(log['attacks'])}"
+    return f"{text}; {log['threat_model']}, eps {log['eps']}, {attacks_in_words(log)}"
