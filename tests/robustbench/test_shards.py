@@ -1,13 +1,22 @@
 """Several processes that share an evaluation: what they find is what one run of AutoAttack finds."""
 
 import contextlib
+import functools
+import multiprocessing
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
 
 import pytest
 import torch
-from quick_autoattack import Quick, batch, message, network, without_times
+from quick_autoattack import Quick, batch, message, network, without_times, write_network_and_images
 
 from ikl_plugins._files import locked
 from ikl_plugins._robustbench_import import import_robustbench
+from ikl_plugins.commands.main import main as ikl
 from ikl_plugins.robustbench.evaluation import Unfinished, curve, evaluate
 from ikl_plugins.robustbench.evaluation.log import Evaluation
 from ikl_plugins.robustbench.evaluation.shards import launched
@@ -154,6 +163,161 @@ def test_the_number_of_shards_may_change_and_no_batch_runs_twice(tmp_path):
     assert without_times(found.log) == {**without_times(whole.log), "adversarial": "log_adversarial"}
     files = [file.name for file in (tmp_path / "log_adversarial").iterdir()]
     assert len(files) == 1 + sum(entry["batches"] for entry in found.log["progress"])
+
+
+def forked(function):
+    """Starts a process that has all that this one has imported and patched."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it forks, and torch may have threads
+        process = multiprocessing.get_context("fork").Process(target=function)
+        process.start()
+    return process
+
+
+def test_a_killed_shard_loses_its_unfinished_batch_only(tmp_path):
+    model, images, labels = sample(count=23)
+    whole = evaluate(model, images, labels, log=tmp_path / "whole.json", **OPTIONS)
+    log, folder = tmp_path / "log.json", tmp_path / "log_adversarial"
+
+    def run(number):
+        model.register_forward_hook(lambda *_: time.sleep(0.01))
+        evaluate(model, images, labels, log=log, shard=(number, 2), **OPTIONS)
+
+    processes = [forked(functools.partial(run, number)) for number in (1, 2)]
+    until = time.monotonic() + 60
+    while not [*folder.glob("0-apgd-ce-00001-*")]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    for process in processes:  # the other in its second batch, the first one too or while it waits
+        process.kill()
+        process.join()
+    assert not [*folder.glob("0-apgd-ce-00003-*")]
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("[0-9]*.npz")}
+    found, *_ = in_turn(3, model, images, labels, log=log, **OPTIONS)
+    assert without_times(found.log) == {**without_times(whole.log), "adversarial": "log_adversarial"}
+    assert torch.equal(found.adversarial_images(images), whole.adversarial_images(images))
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """What `ikl evaluate` is called with."""
+    folder = tmp_path_factory.mktemp("files")
+    write_network_and_images(folder, 12, wrong=1)
+    given = f"--checkpoint {folder}/net.pt --architecture WideResNet-10-1 --data {folder}/images.npz --device cpu"
+    return [*given.split(), "--eps", "1/510", "--attacks", "apgd-ce,square", "--batch-size", "2"]
+
+
+def status(*arguments):
+    """The exit status of `ikl evaluate`, or the line with which it ends."""
+    try:
+        ikl(["evaluate", *map(str, arguments)])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def log_and_images(folder):
+    found = Evaluation.load(folder / "evaluation.json")
+    return without_times(found.log), {index: image.tolist() for index, image in found.adversarial.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(line, tmp_path_factory):
+    """The output of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robustbench.eval, "AutoAttack", Quicker)
+        assert status(*line, "--output", folder) == 0
+    return folder
+
+
+def test_ranks_share_the_work_and_the_first_one_speaks(line, alone, tmp_path, monkeypatch):
+    def run(rank):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with (tmp_path / f"{rank}.txt").open("w") as said:
+            sys.stdout = sys.stderr = said
+            code = status(*line, "--output", tmp_path / "out")
+        sys.exit(code)
+
+    processes = [forked(functools.partial(run, rank)) for rank in (0, 1)]
+    for process in processes:
+        process.join(60)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert [process.exitcode for process in processes] == [0, 0], first + second
+    assert log_and_images(tmp_path / "out") == log_and_images(alone)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("\n") == (alone / "report.md").read_text().count("\n")
+    assert "robust accuracy" in first
+    assert second == ""
+
+
+def test_folders_that_are_not_shared_are_merged(line, alone, tmp_path, capsys):
+    shards, merged = [tmp_path / "1", tmp_path / "2"], tmp_path / "merged"
+    for _ in range(2):  # one round for each attack
+        for number, folder in enumerate(shards, start=1):
+            assert status(*line, "--output", folder, "--shard", f"{number}/2", "--wait", "0") == 75
+        said = capsys.readouterr().err
+        assert "shard 2 of 2 has done its part, but" in said
+        assert "from folders that are not shared, bring them together with --merge" in said
+        code = status("--merge", *reversed(shards), "--output", merged)
+        for folder in shards:
+            shutil.copytree(merged, folder, dirs_exist_ok=True)
+    assert code == 0
+    assert "robust accuracy" in capsys.readouterr().out
+    assert log_and_images(merged) == log_and_images(alone)
+    assert (merged / "report.md").is_file()
+    assert status("--merge", merged, "--output", merged) == 0
+    (shards[1] / "evaluation.json").unlink()
+    assert status(*line, "--output", tmp_path / "3", "--shard", "2/2", "--wait", "0", "--seed", "1") == 75
+    text = status("--merge", shards[0], tmp_path / "3", "--output", tmp_path / "no")
+    assert f"merge: all folders must be of the evaluation of {shards[0]}/evaluation.json, but {tmp_path / '3'}" in text
+    assert "has other seed 1 instead of 0" in text
+    part = min((shards[1] / "evaluation_adversarial").glob("1-square-*"))
+    part.unlink()
+    assert status("--merge", shards[1], shards[1], "--output", tmp_path / "no").endswith("none has. Add its folder.")
+    shutil.copy(merged / "evaluation.json", shards[1])
+    assert status("--merge", shards[1], "--output", tmp_path / "part") == 75
+    assert re.search(r"square: (\d) of (?!\1)\d batches are there. Run the shards again", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("--eps 1/255 --shard 3", "--shard must be two numbers such as 3/8, got 3"),
+        ("--eps 1/255 --shard a/b", "--shard must be two numbers such as 3/8, got a/b"),
+        ("--merge x --eps 1/255", "--merge does not read --eps, as it runs no model"),
+        ("--merge x", "one folder must have the log of shard 1, but none has"),
+        ("--threat-model corruptions --shard 1/2", "--threat-model corruptions does not read --shard"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, text, tmp_path):
+    assert text in status(*arguments.split(), "--output", tmp_path)
+
+
+def test_a_shard_under_a_launcher_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--shard must be left out under torchrun" in status("--shard", "1/2", "--output", tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun(line, alone, tmp_path):
+    attack = [word.replace("apgd-ce,square", "apgd-ce") for word in line]
+    commands = [["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"], ["-m"]]
+    logs = []
+    for number, command in enumerate(commands):
+        output = tmp_path / str(number)
+        words = [sys.executable, *command, "ikl_plugins", "evaluate", *attack, "--output", str(output)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("robust accuracy") == 1
+        logs.append(log_and_images(output))
+    assert logs[0] == logs[1]
 
 
 # --- one writer ------------------------------------------------------------------------------------------------------
