@@ -2,9 +2,10 @@
 
 from .checks import ATTACKS, VERSIONS, check_radii
 from .corruptions import evaluate_corruptions
+from .curves import curve
 from .log import Evaluation
 from .merge import merge
-from .run import Progress, curve, evaluate
+from .run import Progress, evaluate
 from .shards import Unfinished
 
 __all__ = ["ATTACKS", "VERSIONS", "Evaluation", "Progress", "Unfinished", "check_radii", "curve", "evaluate"]

@@ -6,7 +6,6 @@ with one seed, the images that fell and the adversarial images equal those of on
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,18 +24,15 @@ from ..eps import Eps
 from .attacks import Attacks, Setting, random_state_kept, source_sha256
 from .batches import Batch, Batches, natural
 from .checks import (
-    ATTACKS,
-    VERSIONS,
     check_class_order,
     check_data,
     check_model,
-    check_radii,
     check_seed,
     check_threat,
     natural_predictions,
     warn_of_chance,
 )
-from .log import Evaluation, class_names, data_facts, identity, logged_batch_size, percent, weights_sha256
+from .log import Evaluation, class_names, data_facts, identity, logged_batch_size, weights_sha256
 from .memory import fitting_batch_size
 from .plan import plan_attacks
 from .precision import precision_in_words, quick_look
@@ -44,14 +40,7 @@ from .record import Record, each_kind_once
 from .shards import Shard, check_shard
 from .verdict import is_standard
 
-__all__ = [
-    "ATTACKS",
-    "VERSIONS",
-    "Progress",
-    "check_radii",
-    "curve",
-    "evaluate",
-]
+__all__ = ["Progress", "evaluate", "shown"]
 
 
 @dataclass(frozen=True)
@@ -75,14 +64,14 @@ class Progress:
     seconds: float
 
 
-def _shown(
+def shown(
     caller: str, progress: bool | Callable[[Progress], None] | None, before: str = ""
 ) -> Callable[[Progress], None]:
     """What to call with the progress: for True a bar or lines, with the count of images that stand."""
-    shown = Shown("batches")
+    display = Shown("batches")
 
     def show(made: Progress) -> None:
-        shown(before + made.attack, made.batch, made.batches, f"{made.standing} of {made.n_examples} standing")
+        display(before + made.attack, made.batch, made.batches, f"{made.standing} of {made.n_examples} standing")
 
     return teller(caller, progress, show)
 
@@ -180,7 +169,7 @@ def evaluate(
             chance.
     """
     caller = "evaluate"
-    tell = _shown(caller, progress)
+    tell = shown(caller, progress)
     eps = check_threat(caller, norm, eps)
     plan = plan_attacks(caller, version, attacks, surrogate=surrogate is not None)
     words = precision_in_words(caller, precision, channels_last)
@@ -294,84 +283,6 @@ def _checked_surrogate(
 
 def _surrogate_facts(surrogate: nn.Module) -> dict[str, str]:
     return {"model": type(surrogate).__name__, "weights_sha256": weights_sha256(surrogate)}
-
-
-@own_conditions()
-def curve(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    radii: Sequence[str | float | Eps],
-    *,
-    norm: str = "Linf",
-    version: str = "standard",
-    attacks: Sequence[str | Callable[..., Tensor]] | None = None,
-    folder: str | Path | None = None,
-    progress: bool | Callable[[Eps, Progress], None] | None = True,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Robust accuracy against eps.
-
-    Each radius is attacked on the images that stand at the smaller ones: an adversarial image of a small ball lies in
-    the larger ones too, so that the curve never rises.
-
-    Args:
-        model, images, labels, norm, version: see :func:`evaluate`.
-        radii: in any order; each once.
-        attacks: see :func:`evaluate`. Some attacks alone give a quicker, looser curve.
-        folder: for a log per radius, from which an interrupted curve goes on.
-        progress: as in :func:`evaluate`; a function is called with the radius and the progress on the images that stood
-            before it.
-        **options: further arguments of :func:`evaluate`, but ``log``.
-
-    Returns:
-        By rising radius, mappings of 'eps', 'eps_value', 'robust_accuracy' (percent), 'robust' (per image 0 or 1) and
-        'attacks'.
-
-    Raises:
-        TypeError: as :func:`evaluate`, or no sequence of radii.
-        ValueError: as :func:`evaluate`; no radius, or one that comes twice.
-    """
-    caller = "curve"
-    parsed = check_radii(caller, radii, norm)
-    images, labels = check_data(caller, images, labels)
-    standing = torch.arange(len(images))
-    points = []
-    tried = "eps"
-    for eps in parsed:
-        # The images that are left depend on the smaller radii, and so the name of the log does.
-        tried += f"_{eps.text.replace('/', '-')}"
-        run: list[str] = []
-        if callable(progress):
-            tell: Callable[[Progress], None] = functools.partial(progress, eps)
-        else:
-            tell = _shown(caller, progress, f"eps {eps}, ")
-        if len(standing):
-            result = evaluate(
-                model,
-                images[standing],
-                labels[standing],
-                eps=eps,
-                norm=norm,
-                version=version,
-                attacks=attacks,
-                log=None if folder is None else Path(folder) / f"{tried}.json",
-                progress=tell,
-                **options,
-            )
-            standing = standing[torch.tensor(result.log["robust"], dtype=torch.bool)]
-            run = result.log["attacks"]
-        robust = torch.zeros(len(images), dtype=torch.int64).index_fill(0, standing, 1).tolist()
-        points.append(
-            {
-                "eps": eps.text,
-                "eps_value": float(eps),
-                "robust_accuracy": percent(robust),
-                "robust": robust,
-                "attacks": run,
-            }
-        )
-    return points
 
 
 def _run_attack(
