@@ -134,7 +134,13 @@ def test_other_images_are_refused_by_name(logs):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("eps", "4/255"), ("threat_model", "L2"), ("version", "plus"), ("attacks", ["square"]), ("parameters", {"a": 1})],
+    [
+        ("eps", "4/255"),
+        ("threat_model", "L2"),
+        ("version", "plus"),
+        ("attacks", ["square"]),
+        ("parameters", {"square": {"n_queries": 9}}),
+    ],
 )
 def test_other_settings_are_refused_by_name_and_allowed_with_a_warning(logs, key, value):
     a, b = loaded(logs)
