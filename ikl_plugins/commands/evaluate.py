@@ -92,6 +92,8 @@ def _names(text: str) -> list[str]:
 
 
 def _batch_size(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}")
     return text if text == "auto" else int(text)
 
 
@@ -168,10 +170,10 @@ def _tell(evaluation: Evaluation, output: Path, images: Images | None) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from ..robustbench.evaluation import merge
 
-    names = ("checkpoint", "mmpretrain", "torchdistill", "zoo", "data", "eps", "attacks", "curve", "shard", "wait")
-    for name in (*names, "export"):
-        if getattr(arguments, name) is not None:
-            raise ValueError(f"{CALLER}: --merge does not read --{name}, as it runs no model. Leave it out.")
+    for name in ("checkpoint", "mmpretrain", "torchdistill", "zoo", "wait", "export", *_OF_ATTACKS):
+        if getattr(arguments, name) not in _DEFAULTS:
+            option = name.replace("_", "-")
+            raise ValueError(f"{CALLER}: --merge does not read --{option}, as it runs no model. Leave it out.")
     evaluation = merge([folder / LOG for folder in arguments.merge], arguments.output / LOG)
     if evaluation.finished:
         _tell(evaluation, arguments.output, None)
@@ -233,11 +235,21 @@ def _check_together(arguments: argparse.Namespace, corrupted: bool) -> None:
         for name in given:
             option = name.replace("_", "-")
             raise ValueError(f"{CALLER}: --threat-model {threat_model} does not read --{option}. Leave it out.")
-    elif arguments.eps is None:
+        return
+    if arguments.eps is None:
         raise ValueError(f"{CALLER}: --threat-model {threat_model} needs a radius. Add --eps 8/255.")
-    elif arguments.curve is not None:
-        from ..robustbench.evaluation import check_radii
+    if threat_model == "L1" and arguments.zoo is not None:
+        raise ValueError(f"{CALLER}: --zoo has no models for L1. Name the file with --checkpoint.")
+    from ..robustbench.evaluation import check_radii
+    from ..robustbench.evaluation.plan import plan_attacks
 
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where module:callable is looked for, as by python -m
+    surrogate = [getattr(arguments, name) is not None for name in _SURROGATE]
+    if any(surrogate) and not all(surrogate):
+        raise ValueError(f"{CALLER}: --surrogate-checkpoint and --surrogate-architecture go together. Add the other.")
+    plan_attacks(CALLER, arguments.version, arguments.attacks, surrogate=all(surrogate))
+    if arguments.curve is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come when the radii are used
             check_radii(f"{CALLER} --curve", arguments.curve, threat_model)
@@ -278,15 +290,11 @@ def _other_attacks(arguments: argparse.Namespace) -> dict[str, Any]:
     """What of the attacks is not AutoAttack's."""
     from ..robustbench import load_checkpoint
 
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where module:callable is looked for, as by python -m
     file, name = arguments.surrogate_checkpoint, arguments.surrogate_architecture
-    if (file is None) != (name is None):
-        raise ValueError(f"{CALLER}: --surrogate-checkpoint and --surrogate-architecture go together. Add the other.")
-    surrogate = None if file is None else load_checkpoint(file, name, arguments.dataset)
+    more = {"num_classes": arguments.num_classes}
     return {
         "parameters": _parameters(arguments),
-        "surrogate": surrogate,
+        "surrogate": None if file is None else load_checkpoint(file, name, arguments.dataset, **more),
         "precision": arguments.precision,
         "channels_last": arguments.channels_last,
     }

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .model_options import DATASETS, THREAT_MODELS
+from .model_options import DATASETS, NORMS, THREAT_MODELS
 
 if TYPE_CHECKING:
     from ..robustbench import Ranking
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     for kind, value, known in (
         ("data set", arguments.dataset, DATASETS),
-        ("threat model", arguments.threat_model, THREAT_MODELS),
+        ("threat model", arguments.threat_model, {*THREAT_MODELS, *NORMS}),
     ):
         if value is not None and value not in known:
             raise ValueError(check.unknown_name_message(CALLER, kind, value, known))
@@ -110,6 +110,7 @@ def _dataset(arguments: argparse.Namespace, log: dict[str, Any]) -> str:
 
 def _notes(log: dict[str, Any], dataset: str, ranking: Ranking, options: dict[str, Any]) -> list[str]:
     """Why the place may not be the one that RobustBench would give."""
+    from ..robustbench.evaluation.verdict import not_standard_in_words
     from ..robustbench.known_sets import KNOWN
     from ..robustbench.leaderboard import rank
     from ..robustbench.report import binomial_interval
@@ -120,8 +121,8 @@ def _notes(log: dict[str, Any], dataset: str, ranking: Ranking, options: dict[st
             f"The evaluation is on {_named(log)}, the entries on the test images of {dataset}: not comparable."
         )
     if not log["standard"] and log["eps"] is not None:
-        attacks = ", ".join(log["attacks"])
-        notes.append(f"The entries are by standard AutoAttack, the result by {attacks}: it may be too high.")
+        what = not_standard_in_words(log)
+        notes.append(f"The entries are by standard AutoAttack, the result by {what}: it may be too high.")
     count, whole = log["n_examples"], KNOWN[dataset].n_examples
     if count < whole:
         low, high = binomial_interval(round(log["robust_accuracy"] / 100 * count), count)

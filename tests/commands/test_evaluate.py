@@ -169,12 +169,67 @@ def test_standard_l2_and_a_folder(files, tmp_path, capsys):
     assert "(L2, eps 0.5, standard AutoAttack)" in capsys.readouterr().out
 
 
+def test_attacks_of_others_and_a_quick_look(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine_of_test.py").write_text(
+        "def noise(model, images, labels, *, norm, eps, seed):\n"
+        "    return (images + eps * images.new_empty(images.shape).uniform_(-1, 1)).clamp(0, 1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    surrogate = ("--surrogate-checkpoint", files.folder / "net.pt", "--surrogate-architecture", "WideResNet-10-1")
+    names = "apgd-ce,transfer-apgd-dlr,mine_of_test:noise"
+    look = ("--precision", "bfloat16", "--channels-last", "--batch-size", "auto")
+    main(*line(files, tmp_path, "--attacks", names, "--set", "apgd-ce.n_iter=2", *surrogate, *look))
+    parameters = {"apgd-ce": {"n_iter": 2}}
+    log = json.loads((tmp_path / "evaluation.json").read_text())
+    direct = evaluate(
+        files.model,
+        files.images,
+        files.labels,
+        eps="1/255",
+        attacks=names.split(","),
+        parameters=parameters,
+        surrogate=files.model,
+        precision="bfloat16",
+        channels_last=True,
+    ).log
+    for key in ("predictions", "fell_to", "attacks", "parameters", "surrogate", "precision", "own_attacks"):
+        assert log[key] == direct[key], key
+    assert (log["parameters"], log["precision"]) == (parameters, "bfloat16, channels_last")
+    assert log["batch_size"] in (16, 32, 64, 128, 256, 512, 1024)
+    shown = capsys.readouterr().out
+    with_all = f"{names.replace(',', ', ')}, with apgd-ce.n_iter=2, in bfloat16, channels_last"
+    assert f"(Linf, eps 1/255, not standard: {with_all})" in shown
+    assert f"The evaluation must be of standard AutoAttack, got {with_all}" in shown
+
+
+BAD_ATTACKS = [
+    ("--set square.n_queries", "argument --set: must be such as square.n_queries=20000, got 'square.n_queries'"),
+    ("--set n_queries=3", "argument --set: must be such as"),
+    ("--set square.queries=3", "evaluate: unknown parameter of square `queries`. Did you mean `n_queries`?"),
+    ("--attacks apgd", "ikl evaluate: unknown attack `apgd`. Did you mean `apgd-t`?"),
+    ("--attacks transfer-square", "`surrogate` is what transfer attacks are computed on"),
+    ("--surrogate-checkpoint a.pt", "--surrogate-checkpoint and --surrogate-architecture go together"),
+    ("--batch-size big", "argument --batch-size: must be a number or auto, got 'big'"),
+    ("--precision half", "argument --precision: invalid choice: 'half'"),
+]
+
+
+@pytest.mark.parametrize(("more", "text"), BAD_ATTACKS)
+def test_what_is_no_attack_or_parameter_is_refused(more, text, files, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(*line(files, tmp_path), *more.split())
+    assert text in f"{caught.value.code} {capsys.readouterr().err}"
+
+
 def test_what_autoattack_warns_of_is_printed(files, tmp_path, monkeypatch, capsys):
     model = nn.Sequential(files.model, nn.Softmax(1)).eval()
     loaded = LoadedModel(model, "soft", None)
     monkeypatch.setattr(command, "model_from", lambda args, caller: loaded)
     main(*line(files, tmp_path, "--attacks", "apgd-ce"))
-    assert "AutoAttack warns: it seems that the output is a probability distribution" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "AutoAttack warns: it seems that the output is a probability distribution" in shown
+    assert "AutoAttack's own checks say that this evaluation may be unreliable." in shown
 
 
 @pytest.fixture
@@ -211,11 +266,16 @@ def test_corruptions(corrupted, capsys):
 
 
 @pytest.mark.parametrize(
-    "more", ["--eps 8/255", "--attacks square", "--curve 1/255", "--version plus", "--data cifar10"]
+    "more",
+    [
+        *("--eps 8/255", "--attacks square", "--curve 1/255", "--version plus", "--data cifar10"),
+        *("--set square.n_queries=9", "--precision bfloat16", "--channels-last", "--surrogate-checkpoint a.pt"),
+        "--batch-size auto",
+    ],
 )
 def test_corruptions_refuse_what_is_for_attacks(more):
     text = failure("--threat-model", "corruptions", "--output", "out", *more.split())
-    assert f"ikl evaluate: --threat-model corruptions does not read {more.split()[0]}." in text
+    assert f"ikl evaluate: --threat-model corruptions does not read {more.split()[0]}" in text
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -374,6 +434,8 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, text):
 def test_the_names_are_those_of_the_room():
     """The command lists them again, as it is not to import torch for --help."""
     assert model_options.ATTACKS == evaluation.ATTACKS
+    assert model_options.NORMS == evaluation.checks._NORMS
+    assert model_options.PRECISIONS == evaluation.precision.PRECISIONS
     assert model_options.VERSIONS == evaluation.VERSIONS
     assert model_options.DATASETS == data.DATASETS
     assert set(model_options.THREAT_MODELS) == {kind.value for kind in robustbench.data.ThreatModel}

@@ -12,7 +12,7 @@ __all__ = ["fitting_batch_size"]
 
 _SIZES = (1024, 512, 256, 128, 64, 32, 16)
 _UNKNOWN = 128  # where nobody says how much memory there is
-_SAFETY = 2.5  # of what the forward keeps for the backward: gradients of it, and what convolutions need for a while
+_SAFETY = 3.0  # of what the forward keeps for the backward: gradients of it, and what convolutions need for a while
 _COPIES = 24  # of the images, which the attacks keep: best ones, last ones, gradients, random starts
 _FAB_COPIES = 3  # of the gradients of all logits, which FAB without targets takes
 

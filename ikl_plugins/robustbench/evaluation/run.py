@@ -187,7 +187,7 @@ def evaluate(
 
     with part.alone(path), random_state_kept(device), torch.no_grad():
         if batch_size == "auto":
-            fab = plan.version == "plus" or "fab" in (plan.named or ())
+            fab = plan.version == "plus" or any(name.endswith("fab") for name in (plan.named or ()))
             known = logged_batch_size(caller, path)
             if known is None and part.count > 1:
                 raise ValueError(f"{caller}: `batch_size` must be a number where work is shared, got 'auto'. Pass 128.")

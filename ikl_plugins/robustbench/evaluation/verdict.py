@@ -67,7 +67,7 @@ def attacks_in_words(log: Mapping[str, Any]) -> str:
 
 def not_standard_in_words(log: Mapping[str, Any]) -> str:
     """What ran instead of standard AutoAttack."""
-    words = [] if log["version"] in ("standard", "custom") else [f"AutoAttack {log['version']}"]
+    words = [] if log["version"] in (None, "standard", "custom") else [f"AutoAttack {log['version']}"]
     words += log["attacks"]
     if log["parameters"]:
         words.append(f"with {parameters_in_words(log['parameters'])}")

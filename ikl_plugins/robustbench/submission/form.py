@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ...models.robustbench_zoo import Architecture
 from ..evaluation.log import versions_text
+from ..evaluation.verdict import attacks_in_words
 
 __all__ = ["Facts", "form", "worded", "zoo_entry"]
 
@@ -102,8 +103,8 @@ def _method(log: Mapping[str, Any]) -> str:
     if log["threat_model"] == "corruptions":
         what = f"mean accuracy over {len(log['corruptions'])} corruptions and severities"
     else:
-        kind = "standard AutoAttack" if log["standard"] else f"AutoAttack, version {log['version']}"
-        what = f"{kind} ({', '.join(log['attacks'])})"
+        what = attacks_in_words(log)
+        what += f" ({', '.join(log['attacks'])})" if log["standard"] else ""
     return f"{what}, {log['n_examples']} images, seed {log['seed']}; {versions_text(log)}; per image in evaluation.json"
 
 
