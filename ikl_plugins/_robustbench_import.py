@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 __all__ = ["STAND_INS", "autoattack_facts", "give_place", "import_robustbench"]
@@ -108,21 +109,36 @@ def autoattack_facts() -> dict[str, str | None]:
 
 @functools.lru_cache
 def _origin(package: str, file: Path) -> dict[str, str | None]:
-    version, found, local = [], None, True
-    for name in metadata.packages_distributions().get(package, ()):
-        distribution = metadata.distribution(name)
-        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-        files = [Path(str(distribution.locate_file(entry))).resolve() for entry in distribution.files or ()]
-        folder = Path(unquote(urlsplit(origin.get("url", "")).path)).resolve() if "dir_info" in origin else None
-        if file in files or (folder is not None and folder in file.parents):
-            found, local = distribution.metadata["Name"], folder is not None
-            version.append(distribution.version)
-            if "vcs_info" in origin:
-                version.append(f"commit {origin['vcs_info']['commit_id'][:12]}")
-            break
-    if local:
+    distribution = _distribution(package, file)
+    origin = {} if distribution is None else _direct_url(distribution)
+    version = [] if distribution is None else [distribution.version]
+    if "vcs_info" in origin:
+        version.append(f"commit {origin['vcs_info']['commit_id'][:12]}")
+    if distribution is None or "dir_info" in origin:
         version.append(f"code {_code_sha256(file.parent)[:12]}")
-    return {"module": package, "package": found, "version": ", ".join(version)}
+    name = None if distribution is None else distribution.metadata["Name"]
+    return {"module": package, "package": name, "version": ", ".join(version)}
+
+
+def _distribution(package: str, file: Path) -> metadata.Distribution | None:
+    """The distribution that has installed a file of a package, or else that is installed from a folder around it."""
+    around = None
+    for distribution in metadata.distributions():
+        for entry in distribution.files or ():
+            if entry.parts[0] == package and Path(str(distribution.locate_file(entry))).resolve() == file:
+                return distribution
+        origin = _direct_url(distribution)
+        names = (distribution.read_text("top_level.txt") or distribution.metadata["Name"].replace("-", "_")).split()
+        if "dir_info" in origin and package in names:
+            folder = Path(unquote(urlsplit(origin["url"]).path)).resolve()
+            around = distribution if folder in file.parents else around
+    return around
+
+
+def _direct_url(distribution: metadata.Distribution) -> dict[str, Any]:
+    """Where a distribution was installed from, if not from an index (PEP 610)."""
+    found: dict[str, Any] = json.loads(distribution.read_text("direct_url.json") or "{}")
+    return found
 
 
 def _code_sha256(folder: Path) -> str:

@@ -280,29 +280,32 @@ def digest(folder):
 def test_the_autoattack_that_runs_is_named(tmp_path, monkeypatch, origin):
     site, source = tmp_path / "site", tmp_path / "source"
     code = (site if origin in ("index", "git", "folder") else source) / "madeattack"
-    for place in (code, site / "made_up_attack-0.1.dist-info"):
-        place.mkdir(parents=True)
+    code.mkdir(parents=True)
     (code / "__init__.py").write_text("class AutoAttack:\n    def run_standard_evaluation(self): ...\n")
-    facts, urls = (
-        site / "made_up_attack-0.1.dist-info",
-        {
-            "git": {"url": "https://example.org/a.git", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}},
-            "folder": {"url": source.as_uri(), "dir_info": {}},
-            "editable": {"url": source.as_uri(), "dir_info": {"editable": True}},
-        },
-    )
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up-attack\nVersion: 0.1\n")
-    (facts / "top_level.txt").write_text("madeattack\n")
-    (facts / "RECORD").write_text("madeattack/__init__.py,,\n" if origin != "editable" else "made.pth,,\n")
-    if origin in urls:
-        (facts / "direct_url.json").write_text(json.dumps(urls[origin]))
+    url = {
+        "git": {"url": "https://example.org/a.git", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}},
+        "folder": {"url": source.as_uri(), "dir_info": {}},
+        "editable": {"url": source.as_uri(), "dir_info": {"editable": True}},
+    }
+    # Beside it, what all of this lies in is installed, as a checkout with its environment inside is.
+    around = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
+    file = "made.pth" if origin == "editable" else "madeattack/__init__.py"
+    for name, record, place in (("made_up_attack", file, url.get(origin)), ("around", "around.pth", around)):
+        facts = site / f"{name}-0.1.dist-info"
+        facts.mkdir(parents=True)
+        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+        (facts / "RECORD").write_text(f"{record},,\n")
+        if name == "made_up_attack" and origin == "editable":
+            (facts / "top_level.txt").write_text("madeattack\n")
+        if place is not None:
+            (facts / "direct_url.json").write_text(json.dumps(place))
     monkeypatch.syspath_prepend(site)
     monkeypatch.syspath_prepend(source)
     monkeypatch.setitem(sys.modules, "madeattack", None)  # removed again afterwards
     del sys.modules["madeattack"]
     made = importlib.import_module("madeattack").AutoAttack
     monkeypatch.setattr(import_robustbench().eval, "AutoAttack", type("Derived", (made,), {}))
-    package = None if origin == "shadowed" else "made-up-attack"
+    package = None if origin == "shadowed" else "made_up_attack"
     version = {"index": "0.1", "git": "0.1, commit 0123456789ab", "shadowed": f"code {digest(code)}"}
     version = version.get(origin, f"0.1, code {digest(code)}")
     assert autoattack_facts() == {"module": "madeattack", "package": package, "version": version}
