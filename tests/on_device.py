@@ -32,8 +32,12 @@ LEFT_OUT = {
         "test_kernels": "the interpreter, and other processes; tests/gpu has the kernels themselves",
         "test_presets": "no tensors",
     },
-    "adversarial": {"test_refusals": "its inputs are made at import"},
+    "adversarial": {
+        "test_refusals": "its inputs are made at import",
+        "test_robust_evaluation": "its oracle draws where it runs, and other processes",
+    },
     "torchdistill": {
+        "test_box_evaluation": "whole runs, which choose their device themselves",
         "test_data": "no tensors",
         "test_recipes": "the text of the configs",
         "test_registration": "other processes",
@@ -50,6 +54,7 @@ LEFT_OUT = {
         "test_refusals": "the text of the configs",
         "test_registration": "other processes",
         "test_resume": "whole runs, which choose their device themselves",
+        "test_robust_evaluation_hook": "whole runs, which choose their device themselves",
         "test_sampling": "no tensors of a device",
         "test_train_mmpretrain": "other processes",
     },

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy
 import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook
@@ -19,9 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import _validation as check
+from .._random_states import kept_random_states
 from .._value_checks import read_value_checks
 
-__all__ = ["batches", "dry_run", "first_batch", "kept_random_states"]
+__all__ = ["batches", "dry_run", "first_batch"]
 
 _CALLER = "IKLHook"
 _UNCOMPUTED = "not computed of one batch: "
@@ -63,6 +62,7 @@ def dry_run(runner: Any, model: nn.Module, batch: Any) -> None:
     metrics = None if batch is None else _validated(runner, model, batch)
     if metrics is None:
         return  # which names there are is not known
+    metrics = {**metrics, **{hook.metric: None for hook in runner.hooks if hasattr(hook, "metric")}}
     for hook in savers:
         for name in hook.save_best or ():
             if name != "auto" and name not in metrics:
@@ -80,20 +80,6 @@ def batches(loader: Any) -> Iterator[Any]:
         return
     for indices in loader.batch_sampler:
         yield loader.collate_fn([loader.dataset[index] for index in indices])
-
-
-@contextmanager
-def kept_random_states() -> Iterator[None]:
-    """Gives Python's, NumPy's and torch's generators back as they were."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = [torch.cuda.current_device()] if started else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)
 
 
 def _check_schedules(runner: Any) -> None:

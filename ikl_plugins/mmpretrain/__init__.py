@@ -3,8 +3,8 @@
 It stands on :mod:`ikl_plugins.mmengine`, which it imports and whose names it has too. In MMPretrain's registries it
 adds, once: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbones ``DistillationNetwork``
 and ``RobustBenchNetwork`` with their head ``LogitsClsHead``, the data preprocessor ``TwoViewDataPreprocessor``, the
-transforms ``CIFAR10AutoAugment`` and ``ClippedCutout``, the metrics ``RobustAccuracy`` and ``ManyMediumFew``, the data
-set ``GeneratedImages``, the batch sampler ``GeneratedBatchSampler``.
+transforms ``CIFAR10AutoAugment`` and ``ClippedCutout``, the metrics ``RobustAccuracy`` and ``ManyMediumFew``, the hook
+``RobustEvaluationHook``, the data set ``GeneratedImages``, the batch sampler ``GeneratedBatchSampler``.
 """
 
 try:
@@ -42,6 +42,7 @@ from .npz_memmap import unpack_npz
 from .pixels import pixel_space
 from .preprocessing import CIFAR10AutoAugment, ClippedCutout, TwoViewDataPreprocessor
 from .registration import register
+from .robust_evaluation import RobustEvaluationHook
 from .sampling import GeneratedBatchSampler
 from .teacher import FrozenTeacher, build_teacher
 
@@ -66,6 +67,7 @@ __all__ = [
     "OneCycleMomentum",
     "ResumableOneCycleLR",
     "RobustAccuracy",
+    "RobustEvaluationHook",
     "TwoViewDataPreprocessor",
     "WarmupEMA",
     "allow_mmengine_checkpoints",

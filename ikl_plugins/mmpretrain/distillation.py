@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .._random_states import kept_random_states
 from ..losses import warmup_factor
-from ..mmengine.dry_run import kept_random_states
 from .classifier import EpochClassifier, term_scalars
 from .teacher import FrozenTeacher, MissingTeacherError, build_teacher
 from .teacher_check import check_teacher

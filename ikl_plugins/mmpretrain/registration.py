@@ -13,6 +13,7 @@ from .long_tail import ManyMediumFew
 from .metrics import RobustAccuracy
 from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
 from .preprocessing import CIFAR10AutoAugment, ClippedCutout, TwoViewDataPreprocessor
+from .robust_evaluation import RobustEvaluationHook
 from .sampling import GeneratedBatchSampler
 
 __all__ = ["ENTRY_NAMES", "register"]
@@ -28,6 +29,7 @@ _ENTRIES = (
     Entry(host.TRANSFORMS, "transform", "ClippedCutout", ClippedCutout),
     Entry(host.METRICS, "metric", "RobustAccuracy", RobustAccuracy),
     Entry(host.METRICS, "metric", "ManyMediumFew", ManyMediumFew),
+    Entry(host.HOOKS, "hook", "RobustEvaluationHook", RobustEvaluationHook),
     Entry(host.DATASETS, "data set", "GeneratedImages", GeneratedImages),
     Entry(host.DATA_SAMPLERS, "batch sampler", "GeneratedBatchSampler", GeneratedBatchSampler),
 )

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .._files import check_config_text
+from .._random_states import kept_random_states
 from ..checkpoints import is_address, load_weights
-from ..mmengine.dry_run import kept_random_states
 from ..models.weights import Statistics, drawn_parameters, load_strictly
 from .classifier import EpochClassifier
 from .pixels import pixel_space

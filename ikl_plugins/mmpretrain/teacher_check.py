@@ -13,7 +13,8 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from .._accuracy import LEAST_IMAGES, at_chance, worse
-from ..mmengine.dry_run import batches, kept_random_states
+from .._random_states import kept_random_states
+from ..mmengine.dry_run import batches
 
 __all__ = ["check_teacher"]
 

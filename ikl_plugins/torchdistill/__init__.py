@@ -8,8 +8,8 @@ Importing this package registers with torchdistill, once:
 - the networks of :mod:`ikl_plugins.models`, each as ``ikl_plugins.<name>``, and those of RobustBench as
   ``ikl_plugins.robustbench_network``, with ``architecture`` and ``num_classes`` among their ``kwargs``.
 
-``adversarial_forward``, ``image_folder``, ``ImageList``, ``share_of_batch`` and ``WarmupCosine`` are for
-``!import_call``; the first registers a forward process.
+``adversarial_forward``, ``robust_evaluation``, ``image_folder``, ``ImageList``, ``share_of_batch`` and ``WarmupCosine``
+are for ``!import_call``; the first registers a forward process, the second a post-epoch process.
 """
 
 try:
@@ -21,6 +21,7 @@ except ImportError as error:
     ) from error
 
 from .adversarial import AdversarialForward, adversarial_forward
+from .box_evaluation import robust_evaluation
 from .data import ImageList, image_folder, share_of_batch
 from .losses import AdversarialLogits, MidLevelLoss, find_losses, mid_level_losses
 from .losses import __getattr__ as __getattr__  # a class by the name of each loss
@@ -42,6 +43,7 @@ __all__ = [
     "image_folder",
     "mid_level_losses",
     "register",
+    "robust_evaluation",
     "share_of_batch",
 ]
 

@@ -35,8 +35,8 @@ __all__ = ["AdversarialForward", "adversarial_forward"]
 
 _logger = logging.getLogger(__name__)
 _CALLER = "adversarial_forward"
-_GREY_LEVEL = 1 / 255  # what normalising in a narrow dtype and undoing it may lose
-_WAY_OUT = "Give `mean` and `std` of the data set's Normalize, or neither if it has none."
+GREY_LEVEL = 1 / 255  # what normalising in a narrow dtype and undoing it may lose
+WAY_OUT = "Give `mean` and `std` of the data set's Normalize, or neither if it has none."
 
 
 def adversarial_forward(
@@ -68,7 +68,7 @@ def adversarial_forward(
             raise TypeError(check.unknown_name_message(_CALLER, "keyword", keyword, [*known, "mean", "std"]))
     if "eps" not in attack:
         raise TypeError(f"{_CALLER}: `eps` must be given. Pass a number or '8/255'.")
-    space = PixelSpace(mean, std, tolerance=_GREY_LEVEL, caller=_CALLER, way_out=_WAY_OUT)
+    space = PixelSpace(mean, std, tolerance=GREY_LEVEL, caller=_CALLER, way_out=WAY_OUT)
     forward = AdversarialForward(PGD(**attack), space)
     settings = {**attack, "mean": mean, "std": std}
     shown = ", ".join(f"{name}={settings[name]!r}" for name in sorted(settings) if settings[name] is not None)

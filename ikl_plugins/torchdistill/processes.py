@@ -56,6 +56,7 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
     """
     if isinstance(epoch, bool) or not isinstance(epoch, int):
         raise ValueError(f"{_CALLER}: `epoch` must be the number of the epoch, from 0, got {epoch!r}.")
+    box.ikl_epoch = epoch  # for the post-epoch process, which torchdistill does not tell
     stage, first_epoch, epochs = _stage_of(box)
     epoch_of_stage = max(1, epoch - first_epoch + 1)
     with_teacher = isinstance(box, DistillationBox)

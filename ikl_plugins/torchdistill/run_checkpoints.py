@@ -15,7 +15,7 @@ from .._files import written_aside
 from ..checkpoints import load_content
 from ..models.weights import load_strictly
 
-__all__ = ["CALLER", "RunCheckpoints", "last_path", "load_checkpoint", "load_model"]
+__all__ = ["CALLER", "RunCheckpoints", "last_path", "load_checkpoint", "load_model", "save"]
 
 CALLER = "ikl train"
 
@@ -85,7 +85,7 @@ class RunCheckpoints:
         }
 
     def save_best(self) -> None:
-        _save(self.best, self.content())
+        save(self.best, self.content())
 
     def save_last(self, epochs: int) -> None:
         """Saves what the rest of the training depends on, after ``epochs`` finished epochs."""
@@ -97,7 +97,7 @@ class RunCheckpoints:
             "grad_count": self.box.stage_grad_count,
             "gradients": [parameter.grad for parameter in self._parameters()],
         }
-        _save(self.last, {**self.content(), **others})
+        save(self.last, {**self.content(), **others})
 
     def load_best(self) -> None:
         best = load_checkpoint(self.best)
@@ -186,7 +186,7 @@ class RunCheckpoints:
         return found
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
+def save(path: Path, content: dict[str, Any]) -> None:
     """Writes aside and renames: an interruption or a full disk leaves the old file as it was."""
     with written_aside(path) as aside, aside.open("wb") as file:
         torch.save(content, file)

@@ -3,7 +3,8 @@
 It reads the keys that upstream's examples/torchvision/image_classification.py reads. Around the boxes it differs:
 
 - several processes also work without CUDA, and evaluation counts each image once;
-- beside the best checkpoint, at `dst_ckpt`, it keeps the last one, `..._last.pt`: training that goes on from there with
+- the best checkpoint, at `dst_ckpt`, can be that with the highest robust accuracy, with --best_by robust;
+- beside the best checkpoint it keeps the last one, `..._last.pt`: training that goes on from there with
   --start_epoch ends as if it had never stopped, to the bit on a CPU;
 - checkpoints are written aside and renamed, and read with weights_only=True;
 - a `src_ckpt` gives initial weights, whoever has written it, and must be there;
@@ -32,7 +33,9 @@ from torchdistill.core.training import get_training_box
 from torchdistill.datasets.util import build_data_loader
 from torchdistill.misc.log import set_basic_log_config, setup_log_file
 
+from .. import _validation as check
 from ..functional import LossTerms
+from .box_evaluation import evaluation_of
 from .dry_run import dry_run
 from .losses import find_losses
 from .run_checkpoints import CALLER, RunCheckpoints, last_path, load_checkpoint
@@ -44,6 +47,7 @@ __all__ = ["DivergenceError", "Trainer", "last_path", "load_checkpoint", "load_c
 Progress = Callable[[int, int, str], None]
 
 logger = logging.getLogger(__name__)
+BEST_BY = ("accuracy", "robust")
 
 
 class DivergenceError(ValueError):
@@ -57,9 +61,10 @@ class Trainer:
         config: of :func:`load_config`.
         device: where to train.
         seed: of initialisation, order and augmentation.
+        best_by: 'accuracy' or 'robust', the value of the best checkpoint.
     """
 
-    def __init__(self, config: dict[str, Any], device: torch.device, seed: int) -> None:
+    def __init__(self, config: dict[str, Any], device: torch.device, seed: int, best_by: str = BEST_BY[0]) -> None:
         self.device = device
         self.seed = seed
         self.distributed = dist.is_available() and dist.is_initialized()
@@ -80,7 +85,8 @@ class Trainer:
         self.box = make_box(
             *models, self.model, self.datasets, config["train"], device, device_ids, self.distributed, lr_factor=1
         )
-        args = argparse.Namespace(device=str(device), seed=seed, world_size=self.world_size)
+        self.best_by = best_by
+        args = argparse.Namespace(device=str(device), seed=seed, world_size=self.world_size, best_by=best_by)
         self.checkpoints = RunCheckpoints(self.box, self.model, student, args)
 
     def train_epoch(self, epoch: int, progress: Progress | None = None) -> dict[str, Any]:
@@ -150,10 +156,15 @@ class Trainer:
     def finish_epoch(self, row: dict[str, Any]) -> None:
         """Keeps the row of an epoch, lets the box end it, and saves what a resumed run needs."""
         kept = self.checkpoints
+        evaluation = evaluation_of(self.box)
+        robust = None if evaluation is None else evaluation.accuracy(self.box)
+        if robust is not None:
+            row["robust_accuracy"] = robust
         kept.history.append(row)
         logger.info("  ".join(f"{key}: {value:.4g}" for key, value in row.items()))
-        if row["val_accuracy"] > kept.best_value:
-            kept.best_value = row["val_accuracy"]
+        value = row["val_accuracy"] if self.best_by == "accuracy" else robust
+        if value is not None and value > kept.best_value:
+            kept.best_value = value
             if self.rank == 0:
                 kept.save_best()
         self.box.post_epoch_process()
@@ -181,9 +192,10 @@ def run(
     device: torch.device | str = "cpu",
     seed: int = 0,
     start_epoch: int = 0,
+    best_by: str = BEST_BY[0],
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Trains, and tests the best checkpoint: the model with the highest validation accuracy.
+    """Trains, and tests the best checkpoint: the model with the highest validation accuracy, or robust accuracy.
 
     With an initialised process group this is one of its ranks.
 
@@ -192,12 +204,15 @@ def run(
         device: where to train.
         seed: of initialisation, order and augmentation.
         start_epoch: number of finished epochs to go on from; the last checkpoint must hold as many.
+        best_by: 'accuracy', or 'robust' where :func:`ikl_plugins.torchdistill.robust_evaluation` is the config's
+            post-epoch process.
         progress: called after each step with the number of the step, the number of all steps and a text.
 
     Returns:
-        'test_accuracy' and 'best_val_accuracy' in percent, 'history' (a row per epoch: 'epoch', 'lr', 'train_loss',
-        'val_accuracy', 'seconds_per_step', and the two terms of each of this package's losses as '<term>/weighted_mse'
-        and '<term>/soft_cross_entropy'), 'class_prior' (the matrix of each term that has one).
+        'test_accuracy' and 'best_val_accuracy' (robust with that ``best_by``) in percent, 'history' (a row per epoch:
+        'epoch', 'lr', 'train_loss', 'val_accuracy', 'seconds_per_step', where it was evaluated 'robust_accuracy', and
+        the two terms of each of this package's losses as '<term>/weighted_mse' and '<term>/soft_cross_entropy'),
+        'class_prior' (the matrix of each term that has one).
 
     Raises:
         ValueError: a checkpoint that is missing or does not fit, an option out of range, a validation or test set or a
@@ -205,7 +220,14 @@ def run(
     """
     import_dependencies(config.get("dependencies"))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        trainer = Trainer(config, torch.device(device), seed)
+        if best_by not in BEST_BY:
+            raise ValueError(check.unknown_name_message(CALLER, "--best_by", best_by, BEST_BY))
+        trainer = Trainer(config, torch.device(device), seed, best_by)
+        if best_by == "robust" and evaluation_of(trainer.box) is None:
+            raise ValueError(
+                f"{CALLER}: --best_by robust needs `post_epoch_process:` to be one of "
+                f"ikl_plugins.torchdistill.robust_evaluation. See docs/torchdistill.md."
+            )
         epochs = trainer.box.num_epochs
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
             raise ValueError(f"{CALLER}: `train: num_epochs:` must be a whole number of at least 1, got {epochs!r}.")
@@ -247,6 +269,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, order and augmentation (default: 0)")
     parser.add_argument("--start_epoch", type=int, default=0, metavar="N", help="go on after N finished epochs")
+    parser.add_argument(
+        "--best_by",
+        choices=BEST_BY,
+        default=BEST_BY[0],
+        help="what the best checkpoint is best at (default: accuracy)",
+    )
     parser.add_argument("--run_log", type=Path, metavar="FILE", help="write the log there, too")
     return parser
 
@@ -281,10 +309,13 @@ def main(arguments: list[str]) -> None:
         device = _join_group(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
         if args.run_log is not None and not (dist.is_initialized() and dist.get_rank() > 0):
             setup_log_file(args.run_log.expanduser())
-        result = run(load_config(path), device=device, seed=args.seed, start_epoch=args.start_epoch)
+        result = run(
+            load_config(path), device=device, seed=args.seed, start_epoch=args.start_epoch, best_by=args.best_by
+        )
     except KeyboardInterrupt:
         raise SystemExit("interrupted; go on with --start_epoch") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    logger.info("best validation accuracy: %.2f", result["best_val_accuracy"])
+    kind = "accuracy" if args.best_by == "accuracy" else "robust accuracy"
+    logger.info("best validation %s: %.2f", kind, result["best_val_accuracy"])

@@ -116,7 +116,8 @@ def test_the_shipped_configs_share_one_shape(path, load, monkeypatch):
         assert config[f"{split}_dataloader"].dataset.data_prefix == split
     kind = {"distill": "DistillationClassifier", "adversarial": "AdversarialClassifier"}
     assert config.model.type == kind.get(name.split("_")[0], "ImageClassifier")
-    assert config.default_hooks.checkpoint.save_best == ("robust" if "adversarial" in name else "accuracy") + "/top1"
+    best = "robust/apgd-ce" if "apgd" in name else ("robust" if "adversarial" in name else "accuracy") + "/top1"
+    assert config.default_hooks.checkpoint.save_best == best
     wrapper = config.model_wrapper_cfg
     assert MODEL_WRAPPERS.get(wrapper.type) is not None
     assert (wrapper.device_ids, wrapper.broadcast_buffers, wrapper.find_unused_parameters) == (None, False, False)

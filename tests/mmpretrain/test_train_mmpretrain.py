@@ -21,6 +21,8 @@ WATCHED = """
 _base_ = {base!r}
 custom_imports = dict(imports=["ikl_plugins.mmpretrain", "watch"])
 custom_hooks = [dict(type="IKLHook"), dict(type="SyncBuffersHook"), dict(type="WatchHook")]
+custom_hooks += [dict(type="RobustEvaluationHook", eps="8/255", n_examples=20, batch_size=7, interval=2)]
+default_hooks = dict(checkpoint=dict(save_best=["accuracy/top1", "robust/apgd-ce"]))
 train_dataloader = dict(batch_size={batch_size})
 train_cfg = dict(max_epochs=3)
 param_scheduler = dict(T_max=3)
@@ -154,6 +156,8 @@ def test_two_ranks_stay_equal_and_have_the_prior_of_one(distilled, world):
     torch.testing.assert_close(first[PRIOR], ends(distilled)[PRIOR], atol=1e-6, rtol=0)
     (log,) = folder.glob("*/*.log")  # the teacher is tested on the images of both ranks
     assert "the teacher's top-1 accuracy on 30 validation images" in log.read_text()
+    assert log.read_text().count("robust/apgd-ce on 20 of 30 validation images") == 1
+    assert len([*folder.glob("best_robust_apgd-ce_epoch_[23].pth")]) == 1
     saved = torch.load(folder / "epoch_3.pth", weights_only=False)["state_dict"]
     assert_same(saved, first)
 

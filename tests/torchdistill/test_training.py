@@ -499,7 +499,10 @@ def test_two_processes_stay_in_step(two_ranks, monkeypatch, name):
     assert torch.equal(matrix, second["result"]["class_prior"]["ikl"])
     assert not torch.equal(matrix, torch.full((10, 10), 0.1))
     for ours, theirs in zip(first["result"]["history"], second["result"]["history"], strict=True):
-        assert ours["val_accuracy"] == theirs["val_accuracy"]
+        assert all(ours.get(name) == theirs.get(name) for name in ("val_accuracy", "robust_accuracy"))
+    if name == "adversarial":
+        robust = ADVERSARIAL_PATH.with_name("adversarial_ikl_best_robust.pt")
+        assert load_checkpoint(robust)["best_value"] == first["result"]["history"][-1]["robust_accuracy"]
     path = {"one": IKL_PATH, "adversarial": ADVERSARIAL_PATH}.get(
         name, Path("runs/torchdistill/digits/stages/stages.pt")
     )
