@@ -385,7 +385,7 @@ def begin(monkeypatch):
         loop_class = type("Loop", (hooks.IterBasedTrainLoop,) if iterations else (), {"__init__": lambda self: None})
         loop = loop_class()
         loop.__dict__["dataloader"] = loader()
-        run = type("Run", (), {"hooks": list(run_hooks), "val_loop": None})()
+        run = type("Run", (), {"hooks": list(run_hooks), "val_loop": None, "param_schedulers": None})()
         run.train_loop = loop
         run.model = Wrapper(model, broadcast_buffers) if wrapped else model
         IKLHook().before_train(run)
