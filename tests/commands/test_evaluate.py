@@ -170,14 +170,13 @@ def test_standard_l2_and_a_folder(files, tmp_path, capsys):
 
 
 def test_attacks_of_others_and_a_quick_look(files, tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine_of_test.py").write_text(
-        "def noise(model, images, labels, *, norm, eps, seed):\n"
-        "    return (images + eps * images.new_empty(images.shape).uniform_(-1, 1)).clamp(0, 1)\n"
-    )
+    page = (Path(__file__).parents[2] / "docs" / "robustbench.md").read_text(encoding="utf-8")
+    (attack,) = re.findall(r"^```python\n(def attack\(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine_of_test.py").write_text(f"import torch\n\n\n{attack}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     surrogate = ("--surrogate-checkpoint", files.folder / "net.pt", "--surrogate-architecture", "WideResNet-10-1")
-    names = "apgd-ce,transfer-apgd-dlr,mine_of_test:noise"
+    names = "apgd-ce,transfer-apgd-dlr,mine_of_test:attack"
     look = ("--precision", "bfloat16", "--channels-last", "--batch-size", "auto")
     main(*line(files, tmp_path, "--attacks", names, "--set", "apgd-ce.n_iter=2", *surrogate, *look))
     parameters = {"apgd-ce": {"n_iter": 2}}
