@@ -147,20 +147,6 @@ def test_one_import_serves_a_script_and_its_workers_and_lends_names_no_longer_th
         assert "pkg_resources" not in loaded
 
 
-def test_where_the_real_modules_are_ours_stay_out(real_ones):
-    output = run(
-        "import sys, ikl_plugins.robustbench, robustbench.eval, robustbench.loaders\n"
-        "import autoattack, pkg_resources\n"
-        "assert autoattack.AutoAttack.real and robustbench.eval.AutoAttack is autoattack.AutoAttack\n"
-        "assert pkg_resources.real and autoattack.state.real\n"
-        "from ikl_plugins._robustbench_import import autoattack_facts\n"
-        "print('ikl_plugins._autoattack' in sys.modules, autoattack_facts())",
-        real_ones,
-    )
-    facts = {"module": "autoattack", "package": None, "version": f"code {digest(real_ones / 'autoattack')}"}
-    assert output == f"False {facts}\n"  # pyautoattack is installed as well, and is not named
-
-
 # --- `ikl robustbench` -----------------------------------------------------------------------------------------------
 
 # What RobustBench does at its import, and no more.
@@ -220,6 +206,22 @@ def made_up_robustbench(folder):
     for name, text in ROBUSTBENCH.items():
         (folder / "robustbench" / name).write_text(text)
     return folder
+
+
+def test_where_the_real_modules_are_ours_stay_out(tmp_path, real_ones):
+    output = run(
+        "import sys\n"
+        "from ikl_plugins._robustbench_import import autoattack_facts, import_robustbench\n"
+        "robustbench = import_robustbench()\n"
+        "import autoattack, autoattack.state, pkg_resources\n"
+        "assert autoattack.AutoAttack.real and robustbench.eval.AutoAttack is autoattack.AutoAttack\n"
+        "assert pkg_resources.real and autoattack.state.real\n"
+        "print('ikl_plugins._autoattack' in sys.modules, autoattack_facts())",
+        made_up_robustbench(tmp_path / "site"),
+        real_ones,
+    )
+    facts = {"module": "autoattack", "package": None, "version": f"code {digest(real_ones / 'autoattack')}"}
+    assert output == f"False {facts}\n"  # pyautoattack is installed as well, and is not named
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -315,11 +317,12 @@ def test_the_autoattack_that_runs_is_named(tmp_path, monkeypatch, origin):
 
 
 @pytest.mark.parametrize(("missing", "named"), [("robustbench", "robustbench"), ("pyautoattack", "autoattack")])
-def test_what_is_missing_is_named_with_the_command(missing, named):
+def test_what_is_missing_is_named_with_the_command(tmp_path, missing, named):
     if named == "autoattack" and not absent(named):
         pytest.skip("the original AutoAttack is installed")
     statement = f"import sys\nsys.modules['{missing}'] = None\nimport ikl_plugins.robustbench"
-    last = run(statement, code=1).strip().splitlines()[-1]
+    folders = [made_up_robustbench(tmp_path)] if missing != "robustbench" else []
+    last = run(statement, *folders, code=1).strip().splitlines()[-1]
     assert last == (
         f"ImportError: ikl_plugins.robustbench needs RobustBench and an AutoAttack, but `{named}` is missing. "
         f"Run: pip install 'ikl_plugins[robustbench]'"
