@@ -125,6 +125,7 @@ def _taken(caller: str, path: Path, lock: Path, way_out: str) -> int | None:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)
             if error.errno not in _TAKEN:
+                lock.unlink(missing_ok=True)
                 warnings.warn(
                     f"{caller}: {path} cannot be locked here ({error.strerror}). Run one process at a time.",
                     UserWarning,

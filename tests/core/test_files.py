@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ikl_plugins._files import naming, written_aside
+from ikl_plugins._files import locked, naming, written_aside
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -103,3 +103,55 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as caught, naming(tmp_path / "a.bin"):
             raise error
         assert caught.value is error
+
+
+def test_the_first_of_several_writers_keeps_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "natural.npz"
+    for text in ("first", "second"):
+        with written_aside(path, first=True) as aside:
+            aside.write_text(text)
+    assert (path.read_text(), os.listdir(tmp_path)) == ("first", ["natural.npz"])
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with written_aside(tmp_path / "other", first=True) as aside:
+        aside.write_text("text")
+    assert (tmp_path / "other").read_text() == "text"
+
+
+def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "log.json"
+    code = (
+        "import sys\n"
+        "from ikl_plugins._files import locked\n"
+        "with locked('train', sys.argv[1], ''):\n"
+        "    print(flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    words = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        why = rf"^run: {path} must have one process that writes it, but process {holder.pid} on \S+ does. Wait for it.$"
+        with pytest.raises(ValueError, match=why), locked("run", path, "Wait for it."):
+            pass
+        holder.kill()
+    assert (tmp_path / "deep" / "log.json.lock").exists()  # which nobody holds
+    mine = pytest.raises(ValueError, match=f"but process {os.getpid()} on")
+    with locked("run", path, ""), mine, locked("run", path, ""):
+        pass
+    assert os.listdir(path.parent) == []
+
+
+def test_where_a_disk_has_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    said = pytest.warns(UserWarning, match=r"cannot be locked here \(No locks available\). Run one process at a time")
+    with said, locked("run", tmp_path / "log.json", ""):
+        assert os.listdir(tmp_path) == []
