@@ -104,7 +104,11 @@ def autoattack_facts() -> dict[str, str | None]:
     classes = import_robustbench().eval.AutoAttack.__mro__
     # The first of them: what is derived from it, such as the stand-in, runs its attacks.
     module = [kind for kind in classes if "run_standard_evaluation" in vars(kind)][-1].__module__
-    return dict(_origin(module.partition(".")[0], Path(str(sys.modules[module].__file__)).resolve()))
+    package = module.partition(".")[0]
+    file = getattr(sys.modules[module], "__file__", None)
+    if file is None:  # typed into a session
+        return {"module": package, "package": None, "version": "code without a file"}
+    return dict(_origin(package, Path(file).resolve()))
 
 
 @functools.lru_cache
@@ -115,7 +119,7 @@ def _origin(package: str, file: Path) -> dict[str, str | None]:
     if "vcs_info" in origin:
         version.append(f"commit {origin['vcs_info']['commit_id'][:12]}")
     if distribution is None or "dir_info" in origin:
-        version.append(f"code {_code_sha256(file.parent)[:12]}")
+        version.append(f"code {_code_sha256(package, file)[:12]}")
     name = None if distribution is None else distribution.metadata["Name"]
     return {"module": package, "package": name, "version": ", ".join(version)}
 
@@ -125,7 +129,7 @@ def _distribution(package: str, file: Path) -> metadata.Distribution | None:
     around = None
     for distribution in metadata.distributions():
         for entry in distribution.files or ():
-            if entry.parts[0] == package and Path(str(distribution.locate_file(entry))).resolve() == file:
+            if entry.parts[0] in (package, file.name) and Path(str(distribution.locate_file(entry))).resolve() == file:
                 return distribution
         origin = _direct_url(distribution)
         names = (distribution.read_text("top_level.txt") or distribution.metadata["Name"].replace("-", "_")).split()
@@ -141,10 +145,13 @@ def _direct_url(distribution: metadata.Distribution) -> dict[str, Any]:
     return found
 
 
-def _code_sha256(folder: Path) -> str:
+def _code_sha256(package: str, file: Path) -> str:
+    """Of all files of a package, or of the one file of a module."""
+    folder = next(iter(getattr(sys.modules[package], "__path__", ())), None)
+    files = [file] if folder is None else sorted(Path(folder).rglob("*.py"))
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    for one in files:
+        digest.update(f"{one.relative_to(folder or file.parent)}\n".encode() + one.read_bytes())
     return digest.hexdigest()
 
 

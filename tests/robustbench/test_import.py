@@ -313,6 +313,20 @@ def test_the_autoattack_that_runs_is_named(tmp_path, monkeypatch, origin):
     assert autoattack_facts() == {"module": "madeattack", "package": package, "version": version}
 
 
+def test_an_autoattack_of_ones_own_is_named(tmp_path, monkeypatch):
+    (tmp_path / "own_attack.py").write_text("class AutoAttack:\n    def run_standard_evaluation(self): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "own_attack", None)
+    del sys.modules["own_attack"]
+    own = importlib.import_module("own_attack")
+    code = digest(tmp_path)
+    (tmp_path / "other.py").write_text("")  # of which it is no part
+    monkeypatch.setattr(import_robustbench().eval, "AutoAttack", own.AutoAttack)
+    assert autoattack_facts() == {"module": "own_attack", "package": None, "version": f"code {code}"}
+    del own.__file__
+    assert autoattack_facts()["version"] == "code without a file"
+
+
 # --- what is missing -------------------------------------------------------------------------------------------------
 
 
