@@ -12,6 +12,8 @@ from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.models.robustbench_zoo import robustbench_network
+from ikl_plugins.robustbench.evaluation.log import FORMAT
+from ikl_plugins.robustbench.known_sets import KNOWN
 
 robustbench = import_robustbench()
 
@@ -71,36 +73,82 @@ def write_imagenet(folder, count):
     return names
 
 
-def made_up_log(**changes):
-    """What the evaluation of 10,000 test images says, as far as others read it."""
-    unread = ("versions", "weights_sha256", "version", "dropped", "labels", "natural_correct", "robust", "progress")
-    return {
-        **dict.fromkeys(unread),
-        "format": "ikl_plugins.robustbench.evaluation/2",
-        "model": "network",
-        "threat_model": "Linf",
-        "eps": "8/255",
-        "dataset": None,
-        "data": {"name": "cifar10"},
-        "standard": True,
-        "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"],
-        "n_examples": 10000,
-        "natural_accuracy": 85.3,
-        "robust_accuracy": 57.09,
-        "finished": True,
-        "adversarial": False,
-        "fell_to": [],
-        "parameters": {},
-        "precision": "float32",
+class Harmless(robustbench.eval.AutoAttack):
+    """Attacks that change nothing, at once: every image that is classified right stands."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for attack in (self.apgd, self.apgd_targeted, self.fab, self.square):
+            attack.perturb = lambda images, labels: images.clone()
+
+
+def consistent_log(count=10000, natural=8530, robust=5709, classes=10, **changes):
+    """The log of an evaluation of a test set that nobody has run, which agrees with itself: apgd-ce found all."""
+    labels = [index % classes for index in range(count)]
+    wrong = [(label + 1) % classes for label in labels]
+    fell = ["apgd-ce" if robust <= index < natural else None for index in range(count)]
+    attacks = ["apgd-ce", "apgd-t", "fab-t", "square"]
+    progress = [
+        {"attack": attack, "standing": robust, "seconds": 1.0, "batches": batches, "batches_done": batches}
+        for attack, images in zip(attacks, (natural, robust, robust, robust), strict=True)
+        for batches in (-(-images // 128),)
+    ]
+    name = {10: "cifar10", 100: "cifar100"}.get(classes, "made up")
+    log = {
+        "format": FORMAT,
+        "versions": {"python": "3.11.2", "torch": "2.14.1", "robustbench": "1.1.1", "pyautoattack": "0.2.0"},
         "autoattack": {"module": "pyautoattack", "package": "pyautoattack", "version": "0.2.0"},
+        "date": "2026-11-30T12:00:00+00:00",
+        "device": "cpu (x86_64)",
+        "model": "network",
+        "checkpoint": None,
+        "weights_sha256": "0" * 64,
+        "dtype": "float32",
+        "precision": "float32",
+        "seed": 0,
+        "threat_model": "Linf",
+        "dataset": None,
+        "eps": "8/255",
+        "eps_value": 8 / 255,
+        "version": "standard",
+        "standard": True,
+        "attacks": attacks,
+        "parameters": {},
+        "own_attacks": {},
+        "surrogate": None,
+        "dropped": [],
+        "n_target_classes": min(9, classes - 1),
+        "n_classes": classes,
+        "n_examples": count,
+        "batch_size": 128,
+        "data": {
+            "name": name,
+            "source": KNOWN[name].source if name in KNOWN else None,
+            "sha256": "0" * 64,
+            "n_examples": count,
+            "preprocessing": None,
+        },
+        "classes": None,
+        "labels": labels,
+        "natural_predictions": [*labels[:natural], *wrong[natural:]],
+        "predictions": [*labels[:robust], *wrong[robust:]],
+        "natural_correct": [int(index < natural) for index in range(count)],
+        "fell_to": fell,
+        "robust": [int(index < robust) for index in range(count)],
+        "progress": [{**entry, "keys": ["0" * 16] * entry["batches"]} for entry in progress],
+        "warnings": [],
         "unreliable": False,
-        **changes,
+        "adversarial": None,
+        "finished": True,
+        "natural_accuracy": 100 * natural / count,
+        "robust_accuracy": 100 * robust / count,
     }
+    return {**log, **changes}
 
 
 def without_times(log):
     """A log without what differs from run to run."""
-    kept = {key: value for key, value in log.items() if key != "date"}
+    kept = {key: value for key, value in log.items() if key not in ("date", "seal")}
     for key in ("progress", "corruptions"):
         if key in log:
             kept[key] = [{name: value for name, value in entry.items() if name != "seconds"} for entry in log[key]]

@@ -71,13 +71,14 @@ class LoadedModel:
     host: HostData | None = None
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that :func:`model_from` reads."""
+def add_model_arguments(parser: argparse.ArgumentParser, dataset: str | None = DATASETS[0]) -> None:
+    """Adds the arguments that :func:`model_from` reads, with a default of ``--dataset``."""
     add = parser.add_argument_group("model").add_argument
     example = "such as WideResNet-34-10 or DMWideResNet-28-10-SiLU"
     add("--checkpoint", type=Path, metavar="FILE", help="its weights")
     add("--architecture", metavar="NAME", help=f"of the checkpoint, {example}")
-    add("--dataset", choices=DATASETS, default=DATASETS[0], help="that it was trained on (default: cifar10)")
+    default = dataset or "that of the evaluation"
+    add("--dataset", choices=DATASETS, default=dataset, help=f"that it was trained on (default: {default})")
     add("--num-classes", type=int, metavar="N", help="if not those of the data set")
     add("--mean", type=_numbers, metavar="R,G,B", help="of the normalisation, where no architecture has one")
     add("--std", type=_numbers, metavar="R,G,B")

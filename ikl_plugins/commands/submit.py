@@ -6,22 +6,25 @@
         --authors "Jiequan Cui, Zhuotao Tian, Zhisheng Zhong, Xiaojuan Qi, Bei Yu, Hanwang Zhang" \\
         --venue "NeurIPS 2024" --additional-data no --generated-data no --licence MIT --output submission
 
-The checkpoint must be the one that ikl evaluate has evaluated. Preflight checks it on images of --data,
-128 of them unless --n-examples says otherwise; one that fails writes nothing.
+The checkpoint must be the one that ikl evaluate has evaluated, and --data and the like must name its images, as there:
+the model is run again on some of them, natural and adversarial, and compared with the log. Preflight checks it on 128
+of them unless --n-examples says otherwise; one that fails writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .model_options import add_data_arguments, add_device_argument, add_model_arguments, images_from, model_from
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..robustbench import Evaluation, Preflight
+    from ..robustbench import Images, Preflight
 
 __all__ = ["configure", "run"]
 
@@ -52,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--code-link", metavar="URL", help="where the code lies")
     add("--gdrive-id", metavar="ID", help="Google Drive's id of the checkpoint, for the zoo")
     add("--no-model-zoo", dest="model_zoo", action="store_false", help="for the leaderboard alone")
+    add("--acknowledge-unreliable", metavar="TEXT", help="why a result that AutoAttack flags stands, for the form")
     add("--demonstration", action="store_true", help="take any evaluation, and mark every file")
     add("--allow-failed-preflight", action="store_true", help="and say in the form what failed")
     add("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
@@ -79,16 +83,19 @@ _AS_GIVEN = (
     "model_zoo",
     "mean",
     "std",
+    "acknowledge_unreliable",
     "demonstration",
     "allow_failed_preflight",
     "force",
 )
+# What is said of the files of a submission, and not of the result.
+_OF_FILES = {"checkpoint_link", "code_link", "gdrive_id", "model_zoo", "mean", "std"}
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks the model, writes the submission and says what is left to do."""
-    from ..models.robustbench_zoo import parse_architecture
     from ..robustbench import Evaluation, write_submission
+    from ..robustbench.submission import check_statements
 
     way = next((way for way in ("mmpretrain", "torchdistill", "zoo") if getattr(arguments, way) is not None), None)
     if way:
@@ -96,18 +103,30 @@ def run(arguments: argparse.Namespace) -> None:
             f"{CALLER}: the model must be of RobustBench's own architectures, got --{way}. Pass --checkpoint "
             "FILE --architecture NAME."
         )
-    if arguments.architecture is not None:
-        parse_architecture(arguments.architecture, caller=CALLER)
+    given = {
+        **{name: getattr(arguments, name) for name in _AS_GIVEN},
+        "evaluation": Evaluation.load(arguments.evaluation),
+        "additional_data": arguments.additional_data == "yes",
+        "generated_data": arguments.generated_data == "yes",
+    }
+    if arguments.architecture is not None:  # without one the loading says what is missing
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come when the submission is written
+            check_statements(arguments.output, **{name: given[name] for name in given.keys() - _OF_FILES})
     model = model_from(arguments, caller=CALLER).model
-    evaluation = Evaluation.load(arguments.evaluation)
+    checked, log = arguments.n_examples, given["evaluation"].log
+    arguments.n_examples = (log["data"] or log)["n_examples"]
+
+    @functools.cache
+    def images() -> Images:
+        return images_from(arguments, caller=CALLER)
+
     folder = write_submission(
         arguments.output,
-        model=model,
-        evaluation=evaluation,
-        preflight=lambda: _checked(arguments, model, evaluation),
-        additional_data=arguments.additional_data == "yes",
-        generated_data=arguments.generated_data == "yes",
-        **{name: getattr(arguments, name) for name in _AS_GIVEN},
+        model=model.to(arguments.device),
+        images=images,
+        preflight=lambda: _checked(arguments, model, images(), checked, log),
+        **given,
     )
     print(f"submission: {folder}")
     for line in (folder / "new_models_form.md").read_text().splitlines():
@@ -119,15 +138,20 @@ def run(arguments: argparse.Namespace) -> None:
         print("Next: fill in what is open, and post the form at https://github.com/RobustBench/robustbench/issues/new")
 
 
-def _checked(arguments: argparse.Namespace, model: nn.Module, evaluation: Evaluation) -> Preflight:
+def _checked(
+    arguments: argparse.Namespace, model: nn.Module, images: Images, count: int, log: dict[str, Any]
+) -> Preflight:
     from ..robustbench import preflight
+    from ..robustbench.data import spread
     from ..robustbench.preflight.result import WORDS
 
-    images, log = images_from(arguments, caller=CALLER), evaluation.log
+    rows = list(range(len(images)))
+    # A class folder is read class after class.
+    rows = rows[:count] if images.files is None else spread(rows, images.labels.tolist(), count)
     report = preflight(
-        model.to(arguments.device),
-        images.images.to(arguments.device),
-        images.labels.to(arguments.device),
+        model,
+        images.images[rows].to(arguments.device),
+        images.labels[rows].to(arguments.device),
         eps=log["eps"],
         norm="L2" if log["threat_model"] == "L2" else "Linf",
         claimed=log["robust_accuracy"] if arguments.reported is None else arguments.reported,

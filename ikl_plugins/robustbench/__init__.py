@@ -11,7 +11,7 @@ import_robustbench()
 from .compare import Comparison, compare  # noqa: E402
 from .data import Images, load_images  # noqa: E402
 from .eps import Eps, parse_eps  # noqa: E402
-from .evaluation import Evaluation, curve, evaluate, evaluate_corruptions  # noqa: E402
+from .evaluation import Evaluation, Verified, curve, evaluate, evaluate_corruptions, verify  # noqa: E402
 from .host_data import (  # noqa: E402
     HostImages,
     NaturalCheck,
@@ -39,6 +39,7 @@ __all__ = [
     "Normalised",
     "Preflight",
     "Ranking",
+    "Verified",
     "check_natural",
     "compare",
     "curve",
@@ -59,6 +60,7 @@ __all__ = [
     "preflight",
     "rank",
     "submission_obstacles",
+    "verify",
     "write_report",
     "write_submission",
 ]

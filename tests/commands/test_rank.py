@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from quick_autoattack import made_up_log
+import torch
+from quick_autoattack import Harmless, consistent_log, robustbench, write_network_and_images
 
 from ikl_plugins.commands.main import main as ikl
+from ikl_plugins.robustbench import evaluate, load_images
+from ikl_plugins.robustbench.evaluation.log import write_log
 from ikl_plugins.robustbench.leaderboard import entries
 from ikl_plugins.robustbench.report import binomial_interval
 
@@ -18,17 +19,15 @@ def main(arguments):
     ikl(["rank", *arguments])
 
 
-def log(**changes):
-    """Of a result on CIFAR-100."""
-    numbers = {"natural_accuracy": 65.76, "robust_accuracy": 31.91}
-    return made_up_log(**{"model": "WideResNet-34-10", "data": {"name": "cifar100"}, **numbers, **changes})
-
-
 @pytest.fixture
 def written(tmp_path):
-    def write(**changes):
+    """Writes the log of a result on CIFAR-100."""
+
+    def write(count=10000, natural=6576, robust=3191, **changes):
         path = tmp_path / "evaluation.json"
-        path.write_text(json.dumps(log(**changes)))
+        log = consistent_log(count, natural, robust, classes=100, model="WideResNet-34-10")
+        data = {**log["data"], **changes.pop("data", {})}
+        write_log({**log, "data": data, **changes}, path)
         return str(path)
 
     return write
@@ -55,9 +54,12 @@ def test_ranks_a_log(written, capsys):
 
 
 def test_says_why_a_log_may_not_be_comparable(written, capsys):
-    path = written(data={"name": "data/digits/test"}, standard=False, attacks=["apgd-ce"], n_examples=100)
-    main([path, "--dataset", "cifar100"])
+    elsewhere, attack = {"name": "data/digits/test", "source": None}, {"attacks": ["apgd-ce"], "n_target_classes": None}
+    progress = consistent_log(100, 66, 32, classes=100)["progress"][:1]
+    custom = {"version": "custom", "standard": False, **attack, "progress": progress}
+    main([written(100, 66, 32, data=elsewhere, **custom), "--dataset", "cifar100"])
     notes = capsys.readouterr().out
+    assert "The model was not run: the accuracies are those that the log states." in notes
     assert "on data/digits/test" in notes
     assert "by apgd-ce" in notes
     board = entries("cifar100", "Linf")
@@ -65,6 +67,21 @@ def test_says_why_a_log_may_not_be_comparable(written, capsys):
     places = [1 + sum(entry.robust_accuracy > round(bound, 2) for entry in board) for bound in (high, low)]
     assert f"between {low:.2f} % and {high:.2f} %" in notes
     assert f"between {places[0]} and {places[1]}" in notes
+
+
+def test_runs_the_model_again(tmp_path, monkeypatch, capsys):
+    net, images, labels = write_network_and_images(tmp_path, 12)
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", Harmless)
+    data, log = load_images(tmp_path / "images.npz"), tmp_path / "evaluation.json"
+    evaluate(net, images, labels, eps="8/255", data=data, log=log, progress=False)
+    model = f"--checkpoint {tmp_path}/net.pt --architecture WideResNet-10-1 --data {tmp_path}/images.npz"
+    main([str(log), "--dataset", "cifar10", *model.split()])
+    assert "The model: run again on 12 of 12 natural and 0 of 0 adversarial images: as the" in capsys.readouterr().out
+    with torch.no_grad():
+        net.fc.bias += 1e-3
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(SystemExit, match=r"^error: verify: `weights_sha256` of the log is "):
+        main([str(log), "--dataset", "cifar10", *model.split()])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +94,11 @@ def test_says_why_a_log_may_not_be_comparable(written, capsys):
         ({}, "--robust 40", "ikl rank: --robust must be left out"),
         ({}, "--eps 8/255", "ikl rank: --eps must be left out"),
         ({}, "--dataset cifar10", "ikl rank: --dataset must be cifar100, that of the evaluation, got cifar10"),
-        ({"data": {"name": "a.npz"}}, "", "ikl rank: the evaluation is on 'a.npz', which has no leaderboard"),
+        (
+            {"data": {"name": "a.npz", "source": None}},
+            "",
+            "ikl rank: the evaluation is on 'a.npz', which has no leaderboard",
+        ),
         ({"finished": False}, "", "ikl rank: .* must be a finished evaluation, but was interrupted. Run ikl evaluate"),
     ],
 )

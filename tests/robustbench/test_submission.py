@@ -15,11 +15,13 @@ import warnings
 
 import pytest
 import torch
-from quick_autoattack import made_up_log
+from quick_autoattack import Harmless, consistent_log, robustbench
 
 from ikl_plugins import models
 from ikl_plugins.models.robustbench_zoo import parse_architecture, robustbench_network
+from ikl_plugins.robustbench import Images, evaluate
 from ikl_plugins.robustbench.evaluation.log import Evaluation, weights_sha256
+from ikl_plugins.robustbench.known_sets import KNOWN
 from ikl_plugins.robustbench.leaderboard import entries
 from ikl_plugins.robustbench.loading import Normalised
 from ikl_plugins.robustbench.preflight import CHECKS, Check, Preflight
@@ -59,32 +61,59 @@ def too_early():
     raise AssertionError("the preflight runs before a refusal that does not need it")
 
 
-def log(network, data="cifar10", **changes):
-    facts = {
-        "versions": {"python": "3.11.2", "torch": "2.14.1", "robustbench": "1.1.1"},
-        "weights_sha256": weights_sha256(network),
-        "eps_value": 8 / 255,
-        "version": "standard",
-        "data": {"name": data} if isinstance(data, str) else data,
-        "n_classes": 100 if data == "cifar100" else 10,
-        "seed": 0,
-    }
-    return made_up_log(**{**facts, **changes})
+pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
+COUNT = 12  # of a test set, here
 
 
-def corruptions(network, **changes):
-    options = {
-        "threat_model": "corruptions",
-        "eps": None,
-        "eps_value": None,
-        "version": None,
-        "standard": False,
-        "attacks": [],
-        "dataset": "cifar10",
-        "corruptions": [{}] * 75,
+@pytest.fixture(scope="module", autouse=True)
+def _small_benchmark():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robustbench.eval, "AutoAttack", Harmless)
+        for name in ("cifar10", "cifar100"):
+            patch.setitem(KNOWN, name, KNOWN[name]._replace(n_examples=COUNT))
+        yield
+
+
+def images_of(network, name="cifar10", count=COUNT):
+    """Images that a network gets right but for two, under the name of a test set."""
+    pixels = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = copy.deepcopy(network).eval()(pixels)
+    labels = logits.argmax(1)
+    labels[:2] = (labels[:2] + 1) % logits.shape[1]
+    source = KNOWN[name].source if name in KNOWN else None
+    return Images(pixels, labels, None, name, "not read", source=source)
+
+
+def evaluation_of(network, name="cifar10", count=COUNT, **options):
+    """10 of 12 images stand: 83.33 %."""
+    data = images_of(network, name, count)
+    options = {"eps": "8/255", "data": data, "progress": False, **options}
+    return evaluate(network, data.images, data.labels, **options)
+
+
+def edited(evaluation, **changes):
+    return dataclasses.replace(evaluation, log={**evaluation.log, **changes})
+
+
+def corruptions(network, accuracy=75.0, **changes):
+    """Of all corruptions, three quarters of the images right."""
+    said = evaluation_of(network).log
+    none = ("predictions", "robust", "fell_to", "eps", "eps_value", "version", "n_target_classes", "adversarial")
+    empty = ("attacks", "dropped", "progress")
+    entry = {"accuracy": accuracy, "n_examples": COUNT, "sha256": "0" * 64, "seconds": 1.0}
+    kinds = robustbench.data.CORRUPTIONS
+    changes = {
+        "corruptions": [{"corruption": kind, "severity": level, **entry} for kind in kinds for level in range(1, 6)],
         "corruptions_mce": None,
+        "corruptions_mce_note": "not computed",
+        "threat_model": "corruptions",
+        "dataset": "cifar10",
+        "standard": False,
+        "robust_accuracy": accuracy,
+        **changes,
     }
-    return log(network, **{**options, **changes})
+    return Evaluation({**said, **dict.fromkeys(none), **{key: [] for key in empty}, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +127,13 @@ def network():
     return net
 
 
+@pytest.fixture(scope="module")
+def evaluated(network):
+    return evaluation_of(network)
+
+
 @pytest.fixture
-def write(tmp_path, network):
+def write(tmp_path, network, evaluated):
     """Writes a sound submission but for what is said."""
 
     def call(**changes):
@@ -108,7 +142,6 @@ def write(tmp_path, network):
             "model": network,
             "architecture": "WideResNet-10-1",
             "dataset": "cifar10",
-            "evaluation": log(network),
             "preflight": PASSED,
             **PAPER,
             "additional_data": False,
@@ -116,6 +149,10 @@ def write(tmp_path, network):
             "licence": "MIT",
             **changes,
         }
+        net, name = options["model"], options["dataset"]
+        if "evaluation" not in options:
+            options["evaluation"] = evaluated if net is network or isinstance(net, dict) else evaluation_of(net)
+        options.setdefault("images", lambda: images_of(net, name))
         return write_submission(options.pop("folder", tmp_path / "submission"), **options)
 
     return call
@@ -131,7 +168,7 @@ def files(folder):
 def test_the_entry_equals_one_of_robustbench_field_by_field(network):
     expected = json.loads(CUI)
     entry = model_info(
-        log(network, "cifar100", natural_accuracy=73.85, robust_accuracy=39.18),
+        consistent_log(10000, 7385, 3918, classes=100),
         architecture="WideResNet-28-10",
         dataset="cifar100",
         title=expected["name"],
@@ -153,11 +190,11 @@ def test_the_fields_are_those_that_robustbench_writes(network):
     known = {field.name for field in dataclasses.fields(ModelInfo)}
     assert len(known) == 17
     facts = {"architecture": "A", "dataset": "cifar10", **PAPER, "additional_data": True, "footnote": "f"}
-    linf = model_info(log(network, robust_accuracy=57.0), **facts, reported=56.5, number_forward_passes=3)
+    linf = model_info(consistent_log(robust=5700), **facts, reported=56.5, number_forward_passes=3)
     common = model_info(corruptions(network, corruptions_mce=10.0), **facts)
     # `unreliable` is in its files, and not in the class that its benchmark writes them with.
     assert set(linf) | set(common) == known - {"corruptions_acc_3d", "corruptions_mce_3d"} | {"unreliable"}
-    assert (common["eps"], common["corruptions_acc"], common["corruptions_mce"]) == (None, "57.09", "10.00")
+    assert (common["eps"], common["corruptions_acc"], common["corruptions_mce"]) == (None, "75.00", "10.00")
     assert (linf["clean_acc"], linf["autoattack_acc"], linf["reported"]) == ("85.30", "57.00", "56.50")
     assert (linf["additional_data"], linf["number_forward_passes"]) == (True, 3)
 
@@ -186,7 +223,7 @@ def test_the_folder_has_everything(write):
     ours = ["new_models_form.md", "preflight.json", "preflight.md", "zoo_entry.py"]
     assert files(folder) == ["SHA256SUMS", "evaluation.json", entry, weights, *ours]
     assert [path.name for path in folder.parent.iterdir()] == ["submission"]
-    assert Evaluation.load(folder / "evaluation.json").log["robust_accuracy"] == 57.09
+    assert f"{Evaluation.load(folder / 'evaluation.json').log['robust_accuracy']:.2f}" == "83.33"
     assert json.loads((folder / "preflight.json").read_text()) == json.loads(PASSED.to_json())
     assert (folder / "preflight.md").read_text() == PASSED.markdown()
     assert not any("emonstration" in path.name or "emonstration" in path.read_text() for path in texts(folder))
@@ -196,7 +233,9 @@ def test_the_folder_has_everything(write):
         "- [x] I agree to release",
         "- [ ] under a custom",
         "TO BE FILLED IN",
-        "57.09",
+        "83.33",
+        "Warnings of AutoAttack**: none\n",
+        "Log against the model**: run again on 12 of 12 natural and 0 of 0 adversarial images: as the log says\n",
     ):
         assert fragment in form, fragment
     sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
@@ -231,10 +270,10 @@ def test_robustbench_loads_the_checkpoint_strictly(architecture, dataset, threat
     classes = {"cifar10": 10, "cifar100": 100}[dataset]
     net = robustbench_network(architecture, classes, dataset=dataset, **statistics).eval()
     evaluation = {
-        "Linf": log(net, dataset),
-        "L2": log(net, dataset, threat_model="L2", eps="0.5"),
-        "corruptions": corruptions(net),
-    }[threat_model]
+        "Linf": lambda: evaluation_of(net, dataset),
+        "L2": lambda: evaluation_of(net, dataset, norm="L2", eps="0.5"),
+        "corruptions": lambda: corruptions(net),
+    }[threat_model]()
     folder = write(model=net, architecture=architecture, dataset=dataset, evaluation=evaluation, **statistics)
     loaded = load(folder, dataset, threat_model, monkeypatch)
     assert type(loaded) is type(net)
@@ -267,7 +306,7 @@ def test_leaves_the_network_as_it_was(write, network):
 def test_refuses_what_the_weights_do_not_tell_but_the_logits_do(architecture, statistics, write, tmp_path):
     net = robustbench_network("DMWideResNet-10-1-SiLU").eval()
     with pytest.raises(ValueError, match=r"`model` must give the logits of the zoo entry"):
-        write(model=net, architecture=architecture, evaluation=log(net), **statistics)
+        write(model=net, architecture=architecture, evaluation=evaluation_of(net), **statistics)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -311,7 +350,7 @@ def test_the_form_says_what_was_declared(write):
         assert fragment in form, fragment
     entry = json.loads((folder / f"model_info/cifar10/Linf/{NAME}.json").read_text())
     assert entry["footnote"] == "It uses additional 1M synthetic images in training."
-    assert (entry["additional_data"], entry["reported"], entry["autoattack_acc"]) == (True, "56.00", "57.09")
+    assert (entry["additional_data"], entry["reported"], entry["autoattack_acc"]) == (True, "56.00", "83.33")
     assert runpy.run_path(str(folder / "zoo_entry.py"))["ENTRY"][1]["gdrive_id"] == "1abc'"
 
 
@@ -319,10 +358,9 @@ def test_the_form_says_what_was_declared(write):
 
 
 def test_a_demonstration_takes_little_and_marks_every_file(write, network, monkeypatch):
-    small = log(
-        network, n_examples=20, standard=False, version="custom", attacks=["apgd-ce"], data={"name": "data/digits/test"}
-    )
-    folder = write(evaluation=small, demonstration=True)
+    data = images_of(network, "data/digits/test", 3)
+    small = evaluation_of(network, "data/digits/test", 3, attacks=["apgd-ce"], eps="1/255")
+    folder = write(evaluation=small, images=data, demonstration=True)
     marked = f"{NAME}_demonstration"
     assert f"models/cifar10/Linf/{marked}.pt" in files(folder)
     assert f"model_info/cifar10/Linf/{marked}.json" in files(folder)
@@ -346,7 +384,7 @@ def test_what_the_log_tells_need_not_be_checked(write):
     write(preflight=Preflight((Check("eps", None, "No radius."), Check("claim", None, "No."))))
 
 
-@pytest.mark.parametrize("options", [{"reported": 57.094}, {"reported": 57.13, "allow_failed_preflight": True}])
+@pytest.mark.parametrize("options", [{"reported": 83.338}, {"reported": 83.39, "allow_failed_preflight": True}])
 def test_a_claim_may_be_rounded_or_allowed(options, write):
     write(**options)
 
@@ -494,7 +532,9 @@ def test_warns_of_a_name_that_is_taken(write):
         ({"preflight": Preflight((Check("batch", None, "Not."),))}, ValueError, "`preflight` .* not: batch"),
         ({"model": {}}, TypeError, "`model` .* got dict"),
         ({"reported": 5709}, ValueError, "`reported` .* got 5709"),
-        ({"reported": 57.10}, ValueError, "`reported` must not be above the measured 57.09 %"),
+        ({"reported": 83.34}, ValueError, "`reported` must not be above the measured 83.33 %"),
+        ({"acknowledge_unreliable": "So."}, ValueError, "`acknowledge_unreliable` must be None, as AutoAttack"),
+        ({"acknowledge_unreliable": " "}, ValueError, "`acknowledge_unreliable` must be one line"),
     ],
 )
 def test_refuses_bad_input(changes, error, fragment, write, tmp_path):
@@ -504,24 +544,29 @@ def test_refuses_bad_input(changes, error, fragment, write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fragment"),
+    ("options", "fragment"),
     [
-        ({"data": {"name": "./cifar10"}}, "be on .* got './cifar10'"),
-        ({"data": None}, "be on .* got None"),
-        ({"n_examples": 9999}, "have all 10000 .* got 9999"),
-        ({"standard": False}, "be of standard AutoAttack"),
-        ({"n_classes": 9}, "be of a model with 10 classes"),
+        ({"name": "./cifar10"}, "be on .* got './cifar10'"),
+        ({"source": None}, "be on .* got 'images named cifar10'"),
+        ({"count": COUNT - 1}, f"have all {COUNT} .* got {COUNT - 1}"),
+        ({"attacks": ["apgd-ce"]}, "be of standard AutoAttack"),
         ({"eps": "4/255"}, "be at eps 8/255.* got 4/255"),
-        ({"corruptions": [{}] * 74}, "have all 75 .* got 74"),
-        ({"dataset": "cifar100"}, "have all 75 .* of cifar100"),
+        ({"threat_model": "corruptions", "dataset": "cifar100"}, "have all 75 .* of cifar100"),
     ],
 )
-def test_an_evaluation_that_is_not_the_benchmark_is_for_demonstrations(changes, fragment, write, network):
-    make = corruptions if {"corruptions", "dataset"} & set(changes) else log
-    evaluation = make(network, **{"data": "cifar10", **changes})
+def test_an_evaluation_that_is_not_the_benchmark_is_for_demonstrations(options, fragment, write, network):
+    data = images_of(network, options.pop("name", "cifar10"), options.pop("count", COUNT))
+    if "source" in options:
+        data = dataclasses.replace(data, source=options.pop("source"))
+    if "threat_model" in options:
+        evaluation = corruptions(network, **options)
+    else:
+        options = {"eps": "8/255", "data": data, "progress": False, **options}
+        evaluation = evaluate(network, data.images, data.labels, **options)
+    given = {"evaluation": evaluation, "images": data}
     with pytest.raises(ValueError, match=f"^write_submission: `evaluation` must {fragment}.*demonstration=True"):
-        write(evaluation=evaluation, preflight=too_early)
-    write(evaluation=evaluation, preflight=lambda: PASSED, demonstration=True)
+        write(**given, preflight=too_early)
+    write(**given, preflight=lambda: PASSED, demonstration=True)
 
 
 @pytest.mark.parametrize("demonstration", [False, True])
@@ -529,15 +574,54 @@ def test_an_evaluation_that_is_not_the_benchmark_is_for_demonstrations(changes, 
     ("changes", "fragment"),
     [
         ({"finished": False}, "`evaluation` must be finished"),
-        ({"eps": "0.031"}, "`evaluation` must be at .* got .*0.031"),
-        ({"natural_accuracy": None}, "`evaluation` .* got None and 57.09"),
-        ({"robust_accuracy": None}, "`evaluation` .* got 85.3 and None"),
+        ({"eps": "0.031", "eps_value": 0.031}, "`evaluation` must be at .* got .*0.031"),
+        ({"robust_accuracy": 57.09}, "`robust_accuracy` of the log must follow from `robust`"),
         ({"weights_sha256": "0" * 64}, "`model` must have the weights of the evaluation"),
     ],
 )
-def test_refuses_in_a_demonstration_too(changes, fragment, demonstration, write, network):
+def test_refuses_in_a_demonstration_too(changes, fragment, demonstration, write, evaluated):
     with pytest.raises(ValueError, match=f"^write_submission: {fragment}"):
-        write(evaluation=log(network, **changes), demonstration=demonstration, preflight=too_early)
+        write(evaluation=edited(evaluated, **changes), demonstration=demonstration, preflight=too_early)
+
+
+def test_refuses_corruptions_without_a_natural_accuracy(write, network):
+    none = ("data", "labels", "natural_predictions", "natural_correct", "natural_accuracy")
+    with pytest.raises(ValueError, match=r"`evaluation` must have natural and robust accuracy, got None and 75.0"):
+        write(evaluation=corruptions(network, **dict.fromkeys(none)), demonstration=True, preflight=too_early)
+
+
+def test_refuses_other_images_and_an_edited_prediction(write, evaluated, network):
+    other = images_of(network)
+    other = dataclasses.replace(other, images=other.images.flip(3))
+    with pytest.raises(
+        ValueError, match=r"^verify: `data.sha256` of the log is .* Pass the images that were evaluated"
+    ):
+        write(images=other, preflight=too_early)
+    log = evaluated.log
+    forged = [(label + 1) % 10 for label in log["natural_predictions"][:1]]  # from one wrong class to another
+    forged = [forged[0] if forged[0] != log["labels"][0] else (forged[0] + 1) % 10, *log["natural_predictions"][1:]]
+    given = edited(evaluated, natural_predictions=forged, predictions=forged)
+    with pytest.raises(
+        ValueError, match=r"^verify: `progress.0..keys.0.` of the log|^verify: `natural_predictions.0.`"
+    ):
+        write(evaluation=given, preflight=too_early)
+
+
+def test_a_flag_of_autoattack_must_be_acknowledged_and_is_said_everywhere(write, evaluated):
+    warning = "there are 3 points with zero gradient!"
+    flagged = edited(evaluated, warnings=[warning], unreliable=True)
+    with pytest.raises(
+        ValueError, match=f"^write_submission: `evaluation` may be unreliable: {warning} Run an adaptive"
+    ):
+        write(evaluation=flagged, preflight=too_early)
+    folder = write(evaluation=flagged, acknowledge_unreliable="APGD with 1,000 steps found no more.")
+    form = (folder / "new_models_form.md").read_text()
+    assert f"- **Warnings of AutoAttack**: {warning}\n" in form
+    assert "- **Potentially unreliable**: APGD with 1,000 steps found no more.\n" in form
+    for name in ("preflight.md", "preflight.json", "evaluation.json"):
+        assert warning in (folder / name).read_text(), name
+    assert json.loads((folder / f"model_info/cifar10/Linf/{NAME}.json").read_text())["unreliable"] is True
+    assert Evaluation.load(folder / "evaluation.json").log["unreliable"] is True
 
 
 def defended(network):
@@ -566,11 +650,11 @@ def with_a_buffer_more(network):
     ],
     ids=["buffer", "architecture", "width", "normalisation", "subclass", "half"],
 )
-def test_refuses_another_network_and_says_so_before_the_attacks(other, fragment, write, network, tmp_path):
+def test_refuses_another_network_and_says_so_before_the_attacks(other, fragment, write, network, evaluated, tmp_path):
     net = other(network)
     fragment = f"`model` must (?:be|have) {fragment}"
     with pytest.raises(ValueError, match=f"^write_submission: {fragment}"):
-        write(model=net, evaluation=log(net), preflight=too_early)
+        write(model=net, evaluation=edited(evaluated, weights_sha256=weights_sha256(net)), preflight=too_early)
     assert list(tmp_path.iterdir()) == []
     (reason,) = submission_obstacles(net, "cifar10", architecture="WideResNet-10-1", eps="8/255")
     assert re.match(fragment, reason), reason
@@ -589,7 +673,7 @@ def test_refuses_another_network_and_says_so_before_the_attacks(other, fragment,
         ({"threat_model": "corruptions_3d"}, "`threat_model` must be 'Linf', 'L2' or 'corruptions', got"),
         ({"dataset": "cifar100", "threat_model": "L2"}, "`threat_model` must have a leaderboard"),
         ({"data": "digits/test"}, "The evaluation must be on the test images of cifar10, got 'digits/test'."),
-        ({"n_examples": 1000}, "The evaluation must have all 10000 test images, got 1000."),
+        ({"n_examples": 11}, "The evaluation must have all 12 test images, got 11."),
         ({"eps": 0.031}, "The evaluation must be at eps 8/255, that of the leaderboard, got 0.031."),
         (
             {"attacks": ["apgd-ce"]},
@@ -617,13 +701,13 @@ def test_a_class_that_robustbench_lacks_is_told_without_a_name(network):
 
 
 def test_refuses_a_threat_model_without_leaderboard(write):
-    net = robustbench_network("WideResNet-10-1", 100)
+    net = robustbench_network("WideResNet-10-1", 100).eval()
     with pytest.raises(ValueError, match=r"`threat_model` .* got 'L2'"):
-        write(model=net, dataset="cifar100", evaluation=log(net, "cifar100", threat_model="L2", eps="0.5"))
+        write(model=net, dataset="cifar100", evaluation=evaluation_of(net, "cifar100", norm="L2", eps="0.5"))
 
 
 @pytest.mark.parametrize("eps", ["8/255", "16/510", "8/255.0"])
 def test_the_radius_counts_however_it_is_written(eps, network, write):
-    folder = write(evaluation=log(network, eps=eps))
+    folder = write(evaluation=evaluation_of(network, eps=eps))
     (path,) = (folder / "model_info").rglob("*.json")
     assert json.loads(path.read_text())["eps"] == "8/255"

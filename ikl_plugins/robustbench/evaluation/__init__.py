@@ -7,6 +7,7 @@ from .log import Evaluation
 from .merge import merge
 from .run import Progress, evaluate
 from .shards import Unfinished
+from .verify import Verified, verify
 
-__all__ = ["ATTACKS", "VERSIONS", "Evaluation", "Progress", "Unfinished", "check_radii", "curve", "evaluate"]
-__all__ += ["evaluate_corruptions", "merge"]
+__all__ = ["ATTACKS", "VERSIONS", "Evaluation", "Progress", "Unfinished", "Verified", "check_radii", "curve"]
+__all__ += ["evaluate", "evaluate_corruptions", "merge", "verify"]

@@ -21,7 +21,8 @@ from ..eps import Eps
 from .checks import ATTACKS
 from .plan import TRANSFER, Plan, check_parameters
 
-__all__ = ["Attacks", "Setting", "distances", "outside", "random_state_kept", "source_sha256", "square_warnings"]
+__all__ = ["TRANSFER", "Attacks", "Setting", "distances", "outside", "possible_attacks", "random_state_kept"]
+__all__ += ["source_sha256", "square_warnings"]
 
 _LEAST_CLASSES = {"apgd-dlr": 4, "apgd-t": 4}  # the margin is divided by the distance to the third or fourth logit
 _ITERATIONS = ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr")  # what APGD derives from n_iter
@@ -66,7 +67,7 @@ class Attacks:
         self._adversary = self._autoattack(model, plan)
         self._surrogate = self._adversary if surrogate is None else self._autoattack(surrogate, plan)
         wanted = self._adversary.attacks_to_run if plan.named is None else plan.named
-        self.names, self.dropped = _possible(caller, [*wanted, *plan.behind], classes)
+        self.names, self.dropped = possible_attacks(caller, [*wanted, *plan.behind], classes)
         self.model: Callable[[Tensor], Tensor] = self._adversary.get_logits
         checked = check_parameters(caller, parameters, self.names, classes)
         self.parameters = {attack: changed for attack in checked if (changed := self._changed(attack, checked[attack]))}
@@ -224,7 +225,7 @@ class _Said:
         return taken
 
 
-def _possible(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str], list[dict[str, str]]]:
+def possible_attacks(caller: str, wanted: Sequence[str], classes: int) -> tuple[list[str], list[dict[str, str]]]:
     """The attacks that can run with so many classes, and why the others cannot."""
     run, dropped = [], []
     for attack in wanted:

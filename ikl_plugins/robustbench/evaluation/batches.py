@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..._files import written_aside
 
-__all__ = ["RESULTS_VERSIONS", "Batch", "Batches", "Natural", "batch_path", "natural", "natural_facts"]
-__all__ += ["natural_path", "read_batch", "read_natural"]
+__all__ = ["RESULTS_VERSIONS", "Batch", "Batches", "Natural", "batch_path", "each_kind_once", "image_digests"]
+__all__ += ["natural", "natural_facts", "natural_path", "read_batch", "read_natural"]
 
 # What the content of every batch follows from; keys of the log.
 _FACTS = (
@@ -40,6 +40,7 @@ _FACTS = (
     "own_attacks",
     "surrogate",
 )
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 T = TypeVar("T")
 RESULTS_VERSIONS = ("torch", "robustbench")
 
@@ -162,6 +163,20 @@ def read_batch(caller: str, path: Path, key: str) -> Batch:
     return _read(caller, path, content)
 
 
+def each_kind_once(warnings: Iterable[str]) -> list[str]:
+    """Of each kind, whose warnings differ in their numbers alone, the one with the largest, in order of the first."""
+    kinds: dict[str, str] = {}
+    for text in warnings:
+        kind = _NUMBER.sub("", text)
+        kinds[kind] = max(kinds.get(kind, text), text, key=_first_number)
+    return list(kinds.values())
+
+
+def _first_number(text: str) -> float:
+    found = _NUMBER.search(text)
+    return float(found[0]) if found else 0.0
+
+
 def _facts(log: Mapping[str, Any]) -> dict[str, Any]:
     """What every batch of an evaluation follows from, beside its images."""
     versions = {name: log["versions"].get(name) for name in RESULTS_VERSIONS}
@@ -191,10 +206,10 @@ def natural(
     path = None if folder is None else natural_path(folder, log)
     if path is not None and path.exists():
         found = read_natural(caller, path)
-        if found.digests != _digests(images, labels, found.predictions):
+        if found.digests != image_digests(images, labels, found.predictions):
             raise ValueError(f"{caller}: {path} must be of these images, but is damaged. Remove it, evaluate again.")
         return found, path
-    found = Natural(predictions, _digests(images, labels, predictions), checks(), natural_facts(log))
+    found = Natural(predictions, image_digests(images, labels, predictions), checks(), natural_facts(log))
     if path is None:
         return found, None
     found.write(path)
@@ -238,7 +253,8 @@ def _read(caller: str, path: Path, content: Callable[[Mapping[str, Any]], T]) ->
         ) from error
 
 
-def _digests(images: Tensor, labels: Tensor, predictions: Tensor) -> list[str]:
+def image_digests(images: Tensor, labels: Tensor, predictions: Tensor) -> list[str]:
+    """For each image one of the pixels, labels and predictions of all images up to it."""
     chain = hashlib.sha256(f"{tuple(images.shape[1:])}".encode())
     found = []
     for image, label, prediction in zip(images, labels.tolist(), predictions.tolist(), strict=True):

@@ -17,6 +17,7 @@ from ..eps import Eps, parse_eps
 
 __all__ = [
     "ATTACKS",
+    "NORMS",
     "VERSIONS",
     "chance",
     "check_class_order",
@@ -31,7 +32,7 @@ __all__ = [
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 VERSIONS = ("standard", "plus", "rand")
-_NORMS = ("Linf", "L2", "L1")
+NORMS = ("Linf", "L2", "L1")
 
 
 def natural_predictions(
@@ -112,8 +113,8 @@ def warn_of_chance(caller: str, predictions: Tensor, labels: Tensor, classes: in
 
 
 def check_threat(caller: str, norm: str, eps: str | float | Eps) -> Eps:
-    if norm not in _NORMS:
-        raise ValueError(check.unknown_name_message(caller, "norm", norm, _NORMS))
+    if norm not in NORMS:
+        raise ValueError(check.unknown_name_message(caller, "norm", norm, NORMS))
     return parse_eps(caller, eps, norm=norm)
 
 

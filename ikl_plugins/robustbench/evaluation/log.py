@@ -27,7 +27,8 @@ from ..data import Images, content_sha256, file_sha256
 from ..export import export
 from ..known_sets import recorded_name
 from ..tables import aligned
-from .batches import batch_path, read_batch
+from .evidence import check_log, read_batches
+from .seal import broken, seal
 from .verdict import attacks_in_words, is_standard
 
 __all__ = ["FORMAT", "Evaluation", "batch_folder", "class_names", "data_facts", "identity", "percent", "read_log"]
@@ -60,6 +61,7 @@ _KEYS = (
     "finished",
     "natural_accuracy",
     "robust_accuracy",
+    "seal",
 )
 _COMPILED = frozenset(("_orig_mod",))  # what torch.compile puts into the names of weights
 
@@ -164,17 +166,15 @@ class Evaluation:
         """Reads a log, and the adversarial images if they lie beside it.
 
         Raises:
-            ValueError: the file is missing or damaged, is no such log, or lacks some of its adversarial images.
+            ValueError: the file is missing or damaged, is no such log, was edited, does not agree with itself or with
+                the batch files beside it, or lacks some of these.
         """
         path = Path(path)
         log = read_log("Evaluation.load", path)
-        folder = batch_folder(path)
-        adversarial = None
-        if log["adversarial"] and folder.is_dir():
-            adversarial = _read_adversarial(log, folder)
-        elif log["adversarial"] and not any(log["fell_to"]):
-            adversarial = {}
-        return cls(log, adversarial)
+        if log["adversarial"] is None:
+            return cls(log)
+        folder = path.with_name(log["adversarial"])
+        return cls(log, read_batches(f"Evaluation.load: {path}", log, folder) if folder.is_dir() else None)
 
 
 def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -280,12 +280,15 @@ def logged_batch_size(caller: str, path: str | Path | None) -> int | None:
 
 
 def write_log(log: Mapping[str, Any], path: Path) -> None:
-    lines = (f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in log.items())
+    """Writes a log with its seal."""
+    sealed = {**log, "seal": seal(log)}
+    lines = (f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in sealed.items())
     with written_aside(path) as aside:
         aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_log(caller: str, path: Path) -> dict[str, Any]:
+    """A log without its seal; refused unless it is whole, as it was written, and agrees with itself."""
     if not path.is_file():
         raise ValueError(f"{caller}: the log must be a file, but there is none at {path}.")
     try:
@@ -300,20 +303,12 @@ def read_log(caller: str, path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{caller}: {path} must be a whole log, but lacks {check.first_names(missing)}. Remove it, evaluate again."
         )
+    edited = broken(log)
+    if edited:
+        raise ValueError(
+            f"{caller}: {path} must be as it was written, but was edited in {check.first_names(edited)}. Bring the "
+            "original back, or evaluate again."
+        )
+    log.pop("seal")
+    check_log(f"{caller}: {path}", log)
     return log
-
-
-def _read_adversarial(log: Mapping[str, Any], folder: Path) -> dict[int, Tensor]:
-    """The adversarial images of all that fell, from the batch files that the log stands for."""
-    found = {}
-    for place, entry in enumerate(log["progress"]):
-        keys = [(number, key) for number, key in enumerate(entry["keys"]) if key is not None]
-        for path, key in ((batch_path(folder, place, entry["attack"], number, key), key) for number, key in keys):
-            if not path.exists():
-                raise ValueError(f"Evaluation: {folder} must hold all batches of the log, but lacks {path.name}.")
-            batch = read_batch("Evaluation", path, key)
-            attack = entry["attack"]
-            found.update({index: (attack, image) for index, image in zip(batch.fell, batch.image, strict=True)})
-    if {index: found[index][0] for index in found} != {i: attack for i, attack in enumerate(log["fell_to"]) if attack}:
-        raise ValueError(f"Evaluation: {folder} must hold the images that fell, but not those of the log's `fell_to`.")
-    return {index: found[index][1] for index in sorted(found)}

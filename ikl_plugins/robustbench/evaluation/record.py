@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from ..data import content_sha256
 from .attacks import square_warnings
-from .batches import RESULTS_VERSIONS, Batch
+from .batches import RESULTS_VERSIONS, Batch, each_kind_once
 from .log import batch_folder, percent, read_log, write_log
 from .verdict import autoattack_accuracies, is_unreliable
 
-__all__ = ["Record", "differing", "each_kind_once"]
+__all__ = ["Record", "differing"]
 
 # Of the predictions on the natural images, which a GPU may give otherwise from run to run.
 _MAY_DIFFER = 0.01
@@ -39,8 +38,6 @@ _SETTINGS = (
     "device",
     "autoattack",
 )
-
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 class Record:
@@ -202,17 +199,3 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if (old["data"] or {}).get("sha256") != (new["data"] or {}).get("sha256"):
         found.append("data")
     return found
-
-
-def each_kind_once(warnings: Iterable[str]) -> list[str]:
-    """Of each kind, whose warnings differ in their numbers alone, the one with the largest, in order of the first."""
-    kinds: dict[str, str] = {}
-    for text in warnings:
-        kind = _NUMBER.sub("", text)
-        kinds[kind] = max(kinds.get(kind, text), text, key=_first_number)
-    return list(kinds.values())
-
-
-def _first_number(text: str) -> float:
-    found = _NUMBER.search(text)
-    return float(found[0]) if found else 0.0

@@ -22,7 +22,7 @@ from ..conditions import own_conditions, trainable_copy
 from ..data import Images
 from ..eps import Eps
 from .attacks import Attacks, Setting, random_state_kept, source_sha256
-from .batches import Batch, Batches, natural
+from .batches import Batch, Batches, each_kind_once, natural
 from .checks import (
     check_class_order,
     check_data,
@@ -36,7 +36,7 @@ from .log import Evaluation, class_names, data_facts, identity, logged_batch_siz
 from .memory import fitting_batch_size
 from .plan import plan_attacks
 from .precision import precision_in_words, quick_look
-from .record import Record, each_kind_once
+from .record import Record
 from .shards import Shard, check_shard
 from .verdict import is_standard
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ... import _validation as check
 from ..eps import as_fraction
+from ..evaluation.evidence import check_log
 from ..evaluation.log import Evaluation, weights_sha256
 from ..leaderboard import entries, table_origin
 from ..preflight import Preflight
 from ..submittable import CALLER, against_benchmark
 
-__all__ = ["CALLER", "check_always", "check_benchmark", "check_paper", "check_place", "check_preflight"]
-__all__ += ["check_weights", "read_log", "warn_of_taken_name"]
+__all__ = ["CALLER", "check_always", "check_benchmark", "check_flag", "check_paper", "check_place", "check_preflight"]
+__all__ += ["check_weights", "read_evaluation", "warn_of_taken_name"]
 
 OUR_FILES = ("SHA256SUMS", "zoo_entry.py", "new_models_form.md")
 _ROUNDING = 0.005  # points: accuracies are stated with two decimals
@@ -42,10 +43,7 @@ def check_paper(
     if footnote is not None:
         texts["footnote"] = footnote
     for argument, text in texts.items():
-        if not isinstance(text, str):
-            raise TypeError(f"{CALLER}: `{argument}` must be text, got {type(text).__name__}. Write it out.")
-        if not text.strip() or len(text.splitlines()) > 1:
-            raise ValueError(f"{CALLER}: `{argument}` must be one line of text, got {text!r}. Write it out.")
+        _check_line(argument, text)
     if licence != "MIT" and "://" not in licence:
         raise ValueError(f"{CALLER}: `licence` must be 'MIT' or the address of another one, got {licence!r}.")
     for argument, value in (("additional_data", additional_data), ("generated_data", generated_data)):
@@ -65,21 +63,25 @@ def check_paper(
     return people
 
 
-def read_log(evaluation: object) -> dict[str, Any]:
-    """The log of an evaluation, which may be given as its file."""
+def _check_line(argument: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{CALLER}: `{argument}` must be text, got {type(text).__name__}. Write it out.")
+    if not text.strip() or len(text.splitlines()) > 1:
+        raise ValueError(f"{CALLER}: `{argument}` must be one line of text, got {text!r}. Write it out.")
+
+
+def read_evaluation(evaluation: object) -> Evaluation:
+    """An evaluation, which may be given as the file of its log, and whose log agrees with itself."""
     if isinstance(evaluation, (str, Path)):
         if not Path(evaluation).is_file():
             raise ValueError(
                 f"{CALLER}: `evaluation` must be a log, but there is none at {evaluation}. Run ikl evaluate."
             )
         evaluation = Evaluation.load(evaluation)
-    if isinstance(evaluation, Evaluation):
-        evaluation = evaluation.log
-    if not isinstance(evaluation, Mapping):
-        raise TypeError(
-            f"{CALLER}: `evaluation` must be an Evaluation, its log or its file, got {type(evaluation).__name__}."
-        )
-    return dict(evaluation)
+    if not isinstance(evaluation, Evaluation):
+        raise TypeError(f"{CALLER}: `evaluation` must be an Evaluation or its file, got {type(evaluation).__name__}.")
+    check_log(CALLER, evaluation.log)
+    return evaluation
 
 
 def check_benchmark(log: Mapping[str, Any], dataset: str) -> None:
@@ -109,6 +111,19 @@ def check_always(log: Mapping[str, Any], reported: float | None, allow_failed: b
                 f"{CALLER}: `reported` must not be above the measured {robust:.2f} %, got {claimed:.2f} %. Lower "
                 f"it, or pass {_FORCE}."
             )
+
+
+def check_flag(log: Mapping[str, Any], acknowledged: object, demonstration: bool) -> None:
+    """Refuses a result that AutoAttack calls unreliable, unless somebody says why it stands."""
+    if acknowledged is not None:
+        _check_line("acknowledge_unreliable", acknowledged)
+        if not log["unreliable"]:
+            raise ValueError(f"{CALLER}: `acknowledge_unreliable` must be None, as AutoAttack has flagged nothing.")
+    elif log["unreliable"] and not demonstration:
+        raise ValueError(
+            f"{CALLER}: `evaluation` may be unreliable: {' '.join(log['warnings'])} Run an adaptive attack, then pass "
+            "acknowledge_unreliable='which, and why the number stands'."
+        )
 
 
 def check_preflight(preflight: object, allow_failed: bool) -> None:

@@ -64,7 +64,7 @@ def model_info(
             entry["corruptions_mce"] = f"{log['corruptions_mce']:.2f}"
     else:
         entry["autoattack_acc"] = robust
-        entry["unreliable"] = False
+        entry["unreliable"] = log["unreliable"]
     if footnote is not None:
         entry["footnote"] = footnote
     return entry

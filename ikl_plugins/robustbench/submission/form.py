@@ -34,6 +34,8 @@ class Facts(NamedTuple):
     model_zoo: bool
     mark: str  # of a demonstration
     failed: tuple[str, ...]  # checks
+    verified: str  # what of the log was compared with the model
+    acknowledged: str | None  # why a result that AutoAttack flags stands
 
     @property
     def expression(self) -> str:
@@ -84,6 +86,8 @@ labels: new-model
 - **Footnote**: {entry.get("footnote", "none")}
 - **Forward passes per prediction**: {entry["number_forward_passes"]}
 - **Evaluation method**: {_method(log)}
+- **Warnings of AutoAttack**: {" ".join(log["warnings"]) or "none"}{_flag(facts, log)}
+- **Log against the model**: {facts.verified}
 - **Checkpoint and code**: checkpoint {facts.checkpoint_link or upload}, code {facts.code_link or TO_FILL}
 
 # Model Zoo
@@ -93,6 +97,10 @@ labels: new-model
 - [{_cross(mit)}] I agree to release my model(s) under MIT license **OR**
 - [{_cross(not mit)}] under a custom license, located here:{"" if mit else f" {facts.licence}"}
 """
+
+
+def _flag(facts: Facts, log: Mapping[str, Any]) -> str:
+    return f"\n- **Potentially unreliable**: {facts.acknowledged or 'yes'}" if log["unreliable"] else ""
 
 
 def _cross(ticked: bool) -> str:

@@ -35,7 +35,7 @@ def check_name(name: str, *, title: str | None = None, authors: Sequence[str] | 
     name_checked("check_name", name, title, authors)
 
 
-def name_checked(caller: str, name: str, title: str | None, authors: Sequence[str] | None) -> None:
+def name_checked(caller: str, name: str, title: str | None, authors: Sequence[str] | None, stacklevel: int = 4) -> None:
     """:func:`check_name` for another caller."""
     if not isinstance(name, str):
         raise TypeError(f"{caller}: `name` must be text, got {type(name).__name__}. Write Cui2023Decoupled_WRN-28-10.")
@@ -49,16 +49,16 @@ def name_checked(caller: str, name: str, title: str | None, authors: Sequence[st
         words = [word for word in title.split() if word.casefold() not in _ARTICLES and _letters(word)]
         first, word = _letters(words[0]) if words else "", _letters(found["word"])
         if not (word.startswith(first) or first.startswith(word)):
-            _warn(caller, found["word"], "first word of the title", words[0])
+            _warn(caller, found["word"], "first word of the title", words[0], stacklevel)
     if authors and authors[0].split():
         family = authors[0].split()[-1]
         if not _letters(found["author"]).startswith(_letters(family)):
-            _warn(caller, found["author"], "family name of the first author", family)
+            _warn(caller, found["author"], "family name of the first author", family, stacklevel)
 
 
-def _warn(caller: str, found: str, what: str, expected: str) -> None:
+def _warn(caller: str, found: str, what: str, expected: str, stacklevel: int) -> None:
     text = f"{caller}: `name` has {found} where RobustBench has the {what}, which is {expected}."
-    warnings.warn(text, UserWarning, stacklevel=4)
+    warnings.warn(text, UserWarning, stacklevel=stacklevel)
 
 
 def _letters(word: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import json
 import os
 import runpy
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import nn
 
 from ..._files import naming
 from ..._robustbench_import import import_robustbench
-from ...models.robustbench_zoo import class_count, parse_architecture
-from ..data import file_sha256
+from ...models.robustbench_zoo import Architecture, class_count, parse_architecture
+from ..data import Images, file_sha256
 from ..evaluation.log import Evaluation, weights_sha256
+from ..evaluation.verify import verify
 from ..loading import DATASET_CLASSES
 from ..preflight import Preflight
 from ..submittable import check_dataset, check_network, same_logits
@@ -26,18 +29,19 @@ from .checks import (
     CALLER,
     check_always,
     check_benchmark,
+    check_flag,
     check_paper,
     check_place,
     check_preflight,
     check_weights,
-    read_log,
+    read_evaluation,
     warn_of_taken_name,
 )
 from .entry import model_info
 from .form import Facts, form, worded, zoo_entry
 from .name import name_checked
 
-__all__ = ["DEMONSTRATION", "write_submission"]
+__all__ = ["DEMONSTRATION", "check_statements", "write_submission"]
 
 DEMONSTRATION = "Demonstration, not for submission."
 _MARK = "_demonstration"
@@ -50,7 +54,8 @@ def write_submission(
     model: nn.Module,
     architecture: str,
     dataset: str,
-    evaluation: Evaluation | Mapping[str, Any] | Path | str,
+    evaluation: Evaluation | Path | str,
+    images: Images | Callable[[], Images],
     preflight: Preflight | Callable[[], Preflight],
     title: str,
     link: str,
@@ -68,6 +73,7 @@ def write_submission(
     model_zoo: bool = True,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    acknowledge_unreliable: str | None = None,
     demonstration: bool = False,
     allow_failed_preflight: bool = False,
     force: bool = False,
@@ -86,7 +92,10 @@ def write_submission(
         architecture: its name, such as 'WideResNet-34-10'; see
             :func:`ikl_plugins.models.robustbench_zoo.parse_architecture`.
         dataset: 'cifar10' or 'cifar100'.
-        evaluation: the evaluation, its log, or the file of the log. It says what the threat model is.
+        evaluation: the evaluation with its adversarial images, or the file of the log. It says what the threat model
+            is.
+        images: all that were evaluated, or a function that loads them. The model is run again on some of them; see
+            :func:`~ikl_plugins.robustbench.verify`.
         preflight: the checks of the same model, or a function that makes them. It is called last, when nothing else
             stands against the submission.
         title, link, authors, venue, footnote, reported, number_forward_passes: see :func:`model_info`.
@@ -98,6 +107,8 @@ def write_submission(
             checkpoint; None leaves a line to fill in.
         model_zoo: whether the model shall be in RobustBench's zoo too.
         mean, std: normalisation of an architecture that normalises, if not the data set's.
+        acknowledge_unreliable: where AutoAttack's checks flag the evaluation, one line on why the number stands or
+            which adaptive attack was run. It appears in the form.
         demonstration: accept few images, other data and attacks that are not standard, and mark each file by its name
             or its text. '_demonstration' is added to the name.
         allow_failed_preflight: accept failed checks, and name them in the form.
@@ -109,8 +120,9 @@ def write_submission(
     Raises:
         TypeError: an argument of the wrong type, such as undeclared data.
         ValueError: the name, the data set or the architecture is not RobustBench's; the network is of another
-            architecture or gives other logits, or its weights are not those of the evaluation; the evaluation is
-            unfinished, not standard, on other or too few images, or at another radius than the leaderboard's; the
+            architecture or gives other logits, or its weights are not those of the evaluation; the evaluation does not
+            agree with itself or the model, is unfinished, not standard, on other or too few images, at another radius
+            than the leaderboard's, or flagged by AutoAttack without an acknowledgement; the
             preflight failed; the claim is above what was measured; generated data without a footnote; the folder
             exists.
         OSError: it cannot be written; what was there before is as it was.
@@ -119,33 +131,41 @@ def write_submission(
         UserWarning: the name does not go with title or authors, or is taken by an entry of the leaderboard.
     """
     folder = Path(folder)
-    people = check_paper(
+    people, evaluation, parsed = check_statements(
+        folder,
+        name=name,
+        architecture=architecture,
+        dataset=dataset,
+        evaluation=evaluation,
         title=title,
         link=link,
-        venue=venue,
-        licence=licence,
-        name=name,
-        footnote=footnote,
         authors=authors,
+        venue=venue,
         additional_data=additional_data,
         generated_data=generated_data,
+        licence=licence,
+        footnote=footnote,
+        reported=reported,
         number_forward_passes=number_forward_passes,
+        acknowledge_unreliable=acknowledge_unreliable,
+        demonstration=demonstration,
+        allow_failed_preflight=allow_failed_preflight,
+        force=force,
     )
-    name_checked(CALLER, name, title, people)
-    log = read_log(evaluation)
+    log = evaluation.log
     threat_model = log["threat_model"]
-    parsed = parse_architecture(architecture, caller=CALLER)
-    check_dataset(dataset, threat_model)
-    if not demonstration:
-        check_benchmark(log, dataset)
-        warn_of_taken_name(name, dataset, threat_model)
-    check_always(log, reported, allow_failed_preflight)
     weights = check_network(model, parsed, dataset, mean, std)
     check_weights(weights, log)
-    check_place(folder, force)
+    if not demonstration:
+        warn_of_taken_name(name, dataset, threat_model)
+    if not isinstance(images, Images):
+        images = images()
+    verified = verify(copy.deepcopy(model).eval(), evaluation, images)
     if not isinstance(preflight, Preflight) and callable(preflight):
         preflight = preflight()
     check_preflight(preflight, allow_failed_preflight)
+    said = tuple(f"AutoAttack, in the evaluation: {warning}" for warning in log["warnings"])
+    preflight = dataclasses.replace(preflight, warnings=(*preflight.warnings, *said))
 
     mark = DEMONSTRATION if demonstration else ""
     facts = Facts(
@@ -163,6 +183,8 @@ def write_submission(
         model_zoo=model_zoo,
         mark=mark,
         failed=preflight.failed,
+        verified=str(verified),
+        acknowledged=acknowledge_unreliable,
     )
     entry = model_info(
         log,
@@ -193,6 +215,35 @@ def write_submission(
         _write(aside / "preflight.md", preflight.markdown() + (f"\n{mark}\n" if mark else ""))
         _write(aside / "SHA256SUMS", _sums(aside))
     return folder
+
+
+def check_statements(
+    folder: Path,
+    *,
+    name: str,
+    architecture: str,
+    dataset: str,
+    evaluation: Evaluation | Path | str,
+    reported: float | None,
+    acknowledge_unreliable: str | None,
+    demonstration: bool,
+    allow_failed_preflight: bool,
+    force: bool,
+    **paper: Any,
+) -> tuple[list[str], Evaluation, Architecture]:
+    """The authors, the evaluation and the architecture, after every rule that needs neither model nor images."""
+    people = check_paper(name=name, **paper)
+    name_checked(CALLER, name, paper["title"], people, stacklevel=5)
+    parsed = parse_architecture(architecture, caller=CALLER)
+    evaluation = read_evaluation(evaluation)
+    log = evaluation.log
+    check_dataset(dataset, log["threat_model"])
+    check_always(log, reported, allow_failed_preflight)
+    if not demonstration:
+        check_benchmark(log, dataset)
+    check_flag(log, acknowledge_unreliable, demonstration)
+    check_place(folder, force)
+    return people, evaluation, parsed
 
 
 def _read_back(zoo_entry: Path, checkpoint: Path, model: nn.Module) -> None:
