@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+import importlib
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from quick_autoattack import Interruption, Quick, batch, network, robustbench
+from quick_autoattack import Interruption, Quick, batch, message, network, robustbench
 
 from ikl_plugins.robustbench import Images, verify
 from ikl_plugins.robustbench.evaluation import curve, evaluate, evaluate_corruptions
@@ -17,6 +21,7 @@ from ikl_plugins.robustbench.evaluation.log import Evaluation, read_log, write_l
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
 CIFAR = robustbench.data.BenchmarkDataset.cifar_10, robustbench.data.ThreatModel.corruptions
+VERIFICATION = importlib.import_module("ikl_plugins.robustbench.evaluation.verify")
 NETWORK = network()
 IMAGES, LABELS = batch(NETWORK)
 DATA = Images(IMAGES, LABELS, tuple("abcdefghij"), "made up", "not read")
@@ -64,12 +69,18 @@ def written(request, _quick, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def path(_quick, tmp_path_factory):
-    """Of a small evaluation of its own, whose files a test may change."""
-    path = tmp_path_factory.mktemp("own") / "evaluation.json"
-    evaluate(NETWORK, IMAGES, LABELS, eps="4/255", attacks=["apgd-ce", "square"], log=path, data=DATA, batch_size=5)
+@pytest.fixture(scope="module")
+def small(_quick, tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "evaluation.json"
+    evaluate(NETWORK, IMAGES, LABELS, eps="8/255", attacks=["apgd-ce"], log=path, data=DATA, batch_size=5)
     return path
+
+
+@pytest.fixture
+def path(small, tmp_path):
+    """Of an evaluation whose files a test may change."""
+    shutil.copytree(small.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / small.name
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------
@@ -127,7 +138,7 @@ FREE = {
 FREE_UNFINISHED = FREE - {"finished", "curve"}
 # Without batch files nothing says on what corruptions were computed, or how long that took.
 FREE_OF_CORRUPTIONS = FREE_UNFINISHED | {
-    *("batch_size", "device", "seed", "versions", "versions.torch", "versions.robustbench", "versions.pyautoattack"),
+    *("batch_size", "device", "seed", "versions", "versions.torch", "versions.robustbench"),
     *("corruptions.sha256", "corruptions.seconds", "corruptions_mce_note", "precision"),
 }
 
@@ -142,7 +153,7 @@ def test_each_edit_is_refused_by_the_seal(written):
     for place in edits:
         path.write_text(json.dumps(with_edit(original, place)))
         key = place[-1] if place[0] == "seal" else place[0]  # without its line in the seal a key is named
-        with pytest.raises(ValueError, match="^Evaluation.load: ") as refused:
+        with pytest.raises(ValueError, match=r"^Evaluation\.load: ") as refused:
             Evaluation.load(path)
         if key not in str(refused.value).replace(str(path), "") and place != ("seal",):
             let_through[place] = str(refused.value)
@@ -176,53 +187,123 @@ def file_of(path, what="0-apgd-ce-00000-*"):
     return found
 
 
-def rewritten(path, **changes):
-    """The first batch with other arrays."""
+def images_with(value):
+    def change(arrays):
+        arrays["image"][0, 0, 0, 0] = value
+        return arrays["image"]
+
+    return change
+
+
+FILES = {
+    "far": ("image", images_with(0.5), r"`adversarial\[\d+\]` of the log is an image within Linf eps 8/255, but"),
+    "beyond white": ("image", images_with(1.001), r"`adversarial\[\d+\]` of the log is an image in \[0, 1\], but"),
+    "not a number": ("image", images_with(np.nan), r"`adversarial\[\d+\]` of the log is an image in \[0, 1\], but"),
+    "does not fool": ("image", lambda a: IMAGES[a["fell"]].numpy(), r"`predictions\[\d+\]` of the log is \d, but"),
+    "another size": ("image", lambda a: a["image"][:, :, 1:], r"`adversarial` of the log is of images of \(3, 8, 8\)"),
+    "too few": ("image", lambda a: a["image"][1:], "is damaged .its parts do not fit."),
+    "order": ("index", lambda a: a["index"][::-1], "`index of 0-apgd-ce-00000-"),
+    "other images": ("index", lambda a: a["index"] + 1, "`index of 0-apgd-ce-00000-"),
+    "who fell": ("fell", lambda a: a["fell"] + 1, r"`fell_to\[0\]` of the log must follow from `0-apgd-ce"),
+    "taken for": ("prediction", lambda a: a["prediction"] + 1, r"`predictions\[0\]` of the log must follow from `0-"),
+    "time": ("seconds", lambda a: a["seconds"] + 1, r"`progress\[0\].seconds` of the log must follow from"),
+    "warning": ("warnings", lambda a: np.array(["Look out."]), "`warnings` of the log must follow from"),
+    "key": ("key", lambda a: np.array("0" * 16), "is damaged .its parts do not fit."),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_an_edited_batch_is_refused(case, path):
+    name, change, fragment = FILES[case]
     file = file_of(path)
     with np.load(file) as content:
         arrays = dict(content)
-    np.savez(file, **{**arrays, **{name: change(arrays[name]) for name, change in changes.items()}})
-
-
-def far(image):
-    image[0, 0, 0, 0] = 1 - image[0, 0, 0, 0]
-    return image
-
-
-def beyond_white(image):
-    image[0, 0, 0, 0] = 1 + 1e-3
-    return image
-
-
-def natural_images(image):
-    with torch.no_grad():
-        return IMAGES[3:4].expand(len(image), -1, -1, -1).numpy() * 0 + IMAGES[FELL[: len(image)]].numpy()
-
-
-FELL: list[int] = []
-FILES = [
-    ({"image": far}, r"`adversarial\[\d+\]` of the log is an image within Linf eps 4/255, but the evidence gives 0\."),
-    (
-        {"image": beyond_white},
-        r"`adversarial\[\d+\]` of the log is an image in \[0, 1\], but the evidence gives .* to 1.001",
-    ),
-    ({"image": natural_images}, r"`predictions\[\d+\]` of the log is \d, but the evidence gives \d"),
-    ({"image": lambda image: image[:, :, 1:]}, "`adversarial` of the log is of images of .3, 8, 8., but"),
-    ({"image": lambda image: image[1:]}, "is damaged .its parts do not fit."),
-    ({"index": lambda index: index[::-1]}, "`index of 0-apgd-ce-00000-"),
-    ({"index": lambda index: index + 1}, "`index of 0-apgd-ce-00000-"),
-    ({"fell": lambda fell: fell + 1}, r"`fell_to\[0\]` of the log must follow from `0-apgd-ce"),
-    ({"prediction": lambda prediction: prediction + 1}, r"`predictions\[0\]` of the log must follow from `0-apgd-ce"),
-    ({"seconds": lambda seconds: seconds + 1}, r"`progress\[0\].seconds` of the log must follow from"),
-    ({"key": lambda key: np.array("0" * 16)}, "is damaged .its parts do not fit."),
-]
-
-
-@pytest.mark.parametrize(("changes", "fragment"), FILES, ids=[fragment[:30] for _, fragment in FILES])
-def test_an_edited_batch_is_refused(changes, fragment, path):
-    with np.load(file_of(path)) as content:
-        FELL[:] = content["fell"].tolist()
-    assert FELL  # or nothing is edited
-    rewritten(path, **changes)
+    assert len(arrays["fell"])
+    np.savez(file, **{**arrays, name: change(arrays)})
     with pytest.raises(ValueError, match=fragment):
         verify(NETWORK, path, DATA)
+
+
+def test_batches_that_are_missing_or_of_another_run_are_refused(path, tmp_path):
+    other = tmp_path / "other" / "evaluation.json"
+    evaluate(NETWORK, IMAGES, LABELS, eps="8/255", attacks=["apgd-ce"], log=other, data=DATA, batch_size=5, seed=1)
+    file = file_of(path)
+    whole = file.read_bytes()
+    file.unlink()
+    with message(f"must hold all batches of the log, but lacks {file.name}"):
+        Evaluation.load(path)
+    shutil.copy(file_of(other), file)
+    with message(f"{file} must be the file of a batch, but is damaged (its parts do not fit)"):
+        Evaluation.load(path)
+    file.write_bytes(whole)
+    Evaluation.load(path)
+    file_of(path, "natural-*").unlink()
+    with message("must hold the file natural-... of the evaluation, but has none"):
+        Evaluation.load(path)
+    shutil.copy(file_of(other, "natural-*"), path.with_name("evaluation_adversarial"))
+    with message("`seed` of the log must follow from `evaluation_adversarial`, which give 1, got 0"):
+        Evaluation.load(path)
+    shutil.rmtree(path.with_name("evaluation_adversarial"))
+    with message("verify: `adversarial` of the log must name a folder beside it with the"):
+        verify(NETWORK, Evaluation.load(path), DATA)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def test_says_how_many_images_were_run(small, monkeypatch):
+    fell = sum(attack is not None for attack in read_log("test", small)["fell_to"])
+    assert str(verify(NETWORK, small, IMAGES, LABELS)) == (
+        f"run again on 14 of 14 natural and {fell} of {fell} adversarial images: as the log says"
+    )
+    monkeypatch.setattr(VERIFICATION, "_CHEAP", 10)
+    found = [verify(NETWORK, small, DATA, sample=3, batch_size=2) for _ in range(2)]
+    assert [(one.natural, one.adversarial, one.fell) for one in found] == [(3, 3, fell)] * 2
+    assert found[0].drawn != found[1].drawn
+    assert verify(NETWORK, small, DATA, sample=None).natural == 14
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_sample_finds_false_predictions_as_often_as_stated(share, small, monkeypatch):
+    """The chance to miss a share p with n images drawn is (1 - p)^n at most."""
+    monkeypatch.setattr(VERIFICATION, "_CHEAP", 0)
+    monkeypatch.setattr(VERIFICATION, "_check_keys", lambda *_: None)  # which alone would find it
+    evaluation = Evaluation.load(small)
+    log = copy.deepcopy(evaluation.log)
+    false = [at for at in range(14) if log["fell_to"][at]][: int(14 * share)]
+    for at in false:  # another wrong class
+        log["predictions"][at] = next(c for c in range(10) if c not in (log["labels"][at], log["predictions"][at]))
+    fell = sum(attack is not None for attack in log["fell_to"])
+    missed = 0
+    for _ in range(20):
+        with contextlib.suppress(ValueError):
+            verify(NETWORK, dataclasses.replace(evaluation, log=log), DATA, sample=4)
+            missed += 1
+    assert 20 - missed >= 20 * (1 - (1 - len(false) / fell) ** 4) - 5
+
+
+def test_another_model_and_other_images_are_refused(small):
+    cases = [
+        (network(seed=1), DATA, "`weights_sha256` of the log is"),
+        (NETWORK, dataclasses.replace(DATA, labels=LABELS.flip(0)), "`data.sha256` of the log is"),
+        (
+            NETWORK,
+            dataclasses.replace(DATA, images=IMAGES[:9], labels=LABELS[:9]),
+            "`data.n_examples` of the log is 14",
+        ),
+        (NETWORK, dataclasses.replace(DATA, classes=tuple("jihgfedcba")), "`classes` of the log is"),
+        (NETWORK, dataclasses.replace(DATA, preprocessing="Res224"), "`data.preprocessing` of the log is None"),
+    ]
+    for model, data, fragment in cases:
+        with message(f"verify: {fragment}"):
+            verify(model, small, data)
+
+
+def test_a_model_that_draws_random_numbers_is_not_compared(tmp_path):
+    model = torch.nn.Sequential(NETWORK[0], torch.nn.Dropout(0.2), *NETWORK[1:]).eval()
+    model[1].train()
+    path = tmp_path / "evaluation.json"
+    evaluate(model, IMAGES, LABELS, eps="4/255", version="rand", log=path, data=DATA, progress=False)
+    found = verify(model, path, DATA)
+    assert not found.compared
+    assert "not run again" in str(found)

@@ -593,17 +593,13 @@ def test_refuses_corruptions_without_a_natural_accuracy(write, network):
 def test_refuses_other_images_and_an_edited_prediction(write, evaluated, network):
     other = images_of(network)
     other = dataclasses.replace(other, images=other.images.flip(3))
-    with pytest.raises(
-        ValueError, match=r"^verify: `data.sha256` of the log is .* Pass the images that were evaluated"
-    ):
+    with pytest.raises(ValueError, match=r"^verify: `data.sha256` of the log is .* Pass the images that were"):
         write(images=other, preflight=too_early)
     log = evaluated.log
     forged = [(label + 1) % 10 for label in log["natural_predictions"][:1]]  # from one wrong class to another
     forged = [forged[0] if forged[0] != log["labels"][0] else (forged[0] + 1) % 10, *log["natural_predictions"][1:]]
     given = edited(evaluated, natural_predictions=forged, predictions=forged)
-    with pytest.raises(
-        ValueError, match=r"^verify: `progress.0..keys.0.` of the log|^verify: `natural_predictions.0.`"
-    ):
+    with pytest.raises(ValueError, match=r"^verify: `progress\[0\].keys\[0\]` of the log"):
         write(evaluation=given, preflight=too_early)
 
 
