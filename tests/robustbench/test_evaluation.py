@@ -427,7 +427,7 @@ def test_the_log_says_everything(tmp_path):
         "finished": True,
     }
     assert {key: log[key] for key in expected} == expected
-    assert set(log) == {*expected, "data", "versions", "date", "device", "progress"}
+    assert set(log) == {*expected, "data", "versions", "date", "device", "progress", "seal"}
     digest = content_sha256(images, labels)
     facts = {"name": "made up", "source": None, "sha256": digest, "n_examples": 14, "preprocessing": "Res224"}
     assert log["data"] == facts

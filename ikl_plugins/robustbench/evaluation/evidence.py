@@ -31,6 +31,7 @@ _VERSIONS = {
     "rand": ["apgd-ce", "apgd-dlr"],
 }
 _TARGETS = 9  # of AutoAttack's targeted attacks, where there are as many other classes
+_READER = "Evaluation"  # of the files
 _SEVERITIES = range(1, 6)
 _ROUNDING = 1e-9  # points: a mean may be summed in another order
 
@@ -81,7 +82,7 @@ def read_batches(caller: str, log: Mapping[str, Any], folder: Path) -> dict[int,
     path = natural_path(folder, log)
     if not path.exists():
         _refuse_facts(caller, natural_facts(log), folder)
-    natural = read_natural(caller, path)
+    natural = read_natural(_READER, path)
     _same(caller, log, "natural_predictions", natural.predictions.tolist(), path.name)
     batches = Batches(caller, None, log, natural.digests)
     found: dict[int, Tensor] = {}
@@ -96,7 +97,7 @@ def read_batches(caller: str, log: Mapping[str, Any], folder: Path) -> dict[int,
             file = batch_path(folder, place, attack, number, stated)
             if not file.exists():
                 raise ValueError(f"{caller}: {folder} must hold all batches of the log, but lacks {file.name}.")
-            batch = read_batch(caller, file, stated)
+            batch = read_batch(_READER, file, stated)
             _equal(caller, f"index of {file.name}", batch.index, index, "fell_to", "natural_correct")
             fell = [at for at in index if log["fell_to"][at] == attack]
             _equal(caller, "fell_to", fell, batch.fell, file.name)
@@ -113,7 +114,7 @@ def read_batches(caller: str, log: Mapping[str, Any], folder: Path) -> dict[int,
 
 def _refuse_facts(caller: str, said: Mapping[str, Any], folder: Path) -> NoReturn:
     """Names what the log has otherwise than the evaluation that the folder is of."""
-    there = [read_natural(caller, path).facts for path in sorted(folder.glob("natural-*.npz"))]
+    there = [read_natural(_READER, path).facts for path in sorted(folder.glob("natural-*.npz"))]
     if not there:
         raise ValueError(f"{caller}: {folder} must hold the file natural-... of the evaluation, but has none.")
     differing = [[key for key in {**said, **facts} if said.get(key) != facts.get(key)] for facts in there]
@@ -380,7 +381,9 @@ def _check_attacks(caller: str, log: Mapping[str, Any]) -> None:
     elif version != "custom":
         _refuse(caller, "version", f"{', '.join(_VERSIONS)} or custom", version)
     targeted = any(attack.removeprefix(TRANSFER) in ("apgd-t", "fab-t") for attack in attacks)
-    _same(caller, log, "n_target_classes", min(_TARGETS, classes - 1) if targeted else None, "n_classes", "attacks")
+    most = min(_TARGETS, classes - 1)
+    if not (log["n_target_classes"] in range(1, most + 1) if targeted else log["n_target_classes"] is None):
+        _refuse(caller, "n_target_classes", f"1 to {most} for targeted `attacks`, else None", log["n_target_classes"])
 
 
 def _check_flags(caller: str, log: Mapping[str, Any]) -> None:

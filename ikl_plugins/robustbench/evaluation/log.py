@@ -174,7 +174,9 @@ class Evaluation:
         if log["adversarial"] is None:
             return cls(log)
         folder = path.with_name(log["adversarial"])
-        return cls(log, read_batches(f"Evaluation.load: {path}", log, folder) if folder.is_dir() else None)
+        if folder.is_dir():
+            return cls(log, read_batches(f"Evaluation.load: {path}", log, folder))
+        return cls(log, None if any(log["fell_to"]) else {})
 
 
 def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
