@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["configure", "run"]
 
 CALLER = "ikl rank"
-_MODEL = ("checkpoint", "architecture", "mmpretrain", "torchdistill", "zoo")  # options that name a model
+# Options that name a model.
+_MODEL = ("checkpoint", "architecture", "mmpretrain", "torchdistill", "timm", "torchvision", "huggingface", "zoo")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -433,7 +433,7 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, text):
 def test_the_names_are_those_of_the_room():
     """The command lists them again, as it is not to import torch for --help."""
     assert model_options.ATTACKS == evaluation.ATTACKS
-    assert model_options.NORMS == evaluation.checks._NORMS
+    assert model_options.NORMS == evaluation.checks.NORMS
     assert model_options.PRECISIONS == evaluation.precision.PRECISIONS
     assert model_options.VERSIONS == evaluation.VERSIONS
     assert model_options.DATASETS == data.DATASETS
