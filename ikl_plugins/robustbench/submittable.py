@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .._robustbench_import import import_robustbench
-from ..models.robustbench_zoo import Architecture, class_count, nearest_architecture, parse_architecture
+from ..models.robustbench_zoo import (
+    Architecture,
+    Statistics,
+    class_count,
+    nearest_architecture,
+    parse_architecture,
+)
 from ..models.weights import same_statistics
 from .conditions import own_conditions, precision
 from .eps import Eps, as_fraction, parse_eps
@@ -26,12 +32,13 @@ __all__ = [
     "check_dataset",
     "check_loadable_name",
     "check_network",
+    "count_classes",
     "named_architecture",
     "network_obstacle",
     "same_eps",
     "submission_obstacles",
 ]
-__all__ += ["same_logits", "stored_weights"]
+__all__ += ["same_logits", "statistics_of", "stored_weights"]
 
 CALLER = "write_submission"
 _CORRUPTIONS = 15 * 5  # corruptions and severities of CIFAR-10-C, CIFAR-100-C and ImageNet-C
@@ -98,7 +105,7 @@ def submission_obstacles(
         "precision": precision,
         "data": {"name": dataset if data is None else data, "preprocessing": preprocessing},
         "n_examples": KNOWN[dataset].n_examples if n_examples is None else n_examples,
-        "n_classes": _class_count(model) or DATASET_CLASSES[dataset],
+        "n_classes": count_classes(model) or DATASET_CLASSES[dataset],
         "eps": None if eps is None else parse_eps(CALLER, eps, norm="L2").text,  # without the warning of Linf
     }
     wrong = against_benchmark(plan, dataset)
@@ -113,9 +120,16 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in _uncompiled(model).state_dict().items() if isinstance(value, Tensor)}
 
 
-def _class_count(model: nn.Module) -> int | None:
+def count_classes(model: nn.Module) -> int | None:
+    """The number of logits; None where nothing tells it."""
     model = _uncompiled(model)
     return model.num_classes if isinstance(model, ImageModel) else class_count(_tensors(model))
+
+
+def statistics_of(model: nn.Module) -> Statistics | None:
+    """The mean and std around a network of timm or torchvision; None for others."""
+    model = _uncompiled(model)
+    return model.statistics if isinstance(model, ImageModel) else None
 
 
 def network_obstacle(model: nn.Module) -> str | None:

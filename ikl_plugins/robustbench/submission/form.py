@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ...models.robustbench_zoo import Architecture
 from ..evaluation.log import versions_text
 from ..evaluation.verdict import attacks_in_words
+from ..image_models import ImageArchitecture
 
 __all__ = ["Facts", "form", "worded", "zoo_entry"]
 
@@ -21,7 +22,7 @@ class Facts(NamedTuple):
     :func:`~ikl_plugins.robustbench.submission.write_submission`."""
 
     name: str
-    architecture: Architecture
+    architecture: Architecture | ImageArchitecture
     dataset: str
     num_classes: int
     mean: Sequence[float] | None
@@ -36,14 +37,17 @@ class Facts(NamedTuple):
     failed: tuple[str, ...]  # checks
     verified: str  # what of the log was compared with the model
     acknowledged: str | None  # why a result that AutoAttack flags stands
+    preprocessing: str | None  # of ImageNet's images, RobustBench's name of it
 
     @property
     def expression(self) -> str:
         return self.architecture.expression(self.dataset, self.num_classes, mean=self.mean, std=self.std)
 
 
-def worded(architecture: Architecture) -> str:
-    """As the leaderboard words it: without the class's DM and the activation."""
+def worded(architecture: Architecture | ImageArchitecture) -> str:
+    """As the leaderboard words it: without the class's DM and the activation; a library's as the library does."""
+    if isinstance(architecture, ImageArchitecture):
+        return architecture.name
     parts = (architecture.family.removeprefix("DM"), architecture.depth, architecture.width)
     return "-".join(str(part) for part in parts if part)
 
@@ -56,6 +60,7 @@ def form(facts: Facts, entry: Mapping[str, Any], log: Mapping[str, Any]) -> str:
     if facts.failed:
         notes += f"**Preflight failed: {', '.join(facts.failed)}; see preflight.md.**\n\n"
     mit = facts.licence == "MIT"
+    made = f"\n- **Preprocessing**: {facts.preprocessing}" if facts.preprocessing else ""
     return f"""\
 ---
 name: New Model(s)
@@ -78,7 +83,7 @@ labels: new-model
 - **Dataset**: {facts.dataset}
 - **Architecture**: {entry["architecture"]} (`{facts.expression}`)
 - **Threat Model**: {"Common Corruptions" if corrupted else log["threat_model"]}
-- **eps**: {"N/A" if corrupted else log["eps"]}
+- **eps**: {"N/A" if corrupted else log["eps"]}{made}
 - **Clean accuracy**: {entry["clean_acc"]}
 - **Robust accuracy**: {entry["reported"]}
 - **Additional data**: {str(entry["additional_data"]).lower()}
@@ -122,6 +127,7 @@ def zoo_entry(facts: Facts, threat_model: str) -> str:
     if facts.failed:
         mark += f"\n\nPreflight failed: {', '.join(facts.failed)}."
     imports = "\n".join(facts.architecture.imports(facts.dataset, mean=facts.mean))
+    made = "" if facts.preprocessing is None else f"\n        'preprocessing': {facts.preprocessing!r},"
     return f'''\
 """The entry of {facts.name} for RobustBench's model zoo.
 
@@ -134,7 +140,7 @@ ENTRY = (
     {facts.name!r},
     {{
         'model': lambda: {facts.expression},
-        'gdrive_id': {facts.gdrive_id or f"{TO_FILL}: the id of the uploaded file"!r},
+        'gdrive_id': {facts.gdrive_id or f"{TO_FILL}: the id of the uploaded file"!r},{made}
     }},
 )
 '''

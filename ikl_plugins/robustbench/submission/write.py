@@ -18,13 +18,22 @@ from torch import nn
 
 from ..._files import naming
 from ..._robustbench_import import import_robustbench
-from ...models.robustbench_zoo import Architecture, class_count, parse_architecture
+from ...models.robustbench_zoo import parse_architecture
 from ..data import Images, file_sha256
 from ..evaluation.log import Evaluation, weights_sha256
 from ..evaluation.verify import verify
 from ..loading import DATASET_CLASSES
 from ..preflight import Preflight
-from ..submittable import check_dataset, check_network, same_logits
+from ..submittable import (
+    check_dataset,
+    check_loadable_name,
+    check_network,
+    count_classes,
+    named_architecture,
+    same_logits,
+    statistics_of,
+    stored_weights,
+)
 from .checks import (
     CALLER,
     check_always,
@@ -52,7 +61,7 @@ def write_submission(
     *,
     name: str,
     model: nn.Module,
-    architecture: str,
+    architecture: str | None = None,
     dataset: str,
     evaluation: Evaluation | Path | str,
     images: Images | Callable[[], Images],
@@ -88,10 +97,11 @@ def write_submission(
     Args:
         folder: where it shall be.
         name: of the entry; see :func:`check_name`.
-        model: the network that was evaluated, of RobustBench's own class.
-        architecture: its name, such as 'WideResNet-34-10'; see
-            :func:`ikl_plugins.models.robustbench_zoo.parse_architecture`.
-        dataset: 'cifar10' or 'cifar100'.
+        model: the network that was evaluated, of RobustBench's own class, or of
+            :func:`~ikl_plugins.robustbench.from_timm` or ``from_torchvision``.
+        architecture: name of RobustBench's own class, such as 'WideResNet-34-10'; see
+            :func:`ikl_plugins.models.robustbench_zoo.parse_architecture`. None for timm and torchvision.
+        dataset: 'cifar10', 'cifar100', or 'imagenet', which has networks of timm and torchvision alone.
         evaluation: the evaluation with its adversarial images, or the file of the log. It says what the threat model
             is.
         images: all that were evaluated, or a function that loads them. The model is run again on some of them; see
@@ -131,7 +141,7 @@ def write_submission(
         UserWarning: the name does not go with title or authors, or is taken by an entry of the leaderboard.
     """
     folder = Path(folder)
-    people, evaluation, parsed = check_statements(
+    people, evaluation = check_statements(
         folder,
         name=name,
         architecture=architecture,
@@ -154,6 +164,7 @@ def write_submission(
     )
     log = evaluation.log
     threat_model = log["threat_model"]
+    parsed = named_architecture(model, architecture, dataset)
     weights = check_network(model, parsed, dataset, mean, std)
     check_weights(weights, log)
     if not demonstration:
@@ -167,12 +178,13 @@ def write_submission(
     said = tuple(f"AutoAttack, in the evaluation: {warning}" for warning in log["warnings"])
     preflight = dataclasses.replace(preflight, warnings=(*preflight.warnings, *said))
 
+    mean, std = statistics_of(model) or (mean, std)
     mark = DEMONSTRATION if demonstration else ""
     facts = Facts(
         name=name + _MARK if demonstration else name,
         architecture=parsed,
         dataset=dataset,
-        num_classes=class_count(weights) or DATASET_CLASSES[dataset],
+        num_classes=count_classes(model) or DATASET_CLASSES[dataset],
         mean=mean,
         std=std,
         generated_data=generated_data,
@@ -185,6 +197,7 @@ def write_submission(
         failed=preflight.failed,
         verified=str(verified),
         acknowledged=acknowledge_unreliable,
+        preprocessing=log["data"].get("preprocessing") if dataset == "imagenet" else None,
     )
     entry = model_info(
         log,
@@ -208,8 +221,8 @@ def write_submission(
         _write(aside / "zoo_entry.py", zoo_entry(facts, threat_model))
         checkpoint = aside / "models" / place / f"{facts.name}.pt"
         checkpoint.parent.mkdir(parents=True)
-        torch.save(weights, checkpoint)
-        _read_back(aside / "zoo_entry.py", checkpoint, model)
+        torch.save(stored_weights(weights, model, dataset), checkpoint)
+        _read_back(aside / "zoo_entry.py", checkpoint, model, dataset)
         Evaluation({**log, **marked}).save(aside / "evaluation.json")
         _write(aside / "preflight.json", json.dumps(checks, indent=2) + "\n")
         _write(aside / "preflight.md", preflight.markdown() + (f"\n{mark}\n" if mark else ""))
@@ -221,7 +234,7 @@ def check_statements(
     folder: Path,
     *,
     name: str,
-    architecture: str,
+    architecture: str | None,
     dataset: str,
     evaluation: Evaluation | Path | str,
     reported: float | None,
@@ -230,11 +243,13 @@ def check_statements(
     allow_failed_preflight: bool,
     force: bool,
     **paper: Any,
-) -> tuple[list[str], Evaluation, Architecture]:
-    """The authors, the evaluation and the architecture, after every rule that needs neither model nor images."""
+) -> tuple[list[str], Evaluation]:
+    """The authors and the evaluation, after every rule that needs neither model nor images."""
     people = check_paper(name=name, **paper)
     name_checked(CALLER, name, paper["title"], people, stacklevel=5)
-    parsed = parse_architecture(architecture, caller=CALLER)
+    check_loadable_name(name, dataset)
+    if architecture is not None:
+        parse_architecture(architecture, caller=CALLER)
     evaluation = read_evaluation(evaluation)
     log = evaluation.log
     check_dataset(dataset, log["threat_model"])
@@ -243,10 +258,10 @@ def check_statements(
         check_benchmark(log, dataset)
     check_flag(log, acknowledge_unreliable, demonstration)
     check_place(folder, force)
-    return people, evaluation, parsed
+    return people, evaluation
 
 
-def _read_back(zoo_entry: Path, checkpoint: Path, model: nn.Module) -> None:
+def _read_back(zoo_entry: Path, checkpoint: Path, model: nn.Module, dataset: str) -> None:
     """Loads what was written as ``robustbench.load_model`` does, and compares with the network that was evaluated."""
     robustbench = import_robustbench()
     _, entry = runpy.run_path(str(zoo_entry))["ENTRY"]
@@ -254,6 +269,9 @@ def _read_back(zoo_entry: Path, checkpoint: Path, model: nn.Module) -> None:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     for prefix in ("module.", "model."):
         state = robustbench.utils.rm_substr_from_state_dict(state, prefix)
+    if dataset == "imagenet":
+        state = robustbench.utils.add_substr_to_state_dict(state, "model.")
+        state = {**network.get_submodule("normalize").state_dict(prefix="normalize."), **state}  # they stay the entry's
     network.load_state_dict(state, strict=True)
     if weights_sha256(network) != weights_sha256(model):
         raise ValueError(f"{CALLER}: {checkpoint.name} must read back as written, but does not. Use another disk.")
