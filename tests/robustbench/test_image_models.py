@@ -6,23 +6,38 @@ Weights are drawn and saved as files, as nothing is fetched here.
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
+import json
 import re
+import runpy
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
-from quick_autoattack import Quick, write_imagenet
+from quick_autoattack import Harmless, Quick, write_imagenet
 from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.commands.main import main as ikl
-from ikl_plugins.robustbench import from_huggingface, from_timm, from_torchvision, images_for, load_images
+from ikl_plugins.robustbench import (
+    Images,
+    Preflight,
+    evaluate,
+    from_huggingface,
+    from_timm,
+    from_torchvision,
+    images_for,
+    load_images,
+    write_submission,
+)
 from ikl_plugins.robustbench.evaluation.log import Evaluation
 from ikl_plugins.robustbench.image_models import torchvision_models
-from ikl_plugins.robustbench.submittable import network_obstacle, submission_obstacles
+from ikl_plugins.robustbench.known_sets import KNOWN
+from ikl_plugins.robustbench.preflight import CHECKS, Check
+from ikl_plugins.robustbench.submittable import network_obstacle, stored_weights, submission_obstacles
 
 robustbench = import_robustbench()
 timm = robustbench.data.timm  # imported without its warnings
@@ -405,6 +420,115 @@ def test_what_robustbench_would_refuse_of_imagenet_is_known_before(small):
     grown = copy.deepcopy(model)
     grown.model.register_buffer("extra", torch.zeros(1))
     assert f"must be a {SMALL}, but has other entries (missing: none; unexpected: model.extra)" in listed(grown)[0]
+
+
+# --- submissions -----------------------------------------------------------------------------------------------------
+
+PAPER = {
+    "title": "Better Networks from Smaller Ones",
+    "link": "https://example.org/paper",
+    "authors": "Jane Doe, John Roe",
+    "venue": "arXiv, Jan 2025",
+    "licence": "MIT",
+}
+NAME = "Doe2025Better_Small"
+COUNT = 2  # images of a test set, here
+
+
+@pytest.fixture
+def small_benchmark(monkeypatch):
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", Harmless)
+    for name in ("cifar10", "imagenet"):
+        monkeypatch.setitem(KNOWN, name, KNOWN[name]._replace(n_examples=COUNT))
+
+
+def loaded_by_robustbench(folder, dataset, threat_model, monkeypatch):
+    """By its own load_model with the entry in its zoo, and the preprocessing that its benchmark then takes."""
+    kinds = robustbench.data.BenchmarkDataset(dataset), robustbench.data.ThreatModel(threat_model)
+    name, entry = runpy.run_path(str(folder / "zoo_entry.py"))["ENTRY"]
+    monkeypatch.setitem(robustbench.data.all_models[kinds[0]][kinds[1]], name, entry)
+    model = robustbench.load_model(name, model_dir=folder / "models", dataset=dataset, threat_model=threat_model)
+    return model, robustbench.data.get_preprocessing(*kinds, name, None)
+
+
+TAKEN = {
+    "timm": ("imagenet", "Linf", lambda path: from_timm(SMALL, path, image_size=224)),
+    "torchvision": ("imagenet", "Linf", lambda path: from_torchvision("mobilenet_v3_small", path)),
+    "timm on CIFAR": (
+        "cifar10",
+        "L2",
+        lambda path: from_timm("test_vit", path, image_size=32, mean=(0.4,) * 3, std=(0.2,) * 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_robustbench_loads_what_is_submitted(case, tmp_path, monkeypatch, small_benchmark):
+    dataset, threat_model, load = TAKEN[case]
+    torch.manual_seed(0)
+    network = {
+        "timm": lambda: timm.create_model(SMALL),
+        "torchvision": lambda: torchvision.models.mobilenet_v3_small(),
+        "timm on CIFAR": lambda: timm.create_model("test_vit", num_classes=10, img_size=32),
+    }[case]()
+    content = {"state_dict": drawn(network).state_dict()}
+    if case == "timm":
+        content["args"] = timm_args(crop_pct=0.875)
+    torch.save(content, tmp_path / "net.pth")
+    model = load(tmp_path / "net.pth")
+    preprocessing = model.geometry.name if dataset == "imagenet" else None
+    pixels = torch.rand(COUNT, 3, *model.geometry.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = model(pixels).argmax(1)
+    data = Images(pixels, labels, None, dataset, "", None, preprocessing, KNOWN[dataset].source)
+    eps = "4/255" if dataset == "imagenet" else "0.5"
+    evaluation = evaluate(model, pixels, labels, norm=threat_model, eps=eps, data=data, progress=False)
+    folder = write_submission(
+        tmp_path / "submission",
+        name=NAME,
+        model=model,
+        dataset=dataset,
+        evaluation=evaluation,
+        preflight=Preflight(tuple(Check(name, True, "Fine.") for name in CHECKS)),
+        additional_data=False,
+        generated_data=False,
+        **PAPER,
+    )
+    loaded, transform = loaded_by_robustbench(folder, dataset, threat_model, monkeypatch)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels), model(pixels))
+        assert torch.equal(loaded.model(loaded.normalize(pixels)), network(loaded.normalize(pixels)))
+    entry = json.loads((folder / "model_info" / dataset / threat_model / f"{NAME}.json").read_text())
+    assert (entry["dataset"], entry["eps"], entry["clean_acc"], entry["autoattack_acc"]) == (
+        dataset,
+        eps,
+        "100.00",
+        "100.00",
+    )
+    assert entry["architecture"] == model.architecture.name
+    form = (folder / "new_models_form.md").read_text()
+    assert (f"**Preprocessing**: {preprocessing}" in form) == (dataset == "imagenet")
+    if dataset == "imagenet":
+        probe = Image.fromarray(np.random.default_rng(1).integers(0, 256, (330, 290, 3), dtype=np.uint8))
+        assert torch.equal(transform(probe), model.geometry(probe))
+
+
+def test_names_that_robustbenchs_loader_shortens_come_back(small):
+    network = nn.Sequential(
+        collections.OrderedDict(module=nn.Linear(2, 2), model=nn.Sequential(nn.Linear(2, 2)), head=nn.Linear(2, 2))
+    )
+    for dataset in ("cifar10", "imagenet"):
+        model = copy.deepcopy(small[0])
+        model.model = network
+        state = stored_weights(model.state_dict(), model, dataset)
+        for part in ("module.", "model."):
+            state = robustbench.utils.rm_substr_from_state_dict(state, part)
+        if dataset == "imagenet":
+            state = robustbench.utils.add_substr_to_state_dict(state, "model.")
+        assert {name for name in model.state_dict() if "normalize" not in name or dataset == "cifar10"} == {*state}
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
