@@ -164,7 +164,10 @@ def images_from(
     grey = host is not None and host.channels == 1 and source not in DATASETS and Path(source).expanduser().is_dir()
     options = {name: getattr(arguments, name) for name in ("data_dir", "n_examples", "offline", "preprocessing")}
     if loaded is not None and isinstance(loaded.model, ImageModel):
-        return images_for(loaded.model, source, **options)
+        made = images_for(loaded.model, source, **options)
+        if made.classes is not None and list(made.classes) != sorted(made.classes):
+            print(f"labels of {made.name} are in {loaded.model.architecture.library}'s order of classes", flush=True)
+        return made
     images = load_images(source, channels=1 if grey else None, **options)
     if loaded is None or host is None:
         return images

@@ -242,6 +242,26 @@ def test_a_checkpoint_of_torchvision_gives_torchvisions_logits(case, folder, tmp
     assert [own[file.split("/")[0]] for file in images.files] == images.labels.tolist()
 
 
+def test_without_a_file_the_librarys_own_weights_are_taken(tmp_path, monkeypatch):
+    """As torch's cache has them for torchvision, and as timm's loader would fetch them."""
+    name = "mobilenet_v3_small"
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    network = drawn(torchvision.models.get_model(name))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(network.state_dict(), tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2])
+    model = from_torchvision(name)
+    assert (model.num_classes, model.geometry.name) == (1000, "Res256Crop224")
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in model.model.state_dict().items())
+    network = of_timm(SMALL)
+    monkeypatch.setattr(
+        "timm.models._builder.load_pretrained", lambda model, **_: model.load_state_dict(network.state_dict())
+    )
+    model = from_timm(SMALL)
+    assert (model.num_classes, model.geometry.size) == (1000, (160, 160))
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in model.model.state_dict().items())
+
+
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
