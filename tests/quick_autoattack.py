@@ -31,15 +31,6 @@ class Quick(robustbench.eval.AutoAttack):
         self.square.n_queries = 60
 
 
-class Harmless(robustbench.eval.AutoAttack):
-    """Attacks that change nothing, at once: every image that is classified right stands."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for attack in (self.apgd, self.apgd_targeted, self.fab, self.square):
-            attack.perturb = lambda images, labels: images.clone()
-
-
 def network(classes=10, seed=0, channels=3):
     """A small network for images of 8x8."""
     torch.manual_seed(seed)

@@ -97,11 +97,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ..robustbench import Evaluation, write_submission
     from ..robustbench.submission import check_statements
 
-    way = next((way for way in ("mmpretrain", "torchdistill", "zoo") if getattr(arguments, way) is not None), None)
+    others = ("mmpretrain", "torchdistill", "huggingface", "zoo")
+    way = next((way for way in others if getattr(arguments, way) is not None), None)
     if way:
         raise ValueError(
-            f"{CALLER}: the model must be of RobustBench's own architectures, got --{way}. Pass --checkpoint "
-            "FILE --architecture NAME."
+            f"{CALLER}: the model must be of RobustBench's own architectures, timm or torchvision, got --{way}. Pass "
+            "--checkpoint FILE --architecture NAME."
         )
     given = {
         **{name: getattr(arguments, name) for name in _AS_GIVEN},
@@ -109,17 +110,19 @@ def run(arguments: argparse.Namespace) -> None:
         "additional_data": arguments.additional_data == "yes",
         "generated_data": arguments.generated_data == "yes",
     }
-    if arguments.architecture is not None:  # without one the loading says what is missing
+    ways = (arguments.architecture, arguments.timm, arguments.torchvision)
+    if any(way is not None for way in ways):  # without one the loading says what is missing
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come when the submission is written
             check_statements(arguments.output, **{name: given[name] for name in given.keys() - _OF_FILES})
-    model = model_from(arguments, caller=CALLER).model
+    loaded = model_from(arguments, caller=CALLER)
+    model = loaded.model
     checked, log = arguments.n_examples, given["evaluation"].log
     arguments.n_examples = (log["data"] or log)["n_examples"]
 
     @functools.cache
     def images() -> Images:
-        return images_from(arguments, caller=CALLER)
+        return images_from(arguments, caller=CALLER, loaded=loaded)
 
     folder = write_submission(
         arguments.output,

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from quick_autoattack import Harmless, Quick, write_imagenet
+from quick_autoattack import Harmless, write_imagenet
 from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
@@ -368,48 +368,6 @@ def test_other_classes_are_refused(small, folder, tmp_path):
         small[0](torch.rand(1, 1, 160, 160))
 
 
-# --- ImageNet --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")  # RobustBench asks for them
-@pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
-def test_imagenet_is_evaluated_on_robustbenchs_images(tmp_path, monkeypatch, capsys):
-    """With the model's own geometry, by the command; accuracy and predictions are timm's own."""
-    monkeypatch.setattr(robustbench.eval, "AutoAttack", Quick)
-    files = write_imagenet(tmp_path, 2)[:2]
-    order = timm.data.ImageNetInfo().label_names()
-    labels = [order.index(file.split("/")[0]) for file in files]
-    network = of_timm(SMALL)
-    with torch.no_grad():  # one image is right
-        network.get_classifier().bias[labels[0]] += 9
-    torch.save(
-        {"state_dict": network.state_dict(), "args": timm_args(img_size=224, crop_pct=0.875)}, tmp_path / "net.pth"
-    )
-    ikl(
-        f"evaluate --timm {SMALL} --checkpoint {tmp_path}/net.pth --dataset imagenet --data-dir {tmp_path} "
-        f"--n-examples 2 --eps 4/255 --attacks apgd-ce --device cpu --output {tmp_path}/run".split()
-    )
-    shown = capsys.readouterr().out
-    log = Evaluation.load(tmp_path / "run" / "evaluation.json").log
-    data = timm.data.resolve_data_config({"img_size": 224, "crop_pct": 0.875}, model=network)
-    transform = timm.data.create_transform(**data)
-    with torch.no_grad():
-        expected = network(torch.stack([transform(Image.open(tmp_path / "val" / file)) for file in files])).argmax(1)
-    assert (log["natural_predictions"], log["labels"]) == (expected.tolist(), labels)
-    assert log["natural_accuracy"] == 50
-    assert (log["model"], log["data"]["name"], log["data"]["preprocessing"]) == (
-        SMALL,
-        "imagenet",
-        "BicubicRes256Crop224",
-    )
-    # Of the submission nothing stands against the network, its images and the radius.
-    refused = [line for line in shown.splitlines() if line.startswith("RobustBench would not take the result: ")]
-    assert refused == [
-        "RobustBench would not take the result: The evaluation must be of standard AutoAttack, got version 'standard' "
-        "with apgd-ce."
-    ]
-
-
 def listed(model, **plan):
     return submission_obstacles(model, plan.pop("dataset", "imagenet"), **{"eps": "4/255", **plan})
 
@@ -509,6 +467,7 @@ def test_robustbench_loads_what_is_submitted(case, tmp_path, monkeypatch, small_
         model=model,
         dataset=dataset,
         evaluation=evaluation,
+        images=data,
         preflight=Preflight(tuple(Check(name, True, "Fine.") for name in CHECKS)),
         additional_data=False,
         generated_data=False,
@@ -549,6 +508,37 @@ def test_names_that_robustbenchs_loader_shortens_come_back(small):
             state = robustbench.utils.add_substr_to_state_dict(state, "model.")
         assert {name for name in model.state_dict() if "normalize" not in name or dataset == "cifar10"} == {*state}
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")  # RobustBench asks for them
+@pytest.mark.filterwarnings("ignore:.* are right, no more than by chance:UserWarning")
+def test_imagenet_from_the_command_line(tmp_path, monkeypatch, capsys, small_benchmark):
+    """Evaluated on RobustBench's images with timm's geometry, and submitted: predictions are timm's own."""
+    files = write_imagenet(tmp_path, COUNT)[:COUNT]
+    order = timm.data.ImageNetInfo().label_names()
+    labels = [order.index(file.split("/")[0]) for file in files]
+    network = of_timm(SMALL)
+    with torch.no_grad():  # one image is right
+        network.get_classifier().bias[labels[0]] += 9
+    data = {"img_size": 224, "crop_pct": 0.875}
+    torch.save({"state_dict": network.state_dict(), "args": timm_args(**data)}, tmp_path / "net.pth")
+    model = f"--timm {SMALL} --checkpoint {tmp_path}/net.pth --dataset imagenet --data-dir {tmp_path} --device cpu"
+    ikl(f"evaluate {model} --n-examples {COUNT} --eps 4/255 --output {tmp_path}/run".split())
+    assert "RobustBench would not take" not in capsys.readouterr().out
+    log = Evaluation.load(tmp_path / "run" / "evaluation.json").log
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(data, model=network))
+    with torch.no_grad():
+        expected = network(torch.stack([transform(Image.open(tmp_path / "val" / file)) for file in files])).argmax(1)
+    assert (log["natural_predictions"], log["labels"]) == (expected.tolist(), labels)
+    found = log["model"], log["data"]["name"], log["data"]["preprocessing"], log["natural_accuracy"]
+    assert found == (SMALL, "imagenet", "BicubicRes256Crop224", 50)
+    paper = [text for key, value in PAPER.items() for text in (f"--{key}", value)]
+    said = f"--name {NAME} --additional-data no --generated-data no --output {tmp_path}/submission"
+    ikl(["submit", *model.split(), "--evaluation", f"{tmp_path}/run/evaluation.json", *paper, *said.split()])
+    loaded, _ = loaded_by_robustbench(tmp_path / "submission", "imagenet", "Linf", monkeypatch)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in loaded.model.state_dict().items())
+    ikl(["rank", f"{tmp_path}/run/evaluation.json"])
+    assert "imagenet, Linf, eps = 4/255" in capsys.readouterr().out
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

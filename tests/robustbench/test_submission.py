@@ -523,7 +523,7 @@ def test_warns_of_a_name_that_is_taken(write):
         ({"number_forward_passes": "2"}, TypeError, "`number_forward_passes` .* got '2'"),
         ({"number_forward_passes": True}, TypeError, "`number_forward_passes` .* got True"),
         ({"dataset": "cifar11"}, ValueError, "unknown data set `cifar11`. Did you mean `cifar10`"),
-        ({"dataset": "imagenet"}, ValueError, "`model` must be of timm or torchvision for imagenet, got WideResNet"),
+        ({"dataset": "imagenet"}, ValueError, "`evaluation` must be on the test images of imagenet"),
         ({"architecture": "WRN-10-1"}, ValueError, "unknown architecture `WRN-10-1`"),
         ({"evaluation": 3}, TypeError, "`evaluation` .* got int"),
         ({"evaluation": "no.json"}, ValueError, "`evaluation` .* none at no.json"),
