@@ -16,18 +16,20 @@ from ..conditions import stop_autocast
 from .subject import (
     Finding,
     Subject,
-    copied,
+    as_it_was,
     distance,
+    first_line,
     first_names,
     hooked,
     is_leaf,
     named_tensors,
-    tolerance,
+    word,
 )
 
 __all__ = ["batch", "deterministic", "eval_mode", "output"]
 
 _ALONE = 16  # images that are also passed one at a time
+_GRADIENTS = 0.01  # of their norm: by how much compiled kernels may change gradients
 
 
 def eval_mode(subject: Subject) -> Finding:
@@ -37,25 +39,28 @@ def eval_mode(subject: Subject) -> Finding:
 
 
 def output(subject: Subject) -> Finding:
-    """Whether there are logits, of float32 all the way; it keeps those that the other checks can use."""
+    """Whether there are logits, of float32 or one declared precision; it keeps those that the other checks can use."""
     model, images = subject.model, subject.images
-    wrong = []
+    declared = {torch.float32, subject.precision}
+    wrong = [
+        f"{name} is {word(tensor.dtype)}"
+        for name, tensor in named_tensors(model)
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in declared
+    ]
     notes = []
-    before = {name: tensor.dtype for name, tensor in named_tensors(model)}
-    for name, tensor in named_tensors(model):
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
-            wrong.append(f"{name} is {_word(tensor.dtype)}")
     if wrong:
         notes.append(f"{first_names(wrong)}; RobustBench evaluates in float32. Call model.float().")
+    before = {name: tensor.dtype for name, tensor in named_tensors(model)}
+    said = _convert_if_needed(subject)
     try:
-        with _other_precision(model) as precision:
+        with _other_precision(model, declared) as precision:
             outputs = [model(batch.clone()) for batch in torch.split(images, subject.batch_size)]
     except RuntimeError as error:
-        return False, " ".join([*notes, f"The forward fails: {str(error).splitlines()[0]}"])
+        return False, " ".join([*notes, f"The forward fails: {first_line(error)}"])
     finally:
         autocast = stop_autocast()
     recast = [
-        f"{name} to {_word(tensor.dtype)}"
+        f"{name} to {word(tensor.dtype)}"
         for name, tensor in named_tensors(model)
         if tensor.dtype != before.get(name, tensor.dtype)
     ]
@@ -72,12 +77,52 @@ def output(subject: Subject) -> Finding:
         return False, " ".join([*notes, unusable])
     logits = torch.cat(outputs)
     if logits.dtype != torch.float32:
-        notes.append(f"The logits are {_word(logits.dtype)} and not float32.")
+        notes.append(f"The logits are {word(logits.dtype)} and not float32.")
     subject.logits = logits.float()
     subject.check_classes()
+    notes += _compiled_otherwise(subject)
     if notes:
         return False, " ".join(notes)
-    return True, f"Finite float32 logits of {logits.shape[1]} classes; float32 parameters."
+    compiled = "" if subject.compiled is None else " It is compiled, and gives the same as before."
+    return True, f"Finite float32 logits of {logits.shape[1]} classes; {said}{compiled}"
+
+
+def _convert_if_needed(subject: Subject) -> str:
+    """What is said of the precision; a model of another one that takes no float32 images, or gives no such logits,
+    gets them converted."""
+    if subject.precision == torch.float32:
+        return "float32 parameters."
+    declared = word(subject.precision)
+    said = f"{declared} parameters, which RobustBench evaluates as they are; AutoAttack keeps images in float32."
+    try:
+        logits = subject.model(subject.images[:1].clone())
+    except RuntimeError:
+        logits = None
+    if isinstance(logits, Tensor) and logits.dtype == torch.float32:
+        return said
+    subject.convert()
+    return f"{said} Checked, and to be evaluated, in a module that converts images to {declared} and logits to float32."
+
+
+def _compiled_otherwise(subject: Subject) -> list[str]:
+    """What a compiled model computes otherwise than before it was compiled: logits or gradients."""
+    if subject.compiled is None:
+        return []
+    images = subject.batch
+    seen = []
+    for model in (subject.compiled, subject.model):
+        with as_it_was(model), torch.enable_grad():
+            leaf = images.clone().requires_grad_()
+            logits = model(leaf).float()
+            largest = logits.amax(dim=1).sum()
+            seen.append((logits.detach(), torch.autograd.grad(largest, leaf)[0]))
+    (logits, gradient), (eager, expected) = seen
+    apart = distance(logits, eager)
+    if apart > subject.tolerance(eager):
+        return [f"Compiled, it gives other logits, by up to {apart:.2g}. Evaluate the model that is not compiled."]
+    if float((gradient - expected).norm()) > _GRADIENTS * float(expected.norm()):
+        return ["Compiled, it gives other gradients. Evaluate the model that is not compiled."]
+    return []
 
 
 def _unusable(outputs: list[Any], count: int) -> str:
@@ -95,8 +140,8 @@ def _unusable(outputs: list[Any], count: int) -> str:
 
 
 @contextlib.contextmanager
-def _other_precision(model: nn.Module) -> Iterator[list[str]]:
-    """Notes where a forward leaves float32: outputs of leaf modules, and any call that gives fewer bits.
+def _other_precision(model: nn.Module, declared: set[torch.dtype]) -> Iterator[list[str]]:
+    """Notes where a forward computes in fewer bits than float32, unless declared: outputs of leaf modules, any call.
 
     Both, since a module in TorchScript hides its calls, and a call outside any leaf has no module that would tell.
     """
@@ -105,17 +150,16 @@ def _other_precision(model: nn.Module) -> Iterator[list[str]]:
 
     def hook(name: str, module: nn.Module) -> Callable[..., None] | None:
         def after(module: nn.Module, arguments: Any, output: Any) -> None:
-            modules.extend(f"`{name}` gives {_word(dtype)}" for dtype in _dtypes(output))
+            modules.extend(f"`{name}` gives {word(dtype)}" for dtype in _dtypes(output) - declared)
 
         return after if is_leaf(module) and not isinstance(module, torch.jit.ScriptModule) else None
 
     class Calls(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            # float64 is not less: constants and statistics may be computed in it. `data` and such only read.
             name = getattr(func, "__name__", "a call")
-            if name != "__get__":
-                calls.extend(f"{name} gives {_word(dtype)}" for dtype in _dtypes(result) if dtype.itemsize < 4)
+            if name != "__get__":  # `data` and such only read
+                calls.extend(f"{name} gives {word(dtype)}" for dtype in _dtypes(result) - declared)
             return result
 
     found: list[str] = []
@@ -125,19 +169,14 @@ def _other_precision(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _dtypes(output: Any) -> set[torch.dtype]:
-    """The floating dtypes but float32 in what a call gave."""
+    """The floating dtypes of fewer bits than float32 in what a call gave."""
     if isinstance(output, Tensor):
-        floating = output.is_floating_point() or output.is_complex()
-        return {output.dtype} if floating and output.dtype != torch.float32 else set()
+        return {output.dtype} if output.is_floating_point() and output.dtype.itemsize < 4 else set()
     if isinstance(output, (list, tuple)):
         return set().union(*map(_dtypes, output))
     if isinstance(output, dict):
         return set().union(*map(_dtypes, output.values()))
     return set()
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def deterministic(subject: Subject) -> Finding:
@@ -152,7 +191,7 @@ def deterministic(subject: Subject) -> Finding:
         ended.append(_generators(images.device))
     first, again, other = outputs
     # The kernels of a GPU may sum in another order from call to call.
-    slack = 0.0 if images.device.type == "cpu" else tolerance(first)
+    slack = 0.0 if images.device.type == "cpu" else subject.tolerance(first)
     found = []
     if distance(first, again) > slack:
         found.append(
@@ -173,7 +212,7 @@ def deterministic(subject: Subject) -> Finding:
     if not found:
         with torch.enable_grad():
             graded = model(images.detach().clone().requires_grad_()).detach()
-        if distance(first, graded) > tolerance(first):
+        if distance(first, graded) > subject.tolerance(first):
             found.append(
                 f"The logits differ when gradients are recorded, by up to {distance(first, graded):.2g}: an attack "
                 f"would see another model. Make the forward independent of torch.is_grad_enabled()."
@@ -183,7 +222,7 @@ def deterministic(subject: Subject) -> Finding:
         remembered = _remembered(subject)
         if remembered is None:
             unseen = " The model cannot be copied: not checked whether it remembers its first batch."
-        elif remembered > max(slack, tolerance(first) / 10):  # the same batch in the same network
+        elif remembered > max(slack, subject.tolerance(first) / 10):  # the same batch in the same network
             found.append(
                 f"The logits depend on the batches that came before, by up to {remembered:.2g}: the model remembers "
                 f"them. Keep nothing in the forward."
@@ -217,7 +256,7 @@ def _remembered(subject: Subject) -> float | None:
     pair = images[:half], images[-half:] / 2
     seen: list[list[Tensor]] = []
     for order in ((0, 1), (1, 0)):
-        fresh = copied(subject.user)
+        fresh = subject.fresh()
         if fresh is None:
             return None
         for module in fresh.modules():
@@ -246,7 +285,7 @@ def batch(subject: Subject) -> Finding:
     if not subject.deterministic:
         return None, "The model is not deterministic, so that its batches cannot be compared."
     images, logits = subject.images, subject.logits
-    slack = tolerance(logits)
+    slack = subject.tolerance(logits)
     alone = images[:_ALONE]
     half = max(1, subject.batch_size // 2)
     views = {
@@ -264,4 +303,5 @@ def batch(subject: Subject) -> Finding:
                 f"The logits {words} differ by up to {change:.2g} ({flipped} predictions change). An image's logits "
                 f"must not depend on the other images: normalise with stored statistics."
             )
+    subject.independent = True
     return True, f"The same logits in any batch, within {slack:.1g}."

@@ -1,4 +1,4 @@
-"""The check of the gradients that an attack would follow."""
+"""The check of the gradients that an attack would follow: that they are there, and those of the function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .subject import GREY_LEVELS, Finding, Subject
+from .directions import false_gradients, gradients_in_the_ball, margins
+from .subject import GREY_LEVELS, Finding, Subject, first_line
 
 __all__ = ["gradient_error", "gradients"]
 
@@ -29,39 +30,62 @@ def gradients(subject: Subject) -> Finding:
     images = subject.images
     targets = subject.logits.argmax(dim=1) if subject.labels is None else subject.labels.long()
     radius = float(subject.radius) if subject.radius is not None else 4 / GREY_LEVELS
-    inside, ball = _moved(images, radius, subject.norm), f"points inside the ball of {radius:.4g}"
-    zero = []
-    for place, points in (("the images", images), (ball, inside)):
+    ball = f"points inside the ball of {radius:.4g}"
+    found = []
+    try:
         for words, loss in (("the cross entropy", _cross_entropy), ("the margin", _margin)):
-            try:
-                size = _gradient_sizes(subject, loss, points, targets)
-            except RuntimeError as error:
-                return False, f"No gradient reaches the images: {str(error).splitlines()[0]}"
-            if size is None:
+            gradient = _gradient(subject, loss, images, targets)
+            if gradient is None:
                 return False, "No gradient reaches the images: the logits do not depend on them."
-            bad = int((~torch.isfinite(size)).sum())
-            if bad:
-                return False, f"The gradient of {words} at {place} is inf or nan for {bad} of {len(size)}."
-            dead = int((size == 0).sum())
-            if dead:
-                zero.append(f"{dead} of {len(size)} for {words} at {place}")
-            if dead > _DEAD * len(size):
-                return False, (
-                    f"The gradient of {words} at {place} is zero for {dead} of {len(size)}: attacks have nothing to "
-                    f"follow. Remove what has no derivative (rounding, thresholds), or scale the logits down."
-                )
-    note = f" Zero: {'; '.join(zero)}." if zero else ""
-    if not subject.deterministic:  # two forwards then differ by more than the step
+            found.append((f"{words} at the images", gradient))
+            failure, note = _dead(found)
+            if failure:
+                return False, failure
+        ascent = found[0][1]
+        with _without_tf32():
+            seen = gradients_in_the_ball(subject, targets, ascent, radius)
+    except RuntimeError as error:
+        return False, f"No gradient reaches the images: {first_line(error)}"
+    found.append((f"the cross entropy at {ball}", seen.values[0]))
+    failure, note = _dead(found)
+    if failure:
+        return False, failure
+    if not subject.independent:  # two forwards then differ by more than the step
         return True, f"Finite and not zero (steps along them not compared), at the images and within the radius.{note}"
-    grey = (images * GREY_LEVELS).round() / GREY_LEVELS  # as in a file, and where quantisers have their levels
     longest = min(radius, 1.0) if subject.norm == "Linf" else None
     first = slice(subject.batch_size)  # one batch tells: this is about the model and not about single images
-    for place, points in (("the images", grey), (ball, inside)):
-        with _without_tf32():
-            why = gradient_error(subject.model, points[first], targets[first], longest)
+    inside = _moved(images[first], radius, subject.norm)
+    # Levels of grey, as in a file, are where quantisers have theirs. They do not count alone: where an image is flat, a
+    # layer that normalises is too steep for any step.
+    grey = (images[first] * GREY_LEVELS).round() / GREY_LEVELS
+    with _without_tf32():
+        why = gradient_error(subject.model, inside, targets[first], longest, subject.rounding)
         if why:
-            return False, f"At {place}, {why}"
-    return True, f"Finite, not zero and true, at the images and within the radius.{note}"
+            at_images = gradient_error(subject.model, grey, targets[first], longest, subject.rounding)
+            return False, f"At the images, {at_images}" if at_images else f"At {ball}, {why}"
+        why, more = false_gradients(subject, seen, targets, ascent, radius)
+    if why:
+        return False, why
+    return True, f"Finite, not zero and true, at the images and within the radius.{more}{note}"
+
+
+def _dead(found: list[tuple[str, Tensor]]) -> tuple[str, str]:
+    """Why these gradients, by what they are of and where, are nothing to follow, and what is said if they are not."""
+    zero = []
+    for words, gradient in found:
+        size = gradient.flatten(1).abs().amax(dim=1)
+        bad = int((~torch.isfinite(size)).sum())
+        if bad:
+            return f"The gradient of {words} is inf or nan for {bad} of {len(size)}.", ""
+        dead = int((size == 0).sum())
+        if dead > _DEAD * len(size):
+            return (
+                f"The gradient of {words} is zero for {dead} of {len(size)}: attacks have nothing to "
+                f"follow. Remove what has no derivative (rounding, thresholds), or scale the logits down."
+            ), ""
+        if dead:
+            zero.append(f"{dead} of {len(size)} for {words}")
+    return "", f" Zero: {'; '.join(zero)}." if zero else ""
 
 
 def _moved(images: Tensor, radius: float, norm: str) -> Tensor:
@@ -72,11 +96,11 @@ def _moved(images: Tensor, radius: float, norm: str) -> Tensor:
     return (images + radius * noise.to(images.device, images.dtype)).clamp(0, 1)
 
 
-def _gradient_sizes(
+def _gradient(
     subject: Subject, loss: Callable[[Tensor, Tensor], Tensor], points: Tensor, targets: Tensor
 ) -> Tensor | None:
-    """The largest entry of each image's gradient; None if the loss does not depend on the images."""
-    sizes = []
+    """The gradient of a loss at each point; None if the loss does not depend on the points."""
+    found = []
     size = subject.batch_size
     for batch, target in zip(torch.split(points, size), torch.split(targets, size), strict=True):
         with torch.enable_grad():
@@ -85,8 +109,8 @@ def _gradient_sizes(
             gradient: Tensor | None = torch.autograd.grad(value, leaf, allow_unused=True)[0]
         if gradient is None:
             return None
-        sizes.append(gradient.flatten(1).abs().amax(dim=1))
-    return torch.cat(sizes)
+        found.append(gradient)
+    return torch.cat(found)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -94,13 +118,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _margin(logits: Tensor, targets: Tensor) -> Tensor:
-    return _margins(logits, targets).sum()
-
-
-def _margins(logits: Tensor, targets: Tensor) -> Tensor:
-    own = logits.gather(1, targets[:, None])
-    others = logits.scatter(1, targets[:, None], -torch.inf)
-    return others.amax(dim=1) - own[:, 0]
+    return margins(logits, targets)[0].sum()
 
 
 @contextlib.contextmanager
@@ -124,7 +142,7 @@ def _without_tf32() -> Iterator[None]:
             setattr(place, name, value)
 
 
-def gradient_error(model: nn.Module, points: Tensor, targets: Tensor, radius: float | None) -> str:
+def gradient_error(model: nn.Module, points: Tensor, targets: Tensor, radius: float | None, rounding: float) -> str:
     """What is wrong with the gradients of the margin, judged by steps along their signs; empty if nothing is.
 
     Margins, as the cross entropy is flat where a model is sure. A gradient is true if the median change is about the
@@ -137,7 +155,7 @@ def gradient_error(model: nn.Module, points: Tensor, targets: Tensor, radius: fl
         (gradient,) = torch.autograd.grad(_margin(logits, targets), leaf)
     # Against the same kernels: a forward that records gradients may round in another way.
     logits = model(points.clone()).float()
-    before = _margins(logits, targets)
+    before = margins(logits, targets)[0]
     largest = logits.double().abs().amax(dim=1)
     steps = [step / GREY_LEVELS for step in _STEPS] + ([] if radius is None else [radius])
     # A model may clamp: steps stay among the images, even where these are not in [0, 1], which has a check of its own.
@@ -147,8 +165,8 @@ def gradient_error(model: nn.Module, points: Tensor, targets: Tensor, radius: fl
         moved = (points + step * gradient.sign()).clamp(low, high)
         # Of the step that was made, after clamping and rounding.
         predicted = (gradient.double() * (moved.double() - points.double())).flatten(1).sum(dim=1)
-        actual = _margins(model(moved.clone()).float(), targets).double() - before.double()
-        visible = predicted > _ULPS * torch.finfo(torch.float32).eps * largest
+        actual = margins(model(moved.clone()).float(), targets)[0].double() - before.double()
+        visible = predicted > _ULPS * rounding * largest
         still = int((actual[visible] == 0).sum())
         if int(visible.sum()) > len(points) / 4 and still > int(visible.sum()) / 2:
             return (
@@ -156,7 +174,7 @@ def gradient_error(model: nn.Module, points: Tensor, targets: Tensor, radius: fl
                 f"{int(visible.sum())}: the model is constant in steps, and its gradient is made up. Remove the "
                 f"quantiser."
             )
-        judged = torch.maximum(predicted.abs(), actual.abs()) > _NOISE * largest
+        judged = torch.maximum(predicted.abs(), actual.abs()) > max(_NOISE, rounding) * largest
         if int(judged.sum()) > len(points) / 2:
             # A prediction of exactly 0 would make the ratio infinite or, without a change, no number.
             ratios = actual[judged] / predicted[judged].clamp(min=torch.finfo(torch.float64).tiny)

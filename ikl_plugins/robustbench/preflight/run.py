@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ..._progress import Shown, teller
 from ..conditions import own_conditions
 from ..data import Images
-from ..evaluation.checks import chance
+from ..evaluation.checks import chance, check_class_order
 from ..evaluation.log import data_facts
 from ..submittable import network_obstacle
 from .claims import claim, radius
 from .forward import batch, deterministic, eval_mode, output
 from .gradients import gradients
-from .inputs import inputs, logits, normalisation
+from .inputs import inputs, normalisation
+from .logits import logits
 from .optimisation import optimisation
 from .result import Check, Preflight
 from .subject import Finding, Subject, as_it_was
@@ -26,17 +27,18 @@ __all__ = ["CHECKS", "preflight"]
 
 # Each looks at the model, images and claims, and says whether it passed (None: not checked) and why.
 _TABLE: dict[str, Callable[[Subject], Finding]] = {
+    # What needs no forward comes first: a claim that cannot hold is said before minutes of checks.
+    "eps": radius,
+    "claim": claim,
+    "inputs": inputs,
     "eval mode": eval_mode,
     "output": output,  # keeps the logits for those below
     "deterministic": deterministic,
     "batch": batch,
     "gradients": gradients,
     "logits": logits,
-    "inputs": inputs,
     "normalisation": normalisation,
     "optimisation": optimisation,
-    "eps": radius,
-    "claim": claim,
 }
 _OF_LOGITS = ("deterministic", "batch", "gradients", "logits", "normalisation")
 CHECKS = tuple(_TABLE)
@@ -85,22 +87,25 @@ def preflight(
             that is called with each check as it is made.
 
     Returns:
-        The checks: 'eval mode', 'output' (parameters, logits and what is computed between are float32, logits finite
-        and of shape (N, C)), 'deterministic' (also whatever batches came before), 'batch' (an image's logits depend on
-        no other image), 'gradients' (finite, not zero, and true: small steps along them change the margin as they
-        predict), 'logits' (not probabilities), 'inputs' (in [0, 1]), 'normalisation' (once), 'optimisation' (none in
-        the forward, and no more passes of the network than stated), 'eps' (exact) and 'claim' (not above what was
-        measured); by which images they judge, and the natural accuracy on them; and, known before any attack, why
-        RobustBench would not take a network of this class.
+        The checks: 'eps' (exact), 'claim' (not above what was measured), 'inputs' (in [0, 1]), 'eval mode', 'output'
+        (logits are finite and of shape (N, C), computed in float32 or in the one dtype that all parameters have),
+        'deterministic' (also whatever batches came before), 'batch' (an image's logits depend on no other image),
+        'gradients' (finite, not zero, and true: steps along them and along random directions change the logits as they
+        predict), 'logits' (not probabilities, scaled and shifted or not), 'normalisation' (once) and 'optimisation'
+        (none in the forward, and no more passes of the network than stated); by which images they judge, and the
+        natural accuracy on them; and, known before any attack, why RobustBench would not take a network of this class.
+        A compiled model is checked as it was before, and must give the same.
 
     Raises:
         TypeError: the model is no module, images or labels are no tensors of the right kind.
-        ValueError: shapes that do not fit each other, fewer than 2 images, labels that the model has no class for, an
-            accuracy that is not in 0 to 100, only one of ``mean`` and ``std``, or a number of passes below 1.
+        ValueError: classes of ``data`` in another order than the checkpoint's, shapes that do not fit each other, fewer
+            than 2 images, labels that the model has no class for, an accuracy that is not in 0 to 100, only one of
+            ``mean`` and ``std``, or a number of passes below 1.
 
     Warns:
         UserWarning: the natural accuracy is no better than chance.
     """
+    check_class_order("preflight", model, data)
     shown = Shown("checks")
     subject = Subject(
         user=model,
