@@ -38,6 +38,16 @@ def brightnesses(count=40):
     return (((labels + 0.5) / CLASSES).view(-1, 1, 1, 1) + noise).clamp(0, 1), labels
 
 
+class Normalise(nn.Module):
+    def __init__(self, mean=MEAN, std=STD):
+        super().__init__()
+        self.register_buffer("mean", column(mean))
+        self.register_buffer("std", column(std))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
 class Inline(nn.Module):
     """Any function of the inputs, with nothing in its attributes that tells."""
 
@@ -47,6 +57,10 @@ class Inline(nn.Module):
 
     def forward(self, x):
         return self.function(x)
+
+
+def to_pixels():
+    return Inline(lambda x: x * 255)
 
 
 class Around(nn.Module):

@@ -280,6 +280,13 @@ def test_gradients_of_another_function_are_caught(name, trained):
     assert report.failed == ("gradients",) or name == "saturated"
 
 
+@pytest.mark.parametrize("name", ["everywhere too small", "signs shuffled", *(n for n in GRADIENTS if "levels" in n)])
+def test_they_are_caught_off_the_levels_of_grey_too(name, trained):
+    images, labels = digits(16)
+    images = (images[:N] + 0.01 * torch.rand(N, 3, 16, 16)).clamp(0, 1)
+    assert run(GRADIENTS[name](trained).eval(), images, labels[:N]).failed == ("gradients",)
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_the_network_that_they_spoil_is_sound(trained, norm):
     sound(judged(trained, norm=norm, eps="8/255" if norm == "Linf" else "0.5"))
