@@ -12,7 +12,7 @@ or random ones. What looks wrong is looked at again, at other points and with st
 z(x + h d) + z(x - h d) - 2 z(x) != 0, by as much as they err, and nothing is concluded.
 
 The cost: two forwards and backwards for each image, and two forwards in float64. Where there is no copy in float64,
-three steps to both sides in the model's own precision take their place, 7 forwards, and the limits are wider.
+four steps to both sides in the model's own precision take their place, 9 forwards, and the limits are wider.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def gradients_in_the_ball(subject: Subject, targets: Tensor, ascent: Tensor, rad
 
 def false_gradients(
     subject: Subject, seen: Gradients, targets: Tensor, ascent: Tensor, radius: float
-) -> tuple[str, str]:
-    """What is wrong with the gradients, empty if nothing is, and what could not be looked at.
+) -> tuple[bool | None, str]:
+    """Whether the gradients are right, None where no difference tells, and what is wrong.
 
     Args:
         subject: a model whose logits depend on nothing but the image.
@@ -121,12 +121,12 @@ def false_gradients(
             wrong = int(again.wrong.sum())
             if wrong > arithmetic.share * count:
                 size = float(first.errors[suspects].median())
-                return _why(f"by {size:.2g} of its size on {wrong} of {count} images"), ""
+                return False, _why(f"by {size:.2g} of its size on {wrong} of {count} images")
         typical = float(first.errors[first.judged].median())
         if typical > arithmetic.typical:
-            return _why(f"by {typical:.2g} of its size on half of the images"), ""
-        return "", ""
-    return "", " The function is too rough to compare its gradient along random directions."
+            return False, _why(f"by {typical:.2g} of its size on half of the images")
+        return True, ""
+    return None, "The function is too rough, or too coarsely computed, to tell its gradient from another one."
 
 
 def _why(how_much: str) -> str:
@@ -144,8 +144,8 @@ def _arithmetics(subject: Subject) -> list[_Arithmetic]:
         limits = (0.05, 0.01, 0.01) if fine else (0.5, 0.3, 0.25)
         found.append(_Arithmetic(exact, torch.float64, (2.0**-20,), 1e-14, False, *limits))
     if fine:
-        steps = (2.0**-10, 2.0**-8, 2.0**-6)
-        found.append(_Arithmetic(subject.model, torch.float32, steps, 1e-6, True, 0.3, 0.1, 0.05))
+        steps = (2.0**-12, 2.0**-10, 2.0**-8, 2.0**-6)
+        found.append(_Arithmetic(subject.model, torch.float32, steps, 1e-6, True, 0.5, 0.35, 0.15))
     return found
 
 

@@ -63,10 +63,10 @@ def gradients(subject: Subject) -> Finding:
         if why:
             at_images = gradient_error(subject.model, grey, targets[first], longest, subject.rounding)
             return False, f"At the images, {at_images}" if at_images else f"At {ball}, {why}"
-        why, more = false_gradients(subject, seen, targets, ascent, radius)
-    if why:
-        return False, why
-    return True, f"Finite, not zero and true, at the images and within the radius.{more}{note}"
+        right, why = false_gradients(subject, seen, targets, ascent, radius)
+    if not right:
+        return right, why
+    return True, f"Finite, not zero and true, at the images and within the radius.{note}"
 
 
 def _dead(found: list[tuple[str, Tensor]]) -> tuple[str, str]:
