@@ -184,7 +184,7 @@ def test_classes_in_another_order_are_refused(images, labels):
     run(model, images, labels, data=Images(images, labels, names, "brightnesses", "not read"))
     swapped = ("b", "a", *names[2:])
     with pytest.raises(
-        ValueError, match="^preflight: classes must be in the checkpoint's order, but have 'b' where it"
+        ValueError, match=r"^preflight: classes must be in the checkpoint's order, but have 'b' where it"
     ):
         run(model, images, labels, data=Images(images, labels, swapped, "brightnesses", "not read"))
 
@@ -201,6 +201,7 @@ def test_says_by_which_images_it_judged_and_warns_of_chance(images, labels):
         "name": "brightnesses",
         "sha256": digest,
         "n_examples": N,
+        "source": None,
         "preprocessing": None,
         "natural_accuracy": 100.0,
     }
