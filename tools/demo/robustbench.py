@@ -82,6 +82,7 @@ def evaluate_and_submit(parts: Parts, data: Path, config: Any, checkpoint: Path)
             architecture=architecture,
             dataset="cifar10",
             evaluation=evaluation,
+            images=images,
             preflight=report,
             additional_data=False,
             generated_data=False,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +17,7 @@ from ..known_sets import KNOWN, recorded_name
 from .attacks import TRANSFER, possible_attacks, square_warnings
 from .batches import Batches, batch_path, each_kind_once, natural_facts, natural_path, read_batch, read_natural
 from .checks import ATTACKS, NORMS
-from .seal import canonical
+from .fields import check_curve, check_fields, refuse, refuse_other
 from .verdict import STANDARD, autoattack_accuracies, is_standard, is_unreliable
 
 __all__ = ["check_log", "expected_batches", "read_batches"]
@@ -36,8 +34,6 @@ _SEVERITIES = range(1, 6)
 _ROUNDING = 1e-9  # points: a mean may be summed in another order
 
 _robustbench = import_robustbench()
-
-Rule = Callable[[Any], bool]
 
 
 def check_log(caller: str, log: Mapping[str, Any]) -> None:
@@ -56,7 +52,7 @@ def check_log(caller: str, log: Mapping[str, Any]) -> None:
         ValueError: a field of another type or length, or one that does not follow from the others.
     """
     corrupted = "corruptions" in log
-    _check_types(caller, log, {**_EVERY, **(_CORRUPTED if corrupted else _ATTACKED)})
+    check_fields(caller, log)
     _check_data(caller, log)
     if log["natural_predictions"] is not None:
         _check_natural(caller, log)
@@ -93,26 +89,27 @@ def read_batches(caller: str, log: Mapping[str, Any], folder: Path) -> dict[int,
             stated = entry["keys"][number]
             if stated is None:
                 continue
-            _equal(caller, f"{name}.keys[{number}]", stated, batches.key(attack, index), path.name, "fell_to")
+            refuse_other(caller, f"{name}.keys[{number}]", stated, batches.key(attack, index), path.name, "fell_to")
             file = batch_path(folder, place, attack, number, stated)
             if not file.exists():
                 raise ValueError(f"{caller}: {folder} must hold all batches of the log, but lacks {file.name}.")
             batch = read_batch(_READER, file, stated)
-            _equal(caller, f"index of {file.name}", batch.index, index, "fell_to", "natural_correct")
+            refuse_other(caller, f"index of {file.name}", batch.index, index, "fell_to", "natural_correct")
             fell = [at for at in index if log["fell_to"][at] == attack]
-            _equal(caller, "fell_to", fell, batch.fell, file.name)
-            _equal(caller, "predictions", [log["predictions"][at] for at in fell], batch.prediction, file.name)
+            refuse_other(caller, "fell_to", fell, batch.fell, file.name)
+            refuse_other(caller, "predictions", [log["predictions"][at] for at in fell], batch.prediction, file.name)
             found.update(zip(batch.fell, batch.image, strict=True))
             seconds += batch.seconds
             warnings = each_kind_once([*warnings, *batch.warnings])
-        _equal(caller, f"{name}.seconds", entry["seconds"], seconds, "its batch files")
+        if not math.isclose(entry["seconds"], seconds):  # Python 3.12 sums otherwise than 3.11
+            refuse_other(caller, f"{name}.seconds", entry["seconds"], seconds, "its batch files")
     # The last one may be that of the check of Square, which follows from the progress.
     said = log["warnings"][: len(warnings)] if len(log["warnings"]) - len(warnings) == len(_square(log)) else None
-    _equal(caller, "warnings", log["warnings"] if said is None else said, warnings, path.name, "the batch files")
+    refuse_other(caller, "warnings", log["warnings"] if said is None else said, warnings, path.name, "the batch files")
     return dict(sorted(found.items()))
 
 
-def _refuse_facts(caller: str, said: Mapping[str, Any], folder: Path) -> NoReturn:
+def _refuse_facts(caller: str, said: Mapping[str, Any], folder: Path) -> None:
     """Names what the log has otherwise than the evaluation that the folder is of."""
     there = [read_natural(_READER, path).facts for path in sorted(folder.glob("natural-*.npz"))]
     if not there:
@@ -121,215 +118,22 @@ def _refuse_facts(caller: str, said: Mapping[str, Any], folder: Path) -> NoRetur
     nearest = min(range(len(there)), key=lambda place: len(differing[place]))
     key = differing[nearest][0]
     field = key.replace("version of ", "versions.").replace("data", "data.sha256")
-    _equal(caller, field, said.get(key), there[nearest].get(key), folder.name)
-    raise AssertionError(f"{key} differs and is equal")
-
-
-# --- types and lengths ------------------------------------------------------------------------------------------------
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _integer(value: Any) -> bool:
-    return type(value) is int
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _positive(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
-
-
-def _share(value: Any) -> bool:
-    return _number(value) and value <= 100
-
-
-def _bit(value: Any) -> bool:
-    return type(value) is int and value in (0, 1)
-
-
-def _sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _date(value: Any) -> bool:
-    try:
-        return datetime.datetime.fromisoformat(value).tzinfo is not None
-    except (TypeError, ValueError):
-        return False
-
-
-def _folder(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[^/\\]+_adversarial", value) is not None
-
-
-def _none(value: Any) -> bool:
-    return value is None
-
-
-def _maybe(rule: Rule) -> Rule:
-    return lambda value: value is None or rule(value)
-
-
-def _all(rule: Rule) -> Rule:
-    return lambda value: isinstance(value, list) and all(map(rule, value))
-
-
-def _each(rule: Rule) -> Rule:
-    return lambda value: isinstance(value, dict) and all(map(rule, value.values()))
-
-
-def _fields(**rules: Rule) -> Rule:
-    return lambda value: (
-        isinstance(value, dict)
-        and value.keys() == rules.keys()
-        and all(rule(value[key]) for key, rule in rules.items())
-    )
-
-
-_EVERY: dict[str, Rule] = {
-    "versions": _each(_text),
-    "date": _date,
-    "device": _text,
-    "model": _text,
-    "checkpoint": _maybe(_fields(name=_text, sha256=_sha256)),
-    "weights_sha256": _sha256,
-    "dtype": _text,
-    "precision": _text,
-    "autoattack": _maybe(_fields(module=_text, package=_maybe(_text), version=_maybe(_text))),
-    "seed": _integer,
-    "threat_model": _text,
-    "n_examples": _positive,
-    "batch_size": _positive,
-    "data": _maybe(
-        _fields(
-            name=_maybe(_text),
-            source=_maybe(_each(_text)),
-            sha256=_sha256,
-            n_examples=_positive,
-            preprocessing=_maybe(_text),
-        )
-    ),
-    "classes": _maybe(_all(_text)),
-    "natural_accuracy": _maybe(_share),
-    "robust_accuracy": _maybe(_share),
-    "warnings": _all(_text),
-    "standard": _flag,
-    "unreliable": _flag,
-    "finished": _flag,
-}
-_PREDICTED: dict[str, Rule] = dict.fromkeys(("labels", "natural_predictions"), _all(_count))
-_ATTACKED: dict[str, Rule] = {
-    **_PREDICTED,
-    "predictions": _all(_count),
-    "natural_correct": _all(_bit),
-    "robust": _all(_bit),
-    "fell_to": _all(_maybe(_text)),
-    "dataset": _none,
-    "n_classes": _positive,
-    "eps": _text,
-    "eps_value": _number,
-    "version": _text,
-    "attacks": _all(_text),
-    "dropped": _all(_fields(attack=_text, reason=_text)),
-    "parameters": _each(lambda value: isinstance(value, dict)),
-    "own_attacks": _each(_maybe(_sha256)),
-    "surrogate": _maybe(_fields(model=_text, weights_sha256=_sha256)),
-    "n_target_classes": _maybe(_positive),
-    "adversarial": _maybe(_folder),
-    "progress": _all(
-        _fields(
-            attack=_text,
-            standing=_count,
-            seconds=_number,
-            batches=_count,
-            batches_done=_count,
-            keys=_all(_maybe(_text)),
-        )
-    ),
-}
-_CORRUPTED: dict[str, Rule] = {
-    **{key: _maybe(rule) for key, rule in _PREDICTED.items()},
-    "natural_correct": _maybe(_all(_bit)),
-    **dict.fromkeys(("predictions", "robust", "fell_to", "eps", "eps_value", "version", "n_target_classes"), _none),
-    "adversarial": _none,
-    **dict.fromkeys(("attacks", "dropped", "progress", "warnings"), lambda value: value == []),
-    **dict.fromkeys(("standard", "unreliable"), lambda value: value is False),
-    "parameters": lambda value: value == {},
-    "dataset": _text,
-    "n_classes": _maybe(_positive),
-    "corruptions": _all(
-        _fields(
-            corruption=_text, severity=_positive, accuracy=_share, n_examples=_positive, sha256=_sha256, seconds=_number
-        )
-    ),
-    "corruptions_mce": _maybe(_number),
-    "corruptions_mce_note": _maybe(_text),
-}
-_PER_IMAGE = ("labels", "natural_predictions", "predictions", "natural_correct", "robust", "fell_to")
-_CURVE = _all(_fields(eps=_text, eps_value=_number, robust_accuracy=_share, robust=_all(_bit), attacks=_all(_text)))
-
-
-def _check_types(caller: str, log: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    for key, rule in rules.items():
-        if key not in log:
-            raise ValueError(f"{caller}: the log must be whole, but lacks `{key}`. Evaluate again.")
-        if not rule(log[key]):
-            _refuse(caller, key, "of a type or range that no evaluation writes", log[key])
-    # Beside corruptions natural images are those of the data, as many as these are.
-    of_data = "corruptions" in log and log["data"] is not None
-    count, name = (log["data"]["n_examples"], "data.n_examples") if of_data else (log["n_examples"], "n_examples")
-    for key in _PER_IMAGE:
-        if log[key] is not None and len(log[key]) != count:
-            _refuse(caller, key, f"as long as `{name}` says, {count}", f"{len(log[key])} entries")
+    refuse_other(caller, field, said.get(key), there[nearest].get(key), folder.name)
 
 
 # --- what follows from what -------------------------------------------------------------------------------------------
 
 
-def _refuse(caller: str, field: str, rule: str, found: object) -> NoReturn:
-    shown = repr(found)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    raise ValueError(f"{caller}: `{field}` of the log is {rule}, got {shown}. Evaluate again.")
-
-
 def _same(caller: str, log: Mapping[str, Any], field: str, expected: Any, *sources: str) -> None:
     """Refuses a field unless it is what follows from others."""
-    _equal(caller, field, log[field], expected, *sources)
-
-
-def _equal(caller: str, field: str, found: Any, expected: Any, *sources: str) -> None:
-    if canonical(found) == canonical(expected):
-        return
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        place = next(
-            at for at, pair in enumerate(zip(found, expected, strict=True)) if len({*map(canonical, pair)}) > 1
-        )
-        found, expected, field = found[place], expected[place], f"{field}[{place}]"
-    names = ", ".join(f"`{name}`" for name in sources)
-    raise ValueError(
-        f"{caller}: `{field}` of the log must follow from {names}, which give {expected!r}, got {found!r}. Evaluate "
-        "again."
-    )
+    refuse_other(caller, field, log[field], expected, *sources)
 
 
 def _radius(caller: str, field: str, text: str) -> float:
     try:
         return float(parse_eps(caller, text, norm="L2"))  # without the warning of Linf
     except ValueError:
-        _refuse(caller, field, "a radius above 0", text)
+        refuse(caller, field, "a radius above 0", text)
 
 
 def _percent(flags: Sequence[int]) -> float:
@@ -339,16 +143,16 @@ def _percent(flags: Sequence[int]) -> float:
 def _check_data(caller: str, log: Mapping[str, Any]) -> None:
     data, classes = log["data"], log["n_classes"]
     if log["classes"] is not None and len(log["classes"]) != classes:
-        _refuse(caller, "classes", f"a name for each of `n_classes` {classes}", log["classes"])
+        refuse(caller, "classes", f"a name for each of `n_classes` {classes}", log["classes"])
     if data is None:
         return
     if log["fell_to"] is not None:
-        _equal(caller, "data.n_examples", data["n_examples"], log["n_examples"], "n_examples")
+        refuse_other(caller, "data.n_examples", data["n_examples"], log["n_examples"], "n_examples")
     name, source = data["name"], data["source"]
     if recorded_name(name, source) != name or (
         source is not None and (name not in KNOWN or source != KNOWN[name].source)
     ):
-        _refuse(caller, "data", "of a test set's name only with the `source` that it is known by", (name, source))
+        refuse(caller, "data", "of a test set's name only with the `source` that it is known by", (name, source))
 
 
 def _check_natural(caller: str, log: Mapping[str, Any]) -> None:
@@ -356,7 +160,7 @@ def _check_natural(caller: str, log: Mapping[str, Any]) -> None:
     for key in ("labels", "natural_predictions", "predictions"):
         bad = [value for value in log[key] or () if value >= classes]
         if bad:
-            _refuse(caller, key, f"below `n_classes` {classes}", bad[0])
+            refuse(caller, key, f"below `n_classes` {classes}", bad[0])
     correct = [int(label == made) for label, made in zip(labels, predictions, strict=True)]
     _same(caller, log, "natural_correct", correct, "labels", "natural_predictions")
     _same(caller, log, "natural_accuracy", _percent(correct), "natural_correct")
@@ -364,12 +168,12 @@ def _check_natural(caller: str, log: Mapping[str, Any]) -> None:
 
 def _check_attacks(caller: str, log: Mapping[str, Any]) -> None:
     if log["threat_model"] not in NORMS:
-        _refuse(caller, "threat_model", f"one of {', '.join(NORMS)}", log["threat_model"])
+        refuse(caller, "threat_model", f"one of {', '.join(NORMS)}", log["threat_model"])
     _same(caller, log, "eps_value", _radius(caller, "eps", log["eps"]), "eps")
     version, attacks, classes = log["version"], log["attacks"], log["n_classes"]
     dropped = [entry["attack"] for entry in log["dropped"]]
     if not attacks or len({*attacks, *dropped}) != len(attacks) + len(dropped):
-        _refuse(caller, "attacks", "of different names, none of them in `dropped`", attacks)
+        refuse(caller, "attacks", "of different names, none of them in `dropped`", attacks)
     run, left_out = possible_attacks(caller, [*attacks, *dropped], classes)
     _same(caller, log, "attacks", run, "n_classes", "dropped")
     _same(caller, log, "dropped", left_out, "n_classes", "attacks")
@@ -379,11 +183,11 @@ def _check_attacks(caller: str, log: Mapping[str, Any]) -> None:
         behind = [attack for attack in attacks[len(wanted) :] if attack not in ATTACKS]
         _same(caller, log, "attacks", [*wanted, *behind], "version", "dropped")
     elif version != "custom":
-        _refuse(caller, "version", f"{', '.join(_VERSIONS)} or custom", version)
+        refuse(caller, "version", f"{', '.join(_VERSIONS)} or custom", version)
     targeted = any(attack.removeprefix(TRANSFER) in ("apgd-t", "fab-t") for attack in attacks)
     most = min(_TARGETS, classes - 1)
     if not (log["n_target_classes"] in range(1, most + 1) if targeted else log["n_target_classes"] is None):
-        _refuse(caller, "n_target_classes", f"1 to {most} for targeted `attacks`, else None", log["n_target_classes"])
+        refuse(caller, "n_target_classes", f"1 to {most} for targeted `attacks`, else None", log["n_target_classes"])
 
 
 def _check_flags(caller: str, log: Mapping[str, Any]) -> None:
@@ -391,11 +195,11 @@ def _check_flags(caller: str, log: Mapping[str, Any]) -> None:
     for at, (attack, correct, label, natural) in enumerate(rows):
         prediction = log["predictions"][at]
         if attack is None:
-            _equal(caller, f"predictions[{at}]", prediction, natural, "natural_predictions", "fell_to")
+            refuse_other(caller, f"predictions[{at}]", prediction, natural, "natural_predictions", "fell_to")
         elif attack not in log["attacks"] or not correct:
-            _refuse(caller, f"fell_to[{at}]", "one of `attacks`, and None without `natural_correct`", attack)
+            refuse(caller, f"fell_to[{at}]", "one of `attacks`, and None without `natural_correct`", attack)
         elif prediction == label:
-            _refuse(caller, f"predictions[{at}]", "not `labels` of an image with `fell_to`", prediction)
+            refuse(caller, f"predictions[{at}]", "other than `labels`, as the image has `fell_to`", prediction)
     robust = [int(ok and attack is None) for ok, attack in zip(log["natural_correct"], log["fell_to"], strict=True)]
     _same(caller, log, "robust", robust, "natural_correct", "fell_to")
     _same(caller, log, "robust_accuracy", _percent(robust), "robust")
@@ -416,28 +220,28 @@ def expected_batches(log: Mapping[str, Any], attack: str) -> list[list[int]]:
 def _check_progress(caller: str, log: Mapping[str, Any]) -> None:
     progress, attacks = log["progress"], log["attacks"]
     names = [entry["attack"] for entry in progress]
-    _equal(caller, "progress", names, attacks[: len(progress)], "attacks")
+    refuse_other(caller, "progress", names, attacks[: len(progress)], "attacks")
     begun = {None, *names}
     early = [at for at, attack in enumerate(log["fell_to"]) if attack not in begun]
     if early:
-        _refuse(caller, f"fell_to[{early[0]}]", "an attack of `progress`", log["fell_to"][early[0]])
+        refuse(caller, f"fell_to[{early[0]}]", "an attack of `progress`", log["fell_to"][early[0]])
     for place, entry in enumerate(progress):
         attack, batches = entry["attack"], expected_batches(log, entry["attack"])
         name = f"progress[{place}]"
-        _equal(caller, f"{name}.batches", entry["batches"], len(batches), "fell_to", "natural_correct", "batch_size")
-        _equal(caller, f"{name}.keys", len(entry["keys"]), len(batches), f"{name}.batches")
+        refuse_other(
+            caller, f"{name}.batches", entry["batches"], len(batches), "fell_to", "natural_correct", "batch_size"
+        )
+        refuse_other(caller, f"{name}.keys", len(entry["keys"]), len(batches), f"{name}.batches")
         done = [batch for batch, key in zip(batches, entry["keys"], strict=True) if key is not None]
-        _equal(caller, f"{name}.batches_done", entry["batches_done"], len(done), f"{name}.keys")
+        refuse_other(caller, f"{name}.batches_done", entry["batches_done"], len(done), f"{name}.keys")
         if len(done) < len(batches) and (log["finished"] or place < len(progress) - 1):
-            _refuse(
-                caller, f"{name}.batches_done", "`batches`, as later attacks began or `finished` is true", len(done)
-            )
+            refuse(caller, f"{name}.batches_done", "`batches`, as later attacks began or `finished` is true", len(done))
         fell = [at for at, fell_to in enumerate(log["fell_to"]) if fell_to == attack]
         undone = set(fell).difference(itertools.chain.from_iterable(done))
         if undone:
-            _refuse(caller, f"fell_to[{min(undone)}]", f"of a batch that is done in `{name}.keys`", attack)
+            refuse(caller, f"fell_to[{min(undone)}]", f"of a batch that is done in `{name}.keys`", attack)
         standing = sum(map(len, batches)) - len(fell)
-        _equal(caller, f"{name}.standing", entry["standing"], standing, "fell_to", "natural_correct")
+        refuse_other(caller, f"{name}.standing", entry["standing"], standing, "fell_to", "natural_correct")
     if log["finished"]:
         _same(caller, log, "finished", len(progress) == len(attacks), "progress", "attacks")
 
@@ -451,28 +255,25 @@ def _square(log: Mapping[str, Any]) -> list[str]:
 def _check_warnings(caller: str, log: Mapping[str, Any]) -> None:
     stated = [text.partition("%")[0] for text in log["warnings"]]
     kinds = [text for text in stated if text.startswith("Square Attack has decreased")]
-    _equal(caller, "warnings", kinds, _square(log), "progress")
+    refuse_other(caller, "warnings", kinds, _square(log), "progress")
 
 
 def _check_curve(caller: str, log: Mapping[str, Any]) -> None:
     points = log["curve"]
-    if not _CURVE(points):
-        _refuse(caller, "curve", "of a type or range that no evaluation writes", points)
+    check_curve(caller, log)
     before, radius = log["natural_correct"], 0.0
     for place, point in enumerate(points):
         name = f"curve[{place}]"
         eps = _radius(caller, f"{name}.eps", point["eps"])
-        _equal(caller, f"{name}.eps_value", point["eps_value"], eps, f"{name}.eps")
+        refuse_other(caller, f"{name}.eps_value", point["eps_value"], eps, f"{name}.eps")
         if eps <= radius:
-            _refuse(caller, f"{name}.eps", "above the radius before it", point["eps"])
-        if len(point["robust"]) != log["n_examples"]:
-            _refuse(caller, f"{name}.robust", "for each of `n_examples`", f"{len(point['robust'])} entries")
+            refuse(caller, f"{name}.eps", "above the radius before it", point["eps"])
         nested = [min(flag, earlier) for flag, earlier in zip(point["robust"], before, strict=True)]
-        _equal(caller, f"{name}.robust", point["robust"], nested, "natural_correct", "smaller radii")
-        _equal(caller, f"{name}.robust_accuracy", point["robust_accuracy"], _percent(nested), f"{name}.robust")
+        refuse_other(caller, f"{name}.robust", point["robust"], nested, "natural_correct", "smaller radii")
+        refuse_other(caller, f"{name}.robust_accuracy", point["robust_accuracy"], _percent(nested), f"{name}.robust")
         # The first radius is tried on all images, a later one only if any stood. Some attacks alone are allowed.
         attacks = points[0]["attacks"] if place == 0 or any(before) else []
-        _equal(caller, f"{name}.attacks", point["attacks"], attacks, "the first radius", "robust")
+        refuse_other(caller, f"{name}.attacks", point["attacks"], attacks, "the first radius", "robust")
         before, radius = nested, eps
 
 
@@ -481,20 +282,20 @@ def _check_corruptions(caller: str, log: Mapping[str, Any]) -> None:
     kinds = _robustbench.data.CORRUPTIONS_DICT
     known = {kind.value: {threat.value: names for threat, names in kinds[kind].items()} for kind in kinds}
     if log["dataset"] not in known:
-        _refuse(caller, "dataset", f"one of {', '.join(known)}", log["dataset"])
+        refuse(caller, "dataset", f"one of {', '.join(known)}", log["dataset"])
     if log["threat_model"] not in known[log["dataset"]]:
-        _refuse(caller, "threat_model", f"one that `dataset` {log['dataset']} has", log["threat_model"])
+        refuse(caller, "threat_model", f"one that `dataset` {log['dataset']} has", log["threat_model"])
     pairs = [[name, severity] for name in known[log["dataset"]][log["threat_model"]] for severity in _SEVERITIES]
     if log["finished"] or len(entries) < len(pairs):
         pairs = pairs if log["finished"] else pairs[: len(entries)]
     found = [[entry["corruption"], entry["severity"]] for entry in entries]
-    _equal(caller, "corruptions", found, pairs, "dataset", "threat_model", "finished")
+    refuse_other(caller, "corruptions", found, pairs, "dataset", "threat_model", "finished")
     for place, entry in enumerate(entries):
         name, count = f"corruptions[{place}]", log["n_examples"]
-        _equal(caller, f"{name}.n_examples", entry["n_examples"], count, "n_examples")
+        refuse_other(caller, f"{name}.n_examples", entry["n_examples"], count, "n_examples")
         right = entry["accuracy"] / 100 * count
         if abs(right - round(right)) > 1e-6:
-            _refuse(
+            refuse(
                 caller, f"{name}.accuracy", f"a number of `n_examples` {count} images, in percent", entry["accuracy"]
             )
     mean, stated = float(np.mean([entry["accuracy"] for entry in entries])) if entries else None, log["robust_accuracy"]
@@ -502,4 +303,4 @@ def _check_corruptions(caller: str, log: Mapping[str, Any]) -> None:
         _same(caller, log, "robust_accuracy", mean, "corruptions")
     said = [log["corruptions_mce"], log["corruptions_mce_note"]]
     if said.count(None) != (1 if log["finished"] else 2):
-        _refuse(caller, "corruptions_mce", "there when `finished`, unless `corruptions_mce_note` says why not", said)
+        refuse(caller, "corruptions_mce", "there when `finished`, unless `corruptions_mce_note` says why not", said)
