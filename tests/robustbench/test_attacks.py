@@ -17,7 +17,9 @@ from quick_autoattack import Interruption, Quick, batch, message, network, witho
 from torch import nn
 
 from ikl_plugins._robustbench_import import import_robustbench
+from ikl_plugins.robustbench import report
 from ikl_plugins.robustbench.evaluation import Unfinished, curve, evaluate, memory, merge
+from ikl_plugins.robustbench.evaluation.attacks import source_sha256
 from ikl_plugins.robustbench.evaluation.log import Evaluation, is_standard, weights_sha256
 from ikl_plugins.robustbench.evaluation.verdict import attacks_in_words, is_unreliable
 from ikl_plugins.robustbench.leaderboard import rank
@@ -278,14 +280,19 @@ def test_l1_is_autoattacks(options):
     assert found.standard == (not options)
 
 
-def test_l1_has_a_curve_and_no_leaderboard(tmp_path):
+def test_l1_has_a_curve_and_no_leaderboard(tmp_path, monkeypatch):
     model = network()
     images, labels = batch(model)
     points = curve(model, images, labels, ["0.5", "4"], norm="L1", attacks=["apgd-ce"], progress=False)
     assert points[0]["robust_accuracy"] > points[1]["robust_accuracy"]
     found = evaluate(model, images, labels, norm="L1", eps=1, attacks=["apgd-ce"], progress=False)
     found.log["curve"] = points
+    labels = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: labels.append(figure.axes[0].get_xlabel()))
     write_report(found, tmp_path)
+    assert "L1 radius eps (sum over pixels in [0, 1])" in labels
+    with message("`apgd-ce.n_iter` must be an integer of at least 2, got 1"):
+        evaluate(model, *batch(model), norm="L1", eps=1, parameters={"apgd-ce": {"n_iter": 1}})
     with message("rank: `threat_model` must have a leaderboard for cifar10, got 'L1'. Known: cifar10 L2, cifar10 Linf"):
         rank("cifar10", "L1", 50.0)
     assert "got 'L1'" in submission_obstacles(model, "cifar10", threat_model="L1", eps="12")[0]
@@ -477,6 +484,43 @@ def test_an_attack_of_others_goes_on_where_it_stopped_unless_it_has_changed(tmp_
         evaluate(model, images, labels, log=tmp_path / "a.json", progress=False, **options)
 
 
+class Steps:
+    """An attack with settings."""
+
+    def __init__(self, steps):
+        self.steps, self.network = steps, network(seed=steps)
+
+    def __call__(self, model, images, labels, **options):
+        return images
+
+    def run(self, model, images, labels, **options):
+        return images
+
+
+def test_the_checksum_of_an_attack_tells_its_settings_and_not_the_process():
+    def with_network(seed):
+        helper = {"network": network(seed=seed), "at": {3, 1, 2}}
+        return lambda model, images, labels, **options: helper and images
+
+    def endless(model, images, labels, **options):
+        return endless
+
+    makers = [
+        lambda number: functools.partial(sign, steps=number),
+        lambda number: functools.partial(sign, network(seed=number)),
+        lambda number: functools.partial(sign, np.arange(number)),
+        lambda number: gives([len, network, number]),
+        with_network,
+        Steps,
+        lambda number: Steps(number).run,
+    ]
+    digests = [source_sha256(make(number)) for make in makers for number in (3, 4)]
+    assert len({*digests, None}) == 15
+    assert digests == [source_sha256(make(number)) for make in makers for number in (3, 4)]
+    assert source_sha256(endless) is None
+    assert source_sha256(len) is None
+
+
 def gives(change):
     def attack(model, images, labels, **options):
         return change(images)
@@ -586,6 +630,13 @@ def test_a_transfer_attack_is_autoattacks_on_the_surrogate_judged_on_the_model(a
     assert found.log["weights_sha256"] == weights_sha256(model)
 
 
+def test_what_autoattack_says_of_a_surrogate_is_not_said_of_the_model():
+    model, surrogate = network(), MODELS["masked"]()
+    data = batch(model, count=5, wrong=1)
+    found = evaluate(model, *data, eps="6/255", attacks=["transfer-apgd-dlr"], surrogate=surrogate, progress=False)
+    assert (found.log["warnings"], found.log["unreliable"]) == ([], False)
+
+
 def test_transfer_behind_the_standard_attacks_is_not_standard_and_other_surrogates_are_refused(tmp_path):
     model = network()
     images, labels = batch(model, count=5, wrong=1)
@@ -634,6 +685,8 @@ def test_the_batch_is_the_largest_that_fits(free, size, monkeypatch, tmp_path):
     again = evaluate(model, images, labels, batch_size="auto", **options)
     assert again.log["batch_size"] == size
     assert evaluate(model, images, labels, batch_size="auto", eps="1/255", attacks=["fab"]).log["batch_size"] == 16
+    with message("`model` must give logits of shape (1, C) for 1 images, got a tuple"):
+        evaluate(Changed(after=lambda logits: (logits,)), images, labels, batch_size="auto", eps="1/255")
     monkeypatch.setattr(memory, "_free", lambda device: 15 * EACH)
     with message("batch_size='auto' needs memory for 16 images"):
         evaluate(model, images, labels, batch_size="auto", eps="1/255", attacks=["apgd-ce"])

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib
-import inspect
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..._robustbench_import import import_robustbench
 from ..eps import Eps
 from .checks import ATTACKS
+from .own import distances, outside, own_attack, source_sha256
 from .plan import TRANSFER, Plan, check_parameters
 
 __all__ = ["TRANSFER", "Attacks", "Setting", "distances", "outside", "possible_attacks", "random_state_kept"]
@@ -64,17 +61,18 @@ class Attacks:
         classes = setting.classes
         self._caller, self._setting, self._own, self._network = caller, setting, plan.own, model
         self._said = _Said()
-        self._adversary = self._autoattack(model, plan)
-        self._surrogate = self._adversary if surrogate is None else self._autoattack(surrogate, plan)
+        self._adversary = self._autoattack(model, plan, self._said)
+        # What AutoAttack says of a surrogate's gradients is nothing about the model.
+        self._surrogate = None if surrogate is None else self._autoattack(surrogate, plan, _Said())
         wanted = self._adversary.attacks_to_run if plan.named is None else plan.named
         self.names, self.dropped = possible_attacks(caller, [*wanted, *plan.behind], classes)
         self.model: Callable[[Tensor], Tensor] = self._adversary.get_logits
-        checked = check_parameters(caller, parameters, self.names, classes)
+        checked = check_parameters(caller, parameters, self.names, setting.norm, classes)
         self.parameters = {attack: changed for attack in checked if (changed := self._changed(attack, checked[attack]))}
         targeted = {"apgd-t", "fab-t"} & {name.removeprefix(TRANSFER) for name in self.names}
         self.n_target_classes: int | None = self._adversary.fab.n_target_classes if targeted else None
 
-    def _autoattack(self, model: nn.Module, plan: Plan) -> Any:
+    def _autoattack(self, model: nn.Module, plan: Plan, said: _Said) -> Any:
         norm, eps, seed, device, classes = self._setting
         names = (name.removeprefix(TRANSFER) for name in (plan.named or ()))
         named = {"attacks_to_run": [name for name in names if name in ATTACKS]} if plan.version == "custom" else {}
@@ -91,7 +89,7 @@ class Attacks:
         for targeted in (made.apgd_targeted, made.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
         for part in (made, made.apgd, made.apgd_targeted):
-            part.logger = self._said
+            part.logger = said
         return made
 
     def _changed(self, attack: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,8 +109,9 @@ class Attacks:
         every batch.
         """
         if attack in self._own:
-            return self._prepared_own(attack)
-        adversary = self._surrogate if attack.startswith(TRANSFER) else self._adversary
+            norm, eps, seed = self._setting[:3]
+            return own_attack(self._caller, attack, self._own[attack], self._network, norm, eps, seed)
+        adversary: Any = self._surrogate if attack.startswith(TRANSFER) else self._adversary
         name = attack.removeprefix(TRANSFER)
         found = _part(adversary, name)
         if name == "fab-t":
@@ -130,43 +129,6 @@ class Attacks:
             return result
 
         return perturb
-
-    def _prepared_own(self, attack: str) -> Callable[[Tensor, Tensor], Tensor]:
-        called, model = self._own[attack], self._network
-        norm, eps, seed = self._setting[:3]
-
-        def perturb(images: Tensor, labels: Tensor) -> Tensor:
-            before = _state(model)
-            with _seeded(seed), torch.enable_grad():
-                found = called(model, images.clone(), labels.clone(), norm=norm, eps=float(eps), seed=seed)
-            if _state(model) != before:
-                raise ValueError(
-                    f"{self._caller}: attack `{attack}` must leave the model as it is, but changed weights, buffers or "
-                    "its mode. Attack a copy."
-                )
-            return self._checked(attack, images, found)
-
-        return perturb
-
-    def _checked(self, attack: str, images: Tensor, found: object) -> Tensor:
-        """What an attack of others gave, refused unless it is images in [0, 1] and in the ball."""
-        name = f"{self._caller}: attack `{attack}` must give"
-        if not isinstance(found, Tensor) or found.shape != images.shape or not found.is_floating_point():
-            got = f"{found.dtype} of {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"{name} floating images of shape {tuple(images.shape)}, got {got}.")
-        found = found.detach().to(images)
-        low, high = (bound.item() for bound in torch.aminmax(found))
-        if not (low >= 0 and high <= 1):  # also of NaN
-            raise ValueError(f"{name} images in [0, 1], got values from {low:.9g} to {high:.9g}. Clamp them.")
-        norm, eps = self._setting[:2]
-        over = int(outside(images, found, norm, float(eps)).sum())
-        if over:
-            worst = distances(images, found, norm).max().item()
-            raise ValueError(
-                f"{name} images within {norm} eps {eps}, got {over} of {len(images)} further away, up to {worst:.6g}. "
-                "Project them."
-            )
-        return found
 
     def run_checks(self, images: Tensor, labels: Tensor) -> None:
         """AutoAttack's own checks of the model before its attacks, on the first batch as in AutoAttack."""
@@ -271,53 +233,7 @@ def _with_parameters(found: Any, values: Mapping[str, Any]) -> Any:
     return changed
 
 
-# --- attacks of others -----------------------------------------------------------------------------------------------
-
-
-def distances(images: Tensor, others: Tensor, norm: str) -> Tensor:
-    """How far images (N, C, H, W) are from others, by image (N,), in double precision."""
-    order = {"Linf": float("inf"), "L2": 2.0, "L1": 1.0}[norm]
-    found: Tensor = torch.linalg.vector_norm((others.double() - images.double()).flatten(1), order, dim=1)
-    return found
-
-
-def outside(images: Tensor, others: Tensor, norm: str, eps: float) -> Tensor:
-    """Which of the others, by image (N,), lie outside the balls around images, by more than float32 rounds."""
-    pixels = images[0].numel()
-    rounding: float = _ROUNDING * {"Linf": 1.0, "L2": pixels**0.5, "L1": float(pixels)}[norm]
-    return distances(images, others, norm) > eps * (1 + 1e-5) + rounding
-
-
-def _state(model: nn.Module) -> tuple[Any, ...]:
-    """What an attack must leave alone: which values were written how often, and modes."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return [(id(value), value._version) for value in tensors], [module.training for module in model.modules()]
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch, NumPy and Python begin anew; those of NumPy and Python are the caller's again behind."""
-    numbers, state = np.random.get_state(), random.getstate()
-    torch.manual_seed(seed)  # the evaluation keeps torch's for the caller
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(numbers)
-        random.setstate(state)
-
-
-def source_sha256(called: Any) -> str | None:
-    """Of the file that an attack is from, so that a changed one does not go on with what it had found before."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(getattr(called, "func", called)))
-        if file is None:
-            return None
-        with open(file, "rb") as opened:
-            return hashlib.sha256(opened.read()).hexdigest()
-    except (OSError, TypeError):
-        return None
+# --- random numbers --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

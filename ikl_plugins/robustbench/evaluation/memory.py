@@ -21,7 +21,8 @@ def fitting_batch_size(caller: str, model: nn.Module, images: Tensor, device: to
     """The largest of 16, 32, ... 1024 images that attacks are likely to have the memory for.
 
     What the forward of a second image adds to what is kept for the backward, times a safety factor, is held against
-    the free memory of the device, or of the machine and its control groups; on CUDA the size is then tried.
+    the free memory of the device, or of the machine and its control groups; on CUDA the size is then tried. What a
+    model computes again in its backward, by checkpointing, is not counted.
 
     Args:
         caller: whom a refusal names.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ... import _validation as check
 from .checks import ATTACKS, VERSIONS
 
-__all__ = ["GROUP", "TRANSFER", "Plan", "check_parameters", "plan_attacks"]
+__all__ = ["GROUP", "TRANSFER", "Plan", "check_parameters", "defined", "parameters_in_words", "plan_attacks"]
 
 GROUP = "ikl_plugins.attacks"  # of entry points
 TRANSFER = "transfer-"
@@ -83,15 +83,19 @@ def plan_attacks(
     return Plan("custom", tuple(names), (), own)
 
 
+def defined(attack: Any) -> Any:
+    """The function or class that a callable is made of."""
+    while isinstance(attack, functools.partial):
+        attack = attack.func
+    return attack if hasattr(attack, "__qualname__") else type(attack)
+
+
 def _resolved(caller: str, attack: object) -> tuple[str, Callable[..., Any] | None]:
     """The name of an attack, and what to call if it is not AutoAttack's."""
     if not isinstance(attack, str):
         if not callable(attack):
             raise TypeError(f"{caller}: `attacks` must hold names and callables, got {attack!r}.")
-        inner: Any = attack
-        while isinstance(inner, functools.partial):
-            inner = inner.func
-        named = inner if hasattr(inner, "__qualname__") else type(inner)
+        named = defined(attack)
         return f"{named.__module__}:{named.__qualname__}", attack
     if attack.removeprefix(TRANSFER) in ATTACKS:
         return attack, None
@@ -115,7 +119,11 @@ def _resolved(caller: str, attack: object) -> tuple[str, Callable[..., Any] | No
 
 
 def check_parameters(
-    caller: str, parameters: Mapping[str, Mapping[str, Any]] | None, attacks: Sequence[str], classes: int
+    caller: str,
+    parameters: Mapping[str, Mapping[str, Any]] | None,
+    attacks: Sequence[str],
+    norm: str,
+    classes: int,
 ) -> dict[str, dict[str, Any]]:
     """The parameters by attack, refused unless the attacks run and have them, each in its range."""
     parameters = {} if parameters is None else parameters
@@ -134,13 +142,16 @@ def check_parameters(
         for name, value in values.items():
             if name not in known:
                 raise ValueError(check.unknown_name_message(caller, f"parameter of {attack}", name, known))
-            _check_parameter(caller, f"{attack}.{name}", value, known[name], classes)
+            _check_parameter(caller, f"{attack}.{name}", value, known[name], norm, classes)
     return {attack: dict(values) for attack, values in parameters.items() if values}
 
 
-def _check_parameter(caller: str, name: str, value: object, limits: tuple[float, float] | None, classes: int) -> None:
+def _check_parameter(
+    caller: str, name: str, value: object, limits: tuple[float, float] | None, norm: str, classes: int
+) -> None:
     if limits is None:
-        count = check.check_integer(caller, name, value)
+        # AutoAttack spreads the iterations over three radii for L1, which a single one does not survive.
+        count = check.check_integer(caller, name, value, least=2 if norm == "L1" and name.endswith("n_iter") else 1)
         if name.endswith("n_target_classes") and count >= classes:
             raise ValueError(f"{caller}: `{name}` must be at most {classes - 1}, the other classes, got {count}.")
         return

@@ -191,6 +191,7 @@ def evaluate(
             known = logged_batch_size(caller, path)
             if known is None and part.count > 1:
                 raise ValueError(f"{caller}: `batch_size` must be a number where work is shared, got 'auto'. Pass 128.")
+            natural_predictions(caller, model, images[:1], labels[:1], 1, device)  # it is a model of such images
             batch_size = known or fitting_batch_size(caller, model, images, device, fab=fab)
         check.check_integer(caller, "batch_size", batch_size)
         torch.manual_seed(seed)
