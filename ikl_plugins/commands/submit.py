@@ -56,6 +56,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--gdrive-id", metavar="ID", help="Google Drive's id of the checkpoint, for the zoo")
     add("--no-model-zoo", dest="model_zoo", action="store_false", help="for the leaderboard alone")
     add("--acknowledge-unreliable", metavar="TEXT", help="why a result that AutoAttack flags stands, for the form")
+    others = "records of external evaluations, such as adaptive attacks (docs/robustbench.md)"
+    add("--external", type=Path, nargs="+", default=(), metavar="FILE", help=others)
     add("--demonstration", action="store_true", help="take any evaluation, and mark every file")
     add("--allow-failed-preflight", action="store_true", help="and say in the form what failed")
     add("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
@@ -84,6 +86,7 @@ _AS_GIVEN = (
     "mean",
     "std",
     "acknowledge_unreliable",
+    "external",
     "demonstration",
     "allow_failed_preflight",
     "force",

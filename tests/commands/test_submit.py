@@ -66,9 +66,14 @@ def refused(arguments):
 
 
 def test_writes_a_marked_demonstration(arguments, place, tmp_path, capsys):
-    main([*arguments, "--demonstration"])
+    natural = Evaluation.load(place / "evaluation.json").natural_accuracy
+    record = {"attack": "A3", "by": "Jane Doe", "code": "https://example.org", "natural_accuracy": natural}
+    record |= {"robust_accuracy": 0.0, "n_examples": 12, "threat_model": "Linf", "eps": "1/255"}
+    (tmp_path / "a3.json").write_text(json.dumps(record))
+    main([*arguments, "--demonstration", "--external", f"{tmp_path}/a3.json"])
     printed = capsys.readouterr().out
     folder = tmp_path / "submission"
+    assert "- **Robust accuracy**: 0.00\n" in (folder / "new_models_form.md").read_text()
     assert f"models/cifar10/Linf/{NAME}_demonstration.pt" in files(folder)
     checks = json.loads((folder / "preflight.json").read_text())
     assert checks["passed"]

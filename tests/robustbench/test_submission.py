@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from quick_autoattack import Harmless, consistent_log, robustbench
@@ -618,6 +619,44 @@ def test_a_flag_of_autoattack_must_be_acknowledged_and_is_said_everywhere(write,
         assert warning in (folder / name).read_text(), name
     assert json.loads((folder / f"model_info/cifar10/Linf/{NAME}.json").read_text())["unreliable"] is True
     assert Evaluation.load(folder / "evaluation.json").log["unreliable"] is True
+
+
+def test_an_external_evaluation_counts_by_its_images_and_lowers_the_claim(write, tmp_path):
+    network = robustbench_network("WideResNet-10-1")
+    with torch.no_grad():
+        for _ in range(30):  # until its statistics let it tell images apart
+            network(torch.rand(8, 3, 32, 32))
+    network.eval()
+    evaluation = evaluation_of(network)
+    data, record, stated = images_of(network), tmp_path / "a3.json", tmp_path / "stated.json"
+    made = data.images.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(network(made), data.labels, reduction="sum").backward()
+    made = torch.cat([(made + 8 / 255 * made.grad.sign()).clamp(0, 1).detach()[:5], data.images[5:]])
+    with torch.no_grad():
+        right = network(made).argmax(1).eq(data.labels) & network(data.images).argmax(1).eq(data.labels)
+    lowest = f"{100 * right.sum().item() / COUNT:.2f}"
+    assert 0 < float(lowest) < 80
+    np.savez(tmp_path / "a3.npz", image=made.numpy(), label=data.labels.numpy())
+    facts = {"by": "Jane Doe", "code": "https://example.org/a3", "natural_accuracy": 83.33, "n_examples": COUNT}
+    facts |= {"threat_model": "Linf", "eps": "8/255", "robust_accuracy": 83.0}  # more than it is
+    record.write_text(json.dumps({**facts, "attack": "A3", "adversarial": "a3.npz"}))
+    stated.write_text(json.dumps({**facts, "attack": "B4"}))
+    with pytest.raises(ValueError, match=r"`reported` must not be above the measured 83\.00 %"):
+        write(model=network, evaluation=evaluation, external=[stated], reported=83.33, preflight=too_early)
+    with pytest.raises(ValueError, match=f"`reported` must not be above the measured {lowest} %"):
+        write(model=network, evaluation=evaluation, external=[record], reported=82.9)
+    folder = write(model=network, evaluation=evaluation, external=[stated, record])
+    entry = json.loads((folder / f"model_info/cifar10/Linf/{NAME}.json").read_text())
+    assert (entry["external"], entry["reported"], entry["autoattack_acc"]) == (lowest, lowest, "83.33")
+    form = (folder / "new_models_form.md").read_text()
+    said = rf"External evaluations\*\*: B4 by Jane Doe .*; as stated\. A3 .*: {lowest} % of 12 images, .*run again"
+    assert re.search(said, form)
+    assert f"- **Robust accuracy**: {lowest}\n" in form
+    fooled = [each["fooled"] for each in json.loads((folder / "external.json").read_text())]
+    assert fooled == [None, 10 - right.sum().item()]
+    assert "external.json" in (folder / "SHA256SUMS").read_text()
+    without = write(folder=tmp_path / "without", reported=80.0)  # a paper's own number is no external one
+    assert "external" not in json.loads((without / f"model_info/cifar10/Linf/{NAME}.json").read_text())
 
 
 def defended(network):

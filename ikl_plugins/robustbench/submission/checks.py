@@ -19,7 +19,16 @@ from ..leaderboard import entries, table_origin
 from ..preflight import Preflight
 from ..submittable import CALLER, against_benchmark
 
-__all__ = ["CALLER", "check_always", "check_benchmark", "check_flag", "check_paper", "check_place", "check_preflight"]
+__all__ = [
+    "CALLER",
+    "check_always",
+    "check_benchmark",
+    "check_claim",
+    "check_flag",
+    "check_paper",
+    "check_place",
+    "check_preflight",
+]
 __all__ += ["check_weights", "read_evaluation", "warn_of_taken_name"]
 
 OUR_FILES = ("SHA256SUMS", "zoo_entry.py", "new_models_form.md")
@@ -102,15 +111,21 @@ def check_always(log: Mapping[str, Any], reported: float | None, allow_failed: b
         )
     if log["threat_model"] == "Linf" and (as_fraction(log["eps"]) * 255).denominator != 1:
         raise ValueError(f"{CALLER}: `evaluation` must be at whole grey levels, got eps {log['eps']}. Use --eps 8/255.")
-    if reported is not None:
-        claimed = check.check_number(CALLER, "reported", reported)
-        if claimed > 100:
-            raise ValueError(f"{CALLER}: `reported` must be in percent, 0 to 100, got {reported}. Pass 57.09.")
-        if claimed > robust + _ROUNDING and not allow_failed:
-            raise ValueError(
-                f"{CALLER}: `reported` must not be above the measured {robust:.2f} %, got {claimed:.2f} %. Lower "
-                f"it, or pass {_FORCE}."
-            )
+    check_claim(reported, robust, allow_failed)
+
+
+def check_claim(reported: float | None, robust: float, allow_failed: bool) -> None:
+    """Refuses a claim above ``robust``, the lowest that was measured."""
+    if reported is None:
+        return
+    claimed = check.check_number(CALLER, "reported", reported)
+    if claimed > 100:
+        raise ValueError(f"{CALLER}: `reported` must be in percent, 0 to 100, got {reported}. Pass 57.09.")
+    if claimed > robust + _ROUNDING and not allow_failed:
+        raise ValueError(
+            f"{CALLER}: `reported` must not be above the measured {robust:.2f} %, got {claimed:.2f} %. Lower "
+            f"it, or pass {_FORCE}."
+        )
 
 
 def check_flag(log: Mapping[str, Any], acknowledged: object, demonstration: bool) -> None:

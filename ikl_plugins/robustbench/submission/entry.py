@@ -25,6 +25,7 @@ def model_info(
     footnote: str | None = None,
     reported: float | None = None,
     number_forward_passes: int = 1,
+    external: float | None = None,
 ) -> dict[str, Any]:
     """The entry of a result as RobustBench keeps it in ``model_info/<dataset>/<threat model>/<name>.json``.
 
@@ -37,14 +38,17 @@ def model_info(
         additional_data: whether more images than the data set's own were trained on. Generated images do not count;
             the footnote names them.
         footnote: what a reader of the leaderboard must know; left out if None.
-        reported: robust accuracy that the paper states, in percent; None for the measured one.
+        reported: robust accuracy that the paper states, in percent; None for the lowest measured one.
         number_forward_passes: of networks per prediction.
+        external: the lowest robust accuracy of external evaluations, in percent; left out if not below AutoAttack's.
 
     Returns:
         The fields in the order of RobustBench's own files; accuracies are text, in percent with two decimals.
     """
     log = evaluation.log if isinstance(evaluation, Evaluation) else evaluation
     robust = f"{log['robust_accuracy']:.2f}"
+    lower = external is not None and external < log["robust_accuracy"]
+    lowest = f"{external:.2f}" if lower else robust
     entry = {
         "link": link,
         "name": title,
@@ -56,7 +60,7 @@ def model_info(
         "architecture": architecture,
         "eps": board_eps(dataset, log["threat_model"]) if same_eps(log, dataset) else log["eps"],
         "clean_acc": f"{log['natural_accuracy']:.2f}",
-        "reported": robust if reported is None else f"{reported:.2f}",
+        "reported": lowest if reported is None else f"{reported:.2f}",
     }
     if log["threat_model"] == "corruptions":
         entry["corruptions_acc"] = robust
@@ -64,6 +68,8 @@ def model_info(
             entry["corruptions_mce"] = f"{log['corruptions_mce']:.2f}"
     else:
         entry["autoattack_acc"] = robust
+        if lower:
+            entry["external"] = lowest
         entry["unreliable"] = log["unreliable"]
     if footnote is not None:
         entry["footnote"] = footnote

@@ -38,6 +38,7 @@ class Facts(NamedTuple):
     verified: str  # what of the log was compared with the model
     acknowledged: str | None  # why a result that AutoAttack flags stands
     preprocessing: str | None  # of ImageNet's images, RobustBench's name of it
+    external: tuple[str, ...]  # evaluations of others
 
     @property
     def expression(self) -> str:
@@ -93,6 +94,7 @@ labels: new-model
 - **Evaluation method**: {_method(log)}
 - **Warnings of AutoAttack**: {" ".join(log["warnings"]) or "none"}{_flag(facts, log)}
 - **Log against the model**: {facts.verified}
+- **External evaluations**: {". ".join(facts.external) or "none"}
 - **Checkpoint and code**: checkpoint {facts.checkpoint_link or upload}, code {facts.code_link or TO_FILL}
 
 # Model Zoo

@@ -20,6 +20,7 @@ from ..._files import naming
 from ..._robustbench_import import import_robustbench
 from ...models.robustbench_zoo import parse_architecture
 from ..data import Images, file_sha256
+from ..evaluation.external import External, check_external, lowest_robust, read_external, verify_external
 from ..evaluation.log import Evaluation, weights_sha256
 from ..evaluation.verify import verify
 from ..loading import DATASET_CLASSES
@@ -38,6 +39,7 @@ from .checks import (
     CALLER,
     check_always,
     check_benchmark,
+    check_claim,
     check_flag,
     check_paper,
     check_place,
@@ -83,6 +85,7 @@ def write_submission(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     acknowledge_unreliable: str | None = None,
+    external: Sequence[External | Path | str] = (),
     demonstration: bool = False,
     allow_failed_preflight: bool = False,
     force: bool = False,
@@ -119,6 +122,10 @@ def write_submission(
         mean, std: normalisation of an architecture that normalises, if not the data set's.
         acknowledge_unreliable: where AutoAttack's checks flag the evaluation, one line on why the number stands or
             which adaptive attack was run. It appears in the form.
+        external: evaluations of others under the same threat model, such as adaptive attacks, or the files of their
+            records; see :func:`~ikl_plugins.robustbench.evaluation.external.read_external`. The model is run on their
+            adversarial images. They appear in the form, in ``external.json`` and, where one is lower than AutoAttack,
+            in the entry.
         demonstration: accept few images, other data and attacks that are not standard, and mark each file by its name
             or its text. '_demonstration' is added to the name.
         allow_failed_preflight: accept failed checks, and name them in the form.
@@ -132,16 +139,16 @@ def write_submission(
         ValueError: the name, the data set or the architecture is not RobustBench's; the network is of another
             architecture or gives other logits, or its weights are not those of the evaluation; the evaluation does not
             agree with itself or the model, is unfinished, not standard, on other or too few images, at another radius
-            than the leaderboard's, or flagged by AutoAttack without an acknowledgement; the
-            preflight failed; the claim is above what was measured; generated data without a footnote; the folder
-            exists.
+            than the leaderboard's, or flagged by AutoAttack without an acknowledgement; the preflight failed; an
+            external evaluation is of another threat model or model, or its images are not in the ball; the claim is
+            above the lowest that was measured; generated data without a footnote; the folder exists.
         OSError: it cannot be written; what was there before is as it was.
 
     Warns:
         UserWarning: the name does not go with title or authors, or is taken by an entry of the leaderboard.
     """
     folder = Path(folder)
-    people, evaluation = check_statements(
+    people, evaluation, externals = check_statements(
         folder,
         name=name,
         architecture=architecture,
@@ -158,6 +165,7 @@ def write_submission(
         reported=reported,
         number_forward_passes=number_forward_passes,
         acknowledge_unreliable=acknowledge_unreliable,
+        external=external,
         demonstration=demonstration,
         allow_failed_preflight=allow_failed_preflight,
         force=force,
@@ -171,7 +179,10 @@ def write_submission(
         warn_of_taken_name(name, dataset, threat_model)
     if not isinstance(images, Images):
         images = images()
-    verified = verify(copy.deepcopy(model).eval(), evaluation, images)
+    evaluated = copy.deepcopy(model).eval()
+    verified = verify(evaluated, evaluation, images)
+    externals = [verify_external(CALLER, each, evaluated, log, images.images) for each in externals]
+    check_claim(reported, lowest_robust(log, externals), allow_failed_preflight)
     if not isinstance(preflight, Preflight) and callable(preflight):
         preflight = preflight()
     check_preflight(preflight, allow_failed_preflight)
@@ -198,6 +209,7 @@ def write_submission(
         verified=str(verified),
         acknowledged=acknowledge_unreliable,
         preprocessing=log["data"].get("preprocessing") if dataset == "imagenet" else None,
+        external=tuple(map(str, externals)),
     )
     entry = model_info(
         log,
@@ -211,6 +223,7 @@ def write_submission(
         footnote=" ".join(part for part in (mark, footnote) if part) or None,
         reported=reported,
         number_forward_passes=number_forward_passes,
+        external=lowest_robust(log, externals),
     )
     marked = {"demonstration": mark} if demonstration else {}
     checks = {**json.loads(preflight.to_json()), **marked}
@@ -224,6 +237,8 @@ def write_submission(
         torch.save(stored_weights(weights, model, dataset), checkpoint)
         _read_back(aside / "zoo_entry.py", checkpoint, model, dataset)
         Evaluation({**log, **marked}).save(aside / "evaluation.json")
+        if externals:
+            _write(aside / "external.json", json.dumps([each.record() for each in externals], indent=2) + "\n")
         _write(aside / "preflight.json", json.dumps(checks, indent=2) + "\n")
         _write(aside / "preflight.md", preflight.markdown() + (f"\n{mark}\n" if mark else ""))
         _write(aside / "SHA256SUMS", _sums(aside))
@@ -239,12 +254,13 @@ def check_statements(
     evaluation: Evaluation | Path | str,
     reported: float | None,
     acknowledge_unreliable: str | None,
+    external: Sequence[External | Path | str],
     demonstration: bool,
     allow_failed_preflight: bool,
     force: bool,
     **paper: Any,
-) -> tuple[list[str], Evaluation]:
-    """The authors and the evaluation, after every rule that needs neither model nor images."""
+) -> tuple[list[str], Evaluation, list[External]]:
+    """The authors, the evaluation and those of others, after every rule that needs neither model nor images."""
     people = check_paper(name=name, **paper)
     name_checked(CALLER, name, paper["title"], people, stacklevel=5)
     check_loadable_name(name, dataset)
@@ -254,11 +270,15 @@ def check_statements(
     log = evaluation.log
     check_dataset(dataset, log["threat_model"])
     check_always(log, reported, allow_failed_preflight)
+    externals = [read_external(CALLER, each) for each in external]
+    for each in externals:
+        check_external(CALLER, each, log)
+    check_claim(reported, lowest_robust(log, externals), allow_failed_preflight)
     if not demonstration:
         check_benchmark(log, dataset)
     check_flag(log, acknowledge_unreliable, demonstration)
     check_place(folder, force)
-    return people, evaluation
+    return people, evaluation, externals
 
 
 def _read_back(zoo_entry: Path, checkpoint: Path, model: nn.Module, dataset: str) -> None:
