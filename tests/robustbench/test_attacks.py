@@ -20,6 +20,7 @@ from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.robustbench import report
 from ikl_plugins.robustbench.evaluation import Unfinished, curve, evaluate, memory, merge
 from ikl_plugins.robustbench.evaluation.attacks import source_sha256
+from ikl_plugins.robustbench.evaluation.evidence import check_log
 from ikl_plugins.robustbench.evaluation.log import Evaluation, is_standard, weights_sha256
 from ikl_plugins.robustbench.evaluation.verdict import attacks_in_words, is_unreliable
 from ikl_plugins.robustbench.leaderboard import rank
@@ -104,6 +105,7 @@ def checked(model, images, labels, *, eps, change=None, batch_size=5, norm="Linf
     assert torch.equal(found.adversarial_images(images), adversarial)
     assert found.log["predictions"] == predictions.tolist()
     assert found.log["warnings"] == once(said)
+    check_log("evaluate", found.log)
     return found
 
 
@@ -135,7 +137,7 @@ RUNS = [
 @pytest.mark.parametrize(("name", "options", "flag"), RUNS)
 def test_the_warnings_are_those_of_the_same_run_of_autoattack(name, options, flag):
     model = MODELS[name]()
-    found = checked(model, *batch(model, 5 if "plus" in options.values() else 9, 1), eps="16/255", **options)
+    found = checked(model, *batch(model, 5 if "plus" in options.values() else 7, 1), eps="16/255", **options)
     assert found.log["unreliable"] == (flag is not None)
     said = " ".join(found.log["warnings"])
     assert (SQUARE in said) == (flag == SQUARE)
@@ -275,7 +277,7 @@ def test_what_is_not_standard_is_not_called_so(changes):
 @pytest.mark.parametrize("options", [{}, {"attacks": ("square", "fab", "apgd-dlr")}])
 def test_l1_is_autoattacks(options):
     model = network()
-    found = checked(model, *batch(model, count=9, wrong=1), norm="L1", eps="1", **options)
+    found = checked(model, *batch(model, count=6, wrong=1), norm="L1", eps="1", **options)
     assert 0 < found.robust_accuracy < found.natural_accuracy
     assert found.standard == (not options)
 
@@ -333,7 +335,7 @@ PARAMETERS = [
 def test_a_parameter_is_autoattacks(parameters, change):
     passes = []
     model = Changed(after=lambda logits: passes.append(1) or logits)
-    images, labels = batch(model, count=9, wrong=1)
+    images, labels = batch(model, count=5, wrong=1)
     options = {"eps": "3/255", "attacks": list(parameters), "batch_size": 5}
     found = checked(model, images, labels, parameters=parameters, change=change, **options)
     assert found.log["parameters"] == parameters
