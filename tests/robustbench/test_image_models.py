@@ -34,7 +34,7 @@ from ikl_plugins.robustbench import (
     write_submission,
 )
 from ikl_plugins.robustbench.evaluation.log import Evaluation
-from ikl_plugins.robustbench.image_models import torchvision_models
+from ikl_plugins.robustbench.image_models import ImageArchitecture, torchvision_models
 from ikl_plugins.robustbench.known_sets import KNOWN
 from ikl_plugins.robustbench.preflight import CHECKS, Check
 from ikl_plugins.robustbench.submittable import network_obstacle, stored_weights, submission_obstacles
@@ -390,6 +390,9 @@ def test_what_robustbench_would_refuse_of_imagenet_is_known_before(small):
     ):
         (reason,) = listed(model, **plan)
         assert text in reason
+    other = copy.deepcopy(model)
+    other.architecture = ImageArchitecture("transformers", "runs/vit")
+    assert "got one of transformers. timm has most" in listed(other)[0]
     half = copy.deepcopy(model).half()
     assert "must have float32 weights" in listed(half)[0]
     changed = copy.deepcopy(model)
@@ -537,8 +540,10 @@ def test_imagenet_from_the_command_line(tmp_path, monkeypatch, capsys, small_ben
     ikl(["submit", *model.split(), "--evaluation", f"{tmp_path}/run/evaluation.json", *paper, *said.split()])
     loaded, _ = loaded_by_robustbench(tmp_path / "submission", "imagenet", "Linf", monkeypatch)
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in loaded.model.state_dict().items())
-    ikl(["rank", f"{tmp_path}/run/evaluation.json"])
-    assert "imagenet, Linf, eps = 4/255" in capsys.readouterr().out
+    ikl(["rank", f"{tmp_path}/run/evaluation.json", *model.split()])
+    shown = capsys.readouterr().out
+    assert "imagenet, Linf, eps = 4/255" in shown
+    assert f"run again on {COUNT} of {COUNT} natural" in shown
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
