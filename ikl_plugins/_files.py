@@ -8,6 +8,7 @@ import errno
 import locale
 import os
 import re
+import secrets
 import socket
 import sys
 import time
@@ -48,8 +49,8 @@ def written_aside(path: Path | str, *, first: bool = False) -> Iterator[Path]:
         '{}'
     """
     path = Path(path)
-    # One per process: two that write the same file leave one whole file of either.
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    # One per process, on several machines too: two that write the same file leave one whole file of either.
+    aside = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

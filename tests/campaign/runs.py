@@ -313,7 +313,7 @@ def evaluation(work: Path, images: int) -> Command:
         "evaluation",
         arguments,
         kept=re.compile(r"\.(json|npz|md|png)$"),
-        writes=re.compile(r"evaluation\.(\d+\.partial\.)?json$|\.npz$"),
+        writes=re.compile(r"evaluation\.([\w-]+\.partial\.)?json$|\.npz$"),
         begun=re.compile(r" images of "),
         finished=finished,
         result=result,

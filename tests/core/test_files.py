@@ -29,6 +29,14 @@ def test_takes_the_name_once_all_is_written(tmp_path: Path, old: bool) -> None:
     assert os.listdir(path.parent) == ["log.json"]
 
 
+def test_two_processes_of_one_number_write_aside_apart(tmp_path: Path) -> None:
+    with written_aside(tmp_path / "log.json") as first, written_aside(tmp_path / "log.json") as second:
+        assert first != second  # containers of two machines on a shared disk
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "log.json").read_text() == "first"
+
+
 def test_leaves_the_old_file_on_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "log.json"
     path.write_text("old")
