@@ -123,8 +123,8 @@ def _run_again(arguments: argparse.Namespace, evaluation: Evaluation, dataset: s
     named.update(dataset=dataset, threat_model=evaluation.log["threat_model"], n_examples=data["n_examples"])
     loaded = model_from(arguments, caller=CALLER)
     images = images_from(arguments, caller=CALLER, loaded=loaded)
-    found = verify(loaded.model, evaluation, images, batch_size=arguments.batch_size, device=arguments.device)
-    return f"The model: {found}."
+    options = {name: named[name] for name in ("batch_size", "device", "data_dir")}
+    return f"The model: {verify(loaded.model, evaluation, images, **options)}."
 
 
 def _named(log: dict[str, Any]) -> Any:

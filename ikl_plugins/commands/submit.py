@@ -83,6 +83,7 @@ _AS_GIVEN = (
     "code_link",
     "gdrive_id",
     "model_zoo",
+    "data_dir",
     "mean",
     "std",
     "acknowledge_unreliable",
@@ -92,7 +93,7 @@ _AS_GIVEN = (
     "force",
 )
 # What is said of the files of a submission, and not of the result.
-_OF_FILES = {"checkpoint_link", "code_link", "gdrive_id", "model_zoo", "mean", "std"}
+_OF_FILES = {"checkpoint_link", "code_link", "gdrive_id", "model_zoo", "data_dir", "mean", "std"}
 
 
 def run(arguments: argparse.Namespace) -> None:

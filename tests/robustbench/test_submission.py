@@ -107,6 +107,7 @@ def corruptions(network, accuracy=75.0, **changes):
     changes = {
         "corruptions": [{"corruption": kind, "severity": level, **entry} for kind in kinds for level in range(1, 6)],
         "corruptions_mce": None,
+        "corruptions_mce_baseline": None,
         "corruptions_mce_note": "not computed",
         "threat_model": "corruptions",
         "dataset": "cifar10",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from ..conditions import own_conditions, trainable_copy
 from ..data import Images, check_pixels, content_sha256
 from .attacks import random_state_kept
 from .checks import check_class_order, check_data, check_model, check_seed, natural_predictions, warn_of_chance
+from .evidence import mean_corruption_error
 from .log import Evaluation, class_names, data_facts, identity
 from .record import Record
 from .run import Progress
 from .shards import check_shard
 
-__all__ = ["evaluate_corruptions"]
+__all__ = ["corruption_source", "evaluate_corruptions"]
 
 _SEVERITIES = range(1, 6)
 
@@ -89,7 +90,7 @@ def evaluate_corruptions(
         shown("corruptions", made.batch, made.batches, note)
 
     tell = teller(caller, progress, show)
-    source = _source(caller, dataset, threat_model, Path(data_dir))
+    source = corruption_source(caller, dataset, threat_model, Path(data_dir))
     check_model(caller, model, "standard")
     n_examples = (5000 if dataset == "imagenet" else 10000) if n_examples is None else n_examples
     check.check_integer(caller, "n_examples", n_examples)
@@ -143,6 +144,7 @@ def evaluate_corruptions(
             "unreliable": False,
             "corruptions": [],
             "corruptions_mce": None,
+            "corruptions_mce_baseline": None,
             "corruptions_mce_note": None,
         }
         record = Record(caller, fresh, path)
@@ -159,8 +161,7 @@ def evaluate_corruptions(
                 if done[number]["sha256"] != digest:
                     raise record.refusal(f"data ({corruption}, severity {severity})")
                 continue
-            torch.manual_seed(seed)
-            accuracy = _robustbench.utils.clean_accuracy(model, images, labels, batch_size=batch_size, device=device)
+            accuracy = source.accuracy(model, images, labels, batch_size, device, seed)
             done.append(
                 {
                     "corruption": corruption,
@@ -174,8 +175,10 @@ def evaluate_corruptions(
             record.save()
             name, correct = f"{corruption}/{severity}", round(accuracy * len(images))
             tell(Progress(name, number + 1, len(pairs), correct, len(images), done[-1]["seconds"]))
-        mce, note = _mean_corruption_error(dataset, threat_model, done, baseline)
-        record.log.update(corruptions_mce=mce, corruptions_mce_note=note, finished=True)
+        errors, note = _baseline_errors(dataset, threat_model, baseline)
+        mce = None if errors is None else mean_corruption_error(done, errors)
+        said = {"corruptions_mce": mce, "corruptions_mce_baseline": errors, "corruptions_mce_note": note}
+        record.log.update(said, finished=True)
         record.save()
     return Evaluation(record.log)
 
@@ -223,8 +226,18 @@ class _Source:
         check_pixels(self.caller, images)
         return images, labels
 
+    @staticmethod
+    def accuracy(
+        model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, device: torch.device, seed: int
+    ) -> float:
+        """RobustBench's, from 0 to 1."""
+        torch.manual_seed(seed)
+        found: float = _robustbench.utils.clean_accuracy(model, images, labels, batch_size=batch_size, device=device)
+        return found
 
-def _source(caller: str, dataset: str, threat_model: str, data_dir: Path) -> _Source:
+
+def corruption_source(caller: str, dataset: str, threat_model: str, data_dir: Path) -> _Source:
+    """The corrupted images of a data set, in a folder; unknown names are refused."""
     kinds = {kind.value: kind for kind in _robustbench.data.CORRUPTIONS_DICT}
     if dataset not in kinds:
         raise ValueError(check.unknown_name_message(caller, "data set", dataset, kinds))
@@ -236,10 +249,10 @@ def _source(caller: str, dataset: str, threat_model: str, data_dir: Path) -> _So
     return _Source(caller, kind, threat, tuple(_robustbench.data.CORRUPTIONS_DICT[kind][threat]), data_dir)
 
 
-def _mean_corruption_error(
-    dataset: str, threat_model: str, entries: Sequence[Mapping[str, Any]], baseline: str | Path | None
-) -> tuple[float | None, str | None]:
-    """In percent, as RobustBench measures it: error over AlexNet's mean error, averaged over the corruptions."""
+def _baseline_errors(
+    dataset: str, threat_model: str, baseline: str | Path | None
+) -> tuple[dict[str, float] | None, str | None]:
+    """AlexNet's mean error by corruption, from 0 to 1; or None, and why."""
     if baseline is None:
         name = "unaggregated_results_3d.csv" if threat_model.endswith("_3d") else "unaggregated_results.csv"
         baseline = Path("model_info", dataset, "corruptions", name)
@@ -252,9 +265,8 @@ def _mean_corruption_error(
         return None, f"not computed: {baseline} has no row AlexNet"
     columns = zip(names[1:], severities[1:], row[1:], strict=True)
     alexnet = {(corruption, int(severity)): float(value) for corruption, severity, value in columns}
-    ratios = []
-    for corruption in dict.fromkeys(entry["corruption"] for entry in entries):
-        own = [1 - entry["accuracy"] / 100 for entry in entries if entry["corruption"] == corruption]
-        theirs = [1 - alexnet[corruption, severity] for severity in _SEVERITIES]
-        ratios.append(np.mean(own) / np.mean(theirs))
-    return 100 * float(np.mean(ratios)), None
+    corruptions = dict.fromkeys(corruption for corruption, _ in alexnet)
+    return {
+        corruption: float(np.mean([1 - alexnet[corruption, severity] for severity in _SEVERITIES]))
+        for corruption in corruptions
+    }, None

@@ -20,7 +20,7 @@ from .checks import ATTACKS, NORMS
 from .fields import check_curve, check_fields, refuse, refuse_other
 from .verdict import STANDARD, autoattack_accuracies, is_standard, is_unreliable
 
-__all__ = ["check_log", "expected_batches", "read_batches"]
+__all__ = ["check_log", "expected_batches", "mean_corruption_error", "read_batches"]
 
 # AutoAttack's versions.
 _VERSIONS = {
@@ -301,6 +301,21 @@ def _check_corruptions(caller: str, log: Mapping[str, Any]) -> None:
     mean, stated = float(np.mean([entry["accuracy"] for entry in entries])) if entries else None, log["robust_accuracy"]
     if mean is None or stated is None or abs(mean - stated) > _ROUNDING:
         _same(caller, log, "robust_accuracy", mean, "corruptions")
+    baseline = log["corruptions_mce_baseline"]
+    if baseline is not None and {entry["corruption"] for entry in entries} - baseline.keys():
+        refuse(caller, "corruptions_mce_baseline", "of all `corruptions`", baseline)
+    error = None if baseline is None else mean_corruption_error(entries, baseline)
+    if error is None or log["corruptions_mce"] is None or abs(error - log["corruptions_mce"]) > _ROUNDING:
+        _same(caller, log, "corruptions_mce", error, "corruptions", "corruptions_mce_baseline")
     said = [log["corruptions_mce"], log["corruptions_mce_note"]]
     if said.count(None) != (1 if log["finished"] else 2):
         refuse(caller, "corruptions_mce", "there when `finished`, unless `corruptions_mce_note` says why not", said)
+
+
+def mean_corruption_error(entries: Sequence[Mapping[str, Any]], baseline: Mapping[str, float]) -> float:
+    """In percent, as RobustBench measures it: error over the baseline's mean error, averaged over the corruptions."""
+    ratios = []
+    for corruption in dict.fromkeys(entry["corruption"] for entry in entries):
+        own = [1 - entry["accuracy"] / 100 for entry in entries if entry["corruption"] == corruption]
+        ratios.append(np.mean(own) / baseline[corruption])
+    return 100 * float(np.mean(ratios))

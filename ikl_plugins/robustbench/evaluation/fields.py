@@ -190,6 +190,7 @@ _CORRUPTED: dict[str, Rule] = {
         )
     ),
     "corruptions_mce": _maybe(_number),
+    "corruptions_mce_baseline": _maybe(_each(lambda value: _number(value) and 0 < value <= 1)),
     "corruptions_mce_note": _maybe(_text),
 }
 _PER_IMAGE = ("labels", "natural_predictions", "predictions", "natural_correct", "robust", "fell_to")

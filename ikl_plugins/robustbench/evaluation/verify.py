@@ -18,6 +18,7 @@ from ..data import Images, content_sha256
 from .attacks import distances, outside, random_state_kept
 from .batches import Batches, image_digests
 from .checks import check_data, check_model
+from .corruptions import corruption_source
 from .evidence import check_log, expected_batches
 from .log import Evaluation, class_names, data_facts, weights_sha256
 
@@ -27,6 +28,8 @@ _CALLER = "verify"
 _CHEAP = 4096  # forward passes of one image, natural and adversarial together, up to which all images are run
 # Share of the range of an image's logits by which another arithmetic, as of another device, may reorder them.
 _MARGIN = 1e-3
+_ROUNDING = 1e-6  # of a pixel: Square's steps for L1 end up to 5e-7 above 1
+_SEVERITY = 0.1  # points that the accuracy under a corruption may be off by rounding
 _MAY_DIFFER = 0.01  # of the images that are run, and at least one
 
 
@@ -43,6 +46,7 @@ class Verified:
         drawn: what the images were drawn with, in hexadecimal digits; empty if all were run.
         compared: False for a model that draws random numbers, or another precision than float32: predictions of one
             run are then not those of the next.
+        severities: corruptions and severities that the model was run on again.
     """
 
     n_examples: int
@@ -52,16 +56,18 @@ class Verified:
     differing: int
     drawn: str
     compared: bool
+    severities: int | None = None
 
     def __str__(self) -> str:
         if not self.compared:
             return f"not run again, as its predictions are not those of another run; {self.fell:,} images in the ball"
         how = f", drawn at random ({self.drawn})" if self.drawn else ""
-        images = (
-            f"{self.natural:,} of {self.n_examples:,} natural and {self.adversarial:,} of {self.fell:,} adversarial"
-        )
+        attacked = f"{self.adversarial:,} of {self.fell:,} adversarial images"
+        if self.severities is not None:
+            attacked = f"all images of {self.severities} corruptions and severities"
+        images = f"{self.natural:,} of {self.n_examples:,} natural and {attacked}"
         rounding = f", {self.differing} differ by rounding" if self.differing else ""
-        return f"run again on {images} images{how}: as the log says{rounding}"
+        return f"run again on {images}{how}: as the log says{rounding}"
 
 
 @own_conditions()
@@ -74,11 +80,12 @@ def verify(
     sample: int | None = 512,
     batch_size: int = 128,
     device: str | torch.device | None = None,
+    data_dir: str | Path | None = None,
 ) -> Verified:
     """Runs a model again on images of an evaluation, and compares with its log.
 
     Compared are the weights, the data, the predictions on natural images and on the stored adversarial ones; that each
-    stored image lies in [0, 1] and, but for float32 rounding, in the ball around its natural image; and the keys of the
+    stored image lies, but for float32 rounding, in [0, 1] and in the ball around its natural image; and the keys of the
     batch files, which follow from weights, data, attacks, radius, seed, device and versions. Which images are run is
     drawn anew each time from the system's randomness, so that nobody can prepare a log for it: of a log with a share p
     of false predictions, 512 images miss all with probability (1 - p)^512, which for p = 1 % is 0.6 %. That an image
@@ -95,6 +102,8 @@ def verify(
             are at most 4,096 together.
         batch_size: images per batch.
         device: where to compute; None for where the model is.
+        data_dir: of an evaluation under corruptions, the folder that has ``CIFAR-10-C`` or the like: the model is run
+            again on one corruption and severity at least, and as many as ``sample`` images allow. None for none.
 
     Returns:
         How much was compared.
@@ -109,6 +118,8 @@ def verify(
     check_log(_CALLER, log)
     check_model(_CALLER, model, log["version"] or "standard")
     loaded = images if isinstance(images, Images) else None
+    if loaded is not None and labels is not None:
+        raise TypeError(f"{_CALLER}: `labels` must be left out beside loaded images, which have their own.")
     pixels, targets = (images.images, images.labels) if isinstance(images, Images) else (images, labels)
     pixels, targets = check_data(_CALLER, pixels, cast(Tensor, targets))
     check.check_integer(_CALLER, "batch_size", batch_size)
@@ -138,13 +149,15 @@ def verify(
             for field, rows, of in runs
             for start in range(0, len(rows), batch_size)
         )
+        severities = _check_severities(model, log, data_dir, sample, batch_size, device)
     allowed = max(1, int(_MAY_DIFFER * (len(natural) + len(fell))))
     if differing > allowed:
         raise ValueError(
             f"{_CALLER}: predictions must be those of the log, but {differing} of {len(natural) + len(fell)} differ by "
             f"rounding, more than {allowed}. Run it on the device of the evaluation."
         )
-    return Verified(len(pixels), len(natural), len(stored), len(fell), differing, drawn, compared=True)
+    counts = len(pixels), len(natural), len(stored), len(fell), differing
+    return Verified(*counts, drawn, compared=True, severities=severities)
 
 
 def _refuse(field: str, stated: object, found: object, way_out: str = "Evaluate this model.") -> ValueError:
@@ -201,7 +214,7 @@ def _checked_images(evaluation: Evaluation, images: Tensor) -> dict[int, Tensor]
         made = torch.stack([stored[at] for at in rows]).float()
         for at, image in zip(rows, made, strict=True):
             low, high = image.min().item(), image.max().item()
-            if not (low >= 0 and high <= 1):
+            if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also of NaN
                 raise _refuse(f"adversarial[{at}]", "an image in [0, 1]", f"{low:.4g} to {high:.4g}", "Evaluate again.")
         norm, eps = log["threat_model"], log["eps_value"]
         for at, far, over in zip(
@@ -244,3 +257,33 @@ def _differing(
         at = int(beyond.nonzero()[0])
         raise _refuse(f"{field}[{rows[at]}]", int(stated[at]), int(found[at]))
     return int(found.ne(stated).sum())
+
+
+def _check_severities(
+    model: nn.Module,
+    log: dict[str, Any],
+    data_dir: str | Path | None,
+    sample: int | None,
+    batch_size: int,
+    device: torch.device,
+) -> int | None:
+    """How many corruptions and severities were run again, drawn at random; None if there are none."""
+    entries = log.get("corruptions")
+    if entries is None or data_dir is None:
+        return None if entries is None else 0
+    source = corruption_source(_CALLER, log["dataset"], log["threat_model"], Path(data_dir))
+    source.check_files(offline=True)
+    each, count = log["n_examples"], len(entries)
+    if sample is not None and each * count > _CHEAP:
+        count = min(count, max(1, sample // each))
+    drawn = np.random.default_rng([*os.urandom(8)]).permutation(len(entries))[:count].tolist()
+    for at in drawn:
+        entry, name = entries[at], f"corruptions[{at}]"
+        images, labels = source.load(entry["corruption"], entry["severity"], each)
+        digest = content_sha256(images, labels)
+        if digest != entry["sha256"]:
+            raise _refuse(f"{name}.sha256", entry["sha256"][:12], digest[:12], "Pass the images that were evaluated.")
+        accuracy = 100 * source.accuracy(model, images, labels, batch_size, device, log["seed"])
+        if abs(accuracy - entry["accuracy"]) > _SEVERITY:
+            raise _refuse(f"{name}.accuracy", entry["accuracy"], accuracy)
+    return count

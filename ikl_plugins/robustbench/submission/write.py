@@ -84,6 +84,7 @@ def write_submission(
     model_zoo: bool = True,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    data_dir: str | Path | None = None,
     acknowledge_unreliable: str | None = None,
     external: Sequence[External | Path | str] = (),
     demonstration: bool = False,
@@ -120,6 +121,8 @@ def write_submission(
             checkpoint; None leaves a line to fill in.
         model_zoo: whether the model shall be in RobustBench's zoo too.
         mean, std: normalisation of an architecture that normalises, if not the data set's.
+        data_dir: of an evaluation under corruptions, where the corrupted images lie, on some of which the model is run
+            again; None for none, as the form then says.
         acknowledge_unreliable: where AutoAttack's checks flag the evaluation, one line on why the number stands or
             which adaptive attack was run. It appears in the form.
         external: evaluations of others under the same threat model, such as adaptive attacks, or the files of their
@@ -180,7 +183,7 @@ def write_submission(
     if not isinstance(images, Images):
         images = images()
     evaluated = copy.deepcopy(model).eval()
-    verified = verify(evaluated, evaluation, images)
+    verified = verify(evaluated, evaluation, images, data_dir=data_dir)
     externals = [verify_external(CALLER, each, evaluated, log, images.images) for each in externals]
     check_claim(reported, lowest_robust(log, externals), allow_failed_preflight)
     if not isinstance(preflight, Preflight) and callable(preflight):
