@@ -650,11 +650,11 @@ def test_an_external_evaluation_counts_by_its_images_and_lowers_the_claim(write,
     entry = json.loads((folder / f"model_info/cifar10/Linf/{NAME}.json").read_text())
     assert (entry["external"], entry["reported"], entry["autoattack_acc"]) == (lowest, lowest, "83.33")
     form = (folder / "new_models_form.md").read_text()
-    said = rf"External evaluations\*\*: B4 by Jane Doe .*; as stated\. A3 .*: {lowest} % of 12 images, .*run again"
+    said = rf"External evaluations\*\*: B4 by Jane Doe .*; as stated\. A3 .*: {lowest} % of {COUNT} images, .*run again"
     assert re.search(said, form)
     assert f"- **Robust accuracy**: {lowest}\n" in form
     fooled = [each["fooled"] for each in json.loads((folder / "external.json").read_text())]
-    assert fooled == [None, 10 - right.sum().item()]
+    assert fooled == [None, COUNT - 1 - right.sum().item()]
     assert "external.json" in (folder / "SHA256SUMS").read_text()
     without = write(folder=tmp_path / "without", reported=80.0)  # a paper's own number is no external one
     assert "external" not in json.loads((without / f"model_info/cifar10/Linf/{NAME}.json").read_text())
