@@ -70,7 +70,10 @@ def test_the_metric_is_autoattacks_of_the_weights_that_are_saved(tmp_path, avera
         assert not torch.equal(model.head.fc.weight, run.model.head.fc.weight)
 
 
-@pytest.mark.parametrize("settings", [{}, by_iteration(3, 3)], ids=["epochs", "iterations"])
+AUTOCAST = {"optim_wrapper": {"type": "AutocastOptimWrapper", "optimizer": {"type": "SGD", "lr": 0.05}}}
+
+
+@pytest.mark.parametrize("settings", [{}, by_iteration(3, 3), AUTOCAST], ids=["epochs", "iterations", "autocast"])
 def test_a_training_with_it_is_the_training_without_it(tmp_path, settings):
     ends = []
     for name, hooks in (("without", []), ("with", [hook()])):
