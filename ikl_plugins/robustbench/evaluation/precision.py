@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,8 @@ class QuickLook(nn.Module):
             images = images.view_as(images)
             # Attacks take views of gradients, which would come in the layout of the network.
             images.register_hook(lambda gradient: gradient.contiguous())  # type: ignore[no-untyped-call]
-        with torch.autocast(images.device.type, self._dtype, enabled=self._dtype is not torch.float32):
+        low = self._dtype is not torch.float32
+        with torch.autocast(images.device.type, self._dtype) if low else contextlib.nullcontext():
             logits: Tensor = self.network(images.to(memory_format=self._layout))
         return logits.float()
 
