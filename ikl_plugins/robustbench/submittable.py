@@ -310,7 +310,7 @@ def against_benchmark(log: Mapping[str, Any], dataset: str) -> str | None:
     preprocessing = (log["data"] or {}).get("preprocessing")
     known = [name for name in import_robustbench().data.PREPROCESSINGS if name is not None]
     if dataset == "imagenet" and preprocessing not in known:
-        return f"be on images made by one of {', '.join(known)}, got {preprocessing!r}"
+        return f"be on images made by one of {', '.join(known)} (--preprocessing), got {preprocessing!r}"
     if log["n_examples"] < (images := KNOWN[dataset].n_examples):
         return f"have all {images} test images, got {log['n_examples']}"
     if log["n_classes"] != classes:
