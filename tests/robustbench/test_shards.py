@@ -12,7 +12,9 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from quick_autoattack import Quick, batch, message, network, without_times, write_network_and_images
+from torch import nn
 
 from ikl_plugins._files import locked
 from ikl_plugins._robustbench_import import import_robustbench
@@ -199,6 +201,20 @@ def test_a_killed_shard_loses_its_unfinished_batch_only(tmp_path):
     assert without_times(found.log) == {**without_times(whole.log), "adversarial": "log_adversarial"}
     assert torch.equal(found.adversarial_images(images), whole.adversarial_images(images))
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_model_of_a_process_group_waits_for_no_other_rank(tmp_path, monkeypatch):
+    model, images, labels = sample()
+    whole = evaluate(model, images, labels, **OPTIONS)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model).eval()
+        monkeypatch.setattr(nn.parallel.DistributedDataParallel, "forward", None)  # where ranks wait for each other
+        shard = (dist.get_rank() + 1, dist.get_world_size())
+        found = evaluate(wrapped, images, labels, log=tmp_path / "log.json", shard=shard, **OPTIONS)
+    finally:
+        dist.destroy_process_group()
+    assert without_times(found.log) == {**without_times(whole.log), "adversarial": "log_adversarial"}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
