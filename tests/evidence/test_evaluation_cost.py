@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evidence.evaluation_cost import PASSES, STANDING, busiest, efficiency, sequence, table
+from evidence.evaluation_cost import PASSES, STANDING, busiest, efficiency, measure, sequence, table
 from torch import nn
 
 DOCS = Path(__file__).parents[2] / "docs" / "robustbench.md"
@@ -70,3 +70,11 @@ def test_the_table_is_that_of_the_docs_and_adds_up():
     assert sequence(128, 1) == work + 2 * 10000
     assert efficiency(128, 1) == 1
     assert efficiency(128, 64) < efficiency(32, 64) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("pyautoattack") is None, reason="needs robustbench")
+def test_one_and_two_processes_are_measured():
+    found = measure(rounds=1, images=2, attacks="apgd-ce")
+    assert list(found) == [1, 2]
+    assert all(0 < used for pair in found.values() for used in pair)

@@ -8,9 +8,15 @@ and an attack begins when the earlier one has ended on all, so that an attack ta
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from statistics import median
 
-__all__ = ["PASSES", "STANDING", "busiest", "efficiency", "main", "table"]
+__all__ = ["PASSES", "STANDING", "busiest", "efficiency", "main", "measure", "table"]
 
 # Forward and backward passes on an image that stands, of the attacks of version 'standard' in their order.
 PASSES = {"apgd-ce": (103, 101), "apgd-t": (920, 909), "fab-t": (1829, 900), "square": (5004, 0)}
@@ -52,8 +58,52 @@ def table(batch_sizes: Sequence[int] = (128, 64, 32), devices: Sequence[int] = (
     return "\n".join(rows)
 
 
+def measure(rounds: int = 3, images: int = 64, attacks: str = "apgd-ce,apgd-t") -> dict[int, tuple[float, float]]:
+    """One process of `ikl evaluate` against two ranks, one thread each, in turn, on a WideResNet-10-1.
+
+    Returns:
+        By number of processes, medians of the wall time and of the processor time of the busier process, in seconds. On
+        a machine that others use, the second says more.
+    """
+    import numpy as np
+    import torch
+
+    from ikl_plugins.models.robustbench_zoo import robustbench_network
+
+    found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(2)
+        model = robustbench_network("WideResNet-10-1").eval()
+        torch.save({"state_dict": model.state_dict()}, f"{folder}/net.pt")
+        pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
+        labels = model(pixels / 255).argmax(1)  # all are right, and nearly all stand
+        np.savez(f"{folder}/images.npz", images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        given = f"--checkpoint {folder}/net.pt --architecture WideResNet-10-1 --data {folder}/images.npz --device cpu"
+        more = f"--eps 1/25500 --batch-size 8 --attacks {attacks}"
+        line = [sys.executable, "-m", "ikl_plugins", "evaluate", *given.split(), *more.split(), "--output"]
+        for number in range(rounds):
+            for count in (1, 2) if number % 2 else (2, 1):
+                start, output = time.perf_counter(), f"{folder}/{number}-{count}"
+                ranks = [{"RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"} for rank in range(count)]
+                started = [
+                    subprocess.Popen([*line, output], env={**os.environ, **rank}, stdout=subprocess.DEVNULL)
+                    for rank in ranks
+                ]
+                used = [os.wait4(process.pid, 0)[2] for process in started]
+                busier = max(usage.ru_utime + usage.ru_stime for usage in used)
+                found[count].append((time.perf_counter() - start, busier))
+    return {count: (median(t for t, _ in pairs), median(t for _, t in pairs)) for count, pairs in found.items()}
+
+
 def main() -> None:
-    """Prints passes per image and the table."""
+    """Prints passes per image and the table, with --measure the time of one and of two processes."""
+    if sys.argv[1:] == ["--measure"]:
+        (wall, processor), (wall_of_two, processor_of_two) = measure().values()
+        print(f"one process {wall:.1f} s, {processor:.1f} s of a processor")
+        print(
+            f"two: {wall_of_two / wall:.2f} of it, the busier {processor_of_two / processor:.2f} of the processor time"
+        )
+        return
     for attack, (forward, backward) in PASSES.items():
         print(f"{attack}: {forward} forward, {backward} backward")
     print(table())
