@@ -77,4 +77,4 @@ def test_the_table_is_that_of_the_docs_and_adds_up():
 def test_one_and_two_processes_are_measured():
     found = measure(rounds=1, images=2, attacks="apgd-ce")
     assert list(found) == [1, 2]
-    assert all(0 < used for pair in found.values() for used in pair)
+    assert all(used > 0 for pair in found.values() for used in pair)
