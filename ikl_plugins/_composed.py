@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Settings", "composed_loss", "compute_dtype", "reduce_rows", "without_autocast"]
+__all__ = ["Settings", "composed_loss", "compute_dtype", "pair_factors", "reduce_rows", "wide", "without_autocast"]
 
 
 class Settings(NamedTuple):
@@ -62,20 +62,29 @@ def composed_loss(
     with without_autocast(student.device):
         s = student.movedim(1, -1).reshape(-1, shape[1]).to(dtype)
         t = teacher.movedim(1, -1).reshape(-1, shape[1]).to(dtype)
-        if class_prior is None:
-            weights = torch.exp(settings.gamma * torch.log_softmax(t.detach() / settings.weight_temperature, 1))
+        if class_prior is not None and class_prior.dim() < student.dim():
+            class_prior = class_prior.reshape(*class_prior.shape, *[1] * (student.dim() - 2)).expand(shape)
+        if settings.gamma == 0:
+            weights, log_top = torch.ones_like(t), t.new_zeros(len(t))  # for a weight of 0 as well
+        elif class_prior is not None:
+            prior = class_prior.movedim(1, -1).reshape(-1, shape[1]).to(dtype)
+            top = prior.amax(1)
+            # A power of the weights themselves may lie below what a float tells from 0, for all of them.
+            weights = (prior / torch.where(top == 0, 1.0, top).unsqueeze(1)) ** settings.gamma
+            log_top = torch.log(top.to(wide(top)))
         else:
-            if class_prior.dim() < student.dim():
-                class_prior = class_prior.reshape(*class_prior.shape, *[1] * (student.dim() - 2)).expand(shape)
-            weights = class_prior.movedim(1, -1).reshape(-1, shape[1]).to(dtype) ** settings.gamma
+            logits = t.detach() / settings.weight_temperature
+            below = logits - logits.amax(1, keepdim=True)
+            weights = torch.exp(settings.gamma * below)
+            log_top = -torch.log(torch.exp(below).sum(1, dtype=wide(below)))
         mass = weights.sum(1)
+        weights = weights / torch.where(mass == 0, 1.0, mass).unsqueeze(1)
+        log_mass = torch.log(mass.to(log_top.dtype)) + settings.gamma * log_top
 
         difference = (t - (s if settings.student_in_mse else s.detach())) / settings.mse_temperature
-        mean = (weights * difference).sum(1) / torch.where(mass > 0, mass, 1.0)
-        mse = 0.5 * mass * (weights * (difference - mean.unsqueeze(1)) ** 2).sum(1)
-        if settings.divide_by_pairs:
-            pairs = (mass**2).sum()
-            mse = mse * (mass.numel() / torch.where(pairs == 0, 1.0, pairs))
+        mean = (weights * difference).sum(1)
+        mse = 0.5 * (weights * (difference - mean.unsqueeze(1)) ** 2).sum(1)
+        mse = mse * (pair_factors(log_mass) if settings.divide_by_pairs else torch.exp(2 * log_mass)).to(dtype)
 
         soft_labels = torch.softmax(t.detach() / settings.temperature, 1)
         cross_entropy = -(soft_labels * torch.log_softmax(s / settings.temperature, 1)).sum(1)
@@ -87,3 +96,14 @@ def composed_loss(
             reduce_rows(mse, settings, shape),
             reduce_rows(cross_entropy, settings, shape),
         )
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The dtype of logarithms of masses, which a large gamma makes large: float64 where the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def pair_factors(log_mass: Tensor) -> Tensor:
+    """GKL's factors from the logarithms of all rows' masses: the squares over their sum, times the number of rows."""
+    share = torch.logsumexp(2 * log_mass, 0)
+    return len(log_mass) * torch.exp(2 * log_mass - torch.where(share == -torch.inf, 0.0, share))

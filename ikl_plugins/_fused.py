@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._composed import Settings, compute_dtype, without_autocast
+from ._composed import Settings, compute_dtype, pair_factors, wide, without_autocast
 
 __all__ = ["Result", "class_weights", "fused_loss"]
 
@@ -154,14 +154,14 @@ def _walk(
     weights_buffer = None if dense else gradients[0]
     factors: list[Tensor] | None = None
     if settings.divide_by_pairs and settings.beta > 0 and blocks:
-        squares = []
+        masses = []
         for block in blocks:
             part = operands(block)
             out = part.weights if weights_buffer is None else weights_buffer[block.rows]
             mass = class_weights(part, settings, out=out)
             if mass is not None:
-                squares.append(mass.square_())
-        factors = _pair_factors(squares)
+                masses.append(mass)
+        factors = _pair_factors(masses, dtype)
 
     found: list[tuple[Tensor, Tensor]] = []
     for index, block in enumerate(blocks):
@@ -268,9 +268,7 @@ def _evaluate_block(
         elif s.alpha == 0 or not labels_are_weights:
             mass = class_weights(part, s, out=weights)
             if factor is None and mass is not None:
-                factor = mass.square_()
-                if s.divide_by_pairs:
-                    (factor,) = _pair_factors([factor])
+                (factor,) = _pair_factors([mass], work.dtype) if s.divide_by_pairs else (mass.square_(),)
         torch.sub(teacher, student, out=work)
         if s.mse_temperature != 1.0:
             work.mul_(1.0 / s.mse_temperature)
@@ -295,13 +293,10 @@ def _summed(products: Tensor, settings: Settings) -> Tensor:
     return products.sum(1) if settings.reduction == "none" else products.sum()
 
 
-def _pair_factors(squared_masses: list[Tensor]) -> list[Tensor]:
-    """GKL's factors from the squared masses (k, 1) of all blocks: divided by their sum, times the number of rows."""
-    sums = [square.sum() for square in squared_masses]
-    pairs = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-    pairs = _not_zero(pairs)
-    rows = sum(map(len, squared_masses))
-    return [square.div_(pairs).mul_(rows) for square in squared_masses]
+def _pair_factors(log_masses: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """GKL's factors (k, 1) of all blocks, from the logarithms of their masses."""
+    factors = pair_factors(torch.cat(log_masses)[:, 0]).to(dtype).unsqueeze(1)
+    return list(torch.split(factors, [len(log_mass) for log_mass in log_masses]))
 
 
 def _not_zero(masses: Tensor) -> Tensor:
@@ -336,23 +331,31 @@ def _softmax(logits: Tensor, temperature: float, *, out: Tensor, work: Tensor) -
 def class_weights(part: Operands, settings: Settings, *, out: Tensor) -> Tensor | None:
     """Class weights of a block into ``out``, rows divided by their mass; the mass (k, 1), or None where it is 1.
 
-    The mass of a row is the sum of its weights to the power gamma. Of a softmax these are exp(gamma * log softmax), and
-    one of them at least is C**-gamma: they do not vanish together.
+    The mass of a row is the sum of its weights to the power gamma; where the batch is divided by its pairs, the
+    logarithm of the mass is returned. To a large gamma all weights of a row may lie below what a float tells from 0,
+    and so they are divided by the largest one first.
     """
-    weights = out
-    if part.class_prior is not None:
-        weights = part.class_prior if settings.gamma == 1.0 else torch.pow(part.class_prior, settings.gamma, out=out)
-    elif settings.gamma == 1.0:
-        _softmax(part.teacher, settings.weight_temperature, out=out, work=part.work)
-        return None
-    elif settings.gamma == 0.0:
-        out.fill_(1.0)  # for a probability of 0 as well
+    gamma = settings.gamma
+    if gamma == 1.0:
+        if part.class_prior is None:
+            _softmax(part.teacher, settings.weight_temperature, out=out, work=part.work)
+            return None
+        mass = part.class_prior.sum(1, keepdim=True)
+        torch.div(part.class_prior, _not_zero(mass), out=out)
+        return mass.to(wide(out)).log_() if settings.divide_by_pairs else mass
+    if gamma == 0.0:
+        out.fill_(1.0)  # for a weight of 0 as well
+        log_top = out.new_zeros((len(out), 1), dtype=wide(out))
+    elif part.class_prior is not None:
+        top = part.class_prior.amax(1, keepdim=True)
+        torch.div(part.class_prior, _not_zero(top), out=out).pow_(gamma)
+        log_top = top.to(wide(out)).log_()
     else:
-        tempered = part.teacher
-        if settings.weight_temperature != 1.0:
-            tempered = torch.mul(part.teacher, 1.0 / settings.weight_temperature, out=part.work)
-        torch.log_softmax(tempered, 1, out=out)
-        out.mul_(settings.gamma).exp_()
-    mass = weights.sum(1, keepdim=True)
-    torch.div(weights, _not_zero(mass), out=out)
-    return mass
+        below = torch.mul(part.teacher, 1.0 / settings.weight_temperature, out=part.work)
+        below.sub_(below.amax(1, keepdim=True))
+        log_top = torch.exp(below, out=out).sum(1, keepdim=True, dtype=wide(out)).log_().neg_()
+        torch.exp(below.mul_(gamma), out=out)
+    mass = out.sum(1, keepdim=True)
+    out.div_(_not_zero(mass))
+    log_mass = mass.to(wide(out)).log_().add_(log_top, alpha=gamma)
+    return log_mass if settings.divide_by_pairs else log_mass.exp_().to(mass.dtype)

@@ -20,6 +20,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.special
 import torch
 from torch import Tensor
 
@@ -311,6 +313,47 @@ def assert_matches(
         assert gradient.dtype == logits.dtype
         assert gradient.shape == logits.shape
         assert_close(flatten_places(gradient), wanted, logits.dtype, size)
+
+
+# From where float32 could not tell the squared mass of a uniform prior's powers from 0, and a larger one.
+LARGE_GAMMAS = [
+    (classes, gamma, kind)
+    for classes, least in ((100, 11.0), (1000, 8.0), (21841, 6.0), (128256, 5.0))
+    for gamma in (least, 50.0)
+    for kind in ("uniform", "random", "of other certainty in each row", "softmax")
+]
+
+
+def assert_gkl_of_a_large_gamma(
+    loss: Callable[..., Tensor], classes: int, gamma: float, kind: str, **call: Any
+) -> None:
+    """GKL of float32 logits against float64 logarithms (SciPy's logsumexp), where powers of the weights underflow.
+
+    With ``l_b = log sum_j w_bj^gamma`` the factor of row b is ``N exp(2 l_b - logsumexp_b' 2 l_b')``.
+    """
+    rows = 16 if classes < 10_000 else 4
+    student, teacher = 3 * torch.randn(rows, classes), 3 * torch.randn(rows, classes)
+    certainty = torch.logspace(-2, 1, rows)[:, None] if kind.endswith("row") else float(kind == "random")
+    prior = None if kind == "softmax" else torch.softmax(certainty * torch.randn(rows, classes), 1)
+    s, t = student.double().numpy(), teacher.double().numpy()
+    logarithms = gamma * (scipy.special.log_softmax(t, 1) if prior is None else np.log(prior.double().numpy()))
+    masses = scipy.special.logsumexp(logarithms, 1)
+    weights = np.exp(logarithms - masses[:, None])
+    factors = rows * np.exp(2 * masses - scipy.special.logsumexp(2 * masses))
+    centred = (t - s) - (weights * (t - s)).sum(1, keepdims=True)
+    expected = (0.5 * factors * (weights * centred**2).sum(1)).mean()
+    gradient = factors[:, None] * weights * centred / rows
+
+    leaf = teacher.requires_grad_()
+    value = loss(student, leaf, alpha=0.0, gamma=gamma, class_prior=prior)
+    (found,) = torch.autograd.grad(value, leaf, **call)
+    # Of weights that are 1 and nearly 0 the difference to their mean is what float32 leaves of two equal numbers.
+    size = np.abs(t - s).max()
+    assert abs(value.item() - expected) <= 1e-5 * expected + 1e-12 * size**2
+    assert (
+        np.abs(found.detach().numpy() - gradient).max()
+        <= 1e-5 * np.abs(gradient).max() + 5e-7 * size * factors.max() / rows
+    )
 
 
 def flatten_places(tensor: Tensor) -> Tensor:

@@ -244,15 +244,12 @@ inline V<T> logarithm(V<T> x) {
   return fused(exponent, fill<T>(L::ln2_high), low);
 }
 
-// prior ** gamma for weights of at least 0 and gamma above 0.
+// (prior / top) ** gamma for weights from 0 to top, which is above 0, and gamma above 0.
 template <typename T>
-inline V<T> power(V<T> prior, T gamma) {
+inline V<T> power(V<T> prior, T top, T gamma) {
   const auto positive = prior > T(0);
-  const V<T> exponent = gamma * logarithm<T>(positive ? prior : fill<T>(1));
-  // exponential() is for exponents up to 0. A weight above 1 is 1 / (1 / weight).
-  const auto above = exponent > T(0);
-  const V<T> found = exponential<T>(above ? -exponent : exponent);
-  return positive ? (above ? T(1) / found : found) : V<T>{};
+  const V<T> exponent = gamma * logarithm<T>(positive ? prior / top : fill<T>(1));
+  return positive ? exponential<T>(exponent) : V<T>{};
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------
@@ -325,6 +322,12 @@ inline T largest(const T* row, int64_t classes) {
 }
 
 // Of two rows in one pass.
+// 1 in place of 0: what is divided by it is 0 as well.
+template <typename T>
+inline T not_zero(T value) {
+  return value == T(0) ? T(1) : value;
+}
+
 template <typename T>
 inline void largest(const T* one, const T* other, int64_t classes, T* top_of_one, T* top_of_other) {
   constexpr T none = -std::numeric_limits<T>::infinity();
@@ -449,8 +452,9 @@ struct Problem {
   double scale;                              // by the reduction, of each row's gradients
   T *student_gradient, *teacher_gradient;    // null where nobody wants them
   T* weights_buffer;                         // GKL: room for the weights of all rows, in one of the gradients; or null
-  double* mass;                              // GKL: the mass of each row
-  double share;                              // GKL: number of rows / sum of the squared masses
+  double* log_mass;                          // GKL: the logarithm of the mass of each row
+  double top;                                // GKL: the largest of them
+  double share;                              // GKL: number of rows / sum of the squared masses over the largest one
   double *mse, *cross_entropy;               // values of each row
 };
 
@@ -461,8 +465,8 @@ constexpr int64_t pitch_of(int64_t classes) {
   return (classes + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// GKL's pass before the others: the mass of a row, the sum of its weights to the power gamma. Leaves the weights in the
-// weights_buffer if there is one.
+// GKL's pass before the others: the logarithm of the mass of a row, which is the sum of its weights to the power gamma.
+// Leaves the weights over the largest one in the weights_buffer if there is one.
 template <typename T, Weights kind>
 double weigh(const Problem<T>& problem, int64_t index, T* scratch) {
   const Call& s = problem.settings;
@@ -485,21 +489,22 @@ double weigh(const Problem<T>& problem, int64_t index, T* scratch) {
           place.put(weights_buffer, weight);
         },
         [&] { mass.settle(), plain_mass.settle(); });
-    return mass.whole / std::pow(plain_mass.whole, s.gamma);
+    return std::log(mass.whole) - s.gamma * std::log(plain_mass.whole);
   } else if constexpr (kind == Weights::prior || kind == Weights::power) {
     const T* prior = problem.prior.row(index, room);
+    const T top = kind == Weights::power ? not_zero(largest<T>(prior, classes)) : T(1);
     over_row<T>(
         classes,
         [&](auto place) {
           V<T> weight = place.get(prior);
-          if constexpr (kind == Weights::power) weight = power<T>(weight, T(s.gamma));
+          if constexpr (kind == Weights::power) weight = power<T>(weight, top, T(s.gamma));
           mass.add(weight);
           place.put(weights_buffer, weight);
         },
         [&] { mass.settle(); });
-    return mass.whole;
+    return std::log(mass.whole) + s.gamma * std::log(double(top));
   }
-  return double(classes);  // of weights 1
+  return std::log(double(classes));  // of weights 1
 }
 
 // Values and gradients of a row.
@@ -521,6 +526,7 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
   const T* weights_buffer = buffered ? problem.weights_buffer + index * classes : nullptr;
   const T* prior = nullptr;
   if ((kind == Weights::prior || kind == Weights::power) && !buffered) prior = problem.prior.row(index, weights);
+  const T prior_top = kind == Weights::power && !buffered ? not_zero(largest<T>(prior, classes)) : T(1);
 
   // Exponentials, and the sums that the rest needs.
   T teacher_top = 0, student_top = 0;
@@ -560,7 +566,7 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
             } else {
               if constexpr (kind == Weights::softmax) weight = place.kept(exponential<T>((t - teacher_top) * flat));
               if constexpr (kind == Weights::prior) weight = place.get(prior);
-              if constexpr (kind == Weights::power) weight = power<T>(place.get(prior), T(s.gamma));
+              if constexpr (kind == Weights::power) weight = power<T>(place.get(prior), prior_top, T(s.gamma));
             }
             store<T>(weights + place.index, weight);
           }
@@ -583,7 +589,7 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
 
   // The weighted MSE of weights that sum to 1, times the square of what they do sum to.
   const double mass = weight_sum.whole;
-  if constexpr (kind == Weights::prior || kind == Weights::power) {
+  if constexpr (kind == Weights::prior) {
     // 1 over a denormal number is infinite, and products with one lose their digits: such weights are made larger first.
     if (mass > 0 && mass < std::numeric_limits<T>::min()) {
       const T lift = T(int64_t(1) << Lanes<T>::mantissa_bits);
@@ -602,9 +608,9 @@ void evaluate(const Problem<T>& problem, int64_t index, T* scratch) {
   const double weight_mass = weight_sum.whole > 0 ? weight_sum.whole : 1;
   double factor = 1;
   if (s.divide_by_pairs) {
-    factor = problem.mass[index] * problem.mass[index] * problem.share;
+    factor = std::exp(2 * (problem.log_mass[index] - problem.top)) * problem.share;
   } else if (kind == Weights::prior || kind == Weights::power) {
-    factor = mass * mass;
+    factor = mass * mass * std::pow(double(prior_top), 2 * s.gamma);
   }
   factor *= s.beta / (s.mse_temperature * s.mse_temperature);
   const T mean = T(difference_sum.whole / weight_mass);
@@ -694,7 +700,8 @@ void run(const Call& call) {
   const std::unique_ptr<double[]> values(new double[3 * rows + 1]());
   problem.mse = values.get();
   problem.cross_entropy = values.get() + rows;
-  problem.mass = values.get() + 2 * rows;
+  problem.log_mass = values.get() + 2 * rows;
+  problem.top = 0;
   problem.share = 1;
   problem.weights_buffer = nullptr;
 
@@ -718,9 +725,11 @@ void run(const Call& call) {
   };
   if (call.divide_by_pairs && call.beta > 0) {
     problem.weights_buffer = problem.student_gradient ? problem.student_gradient : problem.teacher_gradient;
-    all_rows([&](int64_t index, T* own) { problem.mass[index] = mass_of_row(problem, index, own); });
+    all_rows([&](int64_t index, T* own) { problem.log_mass[index] = mass_of_row(problem, index, own); });
+    const double top = rows > 0 ? *std::max_element(problem.log_mass, problem.log_mass + rows) : 0;
+    problem.top = std::isfinite(top) ? top : 0;  // of weights that are all 0 the logarithm is not
     double pairs = 0;
-    for (int64_t index = 0; index < rows; ++index) pairs += problem.mass[index] * problem.mass[index];
+    for (int64_t index = 0; index < rows; ++index) pairs += std::exp(2 * (problem.log_mass[index] - problem.top));
     problem.share = double(rows) / (pairs == 0 ? 1 : pairs);
   }
   all_rows([&](int64_t index, T* own) { evaluate_row(problem, index, own); });

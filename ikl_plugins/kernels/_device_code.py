@@ -2,21 +2,24 @@
 
 A program takes some rows, and of each row (one sample at one place) a block of classes at a time: a tile (R, B). With
 logits ``s`` and ``t``, ``d = (t - s) / mse_temperature`` and unscaled class weights ``v`` (``exp(gamma (t - t_top) /
-T2)``, ``prior**gamma``, or 1) it takes of each row
+T2)``, ``(prior / U)**gamma``, or 1) it takes of each row
 
     t_top, s_top    the largest logit of teacher and student
     P, Q            sum exp((t - t_top) / T),  sum exp((s - s_top) / T)
     H               sum exp((t - t_top) / T) (s_top - s) / T
-    U               sum exp((t - t_top) / T2)
+    U               sum exp((t - t_top) / T2); of a prior to a power the largest of its row
     V, m, S         sum v,  sum v d / V,  sum v (d - m)^2
 
-which merge over blocks, so that a row's values take one reading. With ``K = V / U^(2 gamma)``, or V of a prior, and the
-weights ``w`` of :mod:`ikl_plugins._fused`, of mass W,
+which merge over blocks, so that a row's values take one reading. With ``W = V / U^gamma``, or V U^gamma of a prior,
+which is the mass of the weights ``w`` of :mod:`ikl_plugins._fused`, and ``K = W^2 / V``,
 
     soft cross entropy    -sum_j p_j log q_j           = H / P + log Q
     weighted MSE          1/2 W sum_j w_j (d_j - m)^2  = 1/2 K S
     its derivative        W w_i (d_i - m)              = K v_i (d_i - m)
     pair weights          W^2                          = K V
+
+Where the batch is divided by its pair weights these may all lie below what float32 tells from 0, or above what it can
+be. So each program takes them, and K with them, relative to the largest of its rows, and keeps the logarithm of that.
 
 Softmax is ``exp(x - top) / sum`` and not ``exp(x - logsumexp)``, which loses digits where logits are large.
 """
@@ -135,12 +138,18 @@ def _base(top):
 
 
 @triton.jit
+def _not_zero(value):
+    """1 in place of 0: what is divided by it is 0 as well."""
+    return tl.where(value == 0.0, 1.0, value)
+
+
+@triton.jit
 def _soft_labels(tile, t_top, factors):
     return tl.exp((tile.t - _base(t_top)[:, None]) * factors.temperature)
 
 
 @triton.jit
-def _unscaled_weights(tile, t_top, labels, factors, weights: tl.constexpr):
+def _unscaled_weights(tile, t_top, prior_top, labels, factors, weights: tl.constexpr):
     """v (R, B); 0 where there is no class: gamma is above 0, so gamma * log(0) is -inf and not NaN."""
     tempered = (tile.t - _base(t_top)[:, None]) * factors.weight_temperature
     if weights == LABELS:
@@ -154,7 +163,7 @@ def _unscaled_weights(tile, t_top, labels, factors, weights: tl.constexpr):
     elif weights == PRIOR:
         v = tile.prior
     else:
-        v = tl.exp(factors.gamma * tl.log(tile.prior))
+        v = tl.exp(factors.gamma * tl.log(tile.prior / _not_zero(prior_top)[:, None]))
     return v
 
 
@@ -173,10 +182,12 @@ def _reduce(tile, factors, cross_entropy: tl.constexpr, weights: tl.constexpr):
         Q = tl.sum(tl.exp(-below), 1)
         H = tl.sum(labels * tl.where(tile.valid, below, 0.0), 1)
     if weights != WITHOUT:
-        v = _unscaled_weights(tile, t_top, labels, factors, weights)
+        if weights == PRIOR_POWER:
+            U = tl.max(tile.prior, 1)
+        v = _unscaled_weights(tile, t_top, U, labels, factors, weights)
         d = tl.where(tile.valid, (tile.t - tile.s) * factors.mse_temperature, 0.0)
         V = tl.sum(v, 1)
-        m = tl.sum(v * d, 1) / tl.where(V > 0.0, V, 1.0)
+        m = tl.sum(v * d, 1) / _not_zero(V)
         S = tl.sum(v * (d - m[:, None]) * (d - m[:, None]), 1)
         if weights == SOFTMAX_POWER:
             U = tl.sum(tl.exp((tile.t - _base(t_top)[:, None]) * factors.weight_temperature), 1)
@@ -205,24 +216,48 @@ def _merge(one, other, factors, weights: tl.constexpr):
     if weights == SOFTMAX or weights == SOFTMAX_POWER:
         scale1 = tl.exp(factors.gamma * (t_drop1 * factors.weight_temperature))
         scale2 = tl.exp(factors.gamma * (t_drop2 * factors.weight_temperature))
-    if weights == LABELS or weights == SOFTMAX or weights == SOFTMAX_POWER:
+    if weights == PRIOR_POWER:
+        U = tl.maximum(one.U, other.U)
+        scale1 = tl.exp(factors.gamma * tl.log(one.U / _not_zero(U)))
+        scale2 = tl.exp(factors.gamma * tl.log(other.U / _not_zero(U)))
+    if weights == LABELS or weights == SOFTMAX or weights == SOFTMAX_POWER or weights == PRIOR_POWER:
         V1, S1, V2, S2 = V1 * scale1, S1 * scale1, V2 * scale2, S2 * scale2
     V = V1 + V2
-    share = V2 / tl.where(V > 0.0, V, 1.0)
+    share = V2 / _not_zero(V)
     apart = other.m - one.m
     return Row(t_top, P, s_top, Q, H, U, V, one.m + apart * share, S1 + S2 + apart * apart * V1 * share)
 
 
 @triton.jit
-def _weight_factor(row, gamma, weights: tl.constexpr):
-    """K (R,)."""
-    if weights == LABELS or weights == SOFTMAX:
+def _weight_factor(row, valid, gamma, weights: tl.constexpr, divided: tl.constexpr):
+    """K (R,), and the logarithm of what it is divided by: of the largest pair weight, if the batch is ``divided``.
+
+    A row's U is taken relative to the best of all rows before the power, as in float32 the logarithm of the power
+    has too few digits; that of the best one is a single number, and is computed in float64.
+    """
+    top = tl.zeros([], tl.float64)
+    power = -gamma
+    if weights == PRIOR_POWER:
+        power = gamma
+    if divided:
+        L = 2.0 * tl.log(row.V)
+        if weights == SOFTMAX_POWER or weights == PRIOR_POWER:
+            best = tl.min(tl.where(valid, row.U, float("inf")), 0)
+            if weights == PRIOR_POWER:
+                best = _not_zero(tl.max(tl.where(valid, row.U, 0.0), 0))
+            L += 2.0 * power * tl.log(_not_zero(row.U) / best)
+            top += 2.0 * power * tl.log(best.to(tl.float64))
+        largest = tl.max(tl.where(valid, L, float("-inf")), 0)
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        top += largest
+        K = tl.exp(L - largest) / _not_zero(row.V)
+    elif weights == LABELS or weights == SOFTMAX:
         K = 1.0 / row.V
-    elif weights == SOFTMAX_POWER:
-        K = row.V * tl.exp(-2.0 * gamma * tl.log(row.U))
+    elif weights == SOFTMAX_POWER or weights == PRIOR_POWER:
+        K = row.V * tl.exp(2.0 * power * tl.log(row.U))
     else:
         K = row.V
-    return K
+    return K, top
 
 
 @triton.jit
@@ -233,6 +268,7 @@ def values_kernel(
     mse,
     ce,
     pairs,
+    tops,
     saved,
     sizes,
     strides,
@@ -254,8 +290,9 @@ def values_kernel(
         prior: class prior, or None.
         mse: where mse_scale * K * S goes: (rows,) if ``each_row``, else (programs,).
         ce: where ce_scale * cross entropy goes, likewise.
-        pairs: (programs,), where the sums of pair weights go, or None.
-        saved: (6, rows), what the gradients read, or None where ``whole_rows``.
+        pairs: (programs,), where the sums of pair weights over the largest of the program's rows go, or None.
+        tops: (programs,), where the logarithms of those largest pair weights go, or None. K is divided by them, too.
+        saved: (7, rows), what the gradients read, or None where ``whole_rows``.
     """
     at = _rows(sizes, tile_rows)
     columns = tl.arange(0, tile_classes)
@@ -269,7 +306,7 @@ def values_kernel(
         for start in range(0, sizes.classes, tile_classes):
             tile = _load(student, teacher, prior, at, start + columns, sizes.classes, strides, weights)
             row = _merge(row, _reduce(tile, factors, cross_entropy, weights), factors, weights)
-    K = _weight_factor(row, factors.gamma, weights)
+    K, top = _weight_factor(row, at.valid, factors.gamma, weights, pairs is not None)
     if not whole_rows:
         tl.store(saved + at.row, row.t_top, mask=at.valid)
         tl.store(saved + sizes.rows + at.row, row.P, mask=at.valid)
@@ -277,6 +314,7 @@ def values_kernel(
         tl.store(saved + 3 * sizes.rows + at.row, row.Q, mask=at.valid)
         tl.store(saved + 4 * sizes.rows + at.row, row.m, mask=at.valid)
         tl.store(saved + 5 * sizes.rows + at.row, K, mask=at.valid)
+        tl.store(saved + 6 * sizes.rows + at.row, row.U, mask=at.valid)
 
     row_mse = tl.zeros_like(row.m)
     row_ce = tl.zeros_like(row.m)
@@ -293,38 +331,52 @@ def values_kernel(
         tl.store(ce + program, tl.sum(tl.where(at.valid, row_ce, 0.0), 0))
     if pairs is not None:
         tl.store(pairs + program, tl.sum(tl.where(at.valid, K * row.V, 0.0), 0))
+        tl.store(tops + program, top)
 
 
 @triton.jit
-def totals_kernel(mse, ce, pairs, loss, mse_total, ce_total, factor, programs, rows, block: tl.constexpr):
+def totals_kernel(mse, ce, pairs, tops, loss, mse_total, ce_total, factor, programs, rows, block: tl.constexpr):
     """The sums over the programs of :func:`values_kernel`, by one program and in one order.
 
     Args:
         mse: (programs,), or None where the values stay apart.
         ce: likewise.
         pairs: (programs,), or None where nothing is divided by them.
+        tops: (programs,), likewise.
         loss: one number, as the next two.
         mse_total: of it, the weighted MSE.
         ce_total: of it, the cross entropy.
-        factor: one number, GKL's on the weighted MSE: rows over the batch's pair weights, 0 if these are 0. Or None.
+        factor: (programs,), GKL's on the weighted MSE of their rows: rows over the batch's pair weights, 0 if these are
+            0, times what K was divided by. Or None.
     """
     lane = tl.arange(0, block)
     mse_sum = tl.zeros([block], tl.float32)
     ce_sum = tl.zeros([block], tl.float32)
     pair_sum = tl.zeros([block], tl.float32)
+    largest = tl.full([block], float("-inf"), tl.float64)
+    if pairs is not None:
+        for start in range(0, programs, block):
+            valid = start + lane < programs
+            largest = tl.maximum(largest, tl.load(tops + start + lane, mask=valid, other=float("-inf")))
+    top = tl.max(largest, 0)
     for start in range(0, programs, block):
         valid = start + lane < programs
-        if mse is not None:
-            mse_sum += tl.load(mse + start + lane, mask=valid, other=0.0)
-            ce_sum += tl.load(ce + start + lane, mask=valid, other=0.0)
+        share = tl.full([block], 1.0, tl.float32)
         if pairs is not None:
-            pair_sum += tl.load(pairs + start + lane, mask=valid, other=0.0)
+            share = tl.exp((tl.load(tops + start + lane, mask=valid, other=float("-inf")) - top).to(tl.float32))
+            pair_sum += share * tl.load(pairs + start + lane, mask=valid, other=0.0)
+        if mse is not None:
+            mse_sum += share * tl.load(mse + start + lane, mask=valid, other=0.0)
+            ce_sum += tl.load(ce + start + lane, mask=valid, other=0.0)
     mse_found, ce_found = tl.sum(mse_sum, 0), tl.sum(ce_sum, 0)
     if pairs is not None:
         found = tl.sum(pair_sum, 0)
-        found = tl.where(found == 0.0, 0.0, rows / tl.where(found == 0.0, 1.0, found))
+        found = tl.where(found == 0.0, 0.0, rows / _not_zero(found))
         mse_found *= found
-        tl.store(factor, found)
+        for start in range(0, programs, block):
+            valid = start + lane < programs
+            share = tl.exp((tl.load(tops + start + lane, mask=valid, other=float("-inf")) - top).to(tl.float32))
+            tl.store(factor + start + lane, found * share, mask=valid)
     if mse is not None:
         tl.store(loss, mse_found + ce_found)
         tl.store(mse_total, mse_found)
@@ -352,7 +404,7 @@ def _gradients(
         predicted = tl.exp((tile.s - _base(row.s_top)[:, None]) * factors.temperature)
         to_student = (ce_scale / row.Q)[:, None] * predicted - (ce_scale / row.P)[:, None] * labels
     if weights != WITHOUT:
-        v = _unscaled_weights(tile, row.t_top, labels, factors, weights)
+        v = _unscaled_weights(tile, row.t_top, row.U, labels, factors, weights)
         d = (tile.t - tile.s) * factors.mse_temperature
         to_teacher = mse_scale[:, None] * (v * (d - row.m[:, None]))
         if student_in_mse:
@@ -389,7 +441,7 @@ def gradients_kernel(
         teacher: logits.
         prior: class prior, or None.
         upstream: the last factor of each row; its strides are 0 if it is one number.
-        factor: GKL's factor, one number, or None.
+        factor: GKL's factor of each program, or None.
         saved: what :func:`values_kernel` left, or None where ``whole_rows``.
         student_gradient: where it goes, or None.
         teacher_gradient: likewise.
@@ -400,7 +452,7 @@ def gradients_kernel(
     ).to(tl.float32)
     row_mse_scale = last * mse_scale
     if factor is not None:
-        row_mse_scale *= tl.load(factor)
+        row_mse_scale *= tl.load(factor + tl.program_id(0))
     K = tl.zeros_like(last)
     row = Row(K, K, K, K, K, K, K, K, K)
     if not whole_rows:
@@ -410,7 +462,8 @@ def gradients_kernel(
         Q = tl.load(saved + 3 * sizes.rows + at.row, mask=at.valid, other=1.0)
         m = tl.load(saved + 4 * sizes.rows + at.row, mask=at.valid, other=0.0)
         K = tl.load(saved + 5 * sizes.rows + at.row, mask=at.valid, other=0.0)
-        row = Row(t_top, P, s_top, Q, P, P, P, m, P)
+        U = tl.load(saved + 6 * sizes.rows + at.row, mask=at.valid, other=0.0)
+        row = Row(t_top, P, s_top, Q, P, U, P, m, P)
     stop = sizes.classes
     if whole_rows:
         stop = tile_classes
@@ -419,7 +472,7 @@ def gradients_kernel(
         tile = _load(student, teacher, prior, at, columns, sizes.classes, strides, weights)
         if whole_rows:
             row = _reduce(tile, factors, cross_entropy, weights)
-            K = _weight_factor(row, factors.gamma, weights)
+            K, _ = _weight_factor(row, at.valid, factors.gamma, weights, factor is not None)
         to_student, to_teacher = _gradients(
             tile, row, factors, row_mse_scale * K, last * ce_scale, student_in_mse, cross_entropy, weights
         )

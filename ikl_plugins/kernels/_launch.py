@@ -27,8 +27,8 @@ _Strides = tuple[int, int, int]  # of (samples, classes, places)
 class Kept(NamedTuple):
     """What the gradients need of the values, beside their operands."""
 
-    factor: Tensor | None  # GKL's on the weighted MSE, 0-dim
-    saved: Tensor | None  # (6, rows), if a row is larger than a tile
+    factor: Tensor | None  # GKL's on the weighted MSE, of each program
+    saved: Tensor | None  # (7, rows), if a row is larger than a tile
 
 
 class _Plan(NamedTuple):
@@ -60,7 +60,7 @@ def find_values(
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Loss, weighted MSE and soft cross entropy after the reduction, in two launches.
 
-    For the reduction 'none' it takes two as well, or four where GKL divides.
+    For the reduction 'none' it takes two as well, or five where GKL divides.
     """
     from . import _device_code as code
 
@@ -77,8 +77,9 @@ def find_values(
 
     shape = (student.shape[0], *student.shape[2:]) if each_row else (plan.programs,)
     mse, cross_entropy = empty(*shape), empty(*shape)
-    pairs, factor = (empty(plan.programs), empty()) if divides else (None, None)
-    kept = Kept(factor, None if plan.whole_rows else empty(6, rows))
+    pairs, factor = (empty(plan.programs), empty(plan.programs)) if divides else (None, None)
+    tops = torch.empty((plan.programs,), dtype=torch.float64, device=student.device) if divides else None
+    kept = Kept(factor, None if plan.whole_rows else empty(7, rows))
     with _on_device_of(student):
         code.values_kernel[(plan.programs,)](
             student,
@@ -87,6 +88,7 @@ def find_values(
             mse,
             cross_entropy,
             pairs,
+            tops,
             kept.saved,
             *_sizes_layout_factors(code, plan, settings),
             mse_scale=0.5 * settings.beta * scale,
@@ -100,6 +102,7 @@ def find_values(
                 mse,
                 cross_entropy,
                 pairs,
+                tops,
                 *totals,
                 factor,
                 plan.programs,
@@ -113,6 +116,7 @@ def find_values(
                 None,
                 None,
                 pairs,
+                tops,
                 None,
                 None,
                 None,
@@ -122,7 +126,8 @@ def find_values(
                 block=_SUMMED_AT_ONCE,
                 enable_fp_fusion=False,
             )
-            mse.mul_(factor)
+            shares = factor.view(plan.samples, -1, 1).expand(-1, -1, plan.tile_rows).reshape(plan.samples, -1)
+            mse.view(plan.samples, plan.places).mul_(shares[:, : plan.places])
     return mse + cross_entropy, mse, cross_entropy, kept
 
 

@@ -138,6 +138,12 @@ def test_zeros_of_the_prior() -> None:
     oracles.assert_matches(gkl_loss, "gkl", student, teacher, gamma=1e-50)
 
 
+@whole_and_in_blocks
+@pytest.mark.parametrize(("classes", "gamma", "weights"), oracles.LARGE_GAMMAS[4:8])
+def test_a_large_gamma(classes: int, gamma: float, weights: str) -> None:
+    oracles.assert_gkl_of_a_large_gamma(gkl_loss, classes, gamma, weights)
+
+
 @pytest.mark.parametrize("kind", oracles.KINDS)
 @pytest.mark.parametrize("weights", [{"alpha": 0.0}, {"beta": 0.0}, {"alpha": 0.0, "beta": 0.0}], ids=str)
 def test_a_weight_of_zero_removes_its_term(kind: str, weights: dict[str, float]) -> None:

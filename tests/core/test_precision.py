@@ -224,3 +224,15 @@ def test_the_prior_collects_float32_predictions_of_half_precision_logits(loss_cl
     criterion.end_epoch()
     expected = torch.stack([oracles.softmax(row, 3.0) for row in logits])
     torch.testing.assert_close(criterion.class_prior.matrix.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("classes", "gamma", "weights"), oracles.LARGE_GAMMAS)
+def test_a_large_gamma(classes: int, gamma: float, weights: str) -> None:
+    oracles.assert_gkl_of_a_large_gamma(gkl_loss, classes, gamma, weights)
+    oracles.assert_gkl_of_a_large_gamma(gkl_loss, classes, gamma, weights, create_graph=True)
+
+
+@pytest.mark.parametrize("weights", ["random", "softmax"])
+def test_compiled_with_a_large_gamma(weights: str) -> None:
+    compiled = torch.compile(gkl_loss, backend="eager", fullgraph=True)
+    oracles.assert_gkl_of_a_large_gamma(compiled, 1000, 50.0, weights)

@@ -160,7 +160,7 @@ def shipped_weights(teacher: Tensor) -> tuple[Tensor, Tensor]:
     mass = _fused.class_weights(operands, settings, out=weights)
     if mass is None:
         raise RuntimeError("GKL's weights have lost their mass")
-    return weights, mass
+    return weights, mass.exp_()
 
 
 def two_softmax_weights(teacher: Tensor) -> tuple[Tensor, Tensor]:
