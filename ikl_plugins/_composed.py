@@ -104,6 +104,10 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 
 def pair_factors(log_mass: Tensor) -> Tensor:
-    """GKL's factors from the logarithms of all rows' masses: the squares over their sum, times the number of rows."""
-    share = torch.logsumexp(2 * log_mass, 0)
-    return len(log_mass) * torch.exp(2 * log_mass - torch.where(share == -torch.inf, 0.0, share))
+    """GKL's factors from the logarithms of all rows' masses, which are the first dimension.
+
+    They are the squares of the masses over the sum of the squares, times the number of rows.
+    """
+    log_pairs = 2 * log_mass
+    least = torch.finfo(log_mass.dtype).min  # and not -inf, the logarithm of no weights at all
+    return len(log_mass) * torch.exp(log_pairs - torch.logsumexp(log_pairs, 0).clamp(min=least))

@@ -295,8 +295,9 @@ def _summed(products: Tensor, settings: Settings) -> Tensor:
 
 def _pair_factors(log_masses: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """GKL's factors (k, 1) of all blocks, from the logarithms of their masses."""
-    factors = pair_factors(torch.cat(log_masses)[:, 0]).to(dtype).unsqueeze(1)
-    return list(torch.split(factors, [len(log_mass) for log_mass in log_masses]))
+    if len(log_masses) == 1:
+        return [pair_factors(log_masses[0]).to(dtype)]
+    return list(torch.split(pair_factors(torch.cat(log_masses)).to(dtype), list(map(len, log_masses))))
 
 
 def _not_zero(masses: Tensor) -> Tensor:
@@ -356,6 +357,6 @@ def class_weights(part: Operands, settings: Settings, *, out: Tensor) -> Tensor 
         log_top = torch.exp(below, out=out).sum(1, keepdim=True, dtype=wide(out)).log_().neg_()
         torch.exp(below.mul_(gamma), out=out)
     mass = out.sum(1, keepdim=True)
-    out.div_(_not_zero(mass))
+    out.div_(mass.clamp(min=1.0))  # the largest weight is 1, but for a row of zeros
     log_mass = mass.to(wide(out)).log_().add_(log_top, alpha=gamma)
     return log_mass if settings.divide_by_pairs else log_mass.exp_().to(mass.dtype)
