@@ -230,26 +230,26 @@ def _merge(one, other, factors, weights: tl.constexpr):
 
 @triton.jit
 def _weight_factor(row, valid, gamma, weights: tl.constexpr, divided: tl.constexpr):
-    """K (R,), and the logarithm of what it is divided by: of the largest pair weight, if the batch is ``divided``.
+    """K (R,), and what it is divided by if the batch is ``divided``, as the ``best`` U and a logarithm, see below.
 
-    A row's U is taken relative to the best of all rows before the power, as in float32 the logarithm of the power
-    has too few digits; that of the best one is a single number, and is computed in float64.
+    A row's U is taken relative to the best of all rows before the power, as in float32 the logarithm of the power has
+    too few digits. What K is divided by is exp(largest) times best to the power of -2 gamma, or of 2 gamma for a prior.
     """
-    top = tl.zeros([], tl.float64)
     power = -gamma
     if weights == PRIOR_POWER:
         power = gamma
+    best = tl.sum(tl.zeros_like(row.V), 0) + 1.0
+    largest = best - 1.0
     if divided:
         L = 2.0 * tl.log(row.V)
-        if weights == SOFTMAX_POWER or weights == PRIOR_POWER:
+        if weights == SOFTMAX_POWER:
             best = tl.min(tl.where(valid, row.U, float("inf")), 0)
-            if weights == PRIOR_POWER:
-                best = _not_zero(tl.max(tl.where(valid, row.U, 0.0), 0))
+        if weights == PRIOR_POWER:
+            best = _not_zero(tl.max(tl.where(valid, row.U, 0.0), 0))
+        if weights == SOFTMAX_POWER or weights == PRIOR_POWER:
             L += 2.0 * power * tl.log(_not_zero(row.U) / best)
-            top += 2.0 * power * tl.log(best.to(tl.float64))
         largest = tl.max(tl.where(valid, L, float("-inf")), 0)
         largest = tl.where(largest == float("-inf"), 0.0, largest)
-        top += largest
         K = tl.exp(L - largest) / _not_zero(row.V)
     elif weights == LABELS or weights == SOFTMAX:
         K = 1.0 / row.V
@@ -257,7 +257,7 @@ def _weight_factor(row, valid, gamma, weights: tl.constexpr, divided: tl.constex
         K = row.V * tl.exp(2.0 * power * tl.log(row.U))
     else:
         K = row.V
-    return K, top
+    return K, best, largest
 
 
 @triton.jit
@@ -268,7 +268,7 @@ def values_kernel(
     mse,
     ce,
     pairs,
-    tops,
+    divisors,
     saved,
     sizes,
     strides,
@@ -291,7 +291,7 @@ def values_kernel(
         mse: where mse_scale * K * S goes: (rows,) if ``each_row``, else (programs,).
         ce: where ce_scale * cross entropy goes, likewise.
         pairs: (programs,), where the sums of pair weights over the largest of the program's rows go, or None.
-        tops: (programs,), where the logarithms of those largest pair weights go, or None. K is divided by them, too.
+        divisors: (2, programs), where what K is divided by goes, see :func:`_weight_factor`, or None.
         saved: (7, rows), what the gradients read, or None where ``whole_rows``.
     """
     at = _rows(sizes, tile_rows)
@@ -306,7 +306,7 @@ def values_kernel(
         for start in range(0, sizes.classes, tile_classes):
             tile = _load(student, teacher, prior, at, start + columns, sizes.classes, strides, weights)
             row = _merge(row, _reduce(tile, factors, cross_entropy, weights), factors, weights)
-    K, top = _weight_factor(row, at.valid, factors.gamma, weights, pairs is not None)
+    K, best, largest = _weight_factor(row, at.valid, factors.gamma, weights, pairs is not None)
     if not whole_rows:
         tl.store(saved + at.row, row.t_top, mask=at.valid)
         tl.store(saved + sizes.rows + at.row, row.P, mask=at.valid)
@@ -331,23 +331,35 @@ def values_kernel(
         tl.store(ce + program, tl.sum(tl.where(at.valid, row_ce, 0.0), 0))
     if pairs is not None:
         tl.store(pairs + program, tl.sum(tl.where(at.valid, K * row.V, 0.0), 0))
-        tl.store(tops + program, top)
+        tl.store(divisors + program, best)
+        tl.store(divisors + tl.num_programs(0) + program, largest)
 
 
 @triton.jit
-def totals_kernel(mse, ce, pairs, tops, loss, mse_total, ce_total, factor, programs, rows, block: tl.constexpr):
+def _log_divisor(divisors, program, programs, power):
+    """The logarithm of what each program has divided K by, in float64; -inf where there is no program."""
+    best = tl.load(divisors + program, mask=program < programs, other=1.0).to(tl.float64)
+    largest = tl.load(divisors + programs + program, mask=program < programs, other=float("-inf"))
+    return largest + 2.0 * power * tl.log(best)
+
+
+@triton.jit
+def totals_kernel(
+    mse, ce, pairs, divisors, loss, mse_total, ce_total, factor, programs, rows, power, block: tl.constexpr
+):
     """The sums over the programs of :func:`values_kernel`, by one program and in one order.
 
     Args:
         mse: (programs,), or None where the values stay apart.
         ce: likewise.
         pairs: (programs,), or None where nothing is divided by them.
-        tops: (programs,), likewise.
+        divisors: (2, programs), likewise.
         loss: one number, as the next two.
         mse_total: of it, the weighted MSE.
         ce_total: of it, the cross entropy.
         factor: (programs,), GKL's on the weighted MSE of their rows: rows over the batch's pair weights, 0 if these are
             0, times what K was divided by. Or None.
+        power: -gamma where the weights are a softmax to a power, gamma where they are a prior's.
     """
     lane = tl.arange(0, block)
     mse_sum = tl.zeros([block], tl.float32)
@@ -356,14 +368,13 @@ def totals_kernel(mse, ce, pairs, tops, loss, mse_total, ce_total, factor, progr
     largest = tl.full([block], float("-inf"), tl.float64)
     if pairs is not None:
         for start in range(0, programs, block):
-            valid = start + lane < programs
-            largest = tl.maximum(largest, tl.load(tops + start + lane, mask=valid, other=float("-inf")))
+            largest = tl.maximum(largest, _log_divisor(divisors, start + lane, programs, power))
     top = tl.max(largest, 0)
     for start in range(0, programs, block):
         valid = start + lane < programs
         share = tl.full([block], 1.0, tl.float32)
         if pairs is not None:
-            share = tl.exp((tl.load(tops + start + lane, mask=valid, other=float("-inf")) - top).to(tl.float32))
+            share = tl.exp((_log_divisor(divisors, start + lane, programs, power) - top).to(tl.float32))
             pair_sum += share * tl.load(pairs + start + lane, mask=valid, other=0.0)
         if mse is not None:
             mse_sum += share * tl.load(mse + start + lane, mask=valid, other=0.0)
@@ -375,7 +386,7 @@ def totals_kernel(mse, ce, pairs, tops, loss, mse_total, ce_total, factor, progr
         mse_found *= found
         for start in range(0, programs, block):
             valid = start + lane < programs
-            share = tl.exp((tl.load(tops + start + lane, mask=valid, other=float("-inf")) - top).to(tl.float32))
+            share = tl.exp((_log_divisor(divisors, start + lane, programs, power) - top).to(tl.float32))
             tl.store(factor + start + lane, found * share, mask=valid)
     if mse is not None:
         tl.store(loss, mse_found + ce_found)
@@ -472,7 +483,7 @@ def gradients_kernel(
         tile = _load(student, teacher, prior, at, columns, sizes.classes, strides, weights)
         if whole_rows:
             row = _reduce(tile, factors, cross_entropy, weights)
-            K, _ = _weight_factor(row, at.valid, factors.gamma, weights, factor is not None)
+            K, _, _ = _weight_factor(row, at.valid, factors.gamma, weights, factor is not None)
         to_student, to_teacher = _gradients(
             tile, row, factors, row_mse_scale * K, last * ce_scale, student_in_mse, cross_entropy, weights
         )

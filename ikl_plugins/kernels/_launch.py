@@ -78,8 +78,9 @@ def find_values(
     shape = (student.shape[0], *student.shape[2:]) if each_row else (plan.programs,)
     mse, cross_entropy = empty(*shape), empty(*shape)
     pairs, factor = (empty(plan.programs), empty(plan.programs)) if divides else (None, None)
-    tops = torch.empty((plan.programs,), dtype=torch.float64, device=student.device) if divides else None
+    divisors = empty(2, plan.programs) if divides else None
     kept = Kept(factor, None if plan.whole_rows else empty(7, rows))
+    power = settings.gamma if prior is not None else -settings.gamma
     with _on_device_of(student):
         code.values_kernel[(plan.programs,)](
             student,
@@ -88,7 +89,7 @@ def find_values(
             mse,
             cross_entropy,
             pairs,
-            tops,
+            divisors,
             kept.saved,
             *_sizes_layout_factors(code, plan, settings),
             mse_scale=0.5 * settings.beta * scale,
@@ -102,11 +103,12 @@ def find_values(
                 mse,
                 cross_entropy,
                 pairs,
-                tops,
+                divisors,
                 *totals,
                 factor,
                 plan.programs,
                 rows,
+                power,
                 block=_SUMMED_AT_ONCE,
                 enable_fp_fusion=False,
             )
@@ -116,13 +118,14 @@ def find_values(
                 None,
                 None,
                 pairs,
-                tops,
+                divisors,
                 None,
                 None,
                 None,
                 factor,
                 plan.programs,
                 rows,
+                power,
                 block=_SUMMED_AT_ONCE,
                 enable_fp_fusion=False,
             )

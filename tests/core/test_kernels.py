@@ -121,9 +121,7 @@ def _resources(launch: Launch, architecture: int, folder: Path) -> dict[str, int
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
-            return {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}[
-                value.dtype
-            ]
+            return {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[value.dtype]
         return "i32" if value < 2**31 else "i64"
 
     signature = {}
