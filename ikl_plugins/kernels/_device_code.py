@@ -7,7 +7,7 @@ T2)``, ``(prior / U)**gamma``, or 1) it takes of each row
     t_top, s_top    the largest logit of teacher and student
     P, Q            sum exp((t - t_top) / T),  sum exp((s - s_top) / T)
     H               sum exp((t - t_top) / T) (s_top - s) / T
-    U               sum exp((t - t_top) / T2); of a prior to a power the largest of its row
+    U               sum exp((t - t_top) / T2); of a prior to a power the largest of its row, at least 1e-37
     V, m, S         sum v,  sum v d / V,  sum v (d - m)^2
 
 which merge over blocks, so that a row's values take one reading. With ``W = V / U^gamma``, or V U^gamma of a prior,
@@ -163,7 +163,7 @@ def _unscaled_weights(tile, t_top, prior_top, labels, factors, weights: tl.const
     elif weights == PRIOR:
         v = tile.prior
     else:
-        v = tl.exp(factors.gamma * tl.log(tile.prior / _not_zero(prior_top)[:, None]))
+        v = tl.exp(factors.gamma * tl.log(tile.prior * (1.0 / prior_top)[:, None]))
     return v
 
 
@@ -183,7 +183,7 @@ def _reduce(tile, factors, cross_entropy: tl.constexpr, weights: tl.constexpr):
         H = tl.sum(labels * tl.where(tile.valid, below, 0.0), 1)
     if weights != WITHOUT:
         if weights == PRIOR_POWER:
-            U = tl.max(tile.prior, 1)
+            U = tl.maximum(tl.max(tile.prior, 1), 1e-37)  # 1 / U is finite, for a row of zeros too
         v = _unscaled_weights(tile, t_top, U, labels, factors, weights)
         d = tl.where(tile.valid, (tile.t - tile.s) * factors.mse_temperature, 0.0)
         V = tl.sum(v, 1)
@@ -218,8 +218,7 @@ def _merge(one, other, factors, weights: tl.constexpr):
         scale2 = tl.exp(factors.gamma * (t_drop2 * factors.weight_temperature))
     if weights == PRIOR_POWER:
         U = tl.maximum(one.U, other.U)
-        scale1 = tl.exp(factors.gamma * tl.log(one.U / _not_zero(U)))
-        scale2 = tl.exp(factors.gamma * tl.log(other.U / _not_zero(U)))
+        scale1, scale2 = tl.exp(factors.gamma * tl.log(one.U / U)), tl.exp(factors.gamma * tl.log(other.U / U))
     if weights == LABELS or weights == SOFTMAX or weights == SOFTMAX_POWER or weights == PRIOR_POWER:
         V1, S1, V2, S2 = V1 * scale1, S1 * scale1, V2 * scale2, S2 * scale2
     V = V1 + V2
@@ -245,9 +244,9 @@ def _weight_factor(row, valid, gamma, weights: tl.constexpr, divided: tl.constex
         if weights == SOFTMAX_POWER:
             best = tl.min(tl.where(valid, row.U, float("inf")), 0)
         if weights == PRIOR_POWER:
-            best = _not_zero(tl.max(tl.where(valid, row.U, 0.0), 0))
+            best = tl.max(tl.where(valid, row.U, 0.0), 0)
         if weights == SOFTMAX_POWER or weights == PRIOR_POWER:
-            L += 2.0 * power * tl.log(_not_zero(row.U) / best)
+            L += 2.0 * power * tl.log(row.U / best)
         largest = tl.max(tl.where(valid, L, float("-inf")), 0)
         largest = tl.where(largest == float("-inf"), 0.0, largest)
         K = tl.exp(L - largest) / _not_zero(row.V)
@@ -306,15 +305,16 @@ def values_kernel(
         for start in range(0, sizes.classes, tile_classes):
             tile = _load(student, teacher, prior, at, start + columns, sizes.classes, strides, weights)
             row = _merge(row, _reduce(tile, factors, cross_entropy, weights), factors, weights)
-    K, best, largest = _weight_factor(row, at.valid, factors.gamma, weights, pairs is not None)
     if not whole_rows:
         tl.store(saved + at.row, row.t_top, mask=at.valid)
         tl.store(saved + sizes.rows + at.row, row.P, mask=at.valid)
         tl.store(saved + 2 * sizes.rows + at.row, row.s_top, mask=at.valid)
         tl.store(saved + 3 * sizes.rows + at.row, row.Q, mask=at.valid)
         tl.store(saved + 4 * sizes.rows + at.row, row.m, mask=at.valid)
-        tl.store(saved + 5 * sizes.rows + at.row, K, mask=at.valid)
-        tl.store(saved + 6 * sizes.rows + at.row, row.U, mask=at.valid)
+        tl.store(saved + 5 * sizes.rows + at.row, row.U, mask=at.valid)
+    K, best, largest = _weight_factor(row, at.valid, factors.gamma, weights, pairs is not None)
+    if not whole_rows:
+        tl.store(saved + 6 * sizes.rows + at.row, K, mask=at.valid)
 
     row_mse = tl.zeros_like(row.m)
     row_ce = tl.zeros_like(row.m)
@@ -472,8 +472,8 @@ def gradients_kernel(
         s_top = tl.load(saved + 2 * sizes.rows + at.row, mask=at.valid, other=0.0)
         Q = tl.load(saved + 3 * sizes.rows + at.row, mask=at.valid, other=1.0)
         m = tl.load(saved + 4 * sizes.rows + at.row, mask=at.valid, other=0.0)
-        K = tl.load(saved + 5 * sizes.rows + at.row, mask=at.valid, other=0.0)
-        U = tl.load(saved + 6 * sizes.rows + at.row, mask=at.valid, other=0.0)
+        U = tl.load(saved + 5 * sizes.rows + at.row, mask=at.valid, other=1.0)
+        K = tl.load(saved + 6 * sizes.rows + at.row, mask=at.valid, other=0.0)
         row = Row(t_top, P, s_top, Q, P, U, P, m, P)
     stop = sizes.classes
     if whole_rows:

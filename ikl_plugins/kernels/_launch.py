@@ -202,12 +202,14 @@ def _constants(code: Any, plan: _Plan, settings: Settings, prior: Tensor | None)
         weights = code.SOFTMAX_POWER
     else:
         weights = code.LABELS if settings.weight_temperature == settings.temperature else code.SOFTMAX
+    # One more value goes from tile to tile, and with it some registers of each thread.
+    halved = weights is code.PRIOR_POWER and not plan.whole_rows
     return {
         "cross_entropy": settings.alpha > 0,
         "weights": weights.value,
         "whole_rows": plan.whole_rows,
         "tile_rows": plan.tile_rows,
-        "tile_classes": plan.tile_classes,
+        "tile_classes": plan.tile_classes // 2 if halved else plan.tile_classes,
         # A fused multiply-add would make noise of a difference that is 0.
         "enable_fp_fusion": False,
         "num_warps": plan.warps,
