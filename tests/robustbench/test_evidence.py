@@ -207,14 +207,62 @@ FILES = {
     "does not fool": ("image", lambda a: IMAGES[a["fell"]].numpy(), r"`predictions\[\d+\]` of the log is \d, but"),
     "another size": ("image", lambda a: a["image"][:, :, 1:], r"`adversarial` of the log is of images of \(3, 8, 8\)"),
     "too few": ("image", lambda a: a["image"][1:], "is damaged .its parts do not fit."),
-    "order": ("index", lambda a: a["index"][::-1], "`index of 0-apgd-ce-00000-"),
-    "other images": ("index", lambda a: a["index"] + 1, "`index of 0-apgd-ce-00000-"),
-    "who fell": ("fell", lambda a: a["fell"] + 1, r"`fell_to\[0\]` of the log must follow from `0-apgd-ce"),
+    "double": ("image", lambda a: a["image"].astype(float), "is damaged .its image do not fit."),
+    "order": ("index", lambda a: a["index"][::-1], "is damaged .its index do not fit."),
+    "other images": ("index", lambda a: a["index"] + 1, "is damaged .its index do not fit."),
+    "no numbers": ("index", lambda a: a["index"].astype(bytes), "is damaged .its index do not fit."),
+    "who fell": ("fell", lambda a: a["fell"] + 1, "is damaged .its fell do not fit."),
+    "who fell twice": ("fell", lambda a: a["fell"] * 0 + a["fell"][0], "is damaged .its fell do not fit."),
     "taken for": ("prediction", lambda a: a["prediction"] + 1, r"`predictions\[0\]` of the log must follow from `0-"),
+    "times": ("seconds", lambda a: a["seconds"] + np.ones(2), "is damaged .its seconds do not fit."),
+    "endless": ("seconds", lambda a: a["seconds"] * np.inf, "is damaged .its seconds do not fit."),
+    "numbered warning": ("warnings", lambda a: np.ones(1), "is damaged .its warnings do not fit."),
     "time": ("seconds", lambda a: a["seconds"] + 1, r"`progress\[0\].seconds` of the log must follow from"),
     "warning": ("warnings", lambda a: np.array(["Look out."]), "`warnings` of the log must follow from"),
-    "key": ("key", lambda a: np.array("0" * 16), "is damaged .its parts do not fit."),
+    "key": ("key", lambda a: np.array("0" * 16), "is damaged .its key do not fit."),
 }
+UNREADABLE = {
+    "no number": lambda text: text.replace('"seed": 0', '"seed": NaN'),
+    "a name twice": lambda text: text.replace('"seed": 0', '"seed": 1, "seed": 0'),
+    "nested": lambda text: "[" * 100_000,
+    "UTF-16": lambda text: text.encode("utf-16").decode("latin-1"),
+}
+# Values that a reader would stumble over, behind a renewed seal.
+ODD = {
+    "a data set of none": ("data", None),
+    "huge": ("eps_value", 10**400),
+    "a line of the report": ("model", "net\n\nRobust accuracy: 99 %"),
+    "half a character": ("model", "\ud800"),
+    "a parameter of an attack that did not run": ("parameters", {"square": {"n_queries": 1}}),
+    "a parameter that is true": ("parameters", {"apgd-ce": {"n_iter": True}}),
+    "a parameter that nothing follows from": ("parameters", {"apgd-ce": {"n_iter": 1}}),
+}
+
+
+@pytest.mark.parametrize("change", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_file_that_is_no_log_is_refused_as_damaged(change, path):
+    path.write_text(change(path.read_text()))
+    with message(f"Evaluation.load: {path} must be a log, but is damaged ("):
+        Evaluation.load(path)
+
+
+@pytest.mark.parametrize(("field", "value"), ODD.values(), ids=ODD)
+def test_odd_values_are_refused_by_the_field(field, value, path):
+    write_log({**read_log("test", path), field: value}, path)
+    with message(f"`{field}` of the log must "):
+        Evaluation.load(path)
+
+
+def test_names_are_logged_in_one_line(tmp_path):
+    names = {
+        "model_name": "net\nwork",
+        "data": "made\x00 \u2028up",
+        "checkpoint": {"name": "\ud800", "sha256": "0" * 64},
+    }
+    path = tmp_path / "evaluation.json"
+    evaluate(NETWORK, IMAGES, LABELS, eps="8/255", attacks=["apgd-ce"], log=path, progress=False, **names)
+    log = Evaluation.load(path).log
+    assert (log["model"], log["data"]["name"], log["checkpoint"]["name"]) == ("net?work", "made? ?up", "?")
 
 
 @pytest.mark.parametrize("case", FILES)
@@ -238,7 +286,7 @@ def test_batches_that_are_missing_or_of_another_run_are_refused(path, tmp_path):
     with message(f"must hold all batches of the log, but lacks {file.name}"):
         Evaluation.load(path)
     shutil.copy(file_of(other), file)
-    with message(f"{file} must be the file of a batch, but is damaged (its parts do not fit)"):
+    with message(f"{file} must be the file of a batch, but is damaged (its key do not fit)"):
         Evaluation.load(path)
     file.write_bytes(whole)
     Evaluation.load(path)

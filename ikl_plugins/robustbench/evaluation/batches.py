@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Batches:
         path = self.path(attack, number, index)
         if path is None or not path.exists():
             return None
-        return read_batch(self._caller, path, self.key(attack, index))
+        return read_batch(self._caller, path, self.key(attack, index), index)
 
     def write(self, attack: str, number: int, batch: Batch) -> None:
         path = self.path(attack, number, batch.index)
@@ -146,18 +147,24 @@ def batch_path(folder: Path, place: int, attack: str, number: int, key: str | No
     return folder / f"{place}-{name}-{number:05d}-{key}.npz"
 
 
-def read_batch(caller: str, path: Path, key: str) -> Batch:
+def read_batch(caller: str, path: Path, key: str, index: Sequence[int]) -> Batch:
     """Reads a batch file.
 
     Raises:
-        ValueError: it is damaged, or of another key.
+        ValueError: it is damaged, or of another key or other images.
     """
 
     def content(part: Mapping[str, Any]) -> Batch:
-        lists = {name: part[name].tolist() for name in ("index", "fell", "prediction", "seconds", "warnings")}
-        batch = Batch(image=torch.from_numpy(part["image"]), **lists)
-        if part["key"].item() != key or not len(batch.fell) == len(batch.image) == len(batch.prediction):
-            raise ValueError("its parts do not fit")
+        kinds = {"index": "i", "fell": "i", "prediction": "i", "warnings": "U"}
+        lists = {name: _list(part, name, kind) for name, kind in kinds.items()}
+        images, seconds = part["image"], part["seconds"]
+        _fits("image", images.ndim > 1 and images.dtype == np.float32)
+        _fits("seconds", seconds.shape == () and seconds.dtype.kind == "f" and 0 <= seconds < math.inf)
+        batch = Batch(image=torch.from_numpy(images), seconds=seconds.item(), **lists)
+        _fits("key", part["key"].shape == () and part["key"].item() == key)
+        _fits("index", batch.index == [*index])
+        _fits("fell", batch.fell == [at for at in index if at in {*batch.fell}])
+        _fits("parts", len(batch.fell) == len(batch.image) == len(batch.prediction))
         return batch
 
     return _read(caller, path, content)
@@ -235,12 +242,26 @@ def read_natural(caller: str, path: Path) -> Natural:
 
     def content(part: Mapping[str, Any]) -> Natural:
         found = json.loads(part["facts"].item())
-        if path.name != f"natural-{_digest(found)}.npz":
-            raise ValueError("its parts do not fit")
-        lists = {name: part[name].tolist() for name in ("digests", "warnings")}
-        return Natural(predictions=torch.from_numpy(part["predictions"]), facts=found, **lists)
+        _fits("facts", isinstance(found, dict) and path.name == f"natural-{_digest(found)}.npz")
+        lists = {name: _list(part, name, "U") for name in ("digests", "warnings")}
+        predictions = _list(part, "predictions", "i")
+        _fits("digests", len(predictions) == len(lists["digests"]) == found["n_examples"])
+        return Natural(predictions=torch.tensor(predictions), facts=found, **lists)
 
     return _read(caller, path, content)
+
+
+def _list(part: Mapping[str, Any], name: str, kind: str) -> list[Any]:
+    """A row of numbers or texts; an empty one may be of any kind."""
+    found = part[name]
+    _fits(name, found.ndim == 1 and (found.dtype.kind == kind or not len(found)))
+    values: list[Any] = found.tolist()
+    return values
+
+
+def _fits(name: str, fits: bool) -> None:
+    if not fits:
+        raise ValueError(f"its {name} do not fit")
 
 
 def _read(caller: str, path: Path, content: Callable[[Mapping[str, Any]], T]) -> T:

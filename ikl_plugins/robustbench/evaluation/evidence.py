@@ -18,6 +18,8 @@ from .attacks import TRANSFER, possible_attacks, square_warnings
 from .batches import Batches, batch_path, each_kind_once, natural_facts, natural_path, read_batch, read_natural
 from .checks import ATTACKS, NORMS
 from .fields import check_curve, check_fields, refuse, refuse_other
+from .plan import check_parameters
+from .seal import canonical
 from .verdict import STANDARD, autoattack_accuracies, is_standard, is_unreliable
 
 __all__ = ["check_log", "expected_batches", "mean_corruption_error", "read_batches"]
@@ -93,8 +95,7 @@ def read_batches(caller: str, log: Mapping[str, Any], folder: Path) -> dict[int,
             file = batch_path(folder, place, attack, number, stated)
             if not file.exists():
                 raise ValueError(f"{caller}: {folder} must hold all batches of the log, but lacks {file.name}.")
-            batch = read_batch(_READER, file, stated)
-            refuse_other(caller, f"index of {file.name}", batch.index, index, "fell_to", "natural_correct")
+            batch = read_batch(_READER, file, stated, index)
             fell = [at for at in index if log["fell_to"][at] == attack]
             refuse_other(caller, "fell_to", fell, batch.fell, file.name)
             refuse_other(caller, "predictions", [log["predictions"][at] for at in fell], batch.prediction, file.name)
@@ -114,7 +115,9 @@ def _refuse_facts(caller: str, said: Mapping[str, Any], folder: Path) -> None:
     there = [read_natural(_READER, path).facts for path in sorted(folder.glob("natural-*.npz"))]
     if not there:
         raise ValueError(f"{caller}: {folder} must hold the file natural-... of the evaluation, but has none.")
-    differing = [[key for key in {**said, **facts} if said.get(key) != facts.get(key)] for facts in there]
+    differing = [
+        [key for key in {**said, **facts} if canonical(said.get(key)) != canonical(facts.get(key))] for facts in there
+    ]
     nearest = min(range(len(there)), key=lambda place: len(differing[place]))
     key = differing[nearest][0]
     field = key.replace("version of ", "versions.").replace("data", "data.sha256")
@@ -171,6 +174,11 @@ def _check_attacks(caller: str, log: Mapping[str, Any]) -> None:
         refuse(caller, "threat_model", f"one of {', '.join(NORMS)}", log["threat_model"])
     _same(caller, log, "eps_value", _radius(caller, "eps", log["eps"]), "eps")
     version, attacks, classes = log["version"], log["attacks"], log["n_classes"]
+    try:
+        parameters = check_parameters(caller, log["parameters"], attacks, log["threat_model"], classes)
+    except (TypeError, ValueError) as error:
+        refuse(caller, "parameters", f"such as AutoAttack's attacks take ({error})", log["parameters"])
+    _same(caller, log, "parameters", parameters, "attacks")
     dropped = [entry["attack"] for entry in log["dropped"]]
     if not attacks or len({*attacks, *dropped}) != len(attacks) + len(dropped):
         refuse(caller, "attacks", "of different names, none of them in `dropped`", attacks)

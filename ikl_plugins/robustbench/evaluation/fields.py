@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from .seal import canonical
 
-__all__ = ["check_curve", "check_fields", "refuse", "refuse_other"]
+__all__ = ["check_curve", "check_fields", "plain", "refuse", "refuse_other"]
 
 Rule = Callable[[Any], bool]
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # of Unicode's categories
+_LARGEST = 1e18  # beyond it JSON's integers are no longer those of other programs
 _WRITTEN = "of the type and range that an evaluation writes"
 
 
@@ -43,7 +45,15 @@ def refuse_other(caller: str, field: str, found: Any, expected: Any, *sources: s
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and plain(value) == value
+
+
+def plain(text: str) -> str:
+    """A text without what would forge a line of a report or break it: line ends, other control characters, surrogates.
+
+    A question mark stands for each.
+    """
+    return "".join("?" if unicodedata.category(character) in _CONTROL else character for character in text)
 
 
 def _flag(value: Any) -> bool:
@@ -51,19 +61,19 @@ def _flag(value: Any) -> bool:
 
 
 def _integer(value: Any) -> bool:
-    return type(value) is int
+    return type(value) is int and abs(value) <= _LARGEST
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= _LARGEST
 
 
 def _positive(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return _count(value) and value > 0
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return type(value) in (int, float) and 0 <= value <= _LARGEST
 
 
 def _share(value: Any) -> bool:
@@ -113,6 +123,13 @@ def _fields(**rules: Rule) -> Rule:
     )
 
 
+_DATA = _fields(
+    name=_maybe(_text),
+    source=_maybe(_each(_text)),
+    sha256=_sha256,
+    n_examples=_positive,
+    preprocessing=_maybe(_text),
+)
 _EVERY: dict[str, Rule] = {
     "versions": _each(_text),
     "date": _date,
@@ -127,19 +144,11 @@ _EVERY: dict[str, Rule] = {
     "threat_model": _text,
     "n_examples": _positive,
     "batch_size": _positive,
-    "data": _maybe(
-        _fields(
-            name=_maybe(_text),
-            source=_maybe(_each(_text)),
-            sha256=_sha256,
-            n_examples=_positive,
-            preprocessing=_maybe(_text),
-        )
-    ),
+    "data": _DATA,
     "classes": _maybe(_all(_text)),
     "natural_accuracy": _maybe(_share),
     "robust_accuracy": _maybe(_share),
-    "warnings": _all(_text),
+    "warnings": _all(lambda value: isinstance(value, str) and _text(value.replace("\n", " "))),
     "standard": _flag,
     "unreliable": _flag,
     "finished": _flag,
@@ -179,6 +188,7 @@ _CORRUPTED: dict[str, Rule] = {
     "natural_correct": _maybe(_all(_bit)),
     **dict.fromkeys(("predictions", "robust", "fell_to", "eps", "eps_value", "version", "n_target_classes"), _none),
     "adversarial": _none,
+    "data": _maybe(_DATA),
     **dict.fromkeys(("attacks", "dropped", "progress", "warnings"), lambda value: value == []),
     **dict.fromkeys(("standard", "unreliable"), lambda value: value is False),
     "parameters": lambda value: value == {},

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ..export import export
 from ..known_sets import recorded_name
 from ..tables import aligned
 from .evidence import check_log, read_batches
+from .fields import plain
 from .seal import broken, seal
 from .verdict import attacks_in_words, is_standard
 
@@ -228,8 +229,8 @@ def identity(
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()})",
-        "model": type(_unwrapped(model)).__name__ if name is None else name,
-        "checkpoint": None if checkpoint is None else {key: checkpoint[key] for key in ("name", "sha256")},
+        "model": plain(type(_unwrapped(model)).__name__ if name is None else name),
+        "checkpoint": checkpoint and {"name": plain(checkpoint["name"]), "sha256": checkpoint["sha256"]},
         "weights_sha256": weights_sha256(model),
         "dtype": precision(model),
     }
@@ -247,8 +248,9 @@ def data_facts(data: str | Images | None, images: Tensor, labels: Tensor | None)
     if isinstance(data, Images) and source is not None:
         first = data.images[: len(images)], data.labels[: len(images)]
         source = source if torch.equal(first[0], images) and labels is not None and first[1].equal(labels) else None
+    name = recorded_name(name, source)
     return {
-        "name": recorded_name(name, source),
+        "name": None if name is None else plain(name),
         "source": source,
         "sha256": content_sha256(images, torch.empty(0) if labels is None else labels),
         "n_examples": len(images),
@@ -258,7 +260,7 @@ def data_facts(data: str | Images | None, images: Tensor, labels: Tensor | None)
 
 def class_names(data: str | Images | None, classes: int | None) -> list[str] | None:
     names = data.classes if isinstance(data, Images) else None
-    return list(names) if names is not None and len(names) == classes else None
+    return list(map(plain, names)) if names is not None and len(names) == classes else None
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -286,7 +288,19 @@ def write_log(log: Mapping[str, Any], path: Path) -> None:
     sealed = {**log, "seal": seal(log)}
     lines = (f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in sealed.items())
     with written_aside(path) as aside:
-        aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        aside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON; of a name that comes twice other programs may read the other value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def read_log(caller: str, path: Path) -> dict[str, Any]:
@@ -294,8 +308,8 @@ def read_log(caller: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{caller}: the log must be a file, but there is none at {path}.")
     try:
-        log = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
+        log = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:  # no JSON, or no text
         raise ValueError(f"{caller}: {path} must be a log, but is damaged ({error}). Remove it.") from error
     if not isinstance(log, dict) or log.get("format") != FORMAT:
         found = log.get("format") if isinstance(log, dict) else type(log).__name__

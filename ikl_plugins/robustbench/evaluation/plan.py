@@ -132,6 +132,7 @@ def check_parameters(
             f"{caller}: `parameters` must map attacks to mappings, got {parameters!r}. Write "
             "{'square': {'n_queries': 20000}}."
         )
+    found: dict[str, dict[str, Any]] = {}
     for attack, values in parameters.items():
         known = _PARAMETERS.get(attack.removeprefix(TRANSFER))
         if attack not in attacks or known is None:
@@ -142,22 +143,24 @@ def check_parameters(
         for name, value in values.items():
             if name not in known:
                 raise ValueError(check.unknown_name_message(caller, f"parameter of {attack}", name, known))
-            _check_parameter(caller, f"{attack}.{name}", value, known[name], norm, classes)
-    return {attack: dict(values) for attack, values in parameters.items() if values}
+            number = _parameter(caller, f"{attack}.{name}", value, known[name], norm, classes)
+            found.setdefault(attack, {})[name] = number
+    return found
 
 
-def _check_parameter(
+def _parameter(
     caller: str, name: str, value: object, limits: tuple[float, float] | None, norm: str, classes: int
-) -> None:
+) -> float:
     if limits is None:
         # AutoAttack spreads the iterations over three radii for L1, which a single one does not survive.
         count = check.check_integer(caller, name, value, least=2 if norm == "L1" and name.endswith("n_iter") else 1)
         if name.endswith("n_target_classes") and count >= classes:
             raise ValueError(f"{caller}: `{name}` must be at most {classes - 1}, the other classes, got {count}.")
-        return
+        return count
     number = check.check_number(caller, name, value)
     if not limits[0] < number <= limits[1]:
         raise ValueError(f"{caller}: `{name}` must be above {limits[0]:g} and at most {limits[1]:g}, got {value}.")
+    return number
 
 
 def parameters_in_words(parameters: Mapping[str, Mapping[str, Any]]) -> str:

@@ -207,11 +207,11 @@ def _checked_images(evaluation: Evaluation, images: Tensor) -> dict[int, Tensor]
     for start in range(0, len(fell), 256):
         rows = fell[start : start + 256]
         shapes = {tuple(stored[at].shape) for at in rows}
-        if shapes != {tuple(images.shape[1:])} or any(not stored[at].is_floating_point() for at in rows):
+        if shapes != {tuple(images.shape[1:])} or any(stored[at].dtype != torch.float32 for at in rows):
             raise _refuse(
                 "adversarial", f"of images of {tuple(images.shape[1:])}", f"images of {shapes}", "Evaluate again."
             )
-        made = torch.stack([stored[at] for at in rows]).float()
+        made = torch.stack([stored[at] for at in rows])
         for at, image in zip(rows, made, strict=True):
             low, high = image.min().item(), image.max().item()
             if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also of NaN
