@@ -541,6 +541,16 @@ def steps(model, images, labels, **options):
     return images
 
 
+def steps_unseen(model, images, labels, **options):
+    next(model.parameters()).data.mul_(-1)
+    return images
+
+
+def hooks(model, images, labels, **options):
+    model.register_forward_hook(lambda module, given, logits: -logits)
+    return images
+
+
 BAD = [
     (gives(lambda images: None), "floating images of shape (5, 3, 8, 8), got NoneType"),
     (gives(lambda images: images[:, :1]), "got torch.float32 of (5, 1, 8, 8)"),
@@ -550,13 +560,17 @@ BAD = [
     (gives(lambda images: (images + 4.1 / 255).clamp(0, 1)), "within Linf eps 4/255, got 5 of 5 further away"),
     (trains, "must leave the model as it is"),
     (steps, "must leave the model as it is"),
+    (steps_unseen, "must leave the model as it is"),
+    (hooks, "must leave the model as it is"),
+    (gives(lambda images: [][1]), "must give images, but raised IndexError: list index out of range"),
+    (gives(lambda images: images.nothing), "must give images, but raised AttributeError: 'Tensor' object has no"),
 ]
 
 
 @pytest.mark.parametrize(("attack", "text"), BAD)
 def test_what_an_attack_must_not_do_is_refused_by_its_name(attack, text):
     model = network()
-    with message(text) as caught:
+    with message(text, (RuntimeError, ValueError)) as caught:
         evaluate(model, *batch(model), eps="4/255", attacks=[attack], batch_size=5, progress=False)
     assert f"attack `{attack.__module__}:{attack.__qualname__}` must" in str(caught.value)
 
@@ -655,6 +669,8 @@ def test_transfer_behind_the_standard_attacks_is_not_standard_and_other_surrogat
         evaluate(model, images, labels, surrogate=network(seed=2), parameters=parameters, log=path, **options)
     with message("evaluate surrogate: it must have the 10 classes of the model, got 7"):
         evaluate(model, images, labels, surrogate=network(7), **options)
+    with message("evaluate surrogate: it must take images of (3, 8, 8), but raised: "):
+        evaluate(model, images, labels, surrogate=network(channels=1), **options)
     with message("`surrogate` is what transfer attacks are computed on, got one, but no attack named transfer-..."):
         evaluate(model, images, labels, surrogate=network(), eps="2/255")
 

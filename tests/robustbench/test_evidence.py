@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from quick_autoattack import Interruption, Quick, batch, message, network, robustbench
+from quick_autoattack import Harmless, Interruption, Quick, batch, message, network, robustbench
 
 from ikl_plugins.robustbench import Images, verify
 from ikl_plugins.robustbench.evaluation import curve, evaluate, evaluate_corruptions
@@ -345,6 +345,23 @@ def test_what_autoattack_finds_is_taken_for_what_it_is(norm, tmp_path):
     evaluate(NETWORK, IMAGES, LABELS, log=tmp_path / "log.json", **options)
     found = verify(NETWORK, tmp_path / "log.json", DATA)
     assert found.adversarial == found.fell > 0
+
+
+def test_attacks_that_never_ran_are_found_out(tmp_path, monkeypatch):
+    log = tmp_path / "evaluation.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(robustbench.eval, "AutoAttack", Harmless)  # as with a model that hides its gradients
+        forged = evaluate(NETWORK, IMAGES, LABELS, eps="16/255", log=log, data=DATA)
+    assert forged.standard
+    assert sum(forged.log["robust"]) == 12
+    with message("verify: `robust` of the log is 1 for 12 images that apgd-ce attacked again, but the evidence gives"):
+        verify(NETWORK, log, DATA)
+    assert "again" not in str(verify(NETWORK, log, DATA, attack=0)).replace("run again", "")
+    honest = evaluate(NETWORK, IMAGES, LABELS, eps="1/255", data=DATA)
+    stand = sum(honest.log["robust"])
+    assert stand > 5
+    assert str(verify(NETWORK, honest, DATA, attack=5)).endswith("; 0 of 5 images that stand fell to apgd-ce again")
+    assert verify(NETWORK, honest, DATA, batch_size=3).attacked == stand
 
 
 def test_another_model_and_other_images_are_refused(small):

@@ -31,11 +31,15 @@ def own_attack(
     def perturb(images: Tensor, labels: Tensor) -> Tensor:
         before = _state(model)
         with _seeded(seed), torch.enable_grad():
-            found = called(model, images.clone(), labels.clone(), norm=norm, eps=float(eps), seed=seed)
+            try:
+                found = called(model, images.clone(), labels.clone(), norm=norm, eps=float(eps), seed=seed)
+            except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:
+                said = f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"{caller}: attack `{name}` must give images, but raised {said}.") from error
         if _state(model) != before:
             raise ValueError(
-                f"{caller}: attack `{name}` must leave the model as it is, but changed weights, buffers or its mode. "
-                "Attack a copy."
+                f"{caller}: attack `{name}` must leave the model as it is, but changed weights, buffers, hooks or its "
+                "mode. Attack a copy."
             )
         return _checked(f"{caller}: attack `{name}` must give", images, found, norm, eps)
 
@@ -76,9 +80,16 @@ def outside(images: Tensor, others: Tensor, norm: str, eps: float) -> Tensor:
 
 
 def _state(model: nn.Module) -> tuple[Any, ...]:
-    """What an attack must leave alone: which values were written how often, and modes."""
+    """What an attack must leave alone: which values were written how often, the values, and modes and hooks."""
     tensors = [*model.parameters(), *model.buffers()]
-    return [(id(value), value._version) for value in tensors], [module.training for module in model.modules()]
+    written = [(id(value), value._version) for value in tensors]
+    # What is written through .data counts no version. Weighted by place, so that values that move are seen too.
+    bits = [value.detach().contiguous().flatten().view(torch.uint8) for value in tensors]
+    sums = [int((one * torch.arange(1, len(one) + 1, device=one.device)).sum()) for one in bits]
+    modes = [
+        (module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
+    ]
+    return written, sums, modes
 
 
 @contextlib.contextmanager

@@ -276,7 +276,13 @@ def _checked_surrogate(
     caller = f"{caller} surrogate"
     check_model(caller, surrogate, "standard")
     surrogate = trainable_copy(caller, surrogate).to(device)
-    _, found = natural_predictions(caller, surrogate, images, torch.zeros(1), len(images), device)
+    try:
+        _, found = natural_predictions(caller, surrogate, images, torch.zeros(1), len(images), device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"{caller}: it must take images of {tuple(images.shape[1:])}, but raised: {said}") from error
     if found != classes:
         raise ValueError(f"{caller}: it must have the {classes} classes of the model, got {found}.")
     return surrogate
