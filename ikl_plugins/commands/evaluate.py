@@ -177,6 +177,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     evaluation = merge([folder / LOG for folder in arguments.merge], arguments.output / LOG)
     if evaluation.finished:
         _tell(evaluation, arguments.output, None)
+        if any((folder / "curve").is_dir() for folder in arguments.merge):
+            _say(f"The curve is not merged. Run one process with --curve, and {arguments.output} as --output.")
         return
     last = evaluation.log["progress"][-1]
     _say(

@@ -93,6 +93,8 @@ def test_a_record_without_images_is_taken_as_stated(evaluated, record):
         ({"attack": None}, "`attack` must be there"),
         ({"code": "mine"}, "`code` must be an address"),
         ({"by": "a\nb"}, "`by` must be one line"),
+        ({"by": "\x1b[2J"}, "`by` must be one line"),
+        ({"natural_accuracy": float("nan")}, "NaN is no number of JSON"),
         ({"robust_accuracy": 90.0}, "robust <= natural <= 100"),
         ({"natural_accuracy": 101.0}, "robust <= natural <= 100"),
         ({"n_examples": 0}, "`n_examples` must be an integer of at least 1"),
@@ -113,6 +115,11 @@ def test_a_file_that_is_no_record_is_refused(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with message("must hold a mapping, got list"):
         read_external("t", tmp_path / "list.json")
+    for text, why in (("[" * 100_000, "too many levels"), ('{"by": "a", "by": "b"}', "a name comes twice")):
+        (tmp_path / "none.json").write_text(text)
+        with message(f"must be a record in JSON, but {tmp_path / 'none.json'} is not: {why}"):
+            read_external("t", tmp_path / "none.json")
+    (tmp_path / "none.json").unlink()
     with message("must be a record in JSON"):
         read_external("t", tmp_path / "none.json")
 

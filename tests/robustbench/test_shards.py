@@ -289,7 +289,9 @@ def test_folders_that_are_not_shared_are_merged(line, alone, tmp_path, capsys):
     assert "robust accuracy" in capsys.readouterr().out
     assert log_and_images(merged) == log_and_images(alone)
     assert (merged / "report.md").is_file()
+    (merged / "curve").mkdir()
     assert status("--merge", merged, "--output", merged) == 0
+    assert "The curve is not merged. Run one process with --curve" in capsys.readouterr().out
     (shards[1] / "evaluation.json").unlink()
     assert status(*line, "--output", tmp_path / "3", "--shard", "2/2", "--wait", "0", "--seed", "1") == 75
     text = status("--merge", shards[0], tmp_path / "3", "--output", tmp_path / "no")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from ..conditions import own_conditions, trainable_copy
 from ..data import load_images
 from ..eps import Eps, parse_eps
 from .attacks import outside, random_state_kept
+from .fields import plain
 from .log import percent
+from .seal import parsed
 
 __all__ = ["External", "check_external", "lowest_robust", "read_external", "verify_external"]
 
@@ -80,7 +81,7 @@ def read_external(caller: str, source: External | Path | str) -> External:
         return source
     path = Path(source)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{caller}: `external` must be a record in JSON, but {path} is not: {error}.") from error
     where = f"{caller}: {path}"
@@ -93,7 +94,7 @@ def read_external(caller: str, source: External | Path | str) -> External:
         if key not in (*_KEYS, "adversarial"):
             raise ValueError(check.unknown_name_message(where, "key", key, (*_KEYS, "adversarial")))
     for key in _TEXTS:
-        if not isinstance(content[key], str) or not content[key].strip() or len(content[key].splitlines()) > 1:
+        if not isinstance(content[key], str) or not content[key].strip() or plain(content[key]) != content[key]:
             raise ValueError(f"{where}: `{key}` must be one line of text, got {content[key]!r}. Write it out.")
     if "://" not in content["code"]:
         raise ValueError(f"{where}: `code` must be an address, got {content['code']!r}. Write https://...")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ..known_sets import recorded_name
 from ..tables import aligned
 from .evidence import check_log, read_batches
 from .fields import plain
-from .seal import broken, seal
+from .seal import broken, parsed, seal
 from .verdict import attacks_in_words, is_standard
 
 __all__ = ["FORMAT", "Evaluation", "batch_folder", "class_names", "data_facts", "identity", "percent", "read_log"]
@@ -291,25 +291,13 @@ def write_log(log: Mapping[str, Any], path: Path) -> None:
         aside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping of JSON; of a name that comes twice other programs may read the other value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
-
-
 def read_log(caller: str, path: Path) -> dict[str, Any]:
     """A log without its seal; refused unless it is whole, as it was written, and agrees with itself."""
     if not path.is_file():
         raise ValueError(f"{caller}: the log must be a file, but there is none at {path}.")
     try:
-        log = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:  # no JSON, or no text
+        log = parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{caller}: {path} must be a log, but is damaged ({error}). Remove it.") from error
     if not isinstance(log, dict) or log.get("format") != FORMAT:
         found = log.get("format") if isinstance(log, dict) else type(log).__name__

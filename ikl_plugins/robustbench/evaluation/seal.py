@@ -5,14 +5,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["broken", "canonical", "seal"]
+__all__ = ["broken", "canonical", "parsed", "seal"]
 
 
 def canonical(value: object) -> str:
     """The one JSON text of a value, in which 1, 1.0 and true differ."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def parsed(text: str) -> Any:
+    """A value of JSON that every program reads alike.
+
+    Raises:
+        ValueError: no JSON; NaN or an infinity; a mapping with a name twice; too many levels.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("too many levels") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def seal(log: Mapping[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import _validation as check
 from ..eps import as_fraction
 from ..evaluation.evidence import check_log
+from ..evaluation.fields import plain
 from ..evaluation.log import Evaluation, weights_sha256
 from ..leaderboard import entries, table_origin
 from ..preflight import Preflight
@@ -63,19 +64,19 @@ def check_paper(
             f"{CALLER}: `footnote` must say what generated images were trained on, got None. Write 'It uses 1M "
             "synthetic images.'"
         )
-    people = [person.strip() for person in (authors.split(",") if isinstance(authors, str) else authors)]
-    if not people or not all(people):
+    people = authors.split(",") if isinstance(authors, str) else [*authors]
+    if not people or not all(isinstance(one, str) and one.strip() and plain(one) == one for one in people):
         raise ValueError(f"{CALLER}: `authors` must name at least one person, got {authors!r}. Write them out.")
     if not re.match(r"https?://\S", link):
         raise ValueError(f"{CALLER}: `link` must be an http(s) address, got {link!r}. Write https://arxiv.org/abs/...")
     check.check_integer(CALLER, "number_forward_passes", number_forward_passes)
-    return people
+    return [person.strip() for person in people]
 
 
 def _check_line(argument: str, text: object) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{CALLER}: `{argument}` must be text, got {type(text).__name__}. Write it out.")
-    if not text.strip() or len(text.splitlines()) > 1:
+    if not text.strip() or plain(text) != text:
         raise ValueError(f"{CALLER}: `{argument}` must be one line of text, got {text!r}. Write it out.")
 
 
