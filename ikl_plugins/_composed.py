@@ -12,7 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Settings", "composed_loss", "compute_dtype", "pair_factors", "reduce_rows", "wide", "without_autocast"]
+__all__ = [
+    "LEAST_GAMMA",
+    "Settings",
+    "composed_loss",
+    "compute_dtype",
+    "pair_factors",
+    "reduce_rows",
+    "wide",
+    "without_autocast",
+]
+
+LEAST_GAMMA = 1e-37  # a power that float32 tells from 0, which has a way of its own
 
 
 class Settings(NamedTuple):
@@ -70,7 +81,7 @@ def composed_loss(
             prior = class_prior.movedim(1, -1).reshape(-1, shape[1]).to(dtype)
             top = prior.amax(1)
             # A power of the weights themselves may lie below what a float tells from 0, for all of them.
-            weights = (prior / torch.where(top == 0, 1.0, top).unsqueeze(1)) ** settings.gamma
+            weights = (prior / torch.where(top == 0, 1.0, top).unsqueeze(1)) ** max(settings.gamma, LEAST_GAMMA)
             log_top = torch.log(top.to(wide(top)))
         else:
             logits = t.detach() / settings.weight_temperature

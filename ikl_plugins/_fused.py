@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._composed import Settings, compute_dtype, pair_factors, wide, without_autocast
+from ._composed import LEAST_GAMMA, Settings, compute_dtype, pair_factors, wide, without_autocast
 
 __all__ = ["Result", "class_weights", "fused_loss"]
 
@@ -349,7 +349,7 @@ def class_weights(part: Operands, settings: Settings, *, out: Tensor) -> Tensor 
         log_top = out.new_zeros((len(out), 1), dtype=wide(out))
     elif part.class_prior is not None:
         top = part.class_prior.amax(1, keepdim=True)
-        torch.div(part.class_prior, _not_zero(top), out=out).pow_(gamma)
+        torch.div(part.class_prior, _not_zero(top), out=out).pow_(max(gamma, LEAST_GAMMA))
         log_top = top.to(wide(out)).log_()
     else:
         below = torch.mul(part.teacher, 1.0 / settings.weight_temperature, out=part.work)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._composed import Settings
+from .._composed import LEAST_GAMMA, Settings
 
 __all__ = ["Kept", "find_gradients", "find_values"]
 
@@ -19,7 +19,6 @@ _CLASSES_OF_A_TILE_SIDE_BY_SIDE = 256
 _ROWS_SIDE_BY_SIDE = 16
 _ELEMENTS_OF_A_WARP = 256
 _SUMMED_AT_ONCE = 1024
-_LEAST_GAMMA = 1e-37  # a power that float32 tells from 0, which has a way of its own
 
 _Strides = tuple[int, int, int]  # of (samples, classes, places)
 
@@ -185,7 +184,7 @@ def _sizes_layout_factors(code: Any, plan: _Plan, settings: Settings) -> tuple[A
             1.0 / settings.temperature,
             1.0 / settings.weight_temperature,
             1.0 / settings.mse_temperature,
-            max(settings.gamma, _LEAST_GAMMA),
+            max(settings.gamma, LEAST_GAMMA),
         ),
     )
 

@@ -175,10 +175,12 @@ def test_logits_of_ten_thousand_stay_finite(
             assert bool(torch.isfinite(gradient).all())
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.05, 1.0])
-def test_zero_entries_and_zero_rows_of_a_prior(gamma: float) -> None:
-    prior = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
-    student, teacher = (3.0 * torch.randn(3, 3, dtype=torch.float64) for _ in range(2))
+@pytest.mark.parametrize("gamma", [0.0, 1e-168, 0.05, 1.0])  # of which the second is 0 in float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zero_entries_and_zero_rows_of_a_prior(gamma: float, dtype: torch.dtype) -> None:
+    prior = torch.zeros(3, 20, dtype=dtype)  # whole vectors, which torch computes in another way than single numbers
+    prior[0, :2], prior[2, 1] = 0.5, 1.0
+    student, teacher = (3.0 * torch.randn(3, 20, dtype=dtype) for _ in range(2))
     oracles.assert_matches(gkl_loss, "gkl", student, teacher, gamma=gamma, class_prior=prior, reduction="none")
     oracles.assert_matches(ikl_loss, "ikl", student, teacher, class_prior=prior, reduction="none")
 
