@@ -765,6 +765,7 @@ def without_class_2(_, logits):
         ({"batch_size": True}, TypeError, "got True"),
         ({"seed": None}, TypeError, "`seed` must be an integer"),
         ({"seed": True}, TypeError, "got True"),
+        ({"seed": 2**64}, ValueError, "`seed` must lie from -2^63 to 2^64 - 1"),
         ({"model": lambda images: images}, TypeError, "got function"),
         ({"model": network().train()}, ValueError, "must be in eval mode"),
         ({"model": network(1)}, ValueError, "at least 2 classes, got 1"),

@@ -176,3 +176,5 @@ def check_data(caller: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 def check_seed(caller: str, seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{caller}: `seed` must be an integer, got {seed!r}, as a run must be repeatable.")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{caller}: `seed` must lie from -2^63 to 2^64 - 1, as torch takes it, got {seed}.")

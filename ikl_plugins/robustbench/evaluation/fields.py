@@ -61,7 +61,7 @@ def _flag(value: Any) -> bool:
 
 
 def _integer(value: Any) -> bool:
-    return type(value) is int and abs(value) <= _LARGEST
+    return type(value) is int and -(2**63) <= value < 2**64
 
 
 def _count(value: Any) -> bool:

@@ -294,7 +294,7 @@ def _attacked_again(
     setting = Setting(
         log["threat_model"],
         parse_eps(_CALLER, log["eps"], norm="L2"),  # without the warning of Linf
-        log["seed"] + 1,
+        log["seed"] ^ 1,
         device,
         log["n_classes"],
     )
