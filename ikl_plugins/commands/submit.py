@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--allow-failed-preflight", action="store_true", help="and say in the form what failed")
     add("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
     add("--force", action="store_true", help="replace a submission that is there")
-    add("--batch-size", type=int, default=32, help="of the checks (default: 32)")
+    add("--batch-size", type=int, help="of the checks (default: that of the evaluation)")
     add_device_argument(parser)
 
 
@@ -163,7 +163,7 @@ def _checked(
         norm="L2" if log["threat_model"] == "L2" else "Linf",
         claimed=log["robust_accuracy"] if arguments.reported is None else arguments.reported,
         measured=log["robust_accuracy"],
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or log["batch_size"],
         number_forward_passes=arguments.number_forward_passes,
         data=images,
         progress=lambda found: print(f"preflight, {found.name}: {WORDS[found.passed]}. {found.why}", flush=True),

@@ -156,6 +156,12 @@ class Frozen(nn.BatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
+def median(x):
+    """Of the nine pixels around each; black ones are equal."""
+    around = F.unfold(F.pad(x, (1, 1, 1, 1)), 3).view(len(x), x.shape[1], 9, -1)
+    return around.median(dim=2).values.view_as(x)
+
+
 def groups(number):
     return lambda channels: nn.GroupNorm(number, channels)
 
@@ -181,6 +187,7 @@ NETWORKS = {
     "average of log-probabilities": lambda: Average(nn.Sequential(convolutions(), nn.LogSoftmax(1)), convolutions()),
     "DataParallel": lambda: nn.DataParallel(convolutions()),
     "clamps its input": lambda: Around(before=lambda x: x.clamp(0, 1), net=convolutions()),
+    "median of pixels": lambda: Around(before=median, net=convolutions()),
     "float32 inside": lambda: Around(before=lambda x: x.float(), net=convolutions()),
     "no copy": lambda: uncopied(convolutions()),
     "float64 inside": lambda: Around(before=lambda x: x.double().mul(2).float(), net=convolutions()),

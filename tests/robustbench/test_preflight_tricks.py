@@ -206,6 +206,17 @@ def in_bfloat16(trick):
     return build
 
 
+class InSmallBatches(nn.Module):
+    """Another model where a batch is small."""
+
+    def __init__(self, net, spoiled, below):
+        super().__init__()
+        self.net, self.spoiled, self.below = net, spoiled(net), below
+
+    def forward(self, x):
+        return (self.spoiled if len(x) < self.below else self.net)(x)
+
+
 LEFT, SIGNS = (..., slice(8)), torch.randint(0, 2, (3, 16, 16), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
 GRADIENTS = {
     # On a part of the image.
@@ -242,6 +253,8 @@ GRADIENTS = {
     "one label": of_logits(lambda g, z: torch.where((z.argmax(dim=1) == 3)[:, None], 0 * g, g)),
     "one logit": of_logits(lambda g, z: g * (torch.arange(10) != 3)),
     "the largest logit": of_logits(lambda g, z: g * (torch.arange(10) != z.argmax(dim=1)[:, None])),
+    "batches of one": lambda net: InSmallBatches(net, scaled(LEFT, 0.0), 2),
+    "small batches": lambda net: InSmallBatches(net, scaled(EVERYTHING, 0.9), 20),
     "cross entropy alone": of_logits(lambda g, z: torch.where(dense(g), g.roll(1, 1), g)),
     "all but cross entropy": of_logits(lambda g, z: torch.where(dense(g), g, 0.5 * g.roll(1, 1))),
     # In a part of the network.
@@ -307,6 +320,8 @@ def shifted(z):
     return z.detach().sum(dim=1, keepdim=True).cos()
 
 
+FACTOR, SHIFT = torch.linspace(1, 3, 10), torch.linspace(1, 0, 10)  # a number of its own for each class
+
 PROBABILITIES = {
     "softmax": lambda z: z.softmax(dim=1),
     "percent": lambda z: 100 * z.softmax(dim=1),
@@ -323,6 +338,9 @@ PROBABILITIES = {
     "a sigmoid + b": lambda z: 4 * z.sigmoid() - 1,
     "tanh": lambda z: z.tanh(),
     "scaled tanh": lambda z: 8 * (0.7 * z).tanh() + 1,
+    "softmax, classes scaled and shifted": lambda z: FACTOR * z.softmax(dim=1) - SHIFT,
+    "sigmoid, classes scaled and shifted": lambda z: FACTOR * z.sigmoid() + SHIFT,
+    "tanh, classes scaled": lambda z: FACTOR * z.tanh(),
 }
 LOGITS = {
     "logits": lambda z: z,
@@ -332,6 +350,7 @@ LOGITS = {
     "rows shifted": lambda z: z + shifted(z),
     "without the largest, not recorded": lambda z: z - z.detach().amax(dim=1, keepdim=True),
     "scaled": lambda z: 10 * z - 40,
+    "classes scaled and shifted": lambda z: FACTOR * z + SHIFT,
     "capped softly": lambda z: 30 * (z / 30).tanh(),
     "clipped widely": lambda z: z.clamp(-1e3, 1e3),
 }

@@ -178,10 +178,12 @@ def _points(subject: Subject, chosen: Tensor, ascent: Tensor, radius: float, gen
     near = noise / (2 * GREY_LEVELS)
     kind = (chosen % _KINDS).view(-1, 1, 1, 1)
     points = images + torch.where(kind == 0, near, torch.where(kind == 1, radius * wide, radius * along + near))
-    # Off the ends of the range, where a model may clamp: a function has two derivatives there.
+    # Off the ends of the range, where a model may clamp: a function has two derivatives there. Mirrored into it,
+    # as many pixels at one end would be ties for a maximum or a median.
     low, high = min(0.0, float(subject.images.min())), max(1.0, float(subject.images.max()))
     room = 1e-3 * (high - low)
-    return (low + room + (1 - 2e-3) * (points.clamp(low, high) - low)).detach()
+    inside = high - (high - (low + (points - low).abs())).abs()
+    return (low + room + (1 - 2e-3) * (inside.clamp(low, high) - low)).detach()
 
 
 def _random(images: Tensor, generator: torch.Generator) -> Tensor:

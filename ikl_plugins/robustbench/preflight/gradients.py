@@ -20,11 +20,13 @@ _DEAD = 0.1  # share of images whose gradient may be zero: single ones lie where
 _STEPS = (1.0, 0.2, 0.02, 0.002, 0.0005)
 _NOISE = 1e-5  # of an image's largest logit: changes below are rounding, and tell nothing about a gradient
 _ULPS = 32  # a predicted change of so many roundings shows in float32, unless the function is constant
+_ALONE = 16  # images that are also passed one at a time
+_KERNELS = 0.01  # of its norm: by how much a gradient may differ from batch to batch
 _BAND = 20.0  # times: how far the median change may be from the one that the gradient predicts
 
 
 def gradients(subject: Subject) -> Finding:
-    """Finite, not zero and true, at the images and within the radius."""
+    """Finite, not zero, the same in any batch, and true, at the images and within the radius."""
     if subject.logits.shape[1] < 2:
         return None, "One class: there is nothing to attack."
     images = subject.images
@@ -52,6 +54,9 @@ def gradients(subject: Subject) -> Finding:
         return False, failure
     if not subject.independent:  # two forwards then differ by more than the step
         return True, f"Finite and not zero (steps along them not compared), at the images and within the radius.{note}"
+    why = _of_the_batch(subject, targets, found[1][1])
+    if why:
+        return False, why
     longest = min(radius, 1.0) if subject.norm == "Linf" else None
     first = slice(subject.batch_size)  # one batch tells: this is about the model and not about single images
     inside = _moved(images[first], radius, subject.norm)
@@ -96,12 +101,33 @@ def _moved(images: Tensor, radius: float, norm: str) -> Tensor:
     return (images + radius * noise.to(images.device, images.dtype)).clamp(0, 1)
 
 
+def _of_the_batch(subject: Subject, targets: Tensor, gradient: Tensor) -> str:
+    """Why an image has another gradient of the margin in another batch; empty if it has not."""
+    limit = max(_KERNELS, _ULPS * subject.rounding)
+    half = max(1, subject.batch_size // 2)
+    for words, count, size in (("one at a time", _ALONE, 1), (f"in batches of {half}", subject.batch_size, half)):
+        images, expected = subject.images[:count], gradient[:count].flatten(1)
+        other = _gradient(subject, _margin, images, targets[:count], size)
+        apart = expected.norm(dim=1) if other is None else (other.flatten(1) - expected).norm(dim=1)
+        wrong = int((apart > limit * expected.norm(dim=1)).sum())
+        if wrong > len(images) / 2:  # single ones have ties, which kernels resolve otherwise
+            return (
+                f"Passed {words}, {wrong} of {len(images)} images have another gradient: attacks meet batches of many "
+                f"sizes. Remove what depends on the size of a batch."
+            )
+    return ""
+
+
 def _gradient(
-    subject: Subject, loss: Callable[[Tensor, Tensor], Tensor], points: Tensor, targets: Tensor
+    subject: Subject,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    points: Tensor,
+    targets: Tensor,
+    batch_size: int | None = None,
 ) -> Tensor | None:
     """The gradient of a loss at each point; None if the loss does not depend on the points."""
     found = []
-    size = subject.batch_size
+    size = batch_size or subject.batch_size
     for batch, target in zip(torch.split(points, size), torch.split(targets, size), strict=True):
         with torch.enable_grad():
             leaf = batch.detach().clone().requires_grad_()

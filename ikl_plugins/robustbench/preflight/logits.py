@@ -24,14 +24,14 @@ def logits(subject: Subject) -> Finding:
 
     By their values: outputs in [0, 1], and outputs that are not negative and have the same sum in each row.
 
-    By how they move, whatever factor and shift they have, each row its own: what a softmax gives moves in proportion
-    to p (1 - p), as its derivative is p_j (du_j - sum_k p_k du_k), and what a sigmoid or tanh gives in proportion to
-    the distance from both ends of its range. Logits move as fast near their extremes as elsewhere, whether they are
-    centred, cosines or logarithms of probabilities. So the speeds of the outputs along a random direction are laid
-    beside the distances: p = (z - mean(z)) / a + 1 / C for a softmax, with the least a that makes none negative, and
-    (z - min(z)) / (max(z) - min(z)) for the others. Outputs are probabilities if speeds go down with the distance to
-    an end, or if half of them are at an end. Where no prediction is sure a softmax is as good as linear: its gradients
-    do not vanish, and nothing is found.
+    By how they move, whatever factor and shift they have, each row or class its own: what a softmax gives moves in
+    proportion to p (1 - p), as its derivative is p_j (du_j - sum_k p_k du_k), and what a sigmoid or tanh gives in
+    proportion to the distance from both ends of its range. Logits move as fast near their extremes as elsewhere,
+    whether they are centred, cosines or logarithms of probabilities. So the speeds of the outputs along a random
+    direction are laid beside the distances: p = (z - mean(z)) / a + 1 / C for a softmax, with the least a that makes
+    none negative, and (z - min(z)) / (max(z) - min(z)), of all classes or of each, for the others. Outputs are
+    probabilities if speeds go down with the distance to an end, or if half of them are at an end. Where no prediction
+    is sure a softmax is as good as linear: its gradients do not vanish, and nothing is found.
 
     The cost: two forwards of one batch in float64.
     """
@@ -91,8 +91,14 @@ def _is_softmax(values: Tensor, speeds: Tensor) -> bool:
 
 
 def _is_bounded(values: Tensor, speeds: Tensor) -> bool:
-    low, high = values.min(), values.max()
-    if low == high:
+    ranges = [(values.min(), values.max())]
+    if len(values) >= _ENOUGH:  # each class its own
+        ranges.append((values.amin(dim=0), values.amax(dim=0)))
+    return any(_between(values, speeds, low, high) for low, high in ranges)
+
+
+def _between(values: Tensor, speeds: Tensor, low: Tensor, high: Tensor) -> bool:
+    if bool((low == high).any()):
         return False
     place = (values - low) / (high - low)
     # Log-probabilities have one end, and where classes are sure others are not.

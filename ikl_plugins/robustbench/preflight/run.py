@@ -90,10 +90,11 @@ def preflight(
         The checks: 'eps' (exact), 'claim' (not above what was measured), 'inputs' (in [0, 1]), 'eval mode', 'output'
         (logits are finite and of shape (N, C), computed in float32 or in the one dtype that all parameters have),
         'deterministic' (also whatever batches came before), 'batch' (an image's logits depend on no other image),
-        'gradients' (finite, not zero, and true: steps along them and along random directions change the logits as they
-        predict), 'logits' (not probabilities, scaled and shifted or not), 'normalisation' (once) and 'optimisation'
-        (none in the forward, and no more passes of the network than stated); by which images they judge, and the
-        natural accuracy on them; and, known before any attack, why RobustBench would not take a network of this class.
+        'gradients' (finite, not zero, the same in any batch, and true: steps along them and along random directions
+        change the logits as they predict), 'logits' (not probabilities, scaled and shifted or not), 'normalisation'
+        (once) and 'optimisation' (none in the forward, and no more passes of the network than stated); by which images
+        they judge, and the natural accuracy on them; and, known before any attack, why RobustBench would not take a
+        network of this class.
         A compiled model is checked as it was before, and must give the same.
 
     Raises:
