@@ -245,8 +245,8 @@ def _way(caller: str, arguments: argparse.Namespace) -> str:
         )
     if way == "checkpoint" and arguments.architecture is None:
         raise ValueError(
-            f"{caller}: --checkpoint needs its network. Add --architecture NAME, --mmpretrain CONFIG or "
-            "--torchdistill YAML."
+            f"{caller}: --checkpoint needs its network. Add --architecture, --mmpretrain, --torchdistill, --timm or "
+            "--torchvision."
         )
     for name in _SOME_READ:
         if name not in _READ[way] and getattr(arguments, name) not in (None, WEIGHTS[0]):

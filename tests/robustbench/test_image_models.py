@@ -356,6 +356,9 @@ def test_stored_images_are_taken_as_they_are(tmp_path):
     assert torch.equal(found.images, torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
     with pytest.raises(ValueError, match=r"is for images of 160x160, but those of .* are 32x32.*image_size=32"):
         images_for(from_timm(SMALL, tmp_path / "net.pth"), tmp_path / "images.npz")
+    np.savez(tmp_path / "oblong.npz", images=pixels[:, :, :30], labels=np.arange(2))
+    with pytest.raises(ValueError, match=r"is for images of 32x32, but those of .* are 32x30. Cut or scale them to it"):
+        images_for(model, tmp_path / "oblong.npz")
 
 
 def test_other_classes_are_refused(small, folder, tmp_path):
@@ -556,7 +559,7 @@ REFUSALS = [
     ),
     (lambda path: from_timm(SMALL), f"from_timm: {SMALL} of timm cannot be had: "),
     (lambda path: from_timm(SMALL, offline=True), "would be fetched, which `offline` forbids. Give a file."),
-    (lambda path: from_timm("test_byobnet", path), "must fit test_byobnet, but it does not; missing: stem.conv"),
+    (lambda path: from_timm("test_byobnet", path), "Name the network and image_size (--image-size) that it is of."),
     (lambda path: from_timm(SMALL, path, image_size=0), "`image_size` must be"),
     (lambda path: from_timm(SMALL, path, mean=(0.5,)), "`mean` and `std` must be given both or neither"),
     (lambda path: from_timm(SMALL, path.with_name("none")), "a checkpoint must be a file, but there is none at"),

@@ -59,9 +59,12 @@ def images_for(
     size = tuple(images.images.shape[2:])
     if size != model.geometry.size:
         ours, theirs = ("x".join(map(str, each)) for each in (model.geometry.size, size))
+        way_out = "Cut or scale them to it."
+        if model.architecture.library == "timm" and size[0] == size[1]:
+            way_out = f"If it was trained on such, give image_size={size[0]} (--image-size)."
         raise ValueError(
             f"{_CALLER}: {model.architecture.name} is for images of {ours}, but those of {images.name} are {theirs}. "
-            f"For a network of timm that was trained on such give image_size={size[0]}."
+            f"{way_out}"
         )
     if str(source) in DATASETS:
         _check_count(model, DATASET_CLASSES[str(source)], images.name)

@@ -97,5 +97,6 @@ def trained(
     }
     if len(counts) == 1:  # all that differs, if anything, is the number of classes
         network = architecture.build(counts.pop())
-    load_strictly(caller, network, weights, where, architecture.name)
+    size = " and image_size (--image-size)" if architecture.library == "timm" else ""
+    load_strictly(caller, network, weights, where, architecture.name, f"Name the network{size} that it is of.")
     return network, normaliser or given
