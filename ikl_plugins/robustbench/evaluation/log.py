@@ -298,7 +298,7 @@ def read_log(caller: str, path: Path) -> dict[str, Any]:
     try:
         log = parsed(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{caller}: {path} must be a log, but is none, or damaged ({error}).") from error
+        raise ValueError(f"{caller}: {path} must be a log, but is damaged, or none ({error}).") from error
     if not isinstance(log, dict) or log.get("format") != FORMAT:
         found = log.get("format") if isinstance(log, dict) else type(log).__name__
         raise ValueError(f"{caller}: {path} must be a log of the format {FORMAT}, got {found}.")
