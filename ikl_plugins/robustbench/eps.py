@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,6 +12,8 @@ from .. import _validation as check
 __all__ = ["Eps", "as_fraction", "parse_eps"]
 
 _GREY_LEVELS = 255
+_LENGTH = 60  # characters of a radius
+_MOST = 10**30
 _NEAR = 0.13  # of a grey level: rounding 8/255 to three decimals moves it by 0.095
 
 
@@ -35,6 +38,8 @@ class Eps:
 
 def as_fraction(text: str) -> Fraction:
     """The fraction that '8/255', '7.5/255' or '0.5' stands for; ValueError, TypeError or an ArithmeticError if none."""
+    if len(text) > _LENGTH or re.search(r"e[+-]?\d[\d_]{2}", text, re.IGNORECASE):
+        raise ValueError("too long a number")  # the fraction of 1e999999999 would fill the memory
     return Fraction(*map(Fraction, text.split("/")))
 
 
@@ -71,7 +76,7 @@ def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
         eps = Eps("".join(value.split()), exact)
     else:
         number = check.check_number(caller, "eps", value)
-        levels = round(number * _GREY_LEVELS)
+        levels = round(min(number, _MOST) * _GREY_LEVELS)
         if number.is_integer():
             eps = Eps(str(int(number)), Fraction(int(number)))
         elif number == levels / _GREY_LEVELS:  # 8 / 255, computed
@@ -80,6 +85,8 @@ def parse_eps(caller: str, value: object, *, norm: str = "Linf") -> Eps:
             eps = Eps(repr(number), Fraction(repr(number)))
     if eps.exact <= 0:
         raise ValueError(f"{caller}: `eps` must be above 0, got {value!r}. Write it as 8/255 or 0.5.")
+    if not 1 / Fraction(_MOST) <= eps.exact <= _MOST:
+        raise ValueError(f"{caller}: `eps` must be from 1e-30 to 1e30, got {value!r}. Write it as 8/255 or 0.5.")
     if norm == "Linf" and eps.exact > 1:
         raise ValueError(
             f"{caller}: `eps` must be at most 1 for L-infinity, got {eps.text}. Write "

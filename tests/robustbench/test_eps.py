@@ -53,6 +53,8 @@ def test_warns_of_a_decimal_close_to_grey_levels_and_does_not_round(value, level
     ("value", "error", "message"),
     [
         *((text, ValueError, "a fraction or a number") for text in ("8/", "8/255/2", "eight", "", "1/0", "inf", "nan")),
+        *((text, ValueError, "a fraction or a number") for text in ("1e999999999", "1E-1_00", "9" * 61)),
+        *((value, ValueError, "from 1e-30 to 1e30") for value in ("1e31", 1e308, "1e-31", 5e-324)),
         *((value, ValueError, "above 0, got") for value in ("0", "-8/255", 0, 0.0)),
         *((value, ValueError, f"at most 1 .*, got {value}.* {value}/255") for value in ("8", 8, "1.5", "256/255")),
         *((value, ValueError, "a finite number") for value in (math.inf, math.nan, -1.0)),
