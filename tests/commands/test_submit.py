@@ -152,6 +152,15 @@ def test_a_failed_preflight_writes_nothing_unless_allowed(arguments, place, tmp_
     assert "**Preflight failed: " in (tmp_path / "submission" / "new_models_form.md").read_text()
 
 
+@pytest.mark.parametrize(("options", "size"), [([], 128), (["--batch-size", "5"], 5)])
+def test_the_checks_take_batches_of_the_size_of_the_evaluation(options, size, arguments, monkeypatch):
+    def stop(*_, batch_size, **__):
+        raise ValueError(f"batches of {batch_size}")
+
+    monkeypatch.setattr("ikl_plugins.robustbench.preflight", stop)
+    assert refused([*arguments, "--demonstration", *options]) == f"batches of {size}"
+
+
 def test_what_needs_no_model_is_checked_before_it_is_loaded(arguments, monkeypatch):
     monkeypatch.setattr(submit, "model_from", lambda *_, **__: pytest.fail("the checkpoint is loaded too early"))
     for more, fragment in (
