@@ -141,7 +141,7 @@ def _arithmetics(subject: Subject) -> list[_Arithmetic]:
     found = []
     exact = subject.in_float64
     if exact is not None:
-        limits = (0.05, 0.01, 0.02) if fine else (0.5, 0.3, 0.25)
+        limits = (0.05, 0.02, 0.02) if fine else (0.5, 0.3, 0.25)
         found.append(_Arithmetic(exact, torch.float64, (2.0**-20,), 1e-14, False, *limits))
     if fine:
         steps = (2.0**-12, 2.0**-10, 2.0**-8, 2.0**-6)
