@@ -242,7 +242,7 @@ ODD = {
 @pytest.mark.parametrize("change", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_file_that_is_no_log_is_refused_as_damaged(change, path):
     path.write_text(change(path.read_text()))
-    with message(f"Evaluation.load: {path} must be a log, but is damaged ("):
+    with message(f"Evaluation.load: {path} must be a log, but is damaged, or none ("):
         Evaluation.load(path)
 
 
