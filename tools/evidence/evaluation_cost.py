@@ -58,7 +58,7 @@ def table(batch_sizes: Sequence[int] = (128, 64, 32), devices: Sequence[int] = (
     return "\n".join(rows)
 
 
-def measure(rounds: int = 3, images: int = 64, attacks: str = "apgd-t") -> dict[int, tuple[float, float]]:
+def measure(rounds: int = 2, images: int = 64, attacks: str = "apgd-t") -> dict[int, tuple[float, float]]:
     """One process of `ikl evaluate` against two ranks, one thread each, in turn, on a WideResNet-10-1.
 
     Returns:
