@@ -1,0 +1,89 @@
+"""What a file from elsewhere may ask for: how much it unpacks to, what kind of file it is, and how its text is shown.
+
+Each cap is one environment variable, ``IKL_PLUGINS_MAX_`` and the name. It is held against what a file declares before
+anything is unpacked, and against what is unpacked where a file can declare less than it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["check_limit", "check_regular_file", "limit", "printable"]
+
+
+class _Limit(NamedTuple):
+    default: int
+    rule: str  # what a file must do, before the number
+    unit: str
+
+
+_GIB = 2**30
+_LIMITS = {
+    "CHECKPOINT_BYTES": _Limit(16 * _GIB, "unpack to at most", "bytes"),
+    # torch stores its checkpoints: one that unpacks to much more than its file has been made to.
+    "CHECKPOINT_GROWTH": _Limit(_GIB // 8, "unpack to at most", "bytes beyond its own size"),
+    "ARCHIVE_BYTES": _Limit(256 * _GIB, "unpack to at most", "bytes"),  # an npz or zip, all members together
+    "IMAGE_PIXELS": _Limit(100_000_000, "have at most", "pixels"),
+    "TEXT_BYTES": _Limit(_GIB // 16, "have at most", "bytes"),  # a YAML, JSON or table
+    "YAML_NODES": _Limit(100_000, "have at most", "values, aliases counted each time"),
+}
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def limit(name: str) -> int:
+    """The cap of this name: the environment's ``IKL_PLUGINS_MAX_<name>``, else the default.
+
+    Raises:
+        ValueError: the variable is no whole number of at least 0.
+    """
+    given = os.environ.get(f"IKL_PLUGINS_MAX_{name}")
+    if given is None:
+        return _LIMITS[name].default
+    if not (given.isascii() and given.isdigit()):
+        raise ValueError(f"IKL_PLUGINS_MAX_{name} must be a whole number, got {given!r}. Set it to one, or unset it.")
+    return int(given)
+
+
+def check_limit(caller: str, path: Path | str, name: str, amount: int) -> None:
+    """Refuses a file that asks for more than a cap.
+
+    Args:
+        caller: whom the refusal names.
+        path: the file, or the member of one.
+        name: the cap.
+        amount: what the file declares, or has been unpacked to so far.
+
+    Raises:
+        ValueError: it is more than the cap.
+    """
+    most = limit(name)
+    if amount > most:
+        rule = f"{_LIMITS[name].rule} {most:,} {_LIMITS[name].unit}"
+        raise ValueError(f"{caller}: {path} must {rule}, got {amount:,}. Set IKL_PLUGINS_MAX_{name} if you trust it.")
+
+
+def check_regular_file(caller: str, path: Path | str) -> None:
+    """Refuses a FIFO, a socket or a device, whose reading may never end.
+
+    A link to a file is one; what is missing, or a folder, is left to the caller.
+
+    Raises:
+        ValueError: the path is of such a kind.
+    """
+    kind = None
+    with contextlib.suppress(OSError, ValueError):
+        kind = _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    if kind is not None:
+        raise ValueError(f"{caller}: {path} must be a regular file, but is {kind}. Name a file.")
+
+
+def printable(text: object, most: int = 80) -> str:
+    """Text from a file as a message shows it: one line, no control or direction characters, at most ``most`` long."""
+    shown = str(text)
+    cut = shown[: most + 1]
+    plain = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in cut)
+    return plain if len(cut) <= most else f"{plain[: most - 3]}..."

@@ -1,0 +1,48 @@
+"""Caps on what a file may ask for, the kinds of files that are read, and how text from files is shown."""
+
+import os
+
+import pytest
+
+from ikl_plugins import _limits
+
+
+def test_limit_is_its_default_or_the_environments(monkeypatch):
+    assert _limits.limit("IMAGE_PIXELS") == 100_000_000
+    _limits.check_limit("read", "a.png", "IMAGE_PIXELS", 100_000_000)
+    with pytest.raises(
+        ValueError, match=r"read: a\.png must have at most 100,000,000 pixels, got 100,000,001\. Set IKL"
+    ):
+        _limits.check_limit("read", "a.png", "IMAGE_PIXELS", 100_000_001)
+    monkeypatch.setenv("IKL_PLUGINS_MAX_IMAGE_PIXELS", "100000001")
+    _limits.check_limit("read", "a.png", "IMAGE_PIXELS", 100_000_001)
+    for wrong in ("", "-1", "1e9", "many"):
+        monkeypatch.setenv("IKL_PLUGINS_MAX_IMAGE_PIXELS", wrong)
+        with pytest.raises(ValueError, match="IKL_PLUGINS_MAX_IMAGE_PIXELS must be a whole number"):
+            _limits.limit("IMAGE_PIXELS")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "fifo.png")
+    (tmp_path / "file").touch()
+    (tmp_path / "good").symlink_to(tmp_path / "file")
+    for name, kind in (("fifo.png", "a FIFO"), ("link.png", "a FIFO"), ("/dev/zero", "a device")):
+        with pytest.raises(ValueError, match=f"read: .* must be a regular file, but is {kind}"):
+            _limits.check_regular_file("read", tmp_path / name)
+    for name in ("file", "good", ".", "missing", "\0", "x" * 5000):
+        _limits.check_regular_file("read", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("café 猫", "café 猫"),
+        ("a\nb\x1b[31m\u202e\ud800", "a\ufffdb\ufffd[31m\ufffd\ufffd"),
+        ("x" * 21, "x" * 17 + "..."),
+        ("x" * 20, "x" * 20),
+        (("a", 1), "('a', 1)"),
+    ],
+)
+def test_text_from_a_file_is_one_short_line(text, shown):
+    assert _limits.printable(text, 20) == shown
