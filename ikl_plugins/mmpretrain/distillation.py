@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import _validation as check
-from .._random_states import kept_random_states
 from ..losses import warmup_factor
-from .classifier import EpochClassifier, term_scalars
-from .teacher import FrozenTeacher, MissingTeacherError, build_teacher
-from .teacher_check import check_teacher
+from .classifier import term_scalars
+from .taught import TaughtClassifier
 
 __all__ = ["DistillationClassifier"]
 
 
-class DistillationClassifier(EpochClassifier):
+class DistillationClassifier(TaughtClassifier):
     """An ``ImageClassifier`` that also learns from a teacher: ``loss_ce + ramp * distill_weight * distill_loss``.
 
     In validation, test and inference it is the ``ImageClassifier`` of its backbone, neck and head, and its checkpoint
@@ -74,52 +71,13 @@ class DistillationClassifier(EpochClassifier):
         check.check_number(name, "distill_weight", distill_weight)
         check.check_number(name, "warmup_epochs", 0 if warmup_epochs is None else warmup_epochs)
         check.check_number(name, "ce_weight", ce_weight)
-        if isinstance(teacher_val_batches, bool) or not isinstance(teacher_val_batches, int) or teacher_val_batches < 0:
-            raise ValueError(
-                f"{name}: `teacher_val_batches` must be a number of batches, got {teacher_val_batches!r}. Use 0."
-            )
         super().__init__(*args, **kwargs)
         loss = {"type": "IKLLoss", "preset": "start"} if distill_loss is None else distill_loss
         self.distill_loss = self.build_loss("distill_loss", loss)
         self.distill_weight = distill_weight
         self.warmup_epochs = getattr(self.distill_loss, "warmup_epochs", 0) if warmup_epochs is None else warmup_epochs
         self.ce_weight = ce_weight
-        self.teacher_val_batches = teacher_val_batches
-        self._teacher: FrozenTeacher | None = None
-        build = partial(build_teacher, teacher, teacher_ckpt, student=self, teacher_input=teacher_input)
-        self._missing: tuple[Callable[..., FrozenTeacher], str] | None = None
-        try:
-            self._teacher = build()
-        except MissingTeacherError as error:  # it may lie beside the config, which `attach` tells
-            self._missing = build, str(error)
-
-    @property
-    def teacher(self) -> FrozenTeacher:
-        """The holder of the teacher.
-
-        Raises:
-            ValueError: its files are not in the working directory, and no hook has told where the config is.
-        """
-        if self._teacher is None:
-            raise ValueError(self._missing[1] if self._missing else "")
-        return self._teacher
-
-    @teacher.setter
-    def teacher(self, holder: FrozenTeacher) -> None:
-        self._teacher = holder
-
-    def attach(self, runner: Any) -> None:
-        """Looks for the teacher beside the config, and logs its accuracy; no random number generator moves."""
-        super().attach(runner)
-        if self._missing is not None:
-            config = getattr(runner.cfg, "filename", None)
-            folder = None if config is None else Path(config).resolve().parent
-            with kept_random_states():
-                self._teacher = self._missing[0](folder=folder)
-            self._teacher.module.to(next(self.parameters()).device)
-            self._missing = None
-        if self.teacher_val_batches:
-            check_teacher(self, runner)
+        self.hold_teacher(teacher, teacher_ckpt, teacher_input=teacher_input, teacher_val_batches=teacher_val_batches)
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any]) -> dict[str, Any]:
         """The losses of one batch, of inputs (N, C, H, W) and one ``DataSample`` with labels per image.
@@ -152,9 +110,3 @@ class DistillationClassifier(EpochClassifier):
         if self.warmup_epochs > 1:
             reasons.append(f"warmup_epochs={self.warmup_epochs}")
         return reasons
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillationClassifier:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._teacher is not None:
-            self._teacher.apply(fn)
-        return self
