@@ -31,6 +31,9 @@ class DistillationClassifier(TaughtClassifier):
         teacher_ckpt: file or http(s) address of the teacher's checkpoint.
         teacher_input: ``dict(size=..., mean=..., std=..., to_rgb=...)``: the size that the teacher's inputs are resized
             to, and what replaces the settings of its ``data_preprocessor``.
+        teacher_precision: ``'bf16'`` runs the teacher alone under bfloat16 autocast; its logits are float32.
+        teacher_compile: runs the teacher by ``torch.compile``, or with a warning as it is where that fails.
+        teacher_channels_last: lays the teacher's weights and inputs out channels last.
         distill_loss: config of DKLLoss, IKLLoss, GKLLoss or KLLoss, such as ``dict(type='IKLLoss', preset='start')``,
             which is the default. With ``global_info=True`` the number of classes is
             taken from the head.
@@ -60,6 +63,9 @@ class DistillationClassifier(TaughtClassifier):
         teacher: str | Path | Mapping[str, Any] | nn.Module,
         teacher_ckpt: str | Path | None = None,
         teacher_input: Mapping[str, Any] | None = None,
+        teacher_precision: str | None = None,
+        teacher_compile: bool = False,
+        teacher_channels_last: bool = False,
         distill_loss: Mapping[str, Any] | nn.Module | None = None,
         distill_weight: float = 1.0,
         warmup_epochs: int | None = None,
@@ -77,7 +83,15 @@ class DistillationClassifier(TaughtClassifier):
         self.distill_weight = distill_weight
         self.warmup_epochs = getattr(self.distill_loss, "warmup_epochs", 0) if warmup_epochs is None else warmup_epochs
         self.ce_weight = ce_weight
-        self.hold_teacher(teacher, teacher_ckpt, teacher_input=teacher_input, teacher_val_batches=teacher_val_batches)
+        self.hold_teacher(
+            teacher,
+            teacher_ckpt,
+            teacher_val_batches=teacher_val_batches,
+            teacher_input=teacher_input,
+            teacher_precision=teacher_precision,
+            teacher_compile=teacher_compile,
+            teacher_channels_last=teacher_channels_last,
+        )
 
     def loss(self, inputs: Tensor, data_samples: Sequence[Any]) -> dict[str, Any]:
         """The losses of one batch, of inputs (N, C, H, W) and one ``DataSample`` with labels per image.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.model.weight_init import PretrainedInit
 from mmpretrain.models import ClsDataPreprocessor
 from mmpretrain.registry import MODELS
@@ -47,11 +48,19 @@ class FrozenTeacher:
         module: the network; its parameters are frozen and it is put in eval mode.
         conversion: from the student's inputs to the teacher's; None where they are the same.
         pipeline: of its own config's test data, if it has one.
+        precision: ``'bf16'`` for a forward under bfloat16 autocast whose logits are float32; None for the caller's
+            precision.
+        compiled: forwards by ``torch.compile``; where that fails the network goes on as it is, with a warning.
+        channels_last: lays weights and inputs out channels last.
 
     Attributes:
         module: the network.
         pipeline: as above.
         num_classes: number of classes if its head says so, else None.
+
+    Raises:
+        TypeError: ``compiled`` or ``channels_last`` is no bool.
+        ValueError: another ``precision``.
     """
 
     def __init__(
@@ -59,9 +68,24 @@ class FrozenTeacher:
         module: nn.Module,
         conversion: Callable[[Tensor], Tensor] | None = None,
         pipeline: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        precision: str | None = None,
+        compiled: bool = False,
+        channels_last: bool = False,
     ) -> None:
+        if precision not in (None, "bf16"):
+            raise ValueError(f"teacher: `teacher_precision` must be 'bf16' or None, got {precision!r}. Use 'bf16'.")
+        for name, value in (("compile", compiled), ("channels_last", channels_last)):
+            if not isinstance(value, bool):
+                raise TypeError(f"teacher: `teacher_{name}` must be True or False, got {value!r}. Use True.")
         module.eval()  # some of MMPretrain's networks return nothing from it
         self.module = module.requires_grad_(False)
+        self.precision = precision
+        self.compiled = compiled
+        self.layout = torch.channels_last if channels_last else torch.preserve_format
+        if channels_last:
+            module.to(memory_format=torch.channels_last)
+        self._compiled: Any = None
         self.conversion = conversion
         self.pipeline = pipeline
         self.num_classes: int | None = getattr(getattr(module, "head", None), "num_classes", None)
@@ -76,14 +100,38 @@ class FrozenTeacher:
         """The logits of inputs of its own."""
         if self.module.training:  # somebody else holds it as well
             self.module.eval()
-        logits = self.module(inputs)
+        inputs = inputs.to(memory_format=self.layout)
+        if self.precision is None:
+            logits = self._forward(inputs)
+        else:
+            with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
+                logits = self._forward(inputs)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(
                 f"teacher: `{type(self.module).__name__}` must give logits of shape (N, C), got {what}. "
                 f"Use a classifier."
             )
-        return logits
+        return logits if self.precision is None else logits.float()
+
+    def _forward(self, inputs: Tensor) -> Any:
+        if self.compiled:
+            try:
+                if self._compiled is None:
+                    self._compiled = torch.compile(self.module)
+                return self._compiled(inputs)
+            except Exception as error:  # of compilers of any kind; one of the network itself comes again below
+                self.compiled = False
+                reason = (str(error).strip().splitlines() or [""])[0]
+                MMLogger.get_current_instance().warning(
+                    "teacher: torch.compile fails, and it goes on uncompiled (%s: %s). Drop `teacher_compile`.",
+                    type(error).__name__,
+                    reason,
+                )
+        return self.module(inputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies what ``nn.Module._apply`` does to the owner's tensors."""
@@ -100,6 +148,9 @@ def build_teacher(
     student: EpochClassifier,
     teacher_input: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
+    teacher_precision: str | None = None,
+    teacher_compile: bool = False,
+    teacher_channels_last: bool = False,
 ) -> FrozenTeacher:
     """A teacher from a config, with its weights, checked against the student.
 
@@ -114,6 +165,9 @@ def build_teacher(
         teacher_input: ``size`` (a number, or height and width) to which the student's inputs are resized for it, and
             ``mean``, ``std``, ``to_rgb`` and ``to_bgr`` in place of those of its data preprocessor.
         folder: where files lie that are not in the working directory.
+        teacher_precision: ``'bf16'`` for a forward under bfloat16 autocast, whose logits are float32.
+        teacher_compile: forwards by ``torch.compile``, or with a warning as it is where that fails.
+        teacher_channels_last: lays its weights and inputs out channels last.
 
     Returns:
         The holder. Where mean, std or channel order of the teacher are not the student's, the holder converts; a config
@@ -122,9 +176,9 @@ def build_teacher(
 
     Raises:
         MissingTeacherError: a file is missing.
-        TypeError: ``teacher`` is none of these.
+        TypeError: ``teacher`` is none of these, or a switch is no bool.
         ValueError: weights do not fit the network, are missing, or leave a part of it drawn at random; class counts
-            differ; an unknown key of ``teacher_input``.
+            differ; an unknown key of ``teacher_input``, or another ``teacher_precision``.
     """
     caller = type(student).__name__
     origin, pipeline = "", None
@@ -158,7 +212,14 @@ def build_teacher(
 
     own_inputs = isinstance(teacher, nn.Module) or config.get("data_preprocessor") is not None
     conversion = _conversion(caller, student, module if own_inputs else None, teacher_input)
-    holder = FrozenTeacher(module, conversion, pipeline)
+    holder = FrozenTeacher(
+        module,
+        conversion,
+        pipeline,
+        precision=teacher_precision,
+        compiled=teacher_compile,
+        channels_last=teacher_channels_last,
+    )
     classes = getattr(student.head, "num_classes", None)
     if None not in (classes, holder.num_classes) and classes != holder.num_classes:
         raise ValueError(

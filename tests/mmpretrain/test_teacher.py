@@ -1,14 +1,16 @@
 """Building a teacher, its weights and its inputs, and that it stays out of everything that is trained."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmpretrain.models import ImageClassifier
 from torch import nn
 
-from ikl_plugins.mmpretrain import EpochClassifier, FrozenTeacher, build_teacher
+from ikl_plugins.mmpretrain import DistillationClassifier, EpochClassifier, FrozenTeacher, build_teacher
 from ikl_plugins.models import resnet8
 
 OTHER_MEAN = (100.0, 90.0, 80.0)
@@ -163,3 +165,72 @@ def test_the_teacher_is_frozen_in_eval_mode_and_without_gradient():
     assert torch.equal(logits, holder(inputs))
     assert torch.equal(module[2].running_mean, statistics)
     assert not any(part.training for part in module.modules())
+
+
+# id: keywords, largest difference of a logit to those of the plain network, relative to the largest logit
+FAST = {
+    "bf16": ({"teacher_precision": "bf16"}, 3e-2),
+    "compiled": ({"teacher_compile": True}, 1e-5),
+    "channels last": ({"teacher_channels_last": True}, 1e-5),
+    "all": ({"teacher_precision": "bf16", "teacher_compile": True, "teacher_channels_last": True}, 3e-2),
+}
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_a_faster_teacher_gives_the_same_logits_in_float32(student, trained, monkeypatch, case):
+    keywords, tolerance = FAST[case]
+    module, _, _ = trained()
+    compiles, calls = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda module: calls.append(module) or compiles(module, backend="eager"))
+    inputs = inputs_of(student, images())
+    with torch.no_grad():
+        expected = module(inputs)
+    before = copy.deepcopy(module.state_dict())
+    holder = build_teacher(module, student=student, **keywords)
+    for _ in range(2):
+        logits = holder(inputs)
+        assert logits.dtype == torch.float32
+        assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # of the student
+        assert holder(inputs).dtype == (torch.float32 if "teacher_precision" in keywords else torch.bfloat16)
+    assert len(calls) == keywords.get("teacher_compile", False)
+    assert list(holder.module.state_dict()) == list(before)
+    assert all(map(torch.equal, holder.module.state_dict().values(), before.values()))
+    weight = holder.module.backbone.layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == ("teacher_channels_last" in keywords)
+    holder.apply(lambda tensor: tensor.double())  # as of a classifier's `.to()`
+    assert holder(inputs.double()).dtype == (torch.float32 if "teacher_precision" in keywords else torch.float64)
+    own = pickle.loads(pickle.dumps(holder))  # noqa: S301
+    torch.testing.assert_close(own(inputs.double()), holder(inputs.double()))
+    assert copy.deepcopy(holder) is holder
+
+
+def test_a_teacher_that_cannot_be_compiled_goes_on_as_it_is_and_says_so(monkeypatch, caplog):
+    def broken(module):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda module: broken)
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    holder = FrozenTeacher(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), compiled=True)
+    inputs = torch.randn(4, 3, 2, 2)
+    for _ in range(2):
+        torch.testing.assert_close(holder(inputs), holder.module(inputs))
+    logger.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records] == [
+        "teacher: torch.compile fails, and it goes on uncompiled (RuntimeError: no C++ compiler). "
+        "Drop `teacher_compile`."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"teacher_precision": "fp16"}, ValueError, "`teacher_precision` must be 'bf16' or None, got 'fp16'"),
+        ({"teacher_compile": "yes"}, TypeError, "`teacher_compile` must be True or False, got 'yes'"),
+        ({"teacher_channels_last": 1}, TypeError, "`teacher_channels_last` must be True or False, got 1"),
+    ],
+)
+def test_other_options_of_the_teacher_are_refused(small_network, trained, keywords, error, message):
+    with pytest.raises(error, match=message):
+        DistillationClassifier(**small_network(), teacher=trained()[0], **keywords)
