@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .._value_checks import check_values, largest
-from ..functional import evaluate, ikl_settings
+from ..functional import dkl_settings, evaluate, ikl_settings
 from .modes import frozen_statistics, model_mode
 from .schedule import (
     BudgetRow,
     Strength,
     check_budget,
     check_epoch,
+    check_radius,
+    check_strength,
     largest_distance,
     pixel_number,
     ramp,
@@ -31,6 +33,8 @@ NORMS = ("linf", "l2")
 RANDOM_STARTS = ("normal", "uniform", "none")
 OBJECTIVES = ("cross_entropy", "ikl", "margin", "soft_cross_entropy")
 MODEL_MODES = ("eval", "train")
+
+Objective = Callable[[Tensor, Tensor], Tensor]  # of logits and the adversarial images that they are of
 
 _NORMAL_START = 0.001  # standard deviation of the authors' start, in pixel units
 _TINY = 1e-12  # keeps a gradient of 0 from being divided by 0
@@ -63,7 +67,7 @@ class PGD:
         objective: ``'soft_cross_entropy'`` to the natural predictions, whose gradient is that of KL divergence;
             ``'ikl'``, the same plus the weighted MSE of the logit differences, each with weight 1; ``'cross_entropy'``
             to the labels; ``'margin'``, the largest logit of the other classes minus that of the label, without a
-            bound: that of Carlini and Wagner.
+            bound: that of Carlini and Wagner. The first two may go away from a teacher's predictions instead.
         model_mode: ``'eval'``, or ``'train'`` for the statistics of the batch and dropout. Running statistics stay as
             they are in both.
 
@@ -80,7 +84,8 @@ class PGD:
     References:
         Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, equation 1 and section
         2.1; Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019 (TRADES),
-        algorithm 1; Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, algorithm 1.
+        algorithm 1; Cui et al., Decoupled Kullback-Leibler Divergence Loss, NeurIPS 2024, algorithm 1; Huang et al.,
+        Boosting Accuracy and Robustness of Student Models via Adaptive Adversarial Distillation, CVPR 2023 (AdaAD).
 
     Example:
         >>> import torch
@@ -121,7 +126,7 @@ class PGD:
         self.model_mode = model_mode
         self.eps = pixel_number("PGD", "eps", eps)
         largest = 1.0 if norm == "linf" else math.inf
-        _check_radius("eps", self.eps, eps, largest)
+        check_radius("eps", self.eps, eps, largest)
         self.eps_ramp = check.check_number("PGD", "eps_ramp", eps_ramp)
         if self.eps_ramp > 1:
             raise ValueError(
@@ -141,7 +146,7 @@ class PGD:
             )
         if budget is None:
             size = pixel_number("PGD", "step_size", step_size)
-            _check_radius("step_size", size, step_size, largest)
+            check_radius("step_size", size, step_size, largest)
             self.budget: tuple[BudgetRow, ...] = (
                 BudgetRow(1.0, check.check_integer("PGD", "steps", steps), size / self.eps),
             )
@@ -196,6 +201,7 @@ class PGD:
         forward: Callable[[Tensor], Any] | None = None,
         labels: Tensor | None = None,
         natural_logits: Tensor | None = None,
+        teacher: Callable[[Tensor], Any] | None = None,
         class_prior: Tensor | None = None,
         strength: Strength | None = None,
         generator: torch.Generator | None = None,
@@ -209,8 +215,11 @@ class PGD:
             forward: from such images to logits (N, classes); by default the model itself. The place for a
                 normalisation.
             labels: class indices (N,), where :attr:`needs_labels`.
-            natural_logits: logits (N, classes) of the natural images for the other objectives. By default they are
-                computed here, once, in the mode of the attack.
+            natural_logits: logits (N, classes) of the natural images for the other objectives, a teacher's for one. By
+                default they are computed here, once, in the mode of the attack.
+            teacher: in their place a differentiable function from such images to logits: these objectives go away from
+                what it predicts of the adversarial images themselves. ``'soft_cross_entropy'`` then has the gradient of
+                KL(teacher || model), through both, as in AdaAD.
             class_prior: rows (N, classes), where :attr:`uses_prior`; by default the natural predictions weigh.
             strength: what the attack may do; by default :meth:`strength` without an epoch.
             generator: of the random start, on the device of the images; by default torch's own.
@@ -228,7 +237,7 @@ class PGD:
             raise TypeError(
                 f"PGD: `model` must be a torch.nn.Module, got {type(model).__name__}. A function goes to `forward`."
             )
-        eps, steps, step_size = self.strength() if strength is None else _check_strength(strength)
+        eps, steps, step_size = self.strength() if strength is None else check_strength(strength)
         self._check_images(images, eps, values=check_values)
         forward = model if forward is None else forward
         graph, mode = torch.inference_mode(False), model_mode(model, self.model_mode)
@@ -238,7 +247,7 @@ class PGD:
                 if self.needs_labels:
                     objective = self._away_from_labels(labels)
                 else:
-                    objective = self._away_from_predictions(forward, images, natural_logits, class_prior)
+                    objective = self._away_from_predictions(forward, images, natural_logits, teacher, class_prior)
                 low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
                 adversarial = self._start(images, low, high, eps, generator)
                 scale: _Float16Scale | None = None
@@ -278,13 +287,13 @@ class PGD:
             )
         if values and not torch.compiler.is_compiling():
             check_values("PGD", "images", torch.aminmax(images.detach()), _judge_pixels)
-        _check_radius("eps", eps, eps, largest_distance(self.norm, images[0].numel()))
+        check_radius("eps", eps, eps, largest_distance(self.norm, images[0].numel()))
 
-    def _away_from_labels(self, labels: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def _away_from_labels(self, labels: Tensor | None) -> Objective:
         """From logits to the objective, summed over the batch; the labels are checked with the first logits."""
         targets: Tensor | None = None
 
-        def objective(logits: Tensor) -> Tensor:
+        def objective(logits: Tensor, _: Tensor) -> Tensor:
             nonlocal targets
             if targets is None:
                 checked = check.check_targets("PGD", labels, logits.shape[1], logits, name="labels")
@@ -301,10 +310,13 @@ class PGD:
         forward: Callable[[Tensor], Any],
         images: Tensor,
         natural_logits: Tensor | None,
+        teacher: Callable[[Tensor], Any] | None,
         class_prior: Tensor | None,
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Objective:
         """The same for the objectives that need no labels."""
-        if natural_logits is None:
+        if teacher is not None:
+            natural_logits = None
+        elif natural_logits is None:
             with torch.no_grad():
                 natural_logits = _logits(forward(images))
         elif not isinstance(natural_logits, Tensor) or natural_logits.dim() != 2:
@@ -312,24 +324,23 @@ class PGD:
                 f"PGD: `natural_logits` must be a tensor of shape (N, classes), got {_kind(natural_logits)}. "
                 f"Leave them out, or pass those of `images`."
             )
-        reference = natural_logits.detach()
-        settings = ikl_settings(
-            alpha=1.0,
-            beta=1.0 if self.objective == "ikl" else 0.0,
-            temperature=1.0,
-            weight_temperature=1.0,
-            reduction="sum",
-        )
+        fixed: Any = None if natural_logits is None else natural_logits.detach()
+        if self.uses_prior:
+            settings = ikl_settings(alpha=1.0, beta=1.0, temperature=1.0, weight_temperature=1.0, reduction="sum")
+        else:  # DKL has KL's gradients of both sides; the MSE is the teacher's
+            beta = 0.0 if teacher is None else 1.0
+            settings = dkl_settings(alpha=1.0, beta=beta, temperature=1.0, reduction="sum")
         checked = False
 
-        def objective(logits: Tensor) -> Tensor:
+        def objective(logits: Tensor, adversarial: Tensor) -> Tensor:
             nonlocal checked
+            reference = fixed if teacher is None else _logits(teacher(adversarial))
             if not checked:
                 check.check_logits("PGD", logits, reference)
                 if class_prior is not None:
                     check.check_class_prior("PGD", class_prior, logits)
                 checked = True
-            return evaluate(logits, reference, class_prior, settings)[0]
+            return evaluate(logits, reference, class_prior if self.uses_prior else None, settings)[0]
 
         return objective
 
@@ -420,7 +431,7 @@ class _Float16Scale:
 
 def _value_and_gradient(
     forward: Callable[[Tensor], Any],
-    objective: Callable[[Tensor], Tensor],
+    objective: Objective,
     adversarial: Tensor,
     scale: _Float16Scale | None,
 ) -> tuple[Tensor, Tensor, _Float16Scale | None]:
@@ -430,7 +441,7 @@ def _value_and_gradient(
         scale = _Float16Scale(adversarial)
     gradient = None
     if logits.requires_grad:
-        value = objective(logits)
+        value = objective(logits, adversarial)
         try:
             scaled = value if scale is None else value * scale.factor
             (gradient,) = torch.autograd.grad(scaled, adversarial, allow_unused=True)
@@ -471,15 +482,6 @@ def _kind(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def _check_strength(strength: Strength) -> Strength:
-    eps, steps, step_size = strength
-    return Strength(
-        check.check_number("PGD", "strength: eps", eps, positive=True),
-        check.check_integer("PGD", "strength: steps", steps),
-        check.check_number("PGD", "strength: step_size", step_size, positive=True),
-    )
-
-
 def _norms(rows: Tensor) -> Tensor:
     """The L2 norm of each image, (N,), never quite 0, in a dtype that knows numbers so small."""
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -489,10 +491,3 @@ def _norms(rows: Tensor) -> Tensor:
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (images.dim() - 1))
-
-
-def _check_radius(name: str, number: float, given: object, largest: float) -> None:
-    if number > largest:
-        raise ValueError(
-            f"PGD: `{name}` must be at most {largest:.4g}, got {given!r}. Pixels lie in [0, 1]: '{number:g}/255'?"
-        )

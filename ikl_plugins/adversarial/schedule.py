@@ -123,3 +123,21 @@ def check_epoch(caller: str, epoch: object, epochs: object) -> tuple[int, int]:
 def largest_distance(norm: str, pixels: int) -> float:
     """The largest distance between two images of ``pixels`` values in [0, 1]."""
     return 1.0 if norm == "linf" else math.sqrt(pixels)
+
+
+def check_strength(strength: Strength) -> Strength:
+    """The strength, refused unless its numbers are in range."""
+    eps, steps, step_size = strength
+    return Strength(
+        check.check_number("PGD", "strength: eps", eps, positive=True),
+        check.check_integer("PGD", "strength: steps", steps),
+        check.check_number("PGD", "strength: step_size", step_size, positive=True),
+    )
+
+
+def check_radius(name: str, number: float, given: object, largest: float) -> None:
+    """Refuses a radius above the largest."""
+    if number > largest:
+        raise ValueError(
+            f"PGD: `{name}` must be at most {largest:.4g}, got {given!r}. Pixels lie in [0, 1]: '{number:g}/255'?"
+        )

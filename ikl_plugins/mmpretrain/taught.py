@@ -59,6 +59,11 @@ class TaughtClassifier(EpochClassifier):
             self._missing = build, str(error)
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher, found or still to be found."""
+        return self._teacher is not None or self._missing is not None
+
+    @property
     def teacher(self) -> FrozenTeacher:
         """The holder of the teacher.
 

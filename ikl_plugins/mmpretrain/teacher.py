@@ -93,9 +93,12 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
         """The teacher's logits (N, classes) of the student's inputs (N, C, H, W), under the caller's autocast."""
+        return self.differentiable(inputs)
+
+    def differentiable(self, inputs: Tensor) -> Tensor:
+        """The same with the gradient of the inputs; the parameters have none."""
         return self.logits_of(inputs if self.conversion is None else self.conversion(inputs))
 
-    @torch.no_grad()
     def logits_of(self, inputs: Tensor) -> Tensor:
         """The logits of inputs of its own."""
         if self.module.training:  # somebody else holds it as well

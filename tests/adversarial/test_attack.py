@@ -298,6 +298,34 @@ def test_natural_logits_that_are_given_are_used(model: Watched, images: Tensor, 
     assert not torch.equal(elsewhere, alone)
 
 
+@pytest.mark.parametrize("objective", ["soft_cross_entropy", "ikl"])
+def test_a_teacher_sees_the_adversarial_images_and_its_gradient_counts(objective: str) -> None:
+    """AdaAD goes up KL(teacher(x) || model(x)), both differentiated; IKL is that of the pairs of classes."""
+    torch.manual_seed(0)
+    model, teacher, images = hidden_network(), hidden_network(), torch.rand(4, *SHAPE, dtype=torch.float64)
+    prior = torch.rand(4, CLASSES, dtype=torch.float64).softmax(1)
+
+    def value(x: Tensor) -> Tensor:
+        student, reference = model(x), teacher(x)
+        p = reference.softmax(1)
+        if objective == "soft_cross_entropy":
+            return (p * (p.log() - student.log_softmax(1))).sum()
+        gap = (reference[:, :, None] - reference[:, None]) - (student[:, :, None] - student[:, None])
+        weights = prior[:, :, None] * prior[:, None]
+        return 0.25 * (weights * gap**2).sum() - (p.detach() * student.log_softmax(1)).sum()
+
+    expected = images + 0.001 * torch.randn(images.shape, dtype=torch.float64, generator=seeded())
+    for _ in range(3):
+        expected.requires_grad_()
+        (gradient,) = torch.autograd.grad(value(expected), expected)
+        expected = expected.detach() + 0.02 * gradient.sign()
+        expected = torch.min(torch.max(expected, images - 0.05), images + 0.05).clamp(0, 1)
+    attack = PGD(eps=0.05, steps=3, step_size=0.02, random_start="normal", objective=objective)
+    rows = prior if objective == "ikl" else None
+    found = attack(model, images, teacher=teacher, class_prior=rows, generator=seeded())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_natural_logits_with_a_graph_keep_it(model: Watched, images: Tensor) -> None:
     """The training step goes on with them."""
     natural = model.eval()(images)
