@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["check_limit", "check_regular_file", "limit", "printable"]
+__all__ = ["check_limit", "check_regular_file", "limit", "one_line", "printable"]
 
 
 class _Limit(NamedTuple):
@@ -31,6 +32,7 @@ _LIMITS = {
     "TEXT_BYTES": _Limit(_GIB // 16, "have at most", "bytes"),  # a YAML, JSON or table
     "YAML_NODES": _Limit(100_000, "have at most", "values, aliases counted each time"),
 }
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # of Unicode's categories
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -81,9 +83,28 @@ def check_regular_file(caller: str, path: Path | str) -> None:
         raise ValueError(f"{caller}: {path} must be a regular file, but is {kind}. Name a file.")
 
 
-def printable(text: object, most: int = 80) -> str:
-    """Text from a file as a message shows it: one line, no control or direction characters, at most ``most`` long."""
-    shown = str(text)
-    cut = shown[: most + 1]
-    plain = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in cut)
-    return plain if len(cut) <= most else f"{plain[: most - 3]}..."
+def printable(text: object, most: int | None = 80) -> str:
+    """Text from a file or a file's name, as messages, logs and reports have it: one line that can always be written.
+
+    Args:
+        text: what is shown.
+        most: the length beyond which its end is left out; None for all of it.
+
+    Returns:
+        The text; control and direction characters, line ends, invisible characters and bytes that are no UTF-8 stand as
+        Python's escapes, so that two texts that differ still do.
+
+    Example:
+        >>> printable("caf\\udce9\\n")
+        'caf\\\\udce9\\\\n'
+    """
+    shown = str(text)[: None if most is None else most + 1]
+    plain = "".join(
+        one.encode("unicode_escape").decode("ascii") if unicodedata.category(one) in _HIDDEN else one for one in shown
+    )
+    return plain if most is None or len(plain) <= most else f"{plain[: most - 3]}..."
+
+
+def one_line(text: object) -> str:
+    """As :func:`printable`, for sentences: all of them, blanks in place of line ends."""
+    return printable(" ".join(str(text).split()), None)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from ._limits import printable
+
 __all__ = ["Shown", "steps", "teller"]
 
 _SECONDS = 30.0  # between two lines of one task
@@ -38,7 +40,7 @@ class Shown:
             self._close()
             self._task, self._said = task, time.monotonic()
             self._bar = self._new_bar(task, done, total)
-        last = done >= total
+        last, task = done >= total, printable(task, None)
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=last)
             self._bar.update(done - self._bar.n)

@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Builds the operator unless it is there, and compares its gradients with those of the losses' own way."""
     from ikl_plugins import native
+    from ikl_plugins._limits import printable
     from ikl_plugins._way import VARIABLE
 
     path = native.build(verbose=arguments.verbose)
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"ikl build: the operator's gradients are off by {difference:.1e}; it has been deleted. "
             f"Name another compiler in CXX."
         )
-    print(f"Built: {path}")
+    print(f"Built: {printable(path, None)}")
     print(f"Gradients agree to {difference:.0e}. The losses use it on CPUs; {VARIABLE}=walk leaves it out.")
 
 

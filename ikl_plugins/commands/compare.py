@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .._limits import printable
+
 __all__ = ["configure", "run"]
 
 
@@ -40,4 +42,4 @@ def run(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None:
             write(path)
-            print(f"{name}: {path}")
+            print(f"{name}: {printable(path, None)}")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ikl_plugins import _validation as check
 from ikl_plugins._files import configs_folder, written_aside
+from ikl_plugins._limits import printable
 
 __all__ = ["config_path", "configs_folder", "configure", "copy", "find", "names", "run"]
 
@@ -131,4 +132,5 @@ def run(arguments: argparse.Namespace) -> None:
         print(find(arguments.name).read_text(encoding="utf-8"), end="")
     else:
         config, *bases = copy(arguments.name, arguments.folder, force=arguments.force)
-        print(config, *(f"  inherits from {base}" for base in bases), sep="\n")
+        lines = (config, *(f"  inherits from {base}" for base in bases))
+        print(*(printable(line, None) for line in lines), sep="\n")

@@ -30,6 +30,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from .._limits import printable
 from .._progress import steps
 
 try:
@@ -267,7 +268,10 @@ def _read_layouts(archives: list[zipfile.ZipFile]) -> list[_Entry]:
             rule = f"{path} must hold images in class folders, but holds none."
             raise ValueError(f"{CALLER}: {rule} Pass archives of the layout <split>/<class>/<image>.")
         counts = {split: sum(entry.split == split for entry in found) for split in ("train", "test")}
-        print(f"{path.name}: " + ", ".join(f"{count:,} images of {split}" for split, count in counts.items() if count))
+        print(
+            f"{printable(path.name, None)}: "
+            + ", ".join(f"{count:,} images of {split}" for split, count in counts.items() if count)
+        )
         entries += found
 
     for split in ("train", "test"):
@@ -365,7 +369,7 @@ def _make(
     target = data / name
     recipe = {**recipe, "format": FORMAT}
     if not force and _is_made(target, recipe):
-        print(f"{target}: already there ({_summary(target)})")
+        print(f"{printable(target, None)}: already there ({_summary(target)})")
         return target
     if force and target.exists() and not (target / "manifest.json").is_file():
         raise _not_ours(target)
@@ -390,7 +394,7 @@ def _make(
         way_out = "Free some space" if full else "Choose a writable folder with --data or IKL_PLUGINS_DATA"
         rule = f"cannot write {target} ({error.strerror or error}); nothing was left behind."
         raise OSError(error.errno, f"{CALLER}: {rule} {way_out}") from error
-    print(f"{target}: written ({_summary(target)})")
+    print(f"{printable(target, None)}: written ({_summary(target)})")
     return target
 
 

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._limits import one_line
 from .model_options import (
     ATTACKS,
     NORMS,
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             _evaluate(arguments)
         except Unfinished as unfinished:
-            print(unfinished, file=sys.stderr)
+            print(one_line(unfinished), file=sys.stderr)
             sys.exit(_AGAIN)
 
 
@@ -350,7 +351,7 @@ def _check_natural(arguments: argparse.Namespace, loaded: LoadedModel, images: I
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(one_line(text), flush=True)
 
 
 def _what(evaluation: Evaluation) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+
+from ikl_plugins._limits import one_line
 
 __all__ = ["COMMANDS", "main"]
 
@@ -37,6 +40,8 @@ def main(words: Sequence[str] | None = None) -> None:
         SystemExit: always on an error, with one line that says what to mend; on --help, as argparse does.
     """
     words = list(sys.argv[1:] if words is None else words)
+    if getattr(sys.stdout, "errors", None) == "strict" and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # no name that it cannot write ends a command at its end
     asked = _asked(words)
     module = None if asked is None else importlib.import_module(f"ikl_plugins.commands.{asked}")
     parser = _parser(asked, module)
@@ -52,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
         _run(module, arguments)
         return
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {one_line(message)}", file=sys.stderr)
         _run(module, arguments)
 
 
@@ -62,11 +67,11 @@ def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         sys.exit(f"interrupted; {getattr(module, 'INTERRUPTED', 'run it again')}")
     except OSError as error:
-        sys.exit(f"error: {error if error.filename or not error.strerror else error.strerror}")
+        sys.exit(f"error: {one_line(error if error.filename or not error.strerror else error.strerror)}")
     except RuntimeError as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+        sys.exit(f"error: {one_line(str(error).strip().splitlines()[0])}")
     except (ImportError, TypeError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {one_line(error)}")
 
 
 def _asked(words: Sequence[str]) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._limits import printable
 from .config import config_path
 
 if TYPE_CHECKING:
@@ -166,7 +167,10 @@ def images_from(
     if loaded is not None and isinstance(loaded.model, ImageModel):
         made = images_for(loaded.model, source, **options)
         if made.classes is not None and list(made.classes) != sorted(made.classes):
-            print(f"labels of {made.name} are in {loaded.model.architecture.library}'s order of classes", flush=True)
+            print(
+                f"labels of {printable(made.name)} are in {loaded.model.architecture.library}'s order of classes",
+                flush=True,
+            )
         return made
     images = load_images(source, channels=1 if grey else None, **options)
     if loaded is None or host is None:
@@ -175,7 +179,7 @@ def images_from(
     if ordered is not images:
         if not reorder:
             raise ValueError(f"{caller}: the classes of {images.name} must be in the config's order, got another.")
-        print(f"labels of {images.name} are now in the order of {host.name}", flush=True)
+        print(f"labels of {printable(images.name)} are now in the order of {printable(host.name)}", flush=True)
     return ordered
 
 

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._limits import one_line, printable
 from .model_options import (
     DATASETS,
     NORMS,
@@ -87,10 +88,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(ranking.markdown(), end="")
     if log is not None:
         for note in (run_again, *_notes(log, dataset, ranking, options)):
-            print(f"\n{note}")
+            print(f"\n{one_line(note)}")
     if arguments.plot is not None:
         draw(ranking, arguments.plot)
-        print(f"\nplot: {arguments.plot}")
+        print(f"\nplot: {printable(arguments.plot, None)}")
 
 
 def _evaluation(arguments: argparse.Namespace) -> Evaluation:

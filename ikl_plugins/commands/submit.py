@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._limits import one_line, printable
 from .model_options import add_data_arguments, add_device_argument, add_model_arguments, images_from, model_from
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ _AS_GIVEN = (
     "force",
 )
 # What is said of the files of a submission, and not of the result.
-_OF_FILES = {"checkpoint_link", "code_link", "gdrive_id", "model_zoo", "data_dir", "mean", "std"}
+_OF_FILES = {"gdrive_id", "model_zoo", "data_dir", "mean", "std"}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -135,8 +136,8 @@ def run(arguments: argparse.Namespace) -> None:
         preflight=lambda: _checked(arguments, model, images(), checked, log),
         **given,
     )
-    print(f"submission: {folder}")
-    for line in (folder / "new_models_form.md").read_text().splitlines():
+    print(f"submission: {printable(folder, None)}")
+    for line in (folder / "new_models_form.md").read_text(encoding="utf-8").splitlines():
         if "TO BE FILLED IN" in line:
             print(f"still open in new_models_form.md: {line}")
     if arguments.demonstration:
@@ -166,7 +167,9 @@ def _checked(
         batch_size=arguments.batch_size or log["batch_size"],
         number_forward_passes=arguments.number_forward_passes,
         data=images,
-        progress=lambda found: print(f"preflight, {found.name}: {WORDS[found.passed]}. {found.why}", flush=True),
+        progress=lambda found: print(
+            f"preflight, {found.name}: {WORDS[found.passed]}. {one_line(found.why)}", flush=True
+        ),
     )
     print(f"preflight: {report.judged_by}")
     return report

@@ -15,7 +15,7 @@ from typing import Any
 from .._files import written_aside
 from .evaluation.log import Evaluation
 from .evaluation.verdict import attacks_in_words
-from .figures import new_figure, require_matplotlib, save_figure
+from .figures import drawn, new_figure, require_matplotlib, save_figure
 from .report import binomial_interval
 from .tables import aligned
 
@@ -200,7 +200,7 @@ class Comparison:
         names = self.a["classes"] or [str(label) for label in range(max(labels) + 1)]
         right.bar(range(len(shown)), [points[label] for label in shown])
         right.axhline(0, color="black", linewidth=0.8)
-        right.set_xticks(range(len(shown)), [names[label].replace("$", r"\$") for label in shown], rotation=60)
+        right.set_xticks(range(len(shown)), [drawn(names[label]) for label in shown], rotation=60)
         right.set(title=f"{kind} accuracy per class, b - a", ylabel="percent of the images")
         save_figure(figure, path)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .._files import written_aside
 
-__all__ = ["new_figure", "require_matplotlib", "save_figure"]
+__all__ = ["drawn", "new_figure", "require_matplotlib", "save_figure"]
 
 
 def require_matplotlib(caller: str) -> None:
@@ -28,6 +28,11 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=rows == 1 and columns == 1)
+
+
+def drawn(text: object) -> str:
+    """Text that Matplotlib takes for no formula."""
+    return str(text).replace("$", r"\$")
 
 
 def save_figure(figure: Any, path: Path | str) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import _validation as check
+from .._limits import printable
 from .eps import Eps, as_fraction, parse_eps
-from .figures import new_figure, require_matplotlib, save_figure
-from .tables import aligned
+from .figures import drawn, new_figure, require_matplotlib, save_figure
+from .tables import aligned, markdown_text
 
 __all__ = ["Entry", "Place", "Ranking", "board_eps", "draw", "entries", "rank", "table_origin"]
 
@@ -151,7 +152,7 @@ class Ranking:
         """The places and the neighbours, as Markdown."""
         natural = "" if self.natural_accuracy is None else f", natural accuracy {self.natural_accuracy:.2f} %"
         lines = [
-            f"# {self.name} on RobustBench: {self.title}",
+            f"# {markdown_text(self.name)} on RobustBench: {self.title}",
             "",
             f"Robust accuracy {self.robust_accuracy:.2f} %{natural}.",
             "",
@@ -173,9 +174,8 @@ class Ranking:
         lines += [self._row(entry) for entry in self.above]
         natural = "-" if self.natural_accuracy is None else f"**{self.natural_accuracy:.2f}**"
         data = {None: "-", True: "yes", False: "no"}[self.additional_data]
-        lines.append(
-            f"| **{self.overall.place}** | **{self.name}** | {natural} | **{self.robust_accuracy:.2f}** | {data} | | |"
-        )
+        name, robust = markdown_text(self.name), f"{self.robust_accuracy:.2f}"
+        lines.append(f"| **{self.overall.place}** | **{name}** | {natural} | **{robust}** | {data} | | |")
         lines += [self._row(entry) for entry in self.below]
         if any(entry.external for entry in (*self.above, *self.below)):
             lines += ["", "(e): by an attack of others, which RobustBench ranks by; AutoAttack gave more."]
@@ -299,7 +299,7 @@ def rank(
         robust_accuracy=robust,
         natural_accuracy=natural,
         additional_data=additional_data,
-        name=name,
+        name=printable(name, None),
         overall=_place(robust, others),
         with_data=_place(robust, [entry for entry in others if entry.additional_data]),
         without_data=_place(robust, [entry for entry in others if not entry.additional_data]),
@@ -339,7 +339,7 @@ def draw(ranking: Ranking, path: Path | str) -> None:
             labelled.append(entry.robust_accuracy)
             where = (entry.natural_accuracy, entry.robust_accuracy)
             axes.annotate(entry.id, where, xytext=(-5, 3), textcoords="offset points", ha="right", fontsize=6)
-    words = f"{ranking.name}: place {ranking.overall}"
+    words = f"{drawn(ranking.name)}: place {ranking.overall}"
     if ranking.natural_accuracy is None:
         axes.axhline(ranking.robust_accuracy, color="tab:red", linewidth=1, label=words)
     else:

@@ -15,8 +15,9 @@ from torch import Tensor
 from .._files import written_aside
 from .data import Images
 from .evaluation.log import Evaluation, versions_text
-from .evaluation.verdict import attacks_in_words, not_standard_in_words
-from .figures import new_figure, require_matplotlib, save_figure
+from .evaluation.verdict import attacks_in_words, not_standard_in_words, warnings_of
+from .figures import drawn, new_figure, require_matplotlib, save_figure
+from .tables import markdown_text
 
 __all__ = ["binomial_interval", "write_report"]
 
@@ -84,7 +85,7 @@ def write_report(evaluation: Evaluation, path: str | Path, *, images: Images | T
             f"write_report: `images` must be the {len(log['labels'])} that were evaluated, got {len(pixels)}. "
             "Load the same."
         )
-    parts = [f"# Robustness of {log['model']}", _summary(log), _setting(log)]
+    parts = [f"# Robustness of {markdown_text(log['model'])}", _summary(log), _setting(log)]
     if log["fell_to"] is None:
         parts.append(_corruption_part(log, pictures))
     else:
@@ -147,12 +148,13 @@ def _summary(log: dict[str, Any]) -> str:
     lines += ["", _UPPER_BOUND]
     lines += ["", f"The intervals are binomial, for the choice of the {log['n_examples']:,} images alone."]
     if not log["standard"]:
-        lines += ["", f"This is not standard AutoAttack ({not_standard_in_words(log)}), and not comparable with it."]
-    lines += [f"Left out: {dropped['attack']}, since {dropped['reason']}." for dropped in log["dropped"]]
+        ran = markdown_text(not_standard_in_words(log))
+        lines += ["", f"This is not standard AutoAttack ({ran}), and not comparable with it."]
+    lines += [markdown_text(f"Left out: {dropped['attack']}, since {dropped['reason']}.") for dropped in log["dropped"]]
     if log["unreliable"]:
         lines += ["", "AutoAttack's own checks say that **this evaluation may be unreliable**."]
     lines += [""] if log["warnings"] else []
-    lines += [f"- AutoAttack warns: {warning}" for warning in log["warnings"]]
+    lines += [f"- AutoAttack warns: {markdown_text(warning)}" for warning in warnings_of(log)]
     return "\n".join(lines)
 
 
@@ -216,7 +218,7 @@ def _curve_part(log: dict[str, Any], pictures: _Pictures) -> str:
         [scale * log["eps_value"]], [log["robust_accuracy"]], "k*", markersize=10, label=f"eps {log['eps']}, the result"
     )
     axes.set(
-        title=f"Robust accuracy of {_drawn(log['model'])}",
+        title=f"Robust accuracy of {drawn(log['model'])}",
         xlabel=f"{log['threat_model']} radius eps ({unit})",
         ylabel="robust accuracy (%)",
         ylim=(0, 100),
@@ -279,8 +281,8 @@ def _fallen_part(evaluation: Evaluation, pixels: Tensor | None, pictures: _Pictu
             0.5 + difference / (2 * largest) if largest else torch.full_like(natural, 0.5),
         )
         titles = (
-            f"#{index}\n{_drawn(_class(log, log['labels'][index]))}",
-            f"{log['fell_to'][index]}\ntaken for {_drawn(_class(log, log['predictions'][index]))}",
+            f"#{index}\n{drawn(_class(log, log['labels'][index]))}",
+            f"{log['fell_to'][index]}\ntaken for {drawn(_class(log, log['predictions'][index]))}",
             f"difference\nat most {255 * largest:.1f}/255",
         )
         for row, (picture, title) in enumerate(zip(views, titles, strict=True)):
@@ -333,7 +335,7 @@ def _share(flags: Sequence[int]) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rows = [[_cell(cell) for cell in row] for row in rows]
+    rows = [[markdown_text(cell) for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -341,17 +343,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _cell(text: object) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
-
-
 def _class(log: dict[str, Any], label: int) -> str:
     return str(log["classes"][label]) if log["classes"] else str(label)
-
-
-def _drawn(text: object) -> str:
-    """Text that Matplotlib takes for no formula."""
-    return str(text).replace("$", r"\$")
 
 
 def _bars(path: Path, title: str, what: str, names: Sequence[str], series: dict[str, list[float]]) -> None:
@@ -361,8 +354,8 @@ def _bars(path: Path, title: str, what: str, names: Sequence[str], series: dict[
     for number, (name, heights) in enumerate(series.items()):
         places = [place + (number - (len(series) - 1) / 2) * width for place in range(len(names))]
         axes.bar(places, heights, width, label=name)
-    axes.set_xticks(range(len(names)), [_drawn(name) for name in names], rotation=45, ha="right")
-    axes.set(title=_drawn(title), xlabel=what, ylabel="accuracy (%)", ylim=(0, 100))
+    axes.set_xticks(range(len(names)), [drawn(name) for name in names], rotation=45, ha="right")
+    axes.set(title=drawn(title), xlabel=what, ylabel="accuracy (%)", ylim=(0, 100))
     axes.legend(loc="lower left", fontsize=7)
     save_figure(figure, path)
 

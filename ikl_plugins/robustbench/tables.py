@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-__all__ = ["aligned"]
+from .._limits import one_line
+
+__all__ = ["aligned", "markdown_text"]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -21,3 +24,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def markdown_text(text: object) -> str:
+    """Text as a page of Markdown shows it: one line, of which nothing is a cell, code, a link, HTML or emphasis.
+
+    Example:
+        >>> markdown_text("a|b <i>")
+        'a\\\\|b \\\\<i>'
+    """
+    return re.sub(r"([\\`*\[\]<|])", r"\\\1", one_line(text))

@@ -262,7 +262,11 @@ def test_names_are_logged_in_one_line(tmp_path):
     path = tmp_path / "evaluation.json"
     evaluate(NETWORK, IMAGES, LABELS, eps="8/255", attacks=["apgd-ce"], log=path, progress=False, **names)
     log = Evaluation.load(path).log
-    assert (log["model"], log["data"]["name"], log["checkpoint"]["name"]) == ("net?work", "made? ?up", "?")
+    assert (log["model"], log["data"]["name"], log["checkpoint"]["name"]) == (
+        r"net\nwork",
+        r"made\x00 \u2028up",
+        r"\ud800",
+    )
 
 
 @pytest.mark.parametrize("case", FILES)

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from ikl_plugins._files import check_config_text, written_aside
+from ikl_plugins._limits import one_line, printable
 
 from .messages import CALLER
 
@@ -123,12 +124,12 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], kind: str) -> None
 
 def _show_difference(old: str, new: str, old_name: str, new_name: str) -> None:
     for line in difflib.unified_diff(old.splitlines(), new.splitlines(), old_name, new_name, lineterm=""):
-        print(line)
+        print("\t".join(printable(part, None) for part in line.split("\t")))  # a patch keeps its tabs
 
 
 def _say(*lines: str) -> None:
     for line in lines:
-        print(line, file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
 
 
 def _adopt_yaml(args: argparse.Namespace) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import _validation as check
+from ..._limits import printable
 from ..conditions import own_conditions, trainable_copy
 from ..data import load_images
 from ..eps import Eps, parse_eps
 from .attacks import outside, random_state_kept
-from .fields import plain
 from .log import percent
 from .seal import parsed
 
@@ -94,7 +94,11 @@ def read_external(caller: str, source: External | Path | str) -> External:
         if key not in (*_KEYS, "adversarial"):
             raise ValueError(check.unknown_name_message(where, "key", key, (*_KEYS, "adversarial")))
     for key in _TEXTS:
-        if not isinstance(content[key], str) or not content[key].strip() or plain(content[key]) != content[key]:
+        if (
+            not isinstance(content[key], str)
+            or not content[key].strip()
+            or printable(content[key], None) != content[key]
+        ):
             raise ValueError(f"{where}: `{key}` must be one line of text, got {content[key]!r}. Write it out.")
     if "://" not in content["code"]:
         raise ValueError(f"{where}: `code` must be an address, got {content['code']!r}. Write https://...")

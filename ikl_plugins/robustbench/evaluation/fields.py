@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import datetime
 import re
-import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from ..._limits import printable
 from .seal import canonical
 
-__all__ = ["check_curve", "check_fields", "plain", "refuse", "refuse_other"]
+__all__ = ["check_curve", "check_fields", "refuse", "refuse_other"]
 
 Rule = Callable[[Any], bool]
-_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # of Unicode's categories
 _LARGEST = 1e18  # beyond it JSON's integers are no longer those of other programs
 _WRITTEN = "of the type and range that an evaluation writes"
 
@@ -45,15 +44,7 @@ def refuse_other(caller: str, field: str, found: Any, expected: Any, *sources: s
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and plain(value) == value
-
-
-def plain(text: str) -> str:
-    """A text without what would forge a line of a report or break it: line ends, other control characters, surrogates.
-
-    A question mark stands for each.
-    """
-    return "".join("?" if unicodedata.category(character) in _CONTROL else character for character in text)
+    return isinstance(value, str) and printable(value, None) == value
 
 
 def _flag(value: Any) -> bool:

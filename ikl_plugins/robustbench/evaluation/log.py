@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ... import __version__
 from ... import _validation as check
 from ..._files import written_aside
+from ..._limits import printable
 from ...checkpoints import plain_name
 from ..conditions import precision
 from ..data import Images, content_sha256, file_sha256
@@ -28,9 +29,8 @@ from ..export import export
 from ..known_sets import recorded_name
 from ..tables import aligned
 from .evidence import check_log, read_batches
-from .fields import plain
 from .seal import broken, parsed, seal
-from .verdict import attacks_in_words, is_standard
+from .verdict import attacks_in_words, is_standard, warnings_of
 
 __all__ = ["FORMAT", "Evaluation", "batch_folder", "class_names", "data_facts", "identity", "percent", "read_log"]
 __all__ += ["is_standard", "logged_batch_size", "versions_text", "weights_sha256", "write_log"]
@@ -98,7 +98,7 @@ class Evaluation:
             standing = entry["standing"]
             rows.append([f"after {entry['attack']}", f"{standing:,}", f"{100 * standing / count:.2f}"])
         end = "" if log["finished"] else "\nNot finished: the robust accuracy will fall further."
-        end += "".join(f"\nAutoAttack warns: {warning}" for warning in log["warnings"])
+        end += "".join(f"\nAutoAttack warns: {warning}" for warning in warnings_of(log))
         end += "\nAutoAttack's own checks say that this evaluation may be unreliable." if log["unreliable"] else ""
         return f"{log['model']}: {count:,} images of {data}, {what}\n{aligned(rows)}{end}"
 
@@ -229,8 +229,8 @@ def identity(
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()})",
-        "model": plain(type(_unwrapped(model)).__name__ if name is None else name),
-        "checkpoint": checkpoint and {"name": plain(checkpoint["name"]), "sha256": checkpoint["sha256"]},
+        "model": printable(type(_unwrapped(model)).__name__ if name is None else name, None),
+        "checkpoint": checkpoint and {"name": printable(checkpoint["name"], None), "sha256": checkpoint["sha256"]},
         "weights_sha256": weights_sha256(model),
         "dtype": precision(model),
     }
@@ -250,7 +250,7 @@ def data_facts(data: str | Images | None, images: Tensor, labels: Tensor | None)
         source = source if torch.equal(first[0], images) and labels is not None and first[1].equal(labels) else None
     name = recorded_name(name, source)
     return {
-        "name": None if name is None else plain(name),
+        "name": None if name is None else printable(name, None),
         "source": source,
         "sha256": content_sha256(images, torch.empty(0) if labels is None else labels),
         "n_examples": len(images),
@@ -260,7 +260,7 @@ def data_facts(data: str | Images | None, images: Tensor, labels: Tensor | None)
 
 def class_names(data: str | Images | None, classes: int | None) -> list[str] | None:
     names = data.classes if isinstance(data, Images) else None
-    return list(map(plain, names)) if names is not None and len(names) == classes else None
+    return [printable(name, None) for name in names] if names is not None and len(names) == classes else None
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

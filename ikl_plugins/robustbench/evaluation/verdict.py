@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..._limits import one_line
 from .checks import ATTACKS
 from .plan import parameters_in_words
 
 __all__ = ["STANDARD", "attacks_in_words", "autoattack_accuracies", "is_standard", "is_unreliable"]
-__all__ += ["not_standard_in_words"]
+__all__ += ["not_standard_in_words", "warnings_of"]
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 # The five flags of AutoAttack's flags_doc.md, by what their warnings say. Its check of the classes is no flag.
@@ -46,6 +47,11 @@ def is_unreliable(log: Mapping[str, Any]) -> bool:
     square = accuracies.pop("square", 1.0)
     found = len(accuracies) > 1 and square < min(accuracies.values()) - _SQUARE
     return found or any(flag in warning for flag in _FLAGS for warning in log["warnings"])
+
+
+def warnings_of(log: Mapping[str, Any]) -> list[str]:
+    """What AutoAttack has warned of, a line each."""
+    return [one_line(warning) for warning in log["warnings"]]
 
 
 def autoattack_accuracies(log: Mapping[str, Any]) -> dict[str, float]:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..._limits import one_line
+from ..tables import markdown_text
+
 __all__ = ["Check", "Preflight"]
 
 WORDS = {True: "pass", False: "FAIL", None: "not checked"}
@@ -78,15 +81,15 @@ class Preflight:
     def markdown(self) -> str:
         """The checks as a Markdown page."""
         verdict = "passed" if self.passed else f"FAILED: {', '.join(self.failed)}"
-        lines = [f"# Preflight: {verdict}", "", self.judged_by, ""]
-        lines += [line for text in self.warnings for line in (f"**Warning: {text}**", "")]
+        lines = [f"# Preflight: {verdict}", "", markdown_text(self.judged_by), ""]
+        lines += [line for text in self.warnings for line in (f"**Warning: {markdown_text(text)}**", "")]
         if self.obstacle:
             lines += [f"It cannot be submitted to RobustBench: {self.obstacle}", ""]
         if self.unchecked:
             lines += [f"Not checked: {', '.join(self.unchecked)}.", ""]
         lines += ["| check | result | why |", "| --- | --- | --- |"]
         for found in self.checks:
-            why = " ".join(found.why.replace("|", "\\|").split())
+            why = one_line(found.why).replace("|", "\\|")
             lines.append(f"| {found.name} | {WORDS[found.passed]} | {why} |")
         return "\n".join([*lines, ""])
 

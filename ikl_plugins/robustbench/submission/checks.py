@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from ... import _validation as check
+from ..._limits import printable
 from ..eps import as_fraction
 from ..evaluation.evidence import check_log
-from ..evaluation.fields import plain
 from ..evaluation.log import Evaluation, weights_sha256
+from ..evaluation.verdict import warnings_of
 from ..leaderboard import entries, table_origin
 from ..preflight import Preflight
 from ..submittable import CALLER, against_benchmark
@@ -46,6 +47,8 @@ def check_paper(
     additional_data: object,
     generated_data: object,
     number_forward_passes: object,
+    checkpoint_link: str | None = None,
+    code_link: str | None = None,
     **texts: str,
 ) -> list[str]:
     """The authors, one by one, after every rule on what is said of the paper, the data and the model."""
@@ -54,8 +57,6 @@ def check_paper(
         texts["footnote"] = footnote
     for argument, text in texts.items():
         _check_line(argument, text)
-    if licence != "MIT" and "://" not in licence:
-        raise ValueError(f"{CALLER}: `licence` must be 'MIT' or the address of another one, got {licence!r}.")
     for argument, value in (("additional_data", additional_data), ("generated_data", generated_data)):
         if not isinstance(value, bool):
             raise TypeError(f"{CALLER}: `{argument}` must be declared with True or False, got {value!r}.")
@@ -65,18 +66,29 @@ def check_paper(
             "synthetic images.'"
         )
     people = authors.split(",") if isinstance(authors, str) else [*authors]
-    if not people or not all(isinstance(one, str) and one.strip() and plain(one) == one for one in people):
+    if not people or not all(isinstance(one, str) and one.strip() and printable(one, None) == one for one in people):
         raise ValueError(f"{CALLER}: `authors` must name at least one person, got {authors!r}. Write them out.")
-    if not re.match(r"https?://\S", link):
-        raise ValueError(f"{CALLER}: `link` must be an http(s) address, got {link!r}. Write https://arxiv.org/abs/...")
+    _check_addresses(link=link, licence=None if licence == "MIT" else licence, code_link=code_link)
+    _check_addresses(checkpoint_link=checkpoint_link)
     check.check_integer(CALLER, "number_forward_passes", number_forward_passes)
     return [person.strip() for person in people]
+
+
+def _check_addresses(**links: str | None) -> None:
+    """Refuses an address that is none, or has what Markdown takes for something else."""
+    for argument, link in links.items():
+        if link is None:
+            continue
+        _check_line(argument, link)
+        if not re.fullmatch(r"https?://[^\s\\`|<>]+", link):
+            what = "'MIT' or the http(s) address of another one" if argument == "licence" else "an http(s) address"
+            raise ValueError(f"{CALLER}: `{argument}` must be {what}, got {link!r}. Write https://arxiv.org/abs/...")
 
 
 def _check_line(argument: str, text: object) -> None:
     if not isinstance(text, str):
         raise TypeError(f"{CALLER}: `{argument}` must be text, got {type(text).__name__}. Write it out.")
-    if not text.strip() or plain(text) != text:
+    if not text.strip() or printable(text, None) != text:
         raise ValueError(f"{CALLER}: `{argument}` must be one line of text, got {text!r}. Write it out.")
 
 
@@ -137,7 +149,7 @@ def check_flag(log: Mapping[str, Any], acknowledged: object, demonstration: bool
             raise ValueError(f"{CALLER}: `acknowledge_unreliable` must be None, as AutoAttack has flagged nothing.")
     elif log["unreliable"] and not demonstration:
         raise ValueError(
-            f"{CALLER}: `evaluation` may be unreliable: {' '.join(log['warnings'])} Run an adaptive attack, then pass "
+            f"{CALLER}: `evaluation` may be unreliable: {' '.join(warnings_of(log))} Run an adaptive attack, then pass "
             "acknowledge_unreliable='which, and why the number stands'."
         )
 

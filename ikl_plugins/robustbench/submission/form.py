@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from ...models.robustbench_zoo import Architecture
 from ..evaluation.log import versions_text
-from ..evaluation.verdict import attacks_in_words
+from ..evaluation.verdict import attacks_in_words, warnings_of
 from ..image_models import ImageArchitecture
+from ..tables import markdown_text
 
 __all__ = ["Facts", "form", "worded", "zoo_entry"]
 
@@ -71,16 +72,16 @@ labels: new-model
 
 {notes}# Paper Information
 
-- **Paper Title**: {entry["name"]}
+- **Paper Title**: {markdown_text(entry["name"])}
 - **Paper URL**: {entry["link"]}
-- **Paper authors**: {entry["authors"]}
+- **Paper authors**: {markdown_text(entry["authors"])}
 
 # Leaderboard Claim(s)
 
 ## Model 1
 
 - **Name**: {facts.name}
-- **Venue**: {entry["venue"]}
+- **Venue**: {markdown_text(entry["venue"])}
 - **Dataset**: {facts.dataset}
 - **Architecture**: {entry["architecture"]} (`{facts.expression}`)
 - **Threat Model**: {"Common Corruptions" if corrupted else log["threat_model"]}
@@ -89,12 +90,12 @@ labels: new-model
 - **Robust accuracy**: {entry["reported"]}
 - **Additional data**: {str(entry["additional_data"]).lower()}
 - **Generated data**: {str(facts.generated_data).lower()}
-- **Footnote**: {entry.get("footnote", "none")}
+- **Footnote**: {markdown_text(entry.get("footnote", "none"))}
 - **Forward passes per prediction**: {entry["number_forward_passes"]}
 - **Evaluation method**: {_method(log)}
-- **Warnings of AutoAttack**: {" ".join(log["warnings"]) or "none"}{_flag(facts, log)}
+- **Warnings of AutoAttack**: {markdown_text(" ".join(warnings_of(log))) or "none"}{_flag(facts, log)}
 - **Log against the model**: {facts.verified}
-- **External evaluations**: {". ".join(facts.external) or "none"}
+- **External evaluations**: {markdown_text(". ".join(facts.external)) or "none"}
 - **Checkpoint and code**: checkpoint {facts.checkpoint_link or upload}, code {facts.code_link or TO_FILL}
 
 # Model Zoo
@@ -107,7 +108,7 @@ labels: new-model
 
 
 def _flag(facts: Facts, log: Mapping[str, Any]) -> str:
-    return f"\n- **Potentially unreliable**: {facts.acknowledged or 'yes'}" if log["unreliable"] else ""
+    return f"\n- **Potentially unreliable**: {markdown_text(facts.acknowledged or 'yes')}" if log["unreliable"] else ""
 
 
 def _cross(ticked: bool) -> str:
@@ -118,7 +119,7 @@ def _method(log: Mapping[str, Any]) -> str:
     if log["threat_model"] == "corruptions":
         what = f"mean accuracy over {len(log['corruptions'])} corruptions and severities"
     else:
-        what = attacks_in_words(log)
+        what = markdown_text(attacks_in_words(log))
         what += f" ({', '.join(log['attacks'])})" if log["standard"] else ""
     return f"{what}, {log['n_examples']} images, seed {log['seed']}; {versions_text(log)}; per image in evaluation.json"
 

@@ -22,6 +22,7 @@ from ...models.robustbench_zoo import parse_architecture
 from ..data import Images, file_sha256
 from ..evaluation.external import External, check_external, lowest_robust, read_external, verify_external
 from ..evaluation.log import Evaluation, weights_sha256
+from ..evaluation.verdict import warnings_of
 from ..evaluation.verify import verify
 from ..loading import DATASET_CLASSES
 from ..preflight import Preflight
@@ -167,6 +168,8 @@ def write_submission(
         footnote=footnote,
         reported=reported,
         number_forward_passes=number_forward_passes,
+        checkpoint_link=checkpoint_link,
+        code_link=code_link,
         acknowledge_unreliable=acknowledge_unreliable,
         external=external,
         demonstration=demonstration,
@@ -189,7 +192,7 @@ def write_submission(
     if not isinstance(preflight, Preflight) and callable(preflight):
         preflight = preflight()
     check_preflight(preflight, allow_failed_preflight)
-    said = tuple(f"AutoAttack, in the evaluation: {warning}" for warning in log["warnings"])
+    said = tuple(f"AutoAttack, in the evaluation: {warning}" for warning in warnings_of(log))
     preflight = dataclasses.replace(preflight, warnings=(*preflight.warnings, *said))
 
     mean, std = statistics_of(model) or (mean, std)
