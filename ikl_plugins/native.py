@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -36,6 +37,7 @@ __all__ = ["build", "disable", "enable", "is_enabled", "library_path"]
 # See ikl_plugins._fused.fused_loss, whose arguments and results are an operator's.
 Operator = Callable[[Tensor, Tensor, Tensor | None, Settings, tuple[bool, bool], bool], Result]
 
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _SOURCE = Path(__file__).parent / "csrc" / "decoupled_kl.cpp"
 _COMPILERS = ("g++", "clang++", "c++")
 
@@ -65,7 +67,8 @@ _deciding = threading.RLock()
 def build(*, verbose: bool = False) -> Path:
     """Compiles the operator for this kind of processor, unless that has been done.
 
-    A damaged library is replaced. Processes that build at once leave one whole library.
+    A damaged library, or one that another user could have written, is replaced. Processes that build at once leave one
+    whole library. Its folder is made for this user alone.
 
     Args:
         verbose: print the compiler's command.
@@ -75,7 +78,7 @@ def build(*, verbose: bool = False) -> Path:
 
     Raises:
         RuntimeError: the system is not Linux, no compiler is found or it does not succeed, or the folder cannot be
-            written to.
+            written to, or others can write to it.
     """
     caller = "ikl_plugins.native.build"
     if sys.platform != "linux":
@@ -83,14 +86,25 @@ def build(*, verbose: bool = False) -> Path:
     with _building:
         path = library_path()
         try:
-            if not _is_whole(path):
-                with written_aside(path) as aside:
-                    _compile(caller, aside, verbose=verbose)
-                    # The loader would take a truncated library for a whole one, and the process would end in it.
-                    content = aside.read_bytes()
-                    aside.write_bytes(content + hashlib.sha256(content).digest())
+            for folder in reversed((path.parent, *path.parent.parents)):  # whatever the umask
+                folder.mkdir(mode=0o700, exist_ok=True)
+            path.parent.chmod(0o700)  # what an older release has made; refused where another user owns it
+            reason = _refusal(path)
+            if not reason:
+                return path
+            with written_aside(path) as aside:
+                _compile(caller, aside, verbose=verbose)
+                # The loader would take a truncated library for a whole one, and the process would end in it.
+                content = aside.read_bytes()
+                aside.write_bytes(content + hashlib.sha256(content).digest())
+                aside.chmod(0o600)
+            reason = _refusal(path)
         except OSError as error:
             raise RuntimeError(f"{caller}: {path.parent} must be writable: {error}. Set XDG_CACHE_HOME.") from error
+        if reason:
+            raise RuntimeError(
+                f"{caller}: {path} would not be loaded: {reason}. Set XDG_CACHE_HOME to a folder of yours."
+            )
     return path
 
 
@@ -116,7 +130,7 @@ def enable() -> None:
     """Loads the operator that :func:`build` has left; the losses of this process use it, whatever the environment says.
 
     Raises:
-        RuntimeError: it has not been built, or cannot be loaded.
+        RuntimeError: it has not been built, cannot be loaded, or others than this user may have written it.
     """
     global _operator, _undecided
     with _deciding:
@@ -199,9 +213,8 @@ def _load() -> Operator:
     if not path.exists():
         raise RuntimeError(f"{caller}: there is no {path}. Run `ikl build` with this interpreter.")
     try:
-        if not _is_whole(path):
-            raise OSError("it is damaged")
-        function = ctypes.CDLL(str(path)).decoupled_kl
+        # Nobody else can rename or write anything on the way to the path, so it stays what has been checked.
+        function = ctypes.CDLL(str(_checked(path))).decoupled_kl
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"{caller}: cannot load {path}: {error}. Delete it and run `ikl build`.") from error
     function.argtypes = (ctypes.c_char_p,)
@@ -272,14 +285,49 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the file ends with the digest of what is before."""
-    size = hashlib.sha256().digest_size
+def refusal() -> str:
+    """Why a library that is there would not be loaded; '' where there is none, or nothing is wrong with it."""
+    return _refusal(library_path()) if _is_built() else ""
+
+
+def _refusal(path: Path) -> str:
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    return len(content) > size and hashlib.sha256(content[:-size]).digest() == content[-size:]
+        _checked(path)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _checked(path: Path) -> Path:
+    """The library's path without links.
+
+    Raises:
+        OSError: it is missing or not whole; another user owns it or its folder, or can write to one of them or to a
+            folder above.
+    """
+    path = path.resolve(strict=True)
+    _check_owner(path.parent, path.parent.stat())
+    for folder in path.parent.parents:
+        facts = folder.stat()
+        if facts.st_uid != 0 and facts.st_uid != os.geteuid():
+            raise OSError(f"another user owns {folder}")
+        # Of a sticky folder, as /tmp, others cannot rename what is in it.
+        if facts.st_mode & _OTHERS_WRITE and not facts.st_mode & stat.S_ISVTX:
+            raise OSError(f"others can write to {folder}")
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as library:
+        _check_owner(path, os.fstat(library.fileno()))
+        content, size = library.read(), hashlib.sha256().digest_size
+    # It ends with the digest of what is before.
+    if len(content) <= size or hashlib.sha256(content[:-size]).digest() != content[-size:]:
+        raise OSError("it is damaged")
+    return path
+
+
+def _check_owner(path: Path, facts: os.stat_result) -> None:
+    if facts.st_uid != os.geteuid():
+        raise OSError(f"another user owns {path}")
+    if facts.st_mode & _OTHERS_WRITE:
+        raise OSError(f"others can write to {path}")
 
 
 def _compile(caller: str, output: Path, *, verbose: bool) -> None:

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ikl_plugins._limits import one_line
 from ikl_plugins._way import BUILD_ADVICE, VARIABLE
 
 __all__ = ["Facts", "Host", "Trap", "configure", "diagnose", "gather", "probe", "run"]
@@ -113,6 +114,7 @@ except Exception:
 try:
     from ikl_plugins import native
     found["operator"] = native.library_path().is_file()
+    found["operator_refused"] = native.refusal()
 except Exception:
     pass
 try:
@@ -159,6 +161,7 @@ class Facts(NamedTuple):
         gpu_driver: whether a GPU's driver is there, whatever torch says.
         safe_globals: whether MMEngine brings its own list of names that a checkpoint may hold; None without MMEngine.
         operator: whether the C++ operator of the losses is built; None where the losses cannot be imported.
+        operator_refused: why it is not loaded although it is built; '' where it is.
         kernels: of each GPU, why the Triton kernels do not serve there, '' if they agree with the composed losses.
     """
 
@@ -171,6 +174,7 @@ class Facts(NamedTuple):
     gpu_driver: bool = False
     safe_globals: bool | None = None
     operator: bool | None = None
+    operator_refused: str = ""
     kernels: Sequence[str] = ()
 
     def has(self, *names: str) -> bool:
@@ -204,7 +208,7 @@ def _run(program: str) -> tuple[bool, str]:
     """Runs a program; whether it worked, and what it says of itself, or the last line of its error."""
     try:
         command = [sys.executable, "-c", program]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIME_LIMIT)  # noqa: S603
     except subprocess.TimeoutExpired:
         return False, f"no answer within {_TIME_LIMIT} seconds"
     for line in reversed(done.stdout.splitlines()):
@@ -212,7 +216,9 @@ def _run(program: str) -> tuple[bool, str]:
             return True, line.removeprefix("worked: ")
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in said if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return False, (errors or said)[-1] if said else f"the process ended with code {done.returncode} and said nothing"
+    if not said:
+        return False, f"the process ended with code {done.returncode} and said nothing"
+    return False, one_line((errors or said)[-1])
 
 
 def probe(name: str, facts: Facts) -> Host:
@@ -407,12 +413,14 @@ def _report(facts: Facts, hosts: Sequence[Host], traps: Sequence[Trap], wanted: 
     build = f"built for {facts.cuda}" if facts.cuda else "a CPU build"
     rows["GPU"] = f"{', '.join(facts.gpus) or 'none'} (torch is {build})"
     if facts.operator is not None:
-        rows["C++ operator"] = (
-            f"built; {VARIABLE}=walk leaves it out" if facts.operator else f"not built; {BUILD_ADVICE}"
-        )
+        built = f"built; {VARIABLE}=walk leaves it out"
+        if facts.operator_refused:
+            built = f"not loaded: {facts.operator_refused}; mend that, or delete it, and run `ikl build`"
+        rows["C++ operator"] = built if facts.operator else f"not built; {BUILD_ADVICE}"
     rows["Triton kernels"] = "; ".join(map(_kernels_state, facts.kernels)) or "not used: there is no CUDA device"
     named = os.environ.get(VARIABLE, "")
-    on_cpu, on_cuda = "native" if facts.operator else "walk", "walk" if any(facts.kernels) else "triton"
+    native = facts.operator and not facts.operator_refused
+    on_cpu, on_cuda = "native" if native else "walk", "walk" if any(facts.kernels) else "triton"
     ways = f"{on_cpu} on a CPU" + (f", {on_cuda} on CUDA" if facts.gpus else "")
     rows["losses go by"] = f"{named} where it can serve, as {VARIABLE} says" if named else ways
     lines = ["Versions", *(f"  {name:<18}{value}" for name, value in rows.items()), "", "Hosts"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -481,6 +482,66 @@ def test_a_damaged_library_is_refused(built_operator: Path, cache: Path, damage:
     assert native._operator is None
 
 
+# What is done to folder and library -> why it is not loaded.
+OTHERS: list[tuple[Callable[[Path, pytest.MonkeyPatch], Any], str]] = [
+    (lambda path, state: path.chmod(0o666), r"others can write to .*\.so"),
+    (lambda path, state: path.chmod(0o620), r"others can write to .*\.so"),
+    (lambda path, state: path.parent.chmod(0o777), r"others can write to .*/ikl_plugins\b"),
+    (lambda path, state: path.parent.chmod(0o1777), r"others can write to .*/ikl_plugins\b"),
+    (lambda path, state: path.parent.chmod(0o770), r"others can write to .*/ikl_plugins\b"),
+    (lambda path, state: path.parent.parent.chmod(0o777), "others can write to "),
+    (lambda path, state: state.setattr(os, "geteuid", lambda: 54321), r"another user owns .*/ikl_plugins\b"),
+    (
+        lambda path, state: (path.rename(path.parent.parent / "l"), path.symlink_to("../l")),
+        r"others can write to .*shared",
+    ),
+    (lambda path, state: path.parent.parent.chmod(0o1777), ""),
+    (lambda path, state: path.chmod(0o755), ""),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the operator is for Linux")
+@pytest.mark.parametrize(("change", "reason"), OTHERS)
+def test_what_others_can_write_is_not_loaded(
+    built_operator: Path, cache: Path, state: pytest.MonkeyPatch, change: Callable[..., Any], reason: str
+) -> None:
+    shared = cache / "shared"
+    state.setenv("XDG_CACHE_HOME", str(shared))
+    path = native.library_path()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(_library(built_operator).read_bytes())
+    path.chmod(0o600)
+    if "shared" in reason:
+        shared.chmod(0o777)
+    change(path, state)
+    if not reason:
+        assert native.refusal() == ""
+        assert native.is_enabled()
+        return
+    with pytest.warns(RuntimeWarning, match=rf"go on without the C\+\+ operator.*{reason}"):
+        assert not native.is_enabled()
+    assert re.search(reason, native.refusal())
+
+
+def test_a_build_is_for_this_user_alone(built_operator: Path, cache: Path, state: pytest.MonkeyPatch) -> None:
+    state.setenv("CXX", _copying_compiler(cache, built_operator))
+    old = os.umask(0)
+    try:
+        state.setenv("XDG_CACHE_HOME", str(cache / "new" / "cache"))
+        path = native.build()
+        modes = [oct(one.stat().st_mode & 0o777) for one in (path, *list(path.parents)[:3])]
+        assert modes == ["0o600", "0o700", "0o700", "0o700"]
+        path.chmod(0o666)  # of an older release, and its folder
+        path.parent.chmod(0o777)
+        assert native.build() == path
+        assert native.refusal() == ""
+        (cache / "new").chmod(0o777)
+        with pytest.raises(RuntimeError, match=r"would not be loaded: others can write to .*new\. Set XDG_CACHE_HOME"):
+            native.build()
+    finally:
+        os.umask(old)
+
+
 def test_the_name_tells_processors_and_sources_apart(cache: Path, state: pytest.MonkeyPatch) -> None:
     paths = {native.library_path()}
     state.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -576,7 +637,7 @@ def test_the_compiler_may_come_with_arguments(cache: Path, state: pytest.MonkeyP
     script = _copying_compiler(cache, built_operator, 'case "$all" in "--fast -D"*) ;; *) exit 9;; esac')
     Path(script).write_text(Path(script).read_text().replace("#!/bin/sh\n", '#!/bin/sh\nall="$*"\n'))
     state.setenv("CXX", f"'{script}' --fast -DNAME='a b'")
-    assert native._is_whole(native.build())
+    assert native.build().is_file()
 
 
 def test_two_processes_that_build_at_once_leave_one_whole_library(built_operator: Path, tmp_path: Path) -> None:
@@ -594,7 +655,7 @@ def test_two_processes_that_build_at_once_leave_one_whole_library(built_operator
     assert [process.wait(120) for process in both] == [0, 0]
     assert (tmp_path / "log").read_text().split() == ["compiled"] * 2
     (library,) = (tmp_path / "new" / "ikl_plugins").iterdir()
-    assert native._is_whole(library)
+    assert native._checked(library) == library
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
