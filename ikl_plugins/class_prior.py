@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,18 @@ from ._value_checks import check_values, is_recorded, read_value_checks
 __all__ = ["ClassPrior"]
 
 _logger = logging.getLogger(__name__)
+_WIDE = (torch.float32, torch.float64)
+_DTYPES = {"matrix": _WIDE, "sums": _WIDE, "counts": (torch.int64,)}  # of the entries of a checkpoint
+_ROUNDING = 1e-2  # share of a sum of probabilities; those of a bfloat16 softmax lose up to 4e-3
 _COMPARED = 8  # batches of several ranks before which the sums are compared with those behind the last one
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs this: ``torch.utils.checkpoint`` then repeats what has been observed before.
+
+    torch.compile around a checkpoint separates the two itself: what it records runs in the forward pass alone.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _judge_sums(changed: float) -> str | None:
@@ -38,7 +49,12 @@ class ClassPrior(nn.Module):
     :meth:`prior` then serves for the whole next epoch. Until an epoch has ended every row is uniform, 1 / C.
 
     Everything is a buffer, the running sums included, so an interruption in the middle of an epoch loses nothing that a
-    checkpoint holds. Buffers follow the module to another device and keep their digits under ``.half()``.
+    checkpoint holds. Buffers follow the module to another device, and no cast takes digits from them: ``sums`` stay
+    float64 (float32 on MPS) and ``counts`` int64, ``matrix`` is float32 or, after ``.double()``, float64. A checkpoint
+    whose entries no class prior of this size can have had is refused, also with ``strict=False``.
+
+    A batch whose forward pass ``torch.utils.checkpoint`` repeats during the backward pass is observed once: within a
+    backward pass nothing is. Other repeated passes, those of an LBFGS closure for one, need ``observe=False``.
 
     A prediction that is not finite, of a batch that overflowed in half precision for one, is left out; the end of the
     epoch says how many were.
@@ -160,7 +176,11 @@ class ClassPrior(nn.Module):
 
         Raises:
             TypeError: ``probabilities`` is not a floating tensor or ``targets`` not an integer tensor.
-            ValueError: shapes or devices do not fit, or a label is outside [0, C).
+            ValueError: shapes or devices do not fit, a label is outside [0, C), or a wrapper has cast the sums to half
+                precision.
+
+        Note:
+            Does nothing within a backward pass, where checkpointing repeats a forward pass.
         """
         caller = "ClassPrior.observe"
         check.check_targets(caller, targets, self.num_classes)
@@ -176,11 +196,17 @@ class ClassPrior(nn.Module):
                 f"{caller}: `probabilities` must be on the prior's device, got {probabilities.device} and "
                 f"{self.sums.device}. Move one with `.to(...)`."
             )
-        self.add(probabilities, check.safe_index(targets, self.num_classes))
+        if not in_backward():
+            self.add(probabilities, check.safe_index(targets, self.num_classes))
 
     @torch.no_grad()
     def add(self, probabilities: Tensor, labels: Tensor) -> None:
         """:meth:`observe` of predictions and labels that have been checked, the latter int64."""
+        if self.sums.dtype not in _WIDE:  # FSDP writes to `.data`
+            raise ValueError(
+                f"ClassPrior: a wrapper must leave the running sums in float64 or float32, got {self.sums.dtype}. "
+                f"Use MixedPrecision(buffer_dtype=torch.float32)."
+            )
         labels = labels.reshape(-1)
         watched = self._begin_watch()
         rows = probabilities.detach().movedim(1, -1).reshape(-1, self.num_classes)
@@ -264,6 +290,55 @@ class ClassPrior(nn.Module):
         self.left_out.zero_()
         self._watch = self._own_sums = None
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform rows and no sums, as built; what ``to_empty`` leaves behind needs this, or a checkpoint."""
+        self.matrix.fill_(1.0 / self.num_classes)
+        self.restart_epoch()
+
+    @torch.no_grad()
+    def check_state(self, caller: str, state: Mapping[str, Any], prefix: str = "") -> None:
+        """Refuses a state that no class prior of so many classes can have had.
+
+        Args:
+            caller: whom the refusal names.
+            state: ``matrix``, ``sums`` and ``counts``; other entries are not looked at.
+            prefix: in front of these names.
+
+        Raises:
+            ValueError: an entry is missing or of another shape or dtype; a row of ``matrix`` is no distribution; a row
+                of ``sums`` is negative or does not add up to its count.
+        """
+
+        def refuse(name: str, rule: str, got: str) -> None:
+            raise ValueError(
+                f"{caller}: the class prior's `{prefix}{name}` must {rule}, got {got}. "
+                f"Load another checkpoint, or take the class prior out of it."
+            )
+
+        found: dict[str, Any] = {name: state.get(prefix + name) for name in _DTYPES}
+        for name, value in found.items():
+            own: Tensor = getattr(self, name)
+            got = f"a {type(value).__name__}"
+            if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
+                if value.dtype in _DTYPES[name] and value.shape == own.shape and value.is_meta <= own.is_meta:
+                    continue
+                got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+            refuse(name, f"be {_DTYPES[name][0]} of shape {tuple(own.shape)}", got)
+        matrix, sums, counts = found.values()
+        if any(value.is_meta or isinstance(value, FakeTensor) for value in found.values()):
+            return
+        if (least := int(counts.min())) < 0:
+            refuse("counts", "be at least 0", f"{least}")
+        for name, values, wanted in (("matrix", matrix, torch.ones_like(counts)), ("sums", sums, counts)):
+            lows, totals = values.amin(1), values.sum(1)
+            wanted = wanted.to(totals)
+            wrong = ~((lows >= 0) & ((totals - wanted).abs() <= _ROUNDING * wanted))  # also where one is NaN
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                got = f"{totals[row]:.4g} for {wanted[row]:g} in row {row}, least {lows[row]:.4g}"
+                refuse(name, f"be non-negative with rows that sum to {'1' if name == 'matrix' else '`counts`'}", got)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy watches from here on: what the watch has noted grows with each batch, and pickled with its square.
         return {**self.__dict__, "_own_sums": None, "_watch": None}
@@ -274,8 +349,12 @@ class ClassPrior(nn.Module):
         if "left_out" not in self._buffers:  # pickled by an older release
             self.register_buffer("left_out", torch.zeros_like(self.counts[0]), persistent=False)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Raised and not reported: MMEngine, and torch with strict=False, would go on with a uniform prior.
+        if any(prefix + name in state_dict for name in _DTYPES):
+            self.check_state("ClassPrior", state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.sums = self.sums.to(_sums_dtype(self.sums.device))  # assigned, perhaps, from an older release
         self._own_sums = None
         # No part of a checkpoint; on the meta device until now, perhaps.
         self.left_out = torch.zeros_like(self.left_out, device=self.counts.device)
@@ -284,13 +363,24 @@ class ClassPrior(nn.Module):
         return f"num_classes={self.num_classes}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassPrior:
-        matrix, sums = self.matrix, self.sums
-        self.sums = sums.float()  # not every device knows float64
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # `.half()` or `.bfloat16()` on a whole model move the statistics, they do not take their digits.
-        device = self.sums.device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = self.sums.to(wide) if sums.is_meta else sums.to(device, wide)
-        if self.matrix.dtype.itemsize < torch.float32.itemsize:
-            self.matrix = matrix.to(device)
+        sums = self.sums
+        wide = _sums_dtype(fn(torch.empty(0, device=sums.device)).device)
+
+        def moved(buffer: Tensor) -> Tensor:
+            """What ``fn`` makes of it, but with the dtype that it must have."""
+            if buffer is sums:
+                buffer = buffer.to(wide)  # before it moves: not every device knows float64
+            made = fn(buffer)
+            if made.dtype == buffer.dtype or (buffer is self.matrix and made.dtype in _WIDE):
+                return made
+            return (made if buffer.is_meta else buffer).to(made.device, buffer.dtype)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        if self.sums.device != sums.device:
+            self._watch = None  # of the old device
         return self
+
+
+def _sums_dtype(device: torch.device) -> torch.dtype:
+    """float64, but where the device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import _validation as check
 from ._composed import Settings
 from ._mse_share import MseShare
-from .class_prior import ClassPrior
+from .class_prior import ClassPrior, in_backward
 from .functional import LossTerms, check_settings, dkl_settings, evaluate, gkl_settings, ikl_settings
 from .presets import find_preset
 
@@ -144,7 +144,8 @@ class DecoupledLoss(nn.Module):
             teacher_logits: same shape.
             targets: class indices (N,) or (N, d1, ...); needed with ``global_info``, else not used.
             observe: whether the class prior collects the teacher's predictions of this batch, after it has been used;
-                None for yes in training mode and no in eval mode.
+                None for yes in training mode and no in eval mode. Say False in every further pass over the same batch;
+                those that checkpointing repeats in the backward pass are left out already.
 
         Returns:
             A 0-dim tensor, or (N, d1, ...) for ``reduction='none'``.
@@ -174,13 +175,19 @@ class DecoupledLoss(nn.Module):
         trains_student = settings.student_in_mse and student_logits.requires_grad and not teacher_logits.requires_grad
         if collects and trains_student and self._mse_share is not None and self.last_terms is not None:
             self._mse_share.observe(name, student_logits, teacher_logits, self.last_terms, settings)
-        if prior is not None and labels is not None and collects:
+        if prior is not None and labels is not None and collects and not in_backward():
             teacher = teacher_logits.detach()
             teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
             if settings.weight_temperature != 1.0:
                 teacher = teacher / settings.weight_temperature
             prior.add(torch.softmax(teacher, 1), labels)
         return loss
+
+    def reset_parameters(self) -> None:
+        """As built, also after ``to_empty``: a uniform class prior without sums; settings stay."""
+        if self.class_prior is not None:
+            self.class_prior.reset_parameters()
+        self.last_terms, self._mse_share = None, MseShare()
 
     def end_epoch(self) -> None:
         """Rolls the class prior (:meth:`ClassPrior.end_epoch`); nothing to do without ``global_info``."""

@@ -219,20 +219,12 @@ class MidLevelLoss(nn.Module):
             term: the loss's name in the criterion, for messages.
 
         Raises:
-            ValueError: the record does not fit this class prior.
+            ValueError: the record does not fit this class prior, see :meth:`ikl_plugins.ClassPrior.check_state`.
         """
         prior = self.class_prior
-        if prior is None:
+        if prior is None or record is self._record:
             return
-        for key, buffer in prior.state_dict(keep_vars=True).items():
-            saved = record.get(key)
-            shape = tuple(saved.shape) if isinstance(saved, Tensor) else None
-            if shape != tuple(buffer.shape):
-                raise ValueError(
-                    f"{type(self).__name__}: the class prior of term '{term}' must fit "
-                    f"num_classes={prior.num_classes}: its "
-                    f"`{key}` must have shape {tuple(buffer.shape)}, got {shape}. Resume with the old config."
-                )
+        prior.check_state(f"{type(self).__name__}, term '{term}'", record)
         with torch.no_grad():
             for key, buffer in prior.state_dict(keep_vars=True).items():
                 buffer.copy_(record[key])

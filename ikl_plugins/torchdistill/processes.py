@@ -11,6 +11,7 @@ only on CUDA.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -134,6 +135,8 @@ def _keep_priors(optimizer: Any, losses: dict[str, MidLevelLoss], stage: int, ep
     """Makes the optimizer hold the live class priors, after taking over those that a checkpoint has left there."""
     group = optimizer.param_groups[0]
     saved = group.get(_RECORD, {})
+    if not isinstance(saved, Mapping) or not all(isinstance(record, Mapping) for record in saved.values()):
+        raise ValueError(f"{_CALLER}: the checkpoint's `{_RECORD}` must map terms to class priors. Load another.")
     records = {}
     for term, loss in losses.items():
         if loss.class_prior is None:

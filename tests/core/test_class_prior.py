@@ -57,11 +57,6 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
     return states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-def _bits(prior: ClassPrior) -> int:
-    """Of the narrowest floating buffer."""
-    return min(torch.finfo(buffer.dtype).bits for buffer in prior.buffers() if buffer.is_floating_point())
-
-
 # --- collecting and serving ------------------------------------------------------------------------------------------
 
 
@@ -228,61 +223,6 @@ def test_a_copy_is_checked_anew() -> None:
     prior = ClassPrior(3)
     prior.check_matrix("test")
     assert copy.deepcopy(prior)._passed is None
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_prior_made_on_meta_has_left_nothing_out(assign: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with torch.device("meta"):
-        prior = ClassPrior(3)
-    if not assign:
-        prior.to_empty(device="cpu").left_out.fill_(7)  # whatever the memory held
-    prior.load_state_dict(ClassPrior(3).state_dict(), assign=assign)
-    prior.observe(torch.eye(3), torch.arange(3))
-    prior.end_epoch()
-    assert not caplog.records
-    assert torch.equal(prior.matrix, torch.eye(3))
-
-
-@pytest.mark.parametrize("shrink", ["half", "bfloat16", "to"])
-def test_half_precision_leaves_the_sums_in_float32(shrink: str) -> None:
-    prior = _filled()
-    before = copy.deepcopy(prior)
-    network = nn.Sequential(nn.Linear(2, 4), prior)
-    returned = network.to(torch.float16) if shrink == "to" else getattr(network, shrink)()
-    assert returned is network
-    assert network[0].weight.dtype in (torch.float16, torch.bfloat16)
-    assert _same(prior, before)
-    assert _bits(prior) >= 32
-    assert prior.half() is prior
-    assert prior.state_dict().keys() == {"matrix", "sums", "counts"}
-
-
-def test_double_widens_and_float_narrows() -> None:
-    prior = _filled().double()
-    assert prior.matrix.dtype == prior.sums.dtype == torch.float64
-    assert not prior.counts.is_floating_point()
-    prior.end_epoch()
-    assert prior.prior(torch.tensor([0])).dtype == torch.float64
-    assert prior.float().matrix.dtype == torch.float32
-
-
-def test_buffers_follow_the_module_to_a_device() -> None:
-    prior = _filled().to("meta")
-    assert {buffer.device.type for buffer in prior.buffers()} == {"meta"}
-    prior = _filled().to("meta", torch.float16)
-    assert {buffer.device.type for buffer in prior.buffers()} == {"meta"}
-    assert _bits(prior) >= 32
-    assert {buffer.device.type for buffer in _filled().to("cpu").buffers()} == {"cpu"}
-
-
-def test_a_half_precision_default_leaves_the_sums_in_float32() -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        prior = ClassPrior(3)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert _bits(prior) >= 32
-    torch.testing.assert_close(prior.matrix, torch.full((3, 3), 1 / 3), rtol=1e-7, atol=0)
 
 
 def test_sums_of_a_long_epoch_keep_their_digits() -> None:

@@ -193,6 +193,21 @@ def test_a_run_does_not_go_on_from_weights_alone(way, start, tmp_path):
     start(load_from=str(path)).load_or_resume()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_class_prior_that_is_none_is_refused_and_not_left_out(resume, stopped, start):
+    """MMEngine loads with strict=False, and would leave out what has another shape."""
+    path = stopped / "epoch_2.pth"
+    content = torch.load(path, weights_only=False)
+    entry = "distill_loss.class_prior.matrix"
+    for matrix in (1.46 * torch.full((3, 3), 1 / 3), torch.full((5, 5), 0.2)):
+        content["state_dict"][entry] = matrix
+        torch.save(content, path)
+        with pytest.raises(
+            ValueError, match=rf"^ClassPrior: the class prior's `{entry}` must .*, got .*\. Load another"
+        ):
+            start(load_from=str(path), resume=resume).load_or_resume()
+
+
 @pytest.mark.parametrize("verifies", [True, False])
 def test_the_config_in_a_checkpoint_is_not_run(verifies, stopped, start, tmp_path):
     """MMEngine runs it; were it to stop, the hook would have nothing to take out."""

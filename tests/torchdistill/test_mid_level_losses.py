@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 
+import bad_priors
 import oracles
 import pytest
 import torch
@@ -180,16 +181,15 @@ def test_the_record_is_live_and_comes_back():
     assert other.class_prior.matrix is not record["matrix"]
 
 
-@pytest.mark.parametrize("broken", ["shape", "missing"])
-def test_a_record_that_does_not_fit_is_refused(broken):
-    record = dict(make("IKL", global_info=True, num_classes=7).prior_record(1))
-    if broken == "missing":
-        record.pop("matrix")
-    loss = make("IKL", **PRIOR)
-    found = r"got \(7, 7\)" if broken == "shape" else "got None"
-    with pytest.raises(ValueError, match=rf"prior of term 'mine' must fit num_classes=5.*`matrix`.*\(5, 5\), {found}"):
-        loss.restore_prior(record, "mine")
-    make("IKL").restore_prior(record, "mine")  # nothing to restore into
+@pytest.mark.parametrize("name", bad_priors.BAD)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_record_that_is_no_class_prior_is_refused(name):
+    entry, make_state = bad_priors.BAD[name]
+    loss = make("IKL", global_info=True, num_classes=4)
+    with pytest.raises(ValueError, match=rf"^IKLLoss, term 'mine': the class prior's `{entry}` must .*, got .*\. Load"):
+        loss.restore_prior({"stage": 1, **make_state()}, "mine")
+    assert torch.equal(loss.class_prior.matrix, torch.full((4, 4), 0.25))
+    make("IKL").restore_prior(make_state(), "mine")  # nothing to restore into
 
 
 def test_the_loss_follows_the_device_of_the_logits():

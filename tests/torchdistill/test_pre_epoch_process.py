@@ -352,10 +352,13 @@ def trained_teacher():
     return make_box(config, distributed=True)
 
 
-def other_classes():
-    box = make_box(stage(**PRIOR))
-    box.optimizer.param_groups[0]["ikl_plugins"] = {"ikl": {"stage": 1, "matrix": torch.zeros(9, 9)}}
-    return box
+def with_record(record):
+    def make():
+        box = make_box(stage(**PRIOR))
+        box.optimizer.param_groups[0]["ikl_plugins"] = record
+        return box
+
+    return make
 
 
 # id: box, epoch, the fragment that matters
@@ -365,7 +368,9 @@ REFUSED = {
     "prior": (lambda: make_box(stage(process=None, **PRIOR)), 0, EPOCHS),
     "prior, default": (lambda: make_box(stage(process=DEFAULT, **PRIOR)), 0, EPOCHS),
     "ramp": (lambda: make_box(stage(process=DEFAULT, warmup_epochs=3)), 0, EPOCHS),
-    "classes": (other_classes, 1, r"term 'ikl' must fit num_classes=4.*got \(9, 9\)"),
+    "classes": (with_record({"ikl": {"stage": 1, "matrix": torch.eye(9)}}), 1, r"term 'ikl'.*\(4, 4\), got.*\(9, 9\)"),
+    "record": (with_record({"ikl": torch.eye(4)}), 1, "must map terms to class priors"),
+    "records": (with_record([1]), 1, "must map terms to class priors"),
     "teacher": (trained_teacher, 0, "requires_grad: False"),
 }
 
