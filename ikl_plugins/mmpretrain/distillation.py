@@ -12,6 +12,7 @@ from .. import _validation as check
 from ..losses import warmup_factor
 from .classifier import term_scalars
 from .taught import TaughtClassifier
+from .teacher_cache import LogitCache
 
 __all__ = ["DistillationClassifier"]
 
@@ -34,6 +35,9 @@ class DistillationClassifier(TaughtClassifier):
         teacher_precision: ``'bf16'`` runs the teacher alone under bfloat16 autocast; its logits are float32.
         teacher_compile: runs the teacher by ``torch.compile``, or with a warning as it is where that fails.
         teacher_channels_last: lays the teacher's weights and inputs out channels last.
+        teacher_cache: ``dict(folder=..., views=K)``: each image has K augmentations, which recur every K epochs, and
+            the teacher's logits of them are kept on disk. ``dtype='float16'`` halves the file, another ``seed`` makes
+            other augmentations. It needs ``IKLHook`` and images that are not mixed.
         distill_loss: config of DKLLoss, IKLLoss, GKLLoss or KLLoss, such as ``dict(type='IKLLoss', preset='start')``,
             which is the default. With ``global_info=True`` the number of classes is
             taken from the head.
@@ -66,6 +70,7 @@ class DistillationClassifier(TaughtClassifier):
         teacher_precision: str | None = None,
         teacher_compile: bool = False,
         teacher_channels_last: bool = False,
+        teacher_cache: Mapping[str, Any] | None = None,
         distill_loss: Mapping[str, Any] | nn.Module | None = None,
         distill_weight: float = 1.0,
         warmup_epochs: int | None = None,
@@ -83,6 +88,7 @@ class DistillationClassifier(TaughtClassifier):
         self.distill_weight = distill_weight
         self.warmup_epochs = getattr(self.distill_loss, "warmup_epochs", 0) if warmup_epochs is None else warmup_epochs
         self.ce_weight = ce_weight
+        self.teacher_cache = None if teacher_cache is None else LogitCache(teacher_cache, self.data_preprocessor)
         self.hold_teacher(
             teacher,
             teacher_ckpt,
@@ -105,7 +111,10 @@ class DistillationClassifier(TaughtClassifier):
         labels = None if prior is None else self.hard_labels(data_samples, "the class prior of `distill_loss`")
         feats = self.extract_feat(inputs)
         logits = self.head_logits(feats)
-        teacher_logits = self.teacher(inputs)
+        cache = self.teacher_cache if self.training else None
+        teacher_logits = (
+            self.teacher(inputs) if cache is None else cache(self.teacher, inputs, data_samples, logits.detach())
+        )
         if teacher_logits.shape != logits.shape:
             raise ValueError(
                 f"{type(self).__name__}: `teacher` must have the student's class count, got logits of shape "
@@ -118,9 +127,23 @@ class DistillationClassifier(TaughtClassifier):
         distill = scale * self.distill_loss(logits, teacher_logits, labels, observe=self.training)
         return {**losses, "loss_distill": distill, **term_scalars(self.distill_loss, scale)}
 
+    def attach(self, runner: Any) -> None:
+        """Also gives the training data the fixed augmentations of ``teacher_cache``."""
+        super().attach(runner)
+        if self.teacher_cache is not None:
+            self.teacher_cache.attach(self.teacher, self.data_preprocessor, runner)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Also takes a teacher off the device whose logits are all kept."""
+        super().begin_epoch(epoch, epochs)
+        if self.teacher_cache is not None:
+            self.teacher_cache.begin_epoch(self.teacher)
+
     def epoch_reasons(self) -> list[str]:
-        """The class prior and the ramp."""
+        """The class prior, the ramp and the cache."""
         reasons = super().epoch_reasons()
+        if self.teacher_cache is not None:
+            reasons.append("teacher_cache")
         if self.warmup_epochs > 1:
             reasons.append(f"warmup_epochs={self.warmup_epochs}")
         return reasons

@@ -57,6 +57,7 @@ class FrozenTeacher:
         module: the network.
         pipeline: as above.
         num_classes: number of classes if its head says so, else None.
+        settings: what it was built from, beside its weights.
 
     Raises:
         TypeError: ``compiled`` or ``channels_last`` is no bool.
@@ -86,6 +87,7 @@ class FrozenTeacher:
         if channels_last:
             module.to(memory_format=torch.channels_last)
         self._compiled: Any = None
+        self.settings: Any = None
         self.conversion = conversion
         self.pipeline = pipeline
         self.num_classes: int | None = getattr(getattr(module, "head", None), "num_classes", None)
@@ -223,6 +225,7 @@ def build_teacher(
         compiled=teacher_compile,
         channels_last=teacher_channels_last,
     )
+    holder.settings = [config, dict(teacher_input or {})]
     classes = getattr(student.head, "num_classes", None)
     if None not in (classes, holder.num_classes) and classes != holder.num_classes:
         raise ValueError(
