@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from mmpretrain_runs import CONFIGS, TRAIN, assert_same, execute, few_images, tool
@@ -150,7 +151,8 @@ TWO += ("--rdzv-endpoint=localhost:0",)
 
 
 def test_two_ranks_stay_equal_and_have_the_prior_of_one(distilled, world):
-    folder = watched(world, "two", batch_size=10, launcher=TWO)
+    cache = ("--cfg-options", "model.teacher_cache.folder=kept", "model.teacher_cache.views=1")
+    folder = watched(world, "two", *cache, batch_size=10, launcher=TWO)
     first, second = ends(folder, 0), ends(folder, 1)
     assert_same(first, second)
     torch.testing.assert_close(first[PRIOR], ends(distilled)[PRIOR], atol=1e-6, rtol=0)
@@ -160,6 +162,10 @@ def test_two_ranks_stay_equal_and_have_the_prior_of_one(distilled, world):
     assert len([*folder.glob("best_robust_apgd-ce_epoch_[23].pth")]) == 1
     saved = torch.load(folder / "epoch_3.pth", weights_only=False)["state_dict"]
     assert_same(saved, first)
+    (kept,) = world.folder.glob("kept/*/logits.bin")  # of both ranks, whose images are not augmented
+    records = numpy.fromfile(kept, "u1").reshape(-1, 44)
+    assert len(records) == 80
+    assert records.any(axis=1).all()
 
 
 @pytest.mark.slow
