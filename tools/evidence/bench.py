@@ -3,6 +3,7 @@
     python tools/bench.py                       # losses, training, adversarial, each in a process of its own
     python tools/bench.py losses --seconds 30   # one of them
     python tools/bench.py losses --device cuda  # the same on a device
+    python tools/bench.py teacher               # what a teacher costs in MMPretrain, and what its options save
     python tools/bench.py device                # launches and waits of training steps on a CUDA device
     python tools/bench.py docs                  # what was measured, into docs/benchmarks.md and docs/results
     python tools/bench.py docs --check          # the page's tables are those of docs/results
@@ -170,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", nargs="?", choices=(*NAMES, "device", "docs"), help="default: the three benchmarks")
+    parser.add_argument(
+        "what", nargs="?", choices=(*NAMES, "teacher", "device", "docs"), help="default: the three benchmarks"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default: runs/bench)")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--seconds", type=float, help="least time spent on each shape, pair of networks or case")
