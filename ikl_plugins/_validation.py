@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _value_checks
 from ._value_checks import check_values, is_recorded
@@ -20,6 +21,7 @@ from ._value_checks import check_values, is_recorded
 REDUCTIONS = ("batchmean", "sum", "none")
 # What the losses compute with. torch counts its 8-bit formats as floating, but they have no arithmetic.
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 
 
 def kind_of(value: object) -> str:
@@ -77,9 +79,59 @@ def check_floating(caller: str, name: str, tensor: object, way_out: str) -> None
         raise TypeError(
             f"{caller}: `{name}` must have a floating dtype of at least 16 bits, got {tensor.dtype}. {way_out}"
         )
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        layout = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
-        raise TypeError(f"{caller}: `{name}` must be a dense tensor, got {layout}. Convert it to a plain tensor.")
+    _check_dense(caller, name, tensor)
+
+
+def _check_dense(caller: str, name: str, tensor: Tensor) -> None:
+    """Refuses a tensor without values of its own in rows."""
+    if type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested:
+        return  # the common case, on the path of every call
+    kind = type(tensor)
+    if nn.parameter.is_lazy(tensor):
+        found = "an uninitialized one"
+    elif tensor.is_nested:
+        found = "a nested tensor"
+    elif tensor.layout is not torch.strided:
+        found = f"the layout {tensor.layout}"
+    # Subclasses that compute by themselves: torch's own work, but for masked ones, whose values may be missing.
+    elif not torch.compiler.is_compiling() and not _computes_as_torch(kind):
+        found = f"the subclass {kind.__name__}"
+    else:
+        return
+    raise TypeError(f"{caller}: `{name}` must be a dense tensor, got {found}. Convert it to a plain tensor.")
+
+
+def _computes_as_torch(kind: type[Tensor]) -> bool:
+    plain = kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain or (kind.__module__.startswith("torch.") and not kind.__module__.startswith("torch.masked."))
+
+
+def _place(tensor: Tensor) -> str:
+    """The device of a tensor, for a message."""
+    return f"{tensor.device}, without values" if isinstance(tensor, FakeTensor) else str(tensor.device)
+
+
+def check_device(caller: str, name: str, tensor: Tensor, beside: Tensor, owner: str) -> None:
+    """Refuses two tensors that cannot meet: they are on two devices, or only one of them has values."""
+    if tensor.device != beside.device or _one_is_fake(tensor, beside):
+        raise ValueError(
+            f"{caller}: `{name}` must be on {owner} device, got {_place(tensor)} and {_place(beside)}. "
+            f"Move one with `.to(...)`."
+        )
+
+
+def check_has_values(caller: str, name: str, tensor: Tensor, beside: Tensor | None) -> None:
+    """Refuses a tensor without values where the one that it meets has some."""
+    if beside is not None and ((tensor.is_meta and not beside.is_meta) or _one_is_fake(tensor, beside)):
+        raise ValueError(f"{caller}: `{name}` must have values, got {_place(tensor)}. Pass the tensor itself.")
+
+
+def _one_is_fake(one: Tensor, other: Tensor) -> bool:
+    """Whether one of two tensors is one of torch's tracers, which take no others beside them."""
+    if type(one) is type(other):
+        return False
+    fakes = [tensor for tensor in (one, other) if isinstance(tensor, FakeTensor)]
+    return len(fakes) == 1 and not fakes[0].fake_mode.allow_non_fake_inputs
 
 
 def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, *, finite: bool = False) -> None:
@@ -100,10 +152,10 @@ def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, *,
             f"{caller}: `student_logits` and `teacher_logits` must have one shape, got {shapes[0]} and {shapes[1]}. "
             f"Pass the same samples and classes."
         )
-    if student_logits.device != teacher_logits.device:
+    if student_logits.device != teacher_logits.device or _one_is_fake(student_logits, teacher_logits):
         raise ValueError(
             f"{caller}: `student_logits` and `teacher_logits` must be on one device, got "
-            f"{student_logits.device} and {teacher_logits.device}. Move one with `.to(...)`."
+            f"{_place(student_logits)} and {_place(teacher_logits)}. Move one with `.to(...)`."
         )
     if finite and not torch.compiler.is_compiling():
         for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
@@ -137,11 +189,7 @@ def check_class_prior(caller: str, class_prior: Tensor, student_logits: Tensor, 
             f"{caller}: `class_prior` must have shape {rows} or that of the logits "
             f"{tuple(student_logits.shape)}, got {tuple(class_prior.shape)}. Pass ClassPrior.prior(targets)."
         )
-    if class_prior.device != student_logits.device:
-        raise ValueError(
-            f"{caller}: `class_prior` must be on the device of the logits, got {class_prior.device} and "
-            f"{student_logits.device}. Move it with `.to(...)`."
-        )
+    check_device(caller, "class_prior", class_prior, student_logits, "the logits'")
     if values:
         check_weights(caller, class_prior)
 
@@ -168,24 +216,34 @@ _seen_targets: tuple[weakref.ref[Tensor], int, int] | None = None
 
 
 def check_targets(
-    caller: str, targets: Tensor | None, num_classes: int, logits: Tensor | None = None, name: str = "targets"
+    caller: str,
+    targets: Tensor | None,
+    num_classes: int,
+    logits: Tensor | None = None,
+    name: str = "targets",
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """``targets``, refused unless they are class indices in [0, num_classes), one for each prediction of ``logits``."""
+    """``targets``, refused unless they are class indices in [0, num_classes), one for each prediction of ``logits``.
+
+    They must have values where ``beside``, by default the logits, has some.
+    """
     if not isinstance(targets, Tensor):
         raise (ValueError if targets is None else TypeError)(
             f"{caller}: `{name}` must be given as a tensor of class indices, got {kind_of(targets)}. "
             f"Pass the labels of the batch."
         )
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+    if targets.dtype not in _INTEGERS:
         raise TypeError(
             f"{caller}: `{name}` must hold integer class indices, got {targets.dtype}. "
             f"Of soft or mixed labels pass the argmax."
         )
+    _check_dense(caller, name, targets)
     if logits is not None and targets.shape != (expected := (logits.shape[0], *logits.shape[2:])):
         raise ValueError(
             f"{caller}: `{name}` must have shape {expected} for logits of shape {tuple(logits.shape)}, got "
             f"{tuple(targets.shape)}. Pass one class index per prediction."
         )
+    check_has_values(caller, name, targets, logits if beside is None else beside)
     if targets.numel() == 0 or targets.is_meta or is_recorded(targets):
         return targets
     global _seen_targets

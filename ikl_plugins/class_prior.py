@@ -126,7 +126,7 @@ class ClassPrior(nn.Module):
             TypeError: ``targets`` is not an integer tensor.
             ValueError: a label is outside [0, C).
         """
-        check.check_targets("ClassPrior.prior", targets, self.num_classes)
+        check.check_targets("ClassPrior.prior", targets, self.num_classes, beside=self.matrix)
         return self.rows(check.safe_index(targets, self.num_classes))
 
     def rows(self, labels: Tensor) -> Tensor:
@@ -191,11 +191,8 @@ class ClassPrior(nn.Module):
                 f"{caller}: `probabilities` must have shape {expected} for targets of shape {tuple(targets.shape)}, "
                 f"got {tuple(probabilities.shape)}. Set `num_classes` to that of the logits."
             )
-        if probabilities.device != self.sums.device:
-            raise ValueError(
-                f"{caller}: `probabilities` must be on the prior's device, got {probabilities.device} and "
-                f"{self.sums.device}. Move one with `.to(...)`."
-            )
+        check.check_device(caller, "probabilities", probabilities, self.sums, "the prior's")
+        check.check_device(caller, "targets", targets, self.sums, "the prior's")
         if not in_backward():
             self.add(probabilities, check.safe_index(targets, self.num_classes))
 

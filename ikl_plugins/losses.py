@@ -165,6 +165,8 @@ class DecoupledLoss(nn.Module):
         prior, rows, labels = self.class_prior, None, None
         if prior is not None:
             targets = check.check_targets(name, targets, prior.num_classes, student_logits)
+            if self.training if observe is None else observe:
+                check.check_device(name, "targets", targets, prior.sums, "the class prior's")
             prior.check_matrix(name)
             labels = check.safe_index(targets, prior.num_classes)
             rows = prior.rows(labels)

@@ -123,13 +123,16 @@ def decoupled(
     mse_temperature = temperature if kind == "dkl" else 1.0
     mse, entropy = torch.zeros(len(student), dtype=torch.float64), torch.zeros(len(student), dtype=torch.float64)
     mse_pull, entropy_pull = torch.zeros_like(student), torch.zeros_like(student)
+    if class_prior is not None:
+        weights = class_prior.detach().double()
+    else:
+        rows = [softmax(t, temperature if kind == "dkl" else weight_temperature) for t in teacher]
+        weights = torch.stack(rows) if rows else teacher
+    if kind == "gkl" and weights.numel() and float(weights.max()) > 0:
+        weights = weights / weights.max()  # the normaliser cancels a common factor, and powers of the rest stay numbers
     pair_mass = 0.0
     for n in range(len(student)):
-        s, t = student[n], teacher[n]
-        if class_prior is not None:
-            w = class_prior[n].detach().double() ** gamma
-        else:
-            w = softmax(t, temperature if kind == "dkl" else weight_temperature) ** gamma
+        s, t, w = student[n], teacher[n], weights[n] ** gamma
         pairs = torch.outer(w, w)
         gaps = ((t[:, None] - t[None, :]) - (s[:, None] - s[None, :])) / mse_temperature
         mse[n] = 0.25 * (pairs * gaps**2).sum()
@@ -383,11 +386,11 @@ def _expected(
 
     A term of weight 0 is left out, whatever its value.
     """
+    mse, mse_pull = factor * mse, factor * mse_pull
     if alpha == 0:
         entropy, entropy_pull = torch.zeros_like(entropy), torch.zeros_like(entropy_pull)
     if beta == 0:
         mse, mse_pull = torch.zeros_like(mse), torch.zeros_like(mse_pull)
-    mse, mse_pull = factor * mse, factor * mse_pull
     student_gradient = alpha * entropy_pull
     if kind != "dkl":  # DKL stops the gradient of the student inside the weighted MSE
         student_gradient = student_gradient + beta * mse_pull

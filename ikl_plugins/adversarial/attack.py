@@ -239,6 +239,7 @@ class PGD:
             )
         eps, steps, step_size = self.strength() if strength is None else check_strength(strength)
         self._check_images(images, eps, values=check_values)
+        check.check_has_values("PGD", "images", images, next(model.parameters(), None))
         forward = model if forward is None else forward
         graph, mode = torch.inference_mode(False), model_mode(model, self.model_mode)
         try:
@@ -319,11 +320,13 @@ class PGD:
         elif natural_logits is None:
             with torch.no_grad():
                 natural_logits = _logits(forward(images))
-        elif not isinstance(natural_logits, Tensor) or natural_logits.dim() != 2:
-            raise TypeError(
-                f"PGD: `natural_logits` must be a tensor of shape (N, classes), got {_kind(natural_logits)}. "
-                f"Leave them out, or pass those of `images`."
-            )
+        else:
+            way_out = "Leave them out, or pass those of `images`."
+            check.check_floating("PGD", "natural_logits", natural_logits, way_out)
+            check.check_has_values("PGD", "natural_logits", natural_logits, images)
+            if natural_logits.dim() != 2:
+                shape = tuple(natural_logits.shape)
+                raise TypeError(f"PGD: `natural_logits` must have shape (N, classes), got {shape}. {way_out}")
         fixed: Any = None if natural_logits is None else natural_logits.detach()
         if self.uses_prior:
             settings = ikl_settings(alpha=1.0, beta=1.0, temperature=1.0, weight_temperature=1.0, reduction="sum")

@@ -19,7 +19,8 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
     if type(ours) is not type(theirs):
         return [path or "(whole)"]
     if isinstance(ours, Tensor):
-        same = (ours.dtype, ours.shape, _bits(ours)) == (theirs.dtype, theirs.shape, _bits(theirs))
+        kinds = [(one.is_nested, one.layout, one.device, one.dtype) for one in (ours, theirs)]
+        same = kinds[0] == kinds[1] and ours.shape == theirs.shape and _bits(ours) == _bits(theirs)
     elif isinstance(ours, np.ndarray):
         same = (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
     elif isinstance(ours, dict):

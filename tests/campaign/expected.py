@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -144,21 +145,27 @@ def hold_module(
             )
             terms = criterion.last_terms
             both = (terms.weighted_mse.double() + terms.soft_cross_entropy.double()).reshape(-1)
-            value = criterion.eval()(student, teacher, targets).double().reshape(-1)
+            value = criterion.eval()(student, teacher, targets).detach().double().reshape(-1)
             close(both, value, torch.float32, 1.0 + float(value.abs().max()), "last_terms")
             if training:
                 of_teacher = flatten_places(teacher).double()
-                means.observe(torch.stack([softmax(row, temperature) for row in of_teacher]), targets)
+                means.observe(torch.stack([softmax(row, temperature) for row in of_teacher]).detach(), targets)
         criterion.end_epoch()
         means.end_epoch()
     return RIGHT
 
 
-def hold_prior(prior: ClassPrior, rounds: list[list[tuple[Tensor, Tensor]]]) -> Right:
-    """Epochs of batches through a class prior."""
+def hold_prior(
+    prior: ClassPrior, rounds: list[list[tuple[Tensor, Tensor]]], cast: Callable[[ClassPrior], ClassPrior]
+) -> Right:
+    """Epochs of batches through a class prior, which is cast before each; a new one is uniform once it is reset."""
+    fresh = copy.deepcopy(prior).to_empty(device="cpu")
+    fresh.reset_parameters()
     means = RunningMean(prior.num_classes)
+    close(fresh.matrix, means.matrix, torch.float32, 1.0, "reset matrix")
     for batches in rounds:
         for probabilities, targets in batches:
+            prior = cast(prior)
             prior.observe(probabilities, targets)
             means.observe(probabilities, targets)
         prior.end_epoch()

@@ -5,6 +5,8 @@ What is called gives a :class:`Case`; making the call and holding its result aga
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -15,6 +17,8 @@ import torch
 from hypothesis import strategies as st
 from strategies import generators, layouts, mapped_from, one_of
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
 
 import ikl_plugins
 from campaign.expected import Right, hold_attack, hold_loss, hold_module, hold_prior
@@ -24,7 +28,7 @@ from ikl_plugins.adversarial.schedule import Strength
 
 KINDS = ("dkl", "ikl", "gkl")
 STYLES = ("plain", "plain", "plain", "one value", "far", "denormal", "not finite", "beyond")
-PRIORS = ("plain", "zeros", "all zero", "one-hot", "unnormalised", "denormal")
+PRIORS = ("plain", "uniform", "zeros", "all zero", "one-hot", "unnormalised", "denormal")
 NUMBER_TYPES = (float, np.float64, Fraction, int)
 BAD_NUMBERS: tuple[Any, ...] = (
     *("1.0", None, True, [1.0], 1 + 2j, -1.0, float("nan"), float("inf"), -float("inf"), 10**400, Decimal("1.5")),
@@ -40,6 +44,19 @@ integers = st.sampled_from(
     (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 )
 reductions = st.sampled_from(("batchmean", "sum", "none"))
+
+
+class _Named(Tensor):
+    """A subclass that computes as torch does."""
+
+
+# What logits may be beside plain tensors.
+WRAPPINGS: tuple[Callable[[Tensor], Tensor], ...] = (
+    *[lambda plain: plain] * 5,
+    nn.Parameter,
+    lambda plain: plain.as_subclass(_Named),
+    lambda plain: torch._neg_view(-plain),
+)
 
 
 class Case(NamedTuple):
@@ -58,13 +75,13 @@ def one_in(count: int) -> st.SearchStrategy[bool]:
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def shapes(*, least: int) -> st.SearchStrategy[tuple[int, ...]]:
-    """(N, C), (N, C, d1) or (N, C, d1, d2), with at least so many samples and places."""
+def shapes(*, least: int, many: bool = False) -> st.SearchStrategy[tuple[int, ...]]:
+    """(N, C), (N, C, d1) or (N, C, d1, d2), with at least so many samples and places; ``many``: or many classes."""
     samples = st.sampled_from((4, 1, 2, 3, 5, 8, 6, 7, *([] if least else [0])))
     places = st.sampled_from((2, 1, 3, 1, 2, *([] if least else [0])))
     classes = st.integers(1, 13)
     dense = (st.tuples(samples, classes, *[places] * count) for count in range(3))
-    return st.one_of(*dense)
+    return st.one_of(*dense, *([st.tuples(st.sampled_from((2, 1)), st.sampled_from((100, 400)))] if many else []))
 
 
 @st.composite
@@ -83,7 +100,7 @@ def logits(draw: st.DrawFn, shape: tuple[int, ...], style: str, dtype: torch.dty
             values.view(-1)[draw(st.integers(0, values.numel() - 1))] = value
     elif style == "beyond":
         values *= 1e30
-    return draw(layouts(values.to(dtype)))
+    return draw(layouts(values.to(dtype)).map(draw(st.sampled_from(WRAPPINGS))))
 
 
 @st.composite
@@ -92,7 +109,9 @@ def weights(draw: st.DrawFn, shape: tuple[int, ...], style: str, dtype: torch.dt
     generator = draw(generators())
     values = torch.rand(shape, dtype=torch.float64, generator=generator) + 0.01
     half = torch.rand(shape, generator=generator) > 0.5
-    if style == "zeros":
+    if style == "uniform":
+        values = torch.ones_like(values)
+    elif style == "zeros":
         values = values * half
     elif style == "all zero":
         values = torch.zeros_like(values)
@@ -113,17 +132,65 @@ def labels(draw: st.DrawFn, shape: tuple[int, ...], classes: int) -> Tensor:
 # --- what is wrong ---------------------------------------------------------------------------------------------------
 
 
+class _OfItsOwn(Tensor):
+    """A subclass that computes by itself, and cannot."""
+
+    @staticmethod
+    def __new__(cls, good: Tensor) -> _OfItsOwn:
+        return Tensor._make_wrapper_subclass(cls, good.shape, dtype=good.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, good: Tensor) -> None: ...
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError("no arithmetic")
+
+
+def _quiet(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Without torch's warnings of what is in beta."""
+
+    def made() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make()
+
+    return made
+
+
+def odd_tensors(good: Tensor) -> dict[str, Callable[[], Any]]:
+    """The same numbers, labels or not, as tensors that are in no place taken."""
+    good = good.as_subclass(Tensor).contiguous()
+    good = good.float() if good.is_floating_point() else good
+    rows = torch.ones(len(good), dtype=torch.float64), torch.zeros(len(good), dtype=torch.int64)
+    odd: dict[str, Callable[[], Any]] = {
+        "complex64": lambda: good.to(torch.complex64),
+        "complex32": lambda: good.to(torch.complex32),
+        "quantised": lambda: torch.quantize_per_tensor(good.float(), 0.1, 0, torch.qint8),
+        "quantised by rows": lambda: torch.quantize_per_channel(good.float(), *rows, 0, torch.qint32),
+        "bits8": lambda: torch.zeros(good.shape, dtype=torch.uint8).view(torch.bits8),
+        "sparse": lambda: good.to_sparse(),
+        "mkldnn": lambda: good.float().to_mkldnn(),
+        "nested": lambda: torch.nested.nested_tensor(list(good)),
+        "masked": lambda: masked_tensor(good, torch.ones(good.shape, dtype=torch.bool)),
+        "not initialised": lambda: nn.UninitializedBuffer(dtype=good.dtype),
+        "fake": lambda: FakeTensorMode().from_tensor(good),
+        "a subclass of its own": lambda: _OfItsOwn(good),
+        "another device": lambda: torch.zeros(good.shape, dtype=good.dtype, device="meta"),
+        "numpy": good.numpy,
+        "list": lambda: good.tolist(),
+    }
+    if good.dim() == 2:
+        odd["sparse rows"] = lambda: good.to_sparse_csr()
+    return {name: _quiet(make) for name, make in odd.items()}
+
+
 def bad_dtypes(good: Tensor) -> dict[str, Callable[[], Any]]:
     """What is in no place taken for a tensor of numbers."""
     return {
+        **odd_tensors(good.detach()),
         "int64": lambda: torch.zeros(good.shape, dtype=torch.int64),
         "bool": lambda: good > 0,
-        "complex64": lambda: good.to(torch.complex64),
         "float8": lambda: torch.zeros(good.shape, dtype=torch.float8_e4m3fn),
-        "sparse": lambda: good.contiguous().to_sparse(),
-        "numpy": lambda: good.float().numpy(),
-        "list": lambda: good.tolist(),
-        "another device": lambda: torch.zeros(good.shape, device="meta"),
     }
 
 
@@ -173,12 +240,10 @@ def bad_targets(good: Tensor, classes: int) -> st.SearchStrategy[tuple[str, Any]
     good = good.long()
     return mapped_from(
         {
+            **odd_tensors(good),
             "None": lambda: None,
             "float32": lambda: good.float(),
             "bool": lambda: good > 0,
-            "complex64": lambda: good.to(torch.complex64),
-            "list": lambda: good.tolist(),
-            "numpy": lambda: good.numpy(),
             "too large": lambda: torch.full_like(good, classes),
             "negative": lambda: torch.full_like(good, -1),
             "-100": lambda: torch.full_like(good, -100),
@@ -205,7 +270,7 @@ def loss_settings(kind: str) -> st.SearchStrategy[dict[str, Any]]:
     if kind != "dkl":
         optional["weight_temperature"] = temperature
     if kind == "gkl":
-        optional["gamma"] = numbers(1.0, 0.0, 0.2, 0.5, 2.0)
+        optional["gamma"] = numbers(1.0, 0.0, 0.2, 0.5, 2.0, 11.0, 50.0)
     return st.fixed_dictionaries({}, optional=optional)
 
 
@@ -226,17 +291,18 @@ def bad_settings(draw: st.DrawFn, kind: str) -> dict[str, Any]:
 @st.composite
 def function_cases(draw: st.DrawFn, kind: str) -> Case:
     function = getattr(ikl_plugins, f"{kind}_loss")
-    shape, style, dtype = draw(shapes(least=0)), draw(st.sampled_from(STYLES)), draw(dtypes)
+    shape, style, dtype = draw(shapes(least=0, many=kind == "gkl")), draw(st.sampled_from(STYLES)), draw(dtypes)
     other = draw(st.one_of(st.just(dtype), dtypes))
     student, teacher = draw(logits(shape, style, dtype)), draw(logits(shape, style, other))
     if other == dtype and draw(one_in(20)):
         teacher = student.clone()
     settings, reduction, prior = draw(loss_settings(kind)), draw(reductions), None
+    of_prior = "no"
     if kind != "dkl" and draw(st.booleans()):
-        form = draw(st.sampled_from((shape[:2], shape)))
-        prior = draw(weights(form, draw(st.sampled_from(PRIORS)), draw(dtypes)))
+        form, of_prior = draw(st.sampled_from((shape[:2], shape))), draw(st.sampled_from(PRIORS))
+        prior = draw(weights(form, of_prior, draw(dtypes)))
     keywords = {**settings, "reduction": reduction, **({} if prior is None else {"class_prior": prior})}
-    where = f"{style}, {shape}, {dtype}/{other}, {reduction}"
+    where = f"{style}, {shape}, {dtype}/{other}, {reduction}, {of_prior} prior, {settings}"
 
     def wrong(what: str, *names: str, s: Any = student, t: Any = teacher, **changed: Any) -> Case:
         return Case(f"{what} ({where})", lambda: function(s, t, **{**keywords, **changed}) and None, names)
@@ -321,6 +387,28 @@ def module_cases(draw: st.DrawFn, kind: str) -> Case:
 # --- the class prior and the attack ----------------------------------------------------------------------------------
 
 
+def _remade(prior: ClassPrior) -> ClassPrior:
+    """Another one, made without memory and given this one's state."""
+    with torch.device("meta"):
+        other = ClassPrior(prior.num_classes)
+    other.to_empty(device="cpu").load_state_dict(prior.state_dict())
+    return other
+
+
+# What may happen to a class prior between its batches.
+CASTS: dict[str, Callable[[ClassPrior], ClassPrior]] = {
+    "as it is": lambda prior: prior,
+    "half": lambda prior: prior.half(),
+    "bfloat16": lambda prior: prior.to(torch.bfloat16),
+    "type float16": lambda prior: prior.type(torch.float16),
+    "double": lambda prior: prior.double(),
+    "float": lambda prior: prior.float(),
+    "inside a model": lambda prior: nn.Sequential(prior, nn.Linear(1, 1)).to(torch.float16)[0],
+    "copied": copy.deepcopy,
+    "to_empty and loaded": _remade,
+}
+
+
 @st.composite
 def prior_cases(draw: st.DrawFn) -> Case:
     classes, samples = draw(st.integers(1, 8)), draw(st.integers(0, 6))
@@ -330,20 +418,21 @@ def prior_cases(draw: st.DrawFn) -> Case:
     batch = st.tuples(weights((samples, classes, *places), "plain", dtype), labels((samples, *places), classes))
     if not draw(st.booleans()):
         rounds = draw(st.lists(st.lists(batch, max_size=2), min_size=2, max_size=2))
-        return Case(where, lambda: hold_prior(ClassPrior(classes), rounds))
+        cast = draw(st.sampled_from(sorted(CASTS)))
+        return Case(f"{cast}, {where}", lambda: hold_prior(ClassPrior(classes), rounds, CASTS[cast]))
     probabilities, targets = draw(batch)
     defect = draw(st.sampled_from(("num_classes", "targets", "probabilities", "prior"))) if samples else "num_classes"
     if defect == "num_classes":
         value = draw(st.sampled_from(BAD_CLASS_COUNTS))
         return Case(f"num_classes={value!r}", lambda: ClassPrior(value) and None, ("num_classes",))
     if defect == "probabilities":
-        bad_tensors = {name: of for name, of in bad_dtypes(probabilities).items() if name not in ("float8", "numpy")}
         more = {
+            **bad_dtypes(probabilities),
             "None": lambda: None,
             "one class more": lambda: probabilities[:, :1].expand(samples, classes + 1, *places),
             "1-dim": lambda: torch.ones(samples),
         }
-        what, bad = draw(mapped_from({**bad_tensors, **more}))
+        what, bad = draw(mapped_from(more))
         call = lambda: ClassPrior(classes).observe(bad, targets)  # noqa: E731
         return Case(f"probabilities: {what} ({where})", call, ("probabilities",))
     what, bad = draw(bad_targets(targets, classes))
@@ -364,6 +453,10 @@ def bad_attacks(
     """(what is wrong, arguments of which one must be named, values): an option of the attack or of its call."""
     bad = (None, "8/0", "abc", -1, 0, float("nan"), float("inf"), True, [0.1], 2 + 0j, "nan")
     samples = len(images)
+
+    def odd(good: Tensor) -> tuple[Any, ...]:
+        return tuple(make() for make in odd_tensors(good).values())
+
     found: list[tuple[str, str, Any]] = [
         ("eps", "eps", bad),
         ("eps", "eps", (8.0 if options["norm"] == "linf" else 1e3,)),
@@ -373,19 +466,21 @@ def bad_attacks(
         ("objective", "objective", ("ce", "kl", None, 1, ["margin"])),
         ("random_start", "random_start", ("Uniform", True, None, "gauss")),
         ("images", "images", ((images * 255).to(torch.uint8), images * 255 + 2, images - 0.6, images * float("nan"))),
-        ("images", "images", (images[:0], None, images.numpy(), images.contiguous().to_sparse())),
+        ("images", "images", (images[:0], None)),
+        ("images", "images", odd(images)),
         ("model", "model", (lambda x: x, _NoGradient())),
         ("budget", "budget steps", ("most", 3, [(1, 2)], [], [(0.5, 2, 1.0)])),
         ("strength", "strength", tuple(Strength(eps, 2, 0.1) for eps in (0.0, -1.0, "a"))),
     ]
     if options["objective"] in ("cross_entropy", "margin"):
         other_labels = (torch.full((samples,), classes), torch.full((samples,), -1), torch.zeros(samples + 1).long())
-        found.append(("labels", "labels", (None, targets.float(), targets.tolist(), *other_labels)))
+        found.append(("labels", "labels", (None, targets.float(), *odd(targets.long()), *other_labels)))
     else:
-        found.append(("natural_logits", "natural_logits", ("x", [1.0], torch.ones(3))))
+        found.append(("natural_logits", "natural_logits", ("x", torch.ones(3), *odd(torch.ones(samples, classes)))))
         found.append(("random_start", "random_start", ("none",)))
     if options["objective"] == "ikl":
-        found.append(("class_prior", "class_prior", (-torch.ones(samples, classes),)))
+        rows = torch.ones(samples, classes)
+        found.append(("class_prior", "class_prior", (-rows, *odd(rows))))
     return [(name, names, st.sampled_from(values)) for name, names, values in found]
 
 
@@ -427,7 +522,9 @@ def attack_cases(draw: st.DrawFn) -> Case:
         more = {key: changed[key] for key in changed if key in ("labels", "natural_logits", "class_prior", "strength")}
         attack(changed.get("model", model), changed.get("images", images), **{**given, **more})
 
-    return Case(f"{name}={changed[name]!r:.80} ({where})", call, tuple(names.split()))
+    value = changed[name]
+    what = f"{type(value).__name__} of {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.80}"
+    return Case(f"{name}={what} ({where})", call, tuple(names.split()))
 
 
 SUBJECTS: dict[str, st.SearchStrategy[Case]] = {

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,8 @@ class Reader(NamedTuple):
     path: Path  # of the sound file
     read: Read  # reads a file in its place, and returns what can be compared
     checksums: bool = True  # without, a flipped bit in a number cannot be found
+    fills: bool = False  # what it reads goes into a network or a run, where an odd tensor must not get
+    text: bool = False  # a config: nothing there is compared, and no bit flipped, as a host's tags run what they name
     hostile: Callable[[Path], dict[str, bytes]] = lambda marker: {}  # would run code and make that folder, here alone
 
 
@@ -34,8 +37,10 @@ def _lay(path: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     if path.is_dir():
         target.mkdir()
-    elif path.exists():
+    elif path.is_file():
         shutil.copy(path, target)
+    elif path.is_symlink() or path.exists():  # a FIFO or a device
+        target.symlink_to(path)
 
 
 def _named(read: Read, name: str) -> Read:
@@ -87,7 +92,7 @@ def torchdistill_resume(work: Path) -> Reader:
         found = training.run(training.load_config(config), start_epoch=1)
         return {key: found[key] for key in ("history", "class_prior", "best_val_accuracy")}
 
-    return Reader(sound, _named(read, "ikl_last.pt"))
+    return Reader(sound, _named(read, "ikl_last.pt"), fills=True)
 
 
 def torchdistill_src_ckpt(work: Path) -> Reader:
@@ -101,7 +106,30 @@ def torchdistill_src_ckpt(work: Path) -> Reader:
         _lay(sound, work / "ikl_last.pt")
         return training.Trainer(loaded, torch.device("cpu"), 0).box.teacher_model.state_dict()
 
-    return Reader(teacher, read)
+    return Reader(teacher, read, fills=True)
+
+
+def torchdistill_config(work: Path) -> Reader:
+    from ikl_plugins.torchdistill import training
+
+    return Reader(_driver(work)[0], training.load_config, text=True)
+
+
+def adopted_config(work: Path) -> Reader:
+    """Of torchdistill's own loss."""
+    from ikl_plugins.commands import main
+
+    sound = work / "kd.yaml"
+    shutil.copy(TORCHDISTILL / "kd.yaml", sound)
+
+    def read(path: Path) -> None:
+        try:
+            main.main(["adopt", str(path), "--loss", "IKL"])
+        except SystemExit as end:
+            if end.code:
+                raise ValueError(str(end.code)) from end
+
+    return Reader(sound, read, text=True)
 
 
 def legacy_content(work: Path) -> Reader:
@@ -177,7 +205,22 @@ def mmpretrain_resume(work: Path) -> Reader:
             found[f"{name} in `meta`"] = buffer.getvalue()
         return found
 
-    return Reader(sound, read, hostile=config_that_runs)
+    return Reader(sound, read, hostile=config_that_runs, fills=True)
+
+
+def generated_images(work: Path) -> Reader:
+    """The file that GeneratedImages maps."""
+    from ikl_plugins.mmpretrain.npz_memmap import map_images
+
+    path = work / "generated.npz"
+    images, labels = _random_images()
+    np.savez(path, image=images, label=labels)
+    return Reader(path, lambda one: [array.read() for array in map_images(one)], checksums=False)
+
+
+def _random_images() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(0)
+    return rng.integers(256, size=(20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 10
 
 
 # --- RobustBench -----------------------------------------------------------------------------------------------------
@@ -190,7 +233,40 @@ def robustbench_checkpoint(work: Path) -> Reader:
     torch.manual_seed(0)
     path = work / "wrn.pth"
     torch.save({"state_dict": robustbench_network("WideResNet-10-1", num_classes=10).state_dict()}, path)
-    return Reader(path, lambda one: load_checkpoint(one, "WideResNet-10-1").state_dict())
+    return Reader(path, lambda one: load_checkpoint(one, "WideResNet-10-1").state_dict(), fills=True)
+
+
+def images_in_an_archive(work: Path) -> Reader:
+    from ikl_plugins.robustbench import load_images
+
+    path = work / "images.npz"
+    images, labels = _random_images()
+    np.savez_compressed(path, image=images, label=labels)
+    return Reader(path, lambda one: _content_of(load_images(one)), fills=True)
+
+
+def images_in_folders(work: Path) -> Reader:
+    """One image of two is the case's."""
+    from PIL import Image
+
+    from ikl_plugins.robustbench import load_images
+
+    path = work / "image.png"
+    Image.fromarray(_random_images()[0][0]).save(path)
+
+    def read(one: Path) -> Any:
+        folder = one.with_suffix("")
+        for label in ("a", "b"):
+            (folder / label).mkdir(parents=True)
+        shutil.copy(path, folder / "a")
+        _lay(one, folder / "b" / one.name)
+        return _content_of(load_images(folder))
+
+    return Reader(path, read, fills=True)
+
+
+def _content_of(images: Any) -> Any:
+    return {"images": images.images, "labels": images.labels}
 
 
 def _evaluation_log(work: Path) -> Path:
@@ -222,7 +298,7 @@ def evaluation_log(work: Path) -> Reader:
             shutil.copytree(work / "log_adversarial", images, dirs_exist_ok=True)
         return _evaluation(path)
 
-    return Reader(log, read, checksums=False)
+    return Reader(log, read, checksums=False, fills=True)
 
 
 def evaluation_images(work: Path) -> Reader:
@@ -231,12 +307,12 @@ def evaluation_images(work: Path) -> Reader:
 
     def read(path: Path) -> Any:
         folder = path.with_suffix("") / "log_adversarial"
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(archive.parent, folder, dirs_exist_ok=True)
         shutil.copy(log, folder.parent)
         _lay(path, folder / archive.name)
         return _evaluation(folder.parent / "log.json")
 
-    return Reader(archive, _named(read, archive.name))
+    return Reader(archive, _named(read, archive.name), fills=True)
 
 
 READERS: dict[str, Callable[[Path], Reader]] = {
@@ -248,6 +324,11 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "torchdistill driver, --start_epoch": torchdistill_resume,
     "torchdistill driver, src_ckpt": torchdistill_src_ckpt,
     "MMPretrain resume, IKLHook": mmpretrain_resume,
+    "load_images, .npz": images_in_an_archive,
+    "load_images, an image of a folder": images_in_folders,
+    "GeneratedImages, .npz": generated_images,
+    "torchdistill driver, the config": torchdistill_config,
+    "ikl adopt, the config": adopted_config,
     "Evaluation.load, the log": evaluation_log,
     "Evaluation.load, adversarial images": evaluation_images,
 }

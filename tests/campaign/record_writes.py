@@ -1,27 +1,36 @@
 """Runs a module as ``python -m`` does and tells through a pipe which files it opens for writing and renames.
 
-    python tests/campaign/record_writes.py FD -m MODULE ARGUMENT ...
+    python tests/campaign/record_writes.py FD PATTERN NUMBER -m MODULE ARGUMENT ...
 
 The module is told nothing and nothing of it is changed: Python itself reports the events (sys.addaudithook), this file
-passes them on, one line each.
+passes them on, one line each. At the rename of that number, 0 for the first, of a path in which the pattern is found
+the process kills itself; at none if the number is -1.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import signal
 import sys
 
 
-def record_writes(descriptor: int) -> None:
+def record_writes(descriptor: int, pattern: str, number: int) -> None:
     """Writes a line to ``descriptor`` for each file that is opened for writing, and for each that is renamed."""
+    left = number
 
     def told(event: str, arguments: tuple[object, ...]) -> None:
         line = None
         if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+"):
             line = f"open {arguments[0]}\n"
         elif event == "os.rename":
+            nonlocal left
             line = f"rename {arguments[1]}\n"
+            if re.search(pattern, str(arguments[1])):
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
         if line is not None:
             os.write(descriptor, line.encode())
 
@@ -29,8 +38,9 @@ def record_writes(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    record_writes(int(sys.argv[1]))
-    module = sys.argv[3]
-    sys.argv = sys.argv[3:]
+    channel, where, kill_at = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    record_writes(channel, where, kill_at)
+    sys.argv = sys.argv[5:]
     del sys.path[0]  # of this file
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    os.write(channel, b"begin\n")
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

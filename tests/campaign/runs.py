@@ -40,6 +40,11 @@ class Life:
     events: list[tuple[float, str]]  # seconds since the start, 'open PATH' or 'rename PATH'
     output: str
     killed: bool
+    interrupted: bool = False  # by Ctrl-C
+
+    @property
+    def stopped(self) -> bool:
+        return self.killed or self.interrupted
 
 
 ANY, NONE = re.compile(""), re.compile("(?!)")
@@ -74,6 +79,9 @@ def live(
     again: bool,
     kill_after: float | None = None,
     kill_in_write: tuple[int, float] | None = None,
+    kill_at_rename: int = -1,
+    interrupt: bool = False,
+    log: str = "",
 ) -> Life:
     """Starts the command and waits for its end, or kills it.
 
@@ -83,18 +91,29 @@ def live(
         again: whether it goes on from an earlier process.
         kill_after: so many seconds after the start.
         kill_in_write: the number of the write, 0 for the first, and the seconds after its beginning.
+        kill_at_rename: the number of the rename behind a write; it is killed before that.
+        interrupt: send SIGINT to it and its children, as a terminal does for Ctrl-C, in place of killing it.
+        log: what the name of the file with its output ends with.
 
     Raises:
         RuntimeError: a process that neither ended nor was to be killed.
     """
     reader, writer = os.pipe()
-    log = folder.with_name(f"{folder.name}.log")
+    written = folder.with_name(f"{folder.name}{log}.log")
     recorder = Path(__file__).with_name("record_writes.py")
+    pattern = command.writes.pattern
     start = time.monotonic()
     events: list[tuple[float, str]] = []
-    with log.open("w") as output:
+    with written.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, str(recorder), str(writer), *command.arguments(folder, again)],
+            [
+                sys.executable,
+                str(recorder),
+                str(writer),
+                pattern,
+                str(kill_at_rename),
+                *command.arguments(folder, again),
+            ],
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=(writer,),
@@ -116,16 +135,31 @@ def live(
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
+    signalled = False
     try:
         process.wait(TIMEOUT if kill_after is None else kill_after)
     except subprocess.TimeoutExpired as error:
-        process.kill()
+        if interrupt:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.kill()
         if kill_after is None:
-            raise RuntimeError(f"{command.name} did not end:\n{log.read_text(errors='replace')[-2000:]}") from error
-    code = process.wait()
+            raise RuntimeError(f"{command.name} did not end:\n{written.read_text(errors='replace')[-2000:]}") from error
+        signalled = interrupt
+    code = process.wait(TIMEOUT)
     follower.join(1.0)  # a child of the process may keep the pipe open
-    text = log.read_text(errors="replace")
-    return Life(time.monotonic() - start, code, events, text, code == -signal.SIGKILL)
+    text = written.read_text(errors="replace")
+    return Life(time.monotonic() - start, code, events, text, code == -signal.SIGKILL, signalled and code != 0)
+
+
+def judge_interrupt(life: Life) -> str | None:
+    """Why the end of a command after Ctrl-C is not clear; None if it is."""
+    lines = [line for line in life.output.splitlines() if line.strip()]
+    if life.code != 130:
+        return f"ended with {life.code}"
+    if "Traceback (most recent call last)" in life.output:
+        return "a traceback"
+    return None if lines and lines[-1].startswith("interrupted; ") else "no clear line at the end"
 
 
 def where_it_fell(command: Command, life: Life, safe_before: bool) -> str:

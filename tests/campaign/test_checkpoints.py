@@ -2,11 +2,14 @@
 
 - Files that would run code when they are unpickled, in many guises. The code would make a folder; there must be none.
 - A sound file cut at random lengths, with a random bit flipped, and files that are something else.
+- Odd ones: other kinds of tensors and keys, forged states, deep nesting, archives packed otherwise, files that say or
+  unpack to more than they hold, and what is no regular file. The process may not grow with them.
 """
 
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 import time
 import zipfile
@@ -20,13 +23,15 @@ import torch
 from campaign.comparison import differences
 from campaign.digits import few_digits, quiet
 from campaign.hostile import guises, other_files
-from campaign.in_child_process import Answer, in_child_process, value_of
+from campaign.in_child_process import Answer, Tell, in_child_process, value_of
+from campaign.odd_files import TOO_LARGE, Content, odd_files
 from campaign.readers import READERS, Reader
 from campaign.record import Outcomes
 from ikl_plugins.checkpoints import load_content
 
 TIMEOUT = 120.0
-CHANGES = ("code", "cut", "flipped", "other file")
+CHANGES = ("code", "cut", "flipped", "other file", "odd")
+MEMORY = 2 * 2**30  # bytes of address space that a process of an odd file may take beside what it has
 MANY = {"cut": 200, "flipped": 400}  # of load_content
 FEW = {"cut": 40, "flipped": 60}  # of the others
 
@@ -54,7 +59,8 @@ def sound(request: pytest.FixtureRequest, work: Path) -> Iterator[Sound]:
         reader = READERS[request.param](work)
     cases = work / "cases"
     cases.mkdir()
-    yield Sound(request.param, reader, value_of(lambda _: reader.read(reader.path), TIMEOUT), cases)
+    found = Sound(request.param, reader, None, cases)
+    yield found._replace(content=value_of(lambda tell: reading(found, reader.path, "", tell), TIMEOUT))
     shutil.rmtree(cases)
 
 
@@ -68,15 +74,20 @@ def test_checkpoints(sound: Sound, changed: str, outcomes: Outcomes) -> None:
     found = []
     for number, (what, content) in enumerate(files(sound, changed, marker, rng, share)):
         path = sound.cases / f"case_{changed.replace(' ', '_')}{number:04d}{sound.reader.path.suffix}"
-        if content is not None:
+        if callable(content):
+            content(path)
+        elif content is not None:
             path.write_bytes(content)
         elif what == "a folder":
             path.mkdir()
-        answer = in_child_process(lambda _, path=path: sound.reader.read(path), TIMEOUT)  # type: ignore[misc]
+        answer = in_child_process(lambda tell, path=path: reading(sound, path, changed, tell), TIMEOUT)  # type: ignore[misc]
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
         exploded = marker.exists()
         if exploded:
             shutil.rmtree(marker)
-        right = sound.content if changed in ("cut", "flipped") else None
+        compared = changed in ("cut", "flipped") or (changed == "odd" and sound.reader.fills)
+        right = sound.content if compared and not sound.reader.text else None
         outcome, why = judge(
             answer, path.name, right, changed=changed, checksums=sound.reader.checksums, exploded=exploded
         )
@@ -87,12 +98,36 @@ def test_checkpoints(sound: Sound, changed: str, outcomes: Outcomes) -> None:
     assert not outcomes.failures
 
 
+def reading(sound: Sound, path: Path, changed: str, tell: Tell) -> Any:
+    """Reads a case's file, in a process of its own; of an odd one it reports by how many bytes the process grew."""
+    read, text = sound.reader.read, sound.reader.text
+    if changed != "odd":
+        return None if text else read(path)
+    before = _peak()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
+    try:
+        found = read(path)
+    finally:
+        tell(_peak() - before)
+    return found if sound.reader.fills else None
+
+
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def files(
     sound: Sound, changed: str, marker: Path, rng: random.Random, share: float
-) -> Iterator[tuple[str, bytes | None]]:
+) -> Iterator[tuple[str, Content | None]]:
     """The files of one kind, by what they are; None in place of what is no file."""
     if changed == "code":
         yield from {**guises(marker), **sound.reader.hostile(marker)}.items()
+        return
+    if changed == "odd":
+        yield from odd_files(sound.reader.path).items()
+        return
+    if sound.reader.text and changed == "flipped":
         return
     if changed == "other file":
         yield from {**other_files(), "a folder": None, "nothing": None}.items()
@@ -117,15 +152,17 @@ def judge(answer: Answer, name: str, sound: Any, *, changed: str, checksums: boo
         return "the code ran", f"{changed}: the marker is there"
     if answer.how in ("died", "hung"):
         return f"the process {answer.how}", changed
+    if answer.told and max(answer.told) > 0.9 * TOO_LARGE:
+        return "the process grew", f"by {max(answer.told) >> 20} MiB"
     if answer.how == "raised":
         kind, message, trace = answer.value
-        if kind != "ValueError":
+        if kind not in ("ValueError", "TypeError"):
             return "another error", f"{kind}: {message}\n{trace}"
         return ("refused by name", "") if Path(name).stem in message else ("refused without the file's name", message)
     if sound is None and changed == "code":
         return "read, and its code not run", ""
     if sound is None:
-        return "read as something else", ""
+        return "read" if changed in ("odd", "cut") else "read as something else", ""
     found = differences(answer.value, sound)
     if not found:
         return "read, with the same content", ""

@@ -1,14 +1,19 @@
 """Kill -9 at seeded random times, and resumption: does a run end as the uninterrupted one, bit for bit?
 
-A run may be killed several times. Most points are at a random time of what is left of the run; the others are aimed at
-a write: the process tells which file it opens for writing, and is killed within the time that such a write takes.
+A run may be killed several times. Most points are at a random time of what is left of the run, some of these by Ctrl-C;
+the others are aimed at a write: the process tells which file it opens for writing, and is killed within the time that
+such a write takes, or kills itself before it renames a file. Commands that write at once are killed before each rename.
+A second process that is started on the same folder is refused, and the first one ends as if it were alone.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +23,17 @@ from campaign import runs
 from campaign.comparison import differences
 from campaign.record import Outcomes, is_quick
 from campaign.runs import Command, Life, live, where_it_fell
+from campaign.writers import WRITERS
 
 AIMED = 0.4  # share of the points that are aimed at a write
+RENAMED = 0.5  # of these the share at its end
+INTERRUPTED = 0.3  # share of the others that are Ctrl-C
 EARLY = 0.15  # share of the others that may fall before the first step; the rest is drawn from the training itself
 LONGEST_WRITE = 0.006  # in seconds: so long after its beginning a process that is aimed at is killed
 MOST_KILLS = 4  # of one run
+START = 0.5  # seconds that a command takes from its first line to where it hears of Ctrl-C
+ENDS, REFUSED = "runs that end as the uninterrupted one", "second writers refused"
+AT_ONCE = ("ikl submit", "ikl data", "ikl adopt", "ikl rank")
 
 # name -> the command, long or short, and its points, of which MMPretrain's two configs share 20
 COMMANDS: dict[str, tuple[Callable[[Path, bool], Command], int]] = {
@@ -88,17 +99,23 @@ def one_run(outcomes: Outcomes, whole: Whole, folder: Path, rng: random.Random, 
     folder.mkdir(parents=True)
     kills = []
     life = None
-    for life, place, aimed in lives(whole, folder, rng, points):
-        if life.killed:
-            outcomes.count(command.name, [place, "aimed at a write" if aimed else "at a random time"])
-            kills.append({"after_seconds": round(life.seconds, 2), "place": place, "aimed": aimed})
+    for life, place, how in lives(whole, folder, rng, points):
+        if not life.stopped:
+            continue
+        outcomes.count(command.name, [place, how])
+        kills.append({"after_seconds": round(life.seconds, 2), "place": place, "how": how})
+        unclear = runs.judge_interrupt(life) if life.interrupted else None
+        if unclear is not None:
+            outcomes.fail(
+                command.name, run=folder.name, kills=kills, what=f"Ctrl-C: {unclear}", output=life.output[-3000:]
+            )
     assert life is not None
     if life.code != 0:
         outcomes.count(command.name, ["did not go on"])
         outcomes.fail(command.name, run=folder.name, kills=kills, what="did not go on", output=life.output[-3000:])
         return len(kills)
     found = differences(command.result(folder), whole.result)
-    outcomes.count(command.name, ["other result" if found else "runs that end as the uninterrupted one"])
+    outcomes.count(command.name, ["other result" if found else ENDS])
     if found:
         outcomes.fail(command.name, run=folder.name, kills=kills, what="other result", differences=found[:50])
     if command.beside is not None and (other := differences(command.beside(folder), command.beside(whole.folder))):
@@ -111,27 +128,94 @@ def one_run(outcomes: Outcomes, whole: Whole, folder: Path, rng: random.Random, 
     return len(kills)
 
 
-def lives(whole: Whole, folder: Path, rng: random.Random, kills: int) -> Iterator[tuple[Life, str, bool]]:
-    """Processes of one run, each killed but for the one that finishes it; with the place and whether it was aimed."""
+def lives(whole: Whole, folder: Path, rng: random.Random, kills: int) -> Iterator[tuple[Life, str, str]]:
+    """Processes of one run, each stopped but for the one that finishes it; with the place, and how it was stopped."""
     command, _, life_of_whole, _ = whole
     seconds = life_of_whole.seconds
     told = [(at, text) for at, text in life_of_whole.events if command.writes.search(text)]
     begun = told[0][0] if told else seconds
-    writes = sum(text.startswith("open ") for _, text in told)
+    writes, renames = (sum(text.startswith(kind) for _, text in told) for kind in ("open ", "rename "))
+    ready = next((at for at, text in life_of_whole.events if text == "begin"), 0.0) + START
     # About when the training begins, from the time between its writes: reading the output would need a terminal.
     steps = max(0.0, begun - (seconds - begun) / command.parts)
     for number in range(kills):
         safe = command.safe(folder)
         # Random numbers are drawn alike in each case, so that the machine's speed does not decide the later ones.
         aimed, early, share = rng.random() < AIMED, rng.random() < EARLY, rng.random()
-        which, delay = rng.randrange(max(1, round(writes * (1 - safe)))), rng.uniform(0, LONGEST_WRITE)
-        if aimed:
+        left, delay = rng.random(), rng.uniform(0, LONGEST_WRITE)
+        which, renamed = (int(left * max(1, round(count * (1 - safe)))) for count in (writes, renames))
+        at_rename, interrupt = rng.random() < RENAMED, rng.random() < INTERRUPTED
+        how = "aimed at a write" if aimed else "by Ctrl-C" if interrupt else "at a random time"
+        if aimed and at_rename:
+            life = live(command, folder, again=number > 0, kill_at_rename=renamed)
+        elif aimed:
             life = live(command, folder, again=number > 0, kill_in_write=(which, delay))
         else:
-            first = 0.0 if early else steps
+            first = (ready if interrupt else 0.0) if early else steps
             expected = begun + (seconds - begun) * (1 - safe)
-            life = live(command, folder, again=number > 0, kill_after=max(0.05, first + share * (expected - first)))
-        yield life, where_it_fell(command, life, safe > 0) if life.killed else "", aimed
-        if not life.killed:
+            after = max(0.05, first + share * (expected - first))
+            life = live(command, folder, again=number > 0, kill_after=after, interrupt=interrupt)
+        yield life, where_it_fell(command, life, safe > 0) if life.stopped else "", how
+        if not life.stopped:
             return
-    yield live(command, folder, again=kills > 0), "", False
+    yield live(command, folder, again=kills > 0), "", ""
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("whole", COMMANDS, indirect=True, scope="module")
+def test_kills_second_writer(whole: Whole, outcomes: Outcomes) -> None:
+    """A second process on the folder of a run ends with one line that names the folder and the first process."""
+    command, folder = whole.command, whole.folder.with_name("two")
+    folder.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(live, command, folder, again=False)
+        while not first.done() and not locks(folder):
+            time.sleep(0.05)
+        second = live(command, folder, again=False, log="second")
+        life = first.result()
+    what, found = judge_second(second, folder), differences(command.result(folder), whole.result)
+    outcomes.count(command.name, [what])
+    if what != REFUSED or life.code or found:
+        outcomes.fail(command.name, what=what, code=life.code, differences=found[:20], output=second.output[-2000:])
+    assert not outcomes.failures
+
+
+def locks(folder: Path) -> list[Path]:
+    return [*folder.rglob("*.lock"), *folder.parent.glob(f"{folder.name}*.lock")]
+
+
+def judge_second(life: Life, folder: Path) -> str:
+    lines = [line for line in life.output.splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    clear = life.code == 1 and last.startswith("error: ") and "Traceback" not in life.output
+    return REFUSED if clear and folder.name in last and "process " in last else "second writer: not refused"
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_kills_at_renames(name: str, tmp_path: Path, outcomes: Outcomes) -> None:
+    """A command that replaces what it wrote before, killed before each of its renames and started again."""
+    command, folder = WRITERS[name](tmp_path), tmp_path / "run"
+    command.writes = re.compile(re.escape(str(tmp_path)))
+
+    def run(*, number: int = -1) -> Life:
+        return live(command, folder, again=True, kill_at_rename=number)
+
+    folder.mkdir()
+    lives = [run(), run()]
+    assert not any(life.code for life in lives), f"{name} does not run:\n{lives[-1].output[-3000:]}"
+    renames = sum(text.startswith(f"rename {tmp_path}") for _, text in lives[-1].events)
+    result = command.result(folder)
+    for number in range(1 if outcomes.quick else renames):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        run()
+        killed, last = run(number=number), run()
+        found = [] if last.code else differences(command.result(folder), result)
+        found += [f"{path.name} is left" for path in tmp_path.rglob("*partial*")]
+        right = killed.killed and not last.code and not found
+        outcomes.count(name, ["before a rename", ENDS if right else "other result"])
+        if not right:
+            what = "did not go on" if last.code else "other result"
+            outcomes.fail(name, number=number, what=what, differences=found[:20], output=last.output[-2000:])
+    assert not outcomes.failures

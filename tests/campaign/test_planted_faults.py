@@ -25,17 +25,18 @@ from campaign import test_kills as kills
 from campaign.comparison import differences
 from campaign.in_child_process import Answer, in_child_process
 from campaign.mutations import Mutation
+from campaign.odd_files import odd_files
 from campaign.readers import Reader
 from campaign.record import PARTS, ROOT, SOURCES, Outcomes, Recorder
-from campaign.runs import Command, live
+from campaign.runs import Command, Life, judge_interrupt, live
 from campaign.tables import tables
 from campaign.test_inputs import examine
-from ikl_plugins import ClassPrior
+from ikl_plugins import ClassPrior, _validation
 from ikl_plugins.adversarial import PGD
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
-LOSS = ikl_plugins.ikl_loss
+LOSS, GKL = ikl_plugins.ikl_loss, ikl_plugins.gkl_loss
 
 
 def half_a_gradient(*args: Any, **keys: Any) -> Any:
@@ -78,6 +79,33 @@ def test_a_broken_loss_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         examine("ikl_loss", "campaign", shrink=False)
 
 
+def gkl_of_small_powers(student: Any, teacher: Any, *, gamma: float = 1.0, **keys: Any) -> Any:
+    """As where the squared mass of the weights' powers underflows."""
+    found = GKL(student, teacher, gamma=gamma, **keys)
+    return found + torch.inf if gamma > 10 and found.dtype == torch.float32 else found
+
+
+# what is broken, the subject that must find it, and in what words
+UNDONE = {
+    "GKL of a large gamma": (
+        "gkl_loss",
+        lambda patch: patch.setattr(ikl_plugins, "gkl_loss", gkl_of_small_powers),
+        "loss",
+    ),
+    "odd tensors": ("ikl_loss", lambda patch: patch.setattr(_validation, "_check_dense", lambda *_: None), "."),
+    "odd labels": ("IKLLoss", lambda patch: patch.setattr(_validation, "_check_dense", lambda *_: None), "."),
+    "casts": ("ClassPrior", lambda patch: patch.setattr(ClassPrior, "_apply", torch.nn.Module._apply), "."),
+}
+
+
+@pytest.mark.parametrize("name", UNDONE)
+def test_a_check_that_is_gone_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, plant, words = UNDONE[name]
+    plant(monkeypatch)
+    with pytest.raises(Exception, match=words):  # torch's own errors are of every kind
+        examine(subject, "campaign", shrink=False)
+
+
 def test_a_class_prior_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClassPrior, "end_epoch", lambda prior: None)
     for subject, what in (("ClassPrior", "matrix"), ("IKLLoss", "class prior of epoch 1")):
@@ -102,11 +130,22 @@ def nameless(path: Path) -> Any:
     raise ValueError("damaged") if path.exists() else KeyError(str(path))
 
 
+ODD = ("a FIFO", "zip: grows to 200 MB", "zip: encrypted", "a weight: sparse", "a key: 3", "a pickle: protocol 9")
 # a reader, the kind of files that it fails on, what is said of it, and of how many files at least
 BAD_READERS: dict[str, tuple[Callable[[Path], Any], str, dict[str, int]]] = {
     # Not by members that torch does not read, nor by archives of NumPy.
     "runs code": (lambda path: torch.load(path, weights_only=False), "code", {"the code ran": 35}),
     "no checksums": (lambda path: torch.load(path, weights_only=True), "flipped", {"read, with other content": 1}),
+    "takes all": (
+        lambda path: torch.load(path, weights_only=True),
+        "odd",
+        {
+            "the process hung": 1,
+            "the process grew": 1,
+            "read, with other content": 2,
+            "another error": 1,
+        },
+    ),
     "nameless": (nameless, "other file", {"refused without the file's name": 12, "another error": 1}),
 }
 
@@ -115,10 +154,13 @@ BAD_READERS: dict[str, tuple[Callable[[Path], Any], str, dict[str, int]]] = {
 def test_a_bad_reader_is_found(name: str, tmp_path: Path, outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch) -> None:
     read, changed, said = BAD_READERS[name]
     monkeypatch.setitem(checkpoints.FEW, "flipped", 12)
+    monkeypatch.setattr(checkpoints, "TIMEOUT", 5.0)
     cases, path = tmp_path / "cases", tmp_path / "sound.pth"
     cases.mkdir()
-    torch.save({"weight": torch.ones(300)}, path)
-    sound = checkpoints.Sound(name, Reader(path, read), read(path), cases)
+    torch.save({"weight": torch.ones(3, 100)}, path)
+    every = odd_files(path) if changed == "odd" else {}
+    monkeypatch.setattr(checkpoints, "odd_files", lambda _: {name: every[name] for name in ODD})
+    sound = checkpoints.Sound(name, Reader(path, read, fills=True), read(path), cases)
     with pytest.raises(AssertionError):
         checkpoints.test_checkpoints(sound, changed, outcomes)
     found = [failure["what"] for failure in outcomes.failures]
@@ -183,6 +225,27 @@ def test_a_run_that_resumes_wrong_is_found(
     assert sum(kills.one_run(outcomes, whole, folder, random.Random(folder.name), 3) for folder in of_runs) >= 4
     assert whole.result == "15"
     assert {failure["what"] for failure in outcomes.failures} == said
+
+
+# exit code and output of a process that got Ctrl-C, or that was the second one on a folder; what is said of it
+STOPPED = [
+    (130, "Epoch 1\ninterrupted; run it again\n", None),
+    (1, "interrupted; run it again\n", "ended with 1"),
+    (130, "Traceback (most recent call last):\nKeyboardInterrupt\ninterrupted; run it again\n", "a traceback"),
+    (130, "\n", "no clear line at the end"),
+]
+HELD = "error: ikl train: /runs/two must have one process that writes it, but process 7 on host does. Wait for it.\n"
+SECOND = [(1, HELD, True), (0, HELD, False), (1, "error: no\n", False), (1, f"Traceback\n{HELD}", False)]
+
+
+def ended(code: int, output: str) -> Life:
+    return Life(1.0, code, [], output, killed=False, interrupted=True)
+
+
+def test_a_process_that_ends_badly_is_found() -> None:
+    assert [judge_interrupt(ended(code, output)) for code, output, _ in STOPPED] == [why for *_, why in STOPPED]
+    found = [kills.judge_second(ended(code, output), Path("/runs/two")) == kills.REFUSED for code, output, _ in SECOND]
+    assert found == [right for *_, right in SECOND]
 
 
 SAME = {"a": torch.tensor([1.0, float("nan")]), "b": [1, {"c": np.zeros(2)}], "d": SimpleNamespace(e=float("nan"))}
