@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .._run_record import settings_of
 from ..class_prior import ClassPrior
 
 __all__ = ["EpochModel", "class_priors", "end_epoch"]
@@ -68,6 +69,10 @@ class EpochModel(nn.Module):
         """Rolls the class priors. All ranks must call this."""
         for prior in class_priors(self).values():
             prior.end_epoch()
+
+    def run_settings(self) -> dict[str, Any]:
+        """The settings that a resumed run must share, beside those of its losses."""
+        return settings_of(self)
 
     def epoch_reasons(self) -> list[str]:
         """The settings that must know where epochs begin, empty if none does; subclasses add theirs."""

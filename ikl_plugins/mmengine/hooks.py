@@ -12,18 +12,21 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook, RuntimeInfoHook, SyncBuffersHook
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from mmengine.runner.checkpoint import find_latest_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import _value_checks
+from .._run_record import check_resumed
 from .._value_checks import host_numbers, judge_findings, read_value_checks, take_findings
 from ..losses import DecoupledLoss
 from .checkpoints import cut_off, newest_whole, verify
 from .dry_run import dry_run, first_batch
 from .epochs import EpochModel, class_priors, end_epoch
+from .run_settings import RECORD, model_settings, run_settings
 
 __all__ = ["IKLHook"]
 
@@ -35,6 +38,8 @@ class IKLHook(Hook):  # type: ignore[misc]
       text of the config in it, which MMEngine runs as Python on resume, is taken out of what MMEngine has loaded. A run
       that was stopped while MMEngine wrote its last checkpoint, or wrote down which one that is, goes on from the
       newest that is whole.
+    - A checkpoint says what its run was started with: losses, attack, teacher, optimizer, batch size, number of ranks.
+      A run that is resumed with something else is refused, field by field.
     - The classifier hears the number of each epoch. At its end the class priors are rolled, on all ranks and before
       the checkpoint of the epoch is written.
     - Random numbers are seeded for each epoch from the run's seed, the epoch and the rank, so that a resumed run draws
@@ -58,21 +63,33 @@ class IKLHook(Hook):  # type: ignore[misc]
             the workers of a data loader itself.
         verify_checkpoints: refuse checkpoints that hold more than data.
         rehearse: validate a batch before the first step.
+        allow_changes: only warn of what a resumed run was not started with.
 
     Raises:
         ValueError: in training, what would give wrong results without a word: several ranks whose model is not
             wrapped; a wrapper that overwrites the ranks' running sums; a SyncBuffersHook that does so in the middle of
-            an epoch; a checkpoint that must not be read; a validation, or a CheckpointHook, that would fail later.
+            an epoch; a checkpoint that must not be read, or of a run with other settings; a validation, or a
+            CheckpointHook, that would fail later.
     """
 
     # Before EMAHook, which many configs put at ABOVE_NORMAL, SyncBuffersHook and CheckpointHook: they must see restored
     # weights and rolled priors. Before RuntimeInfoHook, which waits for the device once for each term of the log.
     priority = "HIGHEST"
 
-    def __init__(self, *, seed_epochs: bool = True, verify_checkpoints: bool = True, rehearse: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        seed_epochs: bool = True,
+        verify_checkpoints: bool = True,
+        rehearse: bool = True,
+        allow_changes: bool = False,
+    ) -> None:
         self.seed_epochs = seed_epochs
         self.verify_checkpoints = verify_checkpoints
         self.rehearse = rehearse
+        self.allow_changes = allow_changes
+        self._settings: dict[str, Any] = {}  # of a run that trains
+        self._started_with: tuple[Any] | None = None  # the record of the checkpoint that it is resumed from
         self._iterations_per_epoch: int | None = None  # None where the loop has epochs of its own
         self._epoch: int | None = None
         self._data_stream: tuple[Any, Any, torch.Tensor] | None = None
@@ -83,6 +100,8 @@ class IKLHook(Hook):  # type: ignore[misc]
         if torch.are_deterministic_algorithms_enabled() and torch.cuda.is_available():
             # Without a fixed workspace torch refuses the first matrix product. No product has run yet.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        trains = isinstance(runner._train_loop, BaseLoop)
+        self._settings = run_settings(runner, _unwrap(runner.model)) if trains else {}
         if not self.verify_checkpoints or runner._has_loaded:
             return
         path = runner._load_from
@@ -98,6 +117,8 @@ class IKLHook(Hook):  # type: ignore[misc]
         meta = checkpoint.get("meta")
         if self.verify_checkpoints and isinstance(meta, dict):
             meta.pop("config", None)
+        if runner._resume and self._settings:
+            self._started_with = (meta.get(RECORD) if isinstance(meta, dict) else None,)
 
     def before_train(self, runner: Any) -> None:
         """Refuses what would go wrong silently, and introduces the runner to the model."""
@@ -114,14 +135,16 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._losses = {}
         if not isinstance(model, EpochModel):
             self._losses = {path: loss for path, loss in model.named_modules() if isinstance(loss, DecoupledLoss)}
+        batch = None
         if isinstance(model, EpochModel):
             batch = first_batch(runner) if self.rehearse else None  # a model may look at validation data, too
             model.attach(runner)
-            if self.rehearse:
-                for hook in runner.hooks:  # its turn comes later; whoever is rehearsed may ask for what it tells
-                    if isinstance(hook, RuntimeInfoHook):
-                        RuntimeInfoHook.before_train(hook, runner)
-                dry_run(runner, model, batch)
+        self._check_resumed(runner, model)
+        if isinstance(model, EpochModel) and self.rehearse:
+            for hook in runner.hooks:  # its turn comes later; whoever is rehearsed may ask for what it tells
+                if isinstance(hook, RuntimeInfoHook):
+                    RuntimeInfoHook.before_train(hook, runner)
+            dry_run(runner, model, batch)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Seeds and begins an epoch of an epoch-based loop."""
@@ -180,11 +203,15 @@ class IKLHook(Hook):  # type: ignore[misc]
     after_test_epoch = after_val_epoch
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Brings EMAHook's copy up to date; that hook then exchanges it with the model's entries of the checkpoint.
+        """Adds the record of the run's settings, and brings EMAHook's copy up to date.
+
+        That hook then exchanges it with the model's entries of the checkpoint.
 
         EMAHook copies or averages buffers in each iteration, so its copy lags behind what the end of the epoch has
         changed: the class priors, and the statistics that a SyncBuffersHook has averaged over ranks.
         """
+        if self._settings:
+            checkpoint["meta"][RECORD] = self._settings
         model = _unwrap(runner.model)
         priors = class_priors(model).items()
         of_priors = {f"{path}.{name}" for path, prior in priors for name, _ in prior.named_buffers()}
@@ -195,6 +222,21 @@ class IKLHook(Hook):  # type: ignore[misc]
             for name, buffer in model.named_buffers():
                 if name in of_priors or not hook.ema_model.update_buffers:
                     copies[name].copy_(buffer)
+
+    def _check_resumed(self, runner: Any, model: nn.Module) -> None:
+        self._settings |= model_settings(model)  # a teacher that lies beside the config is known by now
+        if self._started_with is None:
+            return
+        check_resumed(
+            "IKLHook",
+            runner._load_from or runner.work_dir,
+            *self._started_with,
+            self._settings,
+            allowed=self.allow_changes,
+            way_out="Take the old ones, or set dict(type='IKLHook', allow_changes=True).",
+            logger=MMLogger.get_current_instance(),
+        )
+        self._started_with = None
 
     def _add_terms(self, outputs: Any) -> None:
         """Adds the terms of the losses to what an iteration logs; nothing is summed up any more by then."""

@@ -22,7 +22,7 @@ from .. import _validation as check
 from .._files import check_config_text
 from .._random_states import kept_random_states
 from ..checkpoints import is_address, load_weights
-from ..models.weights import Statistics, drawn_parameters, load_strictly
+from ..models.weights import Statistics, drawn_parameters, load_strictly, network_sha256
 from .classifier import EpochClassifier
 from .pixels import pixel_space
 
@@ -141,6 +141,10 @@ class FrozenTeacher:
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies what ``nn.Module._apply`` does to the owner's tensors."""
         self.module._apply(function)  # type: ignore[no-untyped-call]
+
+    def run_settings(self) -> dict[str, str]:
+        """The checksum of the weights, wherever their file lies."""
+        return {"weights": network_sha256(self.module)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self

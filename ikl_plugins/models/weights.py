@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ __all__ = [
     "bare",
     "drawn_parameters",
     "load_strictly",
+    "network_sha256",
     "parts",
     "same_statistics",
+    "state_sha256",
     "without_normaliser",
 ]
 
@@ -230,6 +233,27 @@ def _without_copies(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
             ):
                 return fitted
     return dict(weights)
+
+
+def state_sha256(state: Mapping[str, Any]) -> str:
+    """The checksum of a state dict, 64 hexadecimal digits: of names, dtypes, shapes and values, in the order of names.
+
+    It is the same on any device.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name]
+        if not isinstance(value, Tensor):
+            digest.update(f"{name} {value!r}\n".encode())
+            continue
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def network_sha256(network: nn.Module) -> str:
+    """:func:`state_sha256` of a network, compiled or wrapped or not."""
+    return state_sha256({plain_name(name): value for name, value in network.state_dict().items()})
 
 
 def _nearest(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

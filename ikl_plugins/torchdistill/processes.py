@@ -24,18 +24,21 @@ from torchdistill.core.interfaces.pre_epoch_proc import (
 )
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
+from .._run_record import check_resumed
 from ..class_prior import ClassPrior
 from .adversarial import AdversarialForward
 from .losses import MidLevelLoss, find_losses
+from .run_settings import RECORD, record_settings
 
-__all__ = ["ikl_pre_epoch_process"]
+__all__ = ["ALLOWING", "ikl_pre_epoch_process", "process_allowing_changes"]
 
 _logger = logging.getLogger(__name__)
 _CALLER = "ikl_pre_epoch_process"
+ALLOWING = "ikl_pre_epoch_process(allow_changes=True)"
 _RECORD = "ikl_plugins"  # the key in the optimizer's first parameter group
 
 
-def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> None:
+def ikl_pre_epoch_process(box: Any, epoch: int | None = None, *, allow_changes: bool = False, **kwargs: Any) -> None:
     """torchdistill's default pre-epoch process, and then what a teacher, a class prior and several ranks need.
 
     - A frozen teacher is put in eval mode, so that its BatchNorm statistics stay as they are.
@@ -44,19 +47,29 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
     - A forward process of adversarial training is told the epoch, the number of epochs and the class prior.
     - Class priors join the optimizer's state, in ``param_groups[0]['ikl_plugins']``: whatever saves and loads the
       optimizer, upstream's script with ``--start_epoch`` for one, carries them along.
+    - So do the settings of the run. One that goes on with others is refused, field by field.
     - In distributed training a student that nobody has wrapped is wrapped in DistributedDataParallel.
 
     Args:
         box: torchdistill's distillation or training box, of one or several stages.
         epoch: number of the epoch, 0 for the first.
+        allow_changes: only warn of other settings, as the key ``'ikl_pre_epoch_process(allow_changes=True)'`` does.
         **kwargs: passed on to the default process.
 
     Raises:
-        ValueError: ``epoch`` is missing; a checkpoint's class prior does not fit; a teacher is to be trained on several
-            ranks without a wrapper.
+        ValueError: ``epoch`` is missing; a checkpoint's class prior or settings do not fit; a teacher is to be trained
+            on several ranks without a wrapper.
     """
     if isinstance(epoch, bool) or not isinstance(epoch, int):
         raise ValueError(f"{_CALLER}: `epoch` must be the number of the epoch, from 0, got {epoch!r}.")
+    started_with = box.optimizer.param_groups[0].get(RECORD)
+    goes_on = epoch > 0 and RECORD not in vars(box)
+    settings = record_settings(box)
+    if goes_on:
+        way_out = f"Take the old ones, or set pre_epoch_process: '{ALLOWING}'."
+        check_resumed(
+            _CALLER, "the checkpoint", started_with, settings, allowed=allow_changes, way_out=way_out, logger=_logger
+        )
     box.ikl_epoch = epoch  # for the post-epoch process, which torchdistill does not tell
     stage, first_epoch, epochs = _stage_of(box)
     epoch_of_stage = max(1, epoch - first_epoch + 1)
@@ -80,6 +93,11 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, **kwargs: Any) -> 
     _keep_priors(box.optimizer, losses, stage, epoch_of_stage)
     for loss in losses.values():
         loss.begin_epoch(epoch_of_stage, _batches(box.train_data_loader))
+
+
+def process_allowing_changes(box: Any, epoch: int | None = None, **kwargs: Any) -> None:
+    """:func:`ikl_pre_epoch_process` that only warns of what a run was not started with."""
+    ikl_pre_epoch_process(box, epoch, allow_changes=True, **kwargs)
 
 
 def _prior_of(losses: dict[str, MidLevelLoss], forward: AdversarialForward) -> ClassPrior | None:

@@ -21,12 +21,12 @@ from torchdistill.models.registry import (
 from .. import models
 from ..models.robustbench_zoo import robustbench_network
 from .losses import mid_level_losses
-from .processes import ikl_pre_epoch_process
+from .processes import ALLOWING, ikl_pre_epoch_process, process_allowing_changes
 from .teacher import TeacherInput
 
 __all__ = ["known_keys", "register"]
 
-_PROCESSES = {"ikl_pre_epoch_process": ikl_pre_epoch_process}
+_PROCESSES = {"ikl_pre_epoch_process": ikl_pre_epoch_process, ALLOWING: process_allowing_changes}
 _WRAPPERS = {"TeacherInput": TeacherInput}
 # The prefix keeps them apart from torchvision's: upstream's script looks there first, and finds a `vgg13`.
 _MODELS = {f"ikl_plugins.{name}": getattr(models, name) for name in models.__all__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 from torchdistill.common.module_util import check_if_wrapped, get_updatable_param_names
 
 from .._files import written_aside
+from .._run_record import check_resumed
 from ..checkpoints import load_content
 from ..models.weights import load_strictly
+from .run_settings import RECORD, record_settings
 
 __all__ = ["CALLER", "RunCheckpoints", "last_path", "load_checkpoint", "load_model", "save"]
 
 CALLER = "ikl train"
+
+logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
@@ -72,10 +77,12 @@ class RunCheckpoints:
         self.last = last_path(self.best)
         self.best_value = -1.0
         self.history: list[dict[str, Any]] = []
+        record_settings(box)
 
     def content(self) -> dict[str, Any]:
         """What upstream's script saves, under its names."""
         scheduler = self.box.lr_scheduler
+        record_settings(self.box)
         return {
             "model": self.model.state_dict(),
             "optimizer": self.box.optimizer.state_dict(),
@@ -103,15 +110,20 @@ class RunCheckpoints:
         best = load_checkpoint(self.best)
         load_model(self.model, best.get("model", best), self.best, self.key)
 
-    def resume(self, epoch: int) -> None:
+    def resume(self, epoch: int, *, allow_changes: bool = False) -> None:
         """Goes back to where ``epoch`` epochs were finished.
 
+        Args:
+            epoch: their number.
+            allow_changes: only warn of settings that the run was not started with.
+
         Raises:
-            ValueError: there is no last checkpoint, or it is of another epoch, seed, number of ranks or model.
+            ValueError: there is no last checkpoint, or it is of another epoch, model or other settings.
         """
         content = self._last_content(epoch)
         box = self.box
         self._advance_stages(epoch)
+        self._check_settings(content, allow_changes)
         load_model(self.model, content["model"], self.last, self.key)
         for name, module in self._other_modules().items():
             load_model(module, content["modules"].get(name), self.last, name)
@@ -124,10 +136,12 @@ class RunCheckpoints:
                 f"{CALLER}: {self.last} must fit the config's optimizer and scheduler: {error}. "
                 f"Resume with the old one."
             ) from error
+        record_settings(box)  # in place of the checkpoint's
         for parameter, gradient in zip(self._parameters(), content["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
         box.stage_grad_count = content["grad_count"]
-        self.best_value = content["best_value"]
+        same = getattr(content["args"], "best_by", None) == self.args.best_by
+        self.best_value = content["best_value"] if same else -1.0
         self.history = content["history"]
 
     def _last_content(self, epoch: int) -> dict[str, Any]:
@@ -150,11 +164,23 @@ class RunCheckpoints:
                 f"{CALLER}: --start_epoch must be the number of finished epochs of {path}, got {epoch}. "
                 f"Use --start_epoch {content['epoch']}."
             )
-        for name, ours in vars(self.args).items():
-            theirs = getattr(content["args"], name, None)
-            if name != "device" and theirs != ours:
-                raise ValueError(f"{CALLER}: a resumed run must have the {name} of {path}, {theirs}, got {ours}.")
         return content
+
+    def _check_settings(self, content: Mapping[str, Any], allowed: bool) -> None:
+        args, names = content["args"], ("seed", "world_size", "best_by")
+        try:
+            record = dict(content["optimizer"]["param_groups"][0].get(RECORD, {}))
+        except (AttributeError, IndexError, KeyError, TypeError):  # loading the optimizer will say what is wrong
+            record = {}
+        check_resumed(
+            CALLER,
+            self.last,
+            {**record, **{name: getattr(args, name, None) for name in names}},
+            {**record_settings(self.box), **{name: getattr(self.args, name) for name in names}},
+            allowed=allowed,
+            way_out="Take the old ones, or add --allow_changes.",
+            logger=logger,
+        )
 
     def _advance_stages(self, epoch: int) -> None:
         """Brings a box of several stages to the stage of ``epoch``; it would begin with the first."""

@@ -193,6 +193,7 @@ def run(
     seed: int = 0,
     start_epoch: int = 0,
     best_by: str = BEST_BY[0],
+    allow_changes: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains, and tests the best checkpoint: the model with the highest validation accuracy, or robust accuracy.
@@ -206,6 +207,7 @@ def run(
         start_epoch: number of finished epochs to go on from; the last checkpoint must hold as many.
         best_by: 'accuracy', or 'robust' where :func:`ikl_plugins.torchdistill.robust_evaluation` is the config's
             post-epoch process.
+        allow_changes: only warn where the run that goes on was started with other settings.
         progress: called after each step with the number of the step, the number of all steps and a text.
 
     Returns:
@@ -235,7 +237,7 @@ def run(
             raise ValueError(f"{CALLER}: --start_epoch must lie between 0 and the {epochs} epochs, got {start_epoch}.")
         dry_run(trainer.box, config)
         if start_epoch > 0:
-            trainer.checkpoints.resume(start_epoch)
+            trainer.checkpoints.resume(start_epoch, allow_changes=allow_changes)
         for epoch in range(start_epoch, epochs):
             row = trainer.train_epoch(epoch, progress)
             _, loader = val_loader(config["train"], getattr(trainer.box, "stage_number", 0))
@@ -275,6 +277,9 @@ def _parser() -> argparse.ArgumentParser:
         default=BEST_BY[0],
         help="what the best checkpoint is best at (default: accuracy)",
     )
+    parser.add_argument(
+        "--allow_changes", action="store_true", help="only warn where --start_epoch goes on with other settings"
+    )
     parser.add_argument("--run_log", type=Path, metavar="FILE", help="write the log there, too")
     return parser
 
@@ -309,9 +314,8 @@ def main(arguments: list[str]) -> None:
         device = _join_group(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
         if args.run_log is not None and not (dist.is_initialized() and dist.get_rank() > 0):
             setup_log_file(args.run_log.expanduser())
-        result = run(
-            load_config(path), device=device, seed=args.seed, start_epoch=args.start_epoch, best_by=args.best_by
-        )
+        shared = {name: getattr(args, name) for name in ("seed", "start_epoch", "best_by", "allow_changes")}
+        result = run(load_config(path), device=device, **shared)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; go on with --start_epoch") from None
     finally:

@@ -1,6 +1,7 @@
 """What IKLHook does for runs that go on: the same run to the bit, from a checkpoint that is whole and only data."""
 
 import os
+import re
 import shutil
 
 import numpy
@@ -122,6 +123,101 @@ def test_an_iteration_based_run_goes_on_with_the_numbers_it_would_have_drawn(ite
     assert again == drawn[iterations:]
     assert epochs == [1, 1, 1, 2, 2, 2][iterations:]
     assert_same(same, state)
+
+
+# --- going on with something else ------------------------------------------------------------------------------------
+
+
+def sgd(**keywords):
+    return {"type": "OptimWrapper", "optimizer": {"type": "SGD", "lr": 0.05, "momentum": 0.9, **keywords}}
+
+
+def ikl(**keywords):
+    return {"distill_loss": {"type": "IKLLoss", "beta": 4.0, "global_info": True, **keywords}}
+
+
+SMOOTH = {"head": {**network()["head"], "loss": {"type": "LabelSmoothLoss", "label_smooth_val": 0.1}}}
+LONGER = {"epochs": 4, "param_scheduler": {"type": "MultiStepLR", "milestones": [3]}}
+QUIET = {"train_dataloader": loader(num_workers=1), "log_processor": {"window_size": 3}}
+# What the model and the runner have, the fields that are refused, and what they are.
+CHANGES = {
+    "another loss": (ikl(type="GKLLoss"), {}, {"losses.distill_loss.type": "GKLLoss"}),
+    "another temperature": (ikl(temperature=2.0), {}, {"losses.distill_loss.temperature": 2.0}),
+    "another factor": (ikl(loss_weight=2.0), {}, {"losses.distill_loss.loss_weight": 2.0}),
+    "other weights": (
+        {"distill_weight": 2.0, "ce_weight": 0.5},
+        {},
+        {"model.distill_weight": 2.0, "model.ce_weight": 0.5},
+    ),
+    "another ramp": ({"warmup_epochs": 9}, {}, {"model.warmup_epochs": 9}),
+    "a head's loss": (SMOOTH, {}, {"losses.head.loss_module.type": "LabelSmoothLoss"}),
+    "another batch size": ({}, {"train_dataloader": loader(batch_size=5)}, {"batch_size": 5}),
+    "other images": ({}, {"train_dataloader": loader(count=12)}, {"train_images": 12}),
+    "another rate": ({}, {"optim_wrapper": sgd(lr=0.5)}, {"optimizer.lr": 0.5}),
+    "another decay": ({}, {"optim_wrapper": sgd(weight_decay=0.5)}, {"optimizer.weight_decay": 0.5}),
+    "accumulated": (
+        {},
+        {"optim_wrapper": sgd() | {"accumulative_counts": 3}},
+        {"optim_wrapper.accumulative_counts": 3},
+    ),
+    "clipped": (
+        {},
+        {"optim_wrapper": sgd() | {"clip_grad": {"max_norm": 1.0}}},
+        {"optim_wrapper.clip_grad": {"max_norm": 1.0}},
+    ),
+    "autocast": (
+        {},
+        {"optim_wrapper": sgd() | {"type": "AutocastOptimWrapper"}},
+        {"optim_wrapper.type": "AutocastOptimWrapper"},
+    ),
+    "another seed": ({}, {"randomness": {"seed": 1}}, {"seed": 1}),
+    "what says nothing": ({"teacher_val_batches": 0}, QUIET, {}),
+    "longer": ({}, LONGER, {}),
+}
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop(*_, **__):
+    raise StoppedError
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_run_goes_on_with_its_settings_unless_asked_for(case, teacher, stopped):
+    model, settings, fields = CHANGES[case]
+
+    def goes_on(**hook):
+        config = {**distilled_network(teacher), **model}
+        hooks = [{"type": "IKLHook", **hook}]
+        run = runner(stopped, config, resume=True, hooks=hooks, **{"epochs": 3, **settings})
+        run.register_hook(Record(before_train_epoch=stop), "VERY_LOW")
+        with pytest.raises(StoppedError):
+            run.train()
+
+    if fields:
+        with pytest.raises(ValueError, match=r"^IKLHook: .*keep its settings.*allow_changes=True") as refusal:
+            goes_on()
+        for field, value in fields.items():
+            assert re.search(rf"{re.escape(field)} \(was .*, is {re.escape(repr(value))}\)", str(refusal.value))
+    goes_on(allow_changes=bool(fields))
+
+
+def test_a_teacher_is_known_by_its_weights_and_old_checkpoints_go_on(teacher, stopped, start, tmp_path):
+    content = torch.load(teacher)
+    moved, other = tmp_path / "moved.pth", tmp_path / "other.pth"
+    torch.save({"state_dict": content}, moved)
+    torch.save({**content, "head.fc.bias": content["head.fc.bias"] + 1}, other)
+    with pytest.raises(ValueError, match=r"settings, but others are model\.teacher\.weights \(was '"):
+        runner(stopped, distilled_network(other), resume=True, epochs=3).train()
+    epochs, _ = resumed(runner(stopped, distilled_network(moved), resume=True, epochs=3))
+    assert epochs == [3, 3, 3]
+    path = stopped / "epoch_2.pth"
+    old = torch.load(path, weights_only=False)
+    assert old["meta"].pop("ikl_plugins")["losses"]["distill_loss"]["beta"] == 4.0
+    torch.save(old, path)
+    resumed(runner(stopped, distilled_network(other), resume=True, load_from=str(path), epochs=3))
 
 
 # --- a run that was stopped while it wrote ---------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torchdistill.common.main_util import load_ckpt, save_ckpt
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
 from torchdistill.models.wrapper import EmptyModule
-from torchdistill_boxes import BATCH, CLASSES, CPU, IMAGES, PRIOR, stage, the_loss, train_epoch
+from torchdistill_boxes import BATCH, CLASSES, CPU, IMAGES, OURS, PRIOR, stage, the_loss, train_epoch
 
 from ikl_plugins.torchdistill import epoch_log, processes
 
@@ -225,7 +225,7 @@ def test_the_prior_survives_start_epoch(tmp_path):
         with torch.no_grad():
             box.teacher_model[-1].weight.mul_(2.0)
 
-    resumed = resume_as_upstream(stage(**PRIOR, epochs=4), tmp_path / "1.pt")
+    resumed = resume_as_upstream(stage(**PRIOR, epochs=4, process=processes.ALLOWING), tmp_path / "1.pt")
     assert torch.equal(the_loss(resumed).class_prior.matrix, UNIFORM)
     with torch.no_grad():
         resumed.teacher_model[-1].weight.mul_(4.0)
@@ -253,17 +253,83 @@ def test_a_prior_that_a_resumed_run_misses_is_warned_of_once(tmp_path, caplog, w
     before = make_box(stage(**written_by))
     train_epoch(before, 0)
     save_as_upstream(before, tmp_path / "one.pt")
-    resumed = resume_as_upstream(stage(**resumed_by), tmp_path / "one.pt")
+    resumed = resume_as_upstream(stage(**resumed_by, process=processes.ALLOWING), tmp_path / "one.pt")
     with caplog.at_level(logging.WARNING, logger="ikl_plugins"):
         for epoch in (1, 2):
             train_epoch(resumed, epoch)
-    messages = [record.message for record in caplog.records]
+    messages = [record.message for record in caplog.records if "losses." not in record.message]
     assert [f"at epoch 2, but the checkpoint holds {warning}" in message for message in messages] == [True] * bool(
         warning
     )
 
 
 # --- several stages --------------------------------------------------------------------------------------------------
+
+
+# What the config of the resumed run has, and what is said of it.
+CHANGES = {
+    "the same": ({}, None),
+    "numbers of a preset": ({"preset": None, "alpha": 4.0, "beta": 0.5, "temperature": 4.0, "ce_weight": 1.0}, None),
+    "another loss": ({"key": "GKLLoss", "beta": 0.5}, "losses.ikl.type (was 'IKLLoss', is 'GKLLoss')"),
+    "another temperature": ({"temperature": 2.0}, "losses.ikl.temperature (was 4.0, is 2.0)"),
+    "another weight": ({"ce_weight": 0.5}, "losses.ikl.ce_weight (was 1.0, is 0.5)"),
+    "another ramp": ({"warmup_epochs": 4}, "losses.ikl.warmup_epochs (was 0, is 4)"),
+    "another accumulation": ({"accumulate": 2}, "grad_accum_step (was 1, is 2)"),
+    "another term": ({"term": "b"}, "losses.b (was None, is 'IKLLoss'), losses.ikl (was 'IKLLoss', is None)"),
+    "another teacher": ({"teacher": 9}, "teacher.weights (was "),
+    "another batch size": ({"batch_size": 4}, "batch_size (was 8, is 4)"),
+    "another learning rate": ({"lr": 0.5}, "optimizer.lr (was 0.1, is 0.5)"),
+    "another weight of a term": ({"weight": 0.5}, "losses.ikl.weight (was 1.0, is 0.5)"),
+}
+PRESET = {"preset": "start", "weight_temperature": 4.0}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_run_that_goes_on_keeps_its_settings_also_in_upstreams_script(tmp_path, caplog, case):
+    changes, refusal = dict(CHANGES[case][0]), CHANGES[case][1]
+    before = make_box(stage(**PRESET))
+    train_epoch(before, 0)
+    save_as_upstream(before, tmp_path / "one.pt")
+    others = {name: changes.pop(name) for name in ("teacher", "batch_size", "lr", "weight") if name in changes}
+
+    def resumed(process):
+        config = stage(**{**PRESET, **changes}, process=process)
+        (term,) = config["criterion"]["kwargs"]["sub_terms"].values()
+        term["weight"] = others.get("weight", 1.0)
+        config["optimizer"]["kwargs"]["lr"] = others.get("lr", 0.1)
+        config["train_data_loader"]["kwargs"] = {"batch_size": others.get("batch_size", BATCH)}
+        box = make_box(config, teacher=net(others.get("teacher", 1)), student=net(3))
+        load_ckpt(str(tmp_path / "one.pt"), optimizer=box.optimizer)
+        return box
+
+    box = resumed(OURS)
+    if refusal is None:
+        train_epoch(box, 1)
+    else:
+        with pytest.raises(ValueError, match=re.escape(f"keep its settings, but others are {refusal}")):
+            train_epoch(box, 1)
+    caplog.clear()
+    box = resumed(processes.ALLOWING)
+    train_epoch(box, 1)
+    train_epoch(box, 2)
+    said = [record.message for record in caplog.records if ": was " in record.message]
+    fields = re.findall(r"([\w.]+) \(was", refusal or "")
+    assert [line.partition(": ")[2].partition(":")[0] for line in said] == fields  # once
+    # What goes on from here goes on with these.
+    save_as_upstream(box, tmp_path / "one.pt")
+    train_epoch(resumed(OURS), 3)
+
+
+def test_a_checkpoint_without_a_record_goes_on_with_one_line(tmp_path, caplog):
+    before = make_box(stage())
+    train_epoch(before, 0)
+    before.optimizer.param_groups[0].pop("ikl_settings")
+    save_as_upstream(before, tmp_path / "one.pt")
+    resumed = resume_as_upstream(stage(temperature=3.0), tmp_path / "one.pt")
+    for epoch in (1, 2):
+        train_epoch(resumed, epoch)
+    lines = [record.message for record in caplog.records if "has no record of its run's settings" in record.message]
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize("own_optimizer", [True, False])

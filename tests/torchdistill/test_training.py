@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
+from torchdistill_boxes import PLACES
+
 from ikl_plugins._files import configs_folder
 from ikl_plugins.commands.main import main as ikl
 from ikl_plugins.models import resnet8, resnet56
@@ -241,12 +243,19 @@ def change_at(*path, **values):
 
 
 STUDENT = ("models", "student_model")
+TERM = ("train", "criterion", "kwargs", "sub_terms", "ikl", "criterion")
 # What the config becomes, the options, and what is said.
 MISFITS = {
     "another epoch": (dict, {"start_epoch": 2}, r"Use --start_epoch 1\."),
     "beyond the epochs": (dict, {"start_epoch": 4}, r"between 0 and the 3 epochs, got 4"),
     "below 0": (dict, {"start_epoch": -1}, r"between 0 and the 3 epochs, got -1"),
-    "another seed": (dict, {"seed": 9}, r"must have the seed of .*ikl_last\.pt, 0, got 9"),
+    "another seed": (dict, {"seed": 9}, r"from .*ikl_last\.pt must keep .* seed \(was 0, is 9\)"),
+    "another batch size": (change_at("train", "train_data_loader", kwargs={"batch_size": 4}), {}, r"\(was 8, is 4\)"),
+    "another loss": (
+        change_at(*TERM, key="GKLLoss", kwargs={**PLACES, "temperature": 2.0}),
+        {},
+        r"losses\.ikl\.type \(was 'IKLLoss', is 'GKLLoss'\).*add --allow_changes",
+    ),
     "another network": (change_at(*STUDENT, key="ikl_plugins.resnet14"), {}, r"fit the model 'ikl_plugins\.resnet14'"),
     "another optimizer": (
         change_at("train", "optimizer", module_wise_configs=[{"module": "fc"}]),
@@ -271,6 +280,17 @@ def test_resuming_needs_what_fits(workplace):
     shutil.copy(IKL_PATH, last_path(IKL_PATH))
     with pytest.raises(ValueError, match="lacks epoch, history, modules, grad_count, gradients"):
         run(ikl_config(), start_epoch=1)
+
+
+def test_what_is_asked_for_goes_on_and_is_said(workplace, caplog):
+    """Longer with another batch size, best checkpoint and teacher in another place; as it is without a record."""
+    run(ikl_config(1))
+    teacher = Path(shutil.move("runs/torchdistill/digits/teacher/teacher.pt", "moved.pt"))
+    config = change_at("models", "teacher_model", src_ckpt=str(teacher))(ikl_config())
+    batches = change_at("train", "train_data_loader", kwargs={"batch_size": 4, "num_workers": 1})(config)
+    assert len(run(batches, start_epoch=1, allow_changes=True)["history"]) == 3
+    lines = [record.message for record in caplog.records if ": was " in record.message]
+    assert lines == ["ikl train: batch_size: was 8, is 4", "ikl train: epochs: was 1, is 3"]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

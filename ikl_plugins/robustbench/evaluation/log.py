@@ -6,7 +6,6 @@ It is JSON, one entry a line, with the files of the batches, and in them the adv
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from ... import _validation as check
 from ..._files import written_aside
 from ..._limits import printable
 from ...checkpoints import plain_name
+from ...models.weights import state_sha256
 from ..conditions import precision
 from ..data import Images, content_sha256, file_sha256
 from ..export import export
@@ -187,16 +187,7 @@ def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
     device.
     """
     state = _unwrapped(weights).state_dict() if isinstance(weights, nn.Module) else weights
-    state = {plain_name(name, _COMPILED): value for name, value in state.items()}
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name]
-        if not isinstance(value, Tensor):
-            digest.update(f"{name} {value!r}\n".encode())
-            continue
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return state_sha256({plain_name(name, _COMPILED): value for name, value in state.items()})
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
