@@ -8,12 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["check_limit", "check_regular_file", "limit", "one_line", "printable"]
+__all__ = [
+    "FileError",
+    "check_image",
+    "check_limit",
+    "check_regular_file",
+    "limit",
+    "one_line",
+    "printable",
+    "read_text",
+]
+
+
+class FileError(ValueError):
+    """A file is refused for its kind, or for what it asks for."""
 
 
 class _Limit(NamedTuple):
@@ -28,6 +43,7 @@ _LIMITS = {
     # torch stores its checkpoints: one that unpacks to much more than its file has been made to.
     "CHECKPOINT_GROWTH": _Limit(_GIB // 8, "unpack to at most", "bytes beyond its own size"),
     "ARCHIVE_BYTES": _Limit(256 * _GIB, "unpack to at most", "bytes"),  # an npz or zip, all members together
+    "ARRAY_BYTES": _Limit(16 * _GIB, "unpack to at most", "bytes of arrays"),  # of an npz, in memory
     "IMAGE_PIXELS": _Limit(100_000_000, "have at most", "pixels"),
     "TEXT_BYTES": _Limit(_GIB // 16, "have at most", "bytes"),  # a YAML, JSON or table
     "YAML_NODES": _Limit(100_000, "have at most", "values, aliases counted each time"),
@@ -60,12 +76,12 @@ def check_limit(caller: str, path: Path | str, name: str, amount: int) -> None:
         amount: what the file declares, or has been unpacked to so far.
 
     Raises:
-        ValueError: it is more than the cap.
+        FileError: it is more than the cap.
     """
     most = limit(name)
     if amount > most:
         rule = f"{_LIMITS[name].rule} {most:,} {_LIMITS[name].unit}"
-        raise ValueError(f"{caller}: {path} must {rule}, got {amount:,}. Set IKL_PLUGINS_MAX_{name} if you trust it.")
+        raise FileError(f"{caller}: {path} must {rule}, got {amount:,}. Set IKL_PLUGINS_MAX_{name} if you trust it.")
 
 
 def check_regular_file(caller: str, path: Path | str) -> None:
@@ -74,13 +90,50 @@ def check_regular_file(caller: str, path: Path | str) -> None:
     A link to a file is one; what is missing, or a folder, is left to the caller.
 
     Raises:
-        ValueError: the path is of such a kind.
+        FileError: the path is of such a kind.
     """
     kind = None
     with contextlib.suppress(OSError, ValueError):
         kind = _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
     if kind is not None:
-        raise ValueError(f"{caller}: {path} must be a regular file, but is {kind}. Name a file.")
+        raise FileError(f"{caller}: {path} must be a regular file, but is {kind}. Name a file.")
+
+
+def check_image(caller: str, path: Path | str) -> None:
+    """Refuses an image that states more pixels than the cap; a file that Pillow cannot read is left to its reader.
+
+    Raises:
+        FileError: it does, or is no regular file.
+    """
+    from PIL import Image
+
+    check_regular_file(caller, path)
+    size = (0, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                size = image.size
+        except Image.DecompressionBombError as error:  # which nothing but Pillow's own setting lifts
+            check_limit(caller, path, "IMAGE_PIXELS", int("".join(re.findall(r"\d+", str(error))[:1]) or 0))
+            raise FileError(f"{caller}: {path} must be an image that Pillow reads, but: {error}") from error
+        except Exception:
+            return
+    check_limit(caller, path, "IMAGE_PIXELS", size[0] * size[1])
+
+
+def read_text(caller: str, path: Path | str) -> str:
+    """The text of a file in UTF-8, no more of it than the cap of texts.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, no regular file, or not in UTF-8.
+    """
+    check_regular_file(caller, path)
+    with open(path, "rb") as file:
+        content = file.read(limit("TEXT_BYTES") + 1)  # whatever size it states
+        check_limit(caller, path, "TEXT_BYTES", max(len(content), os.fstat(file.fileno()).st_size))
+    return content.decode("utf-8")
 
 
 def printable(text: object, most: int | None = 80) -> str:

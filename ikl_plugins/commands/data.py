@@ -23,14 +23,14 @@ import platform
 import shutil
 import stat
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from .._limits import printable
+from .._archives import opened_zip
+from .._limits import FileError, check_regular_file, printable, read_text
 from .._progress import steps
 
 try:
@@ -241,16 +241,23 @@ class _Entry(NamedTuple):
 
 
 def _archive_sha256(path: Path) -> str:
+    check_regular_file(f"{CALLER} --from", path)
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+        return digest.hexdigest()
     except OSError as error:
         raise ValueError(f"{CALLER}: --from {path} cannot be read ({error.strerror}). Check the path.") from error
 
 
 def _open_archive(path: Path, stack: contextlib.ExitStack) -> zipfile.ZipFile:
     try:
-        return stack.enter_context(zipfile.ZipFile(path))
-    except zipfile.BadZipFile as error:
+        return stack.enter_context(opened_zip(CALLER, path))
+    except FileError:
+        raise
+    except Exception as error:  # a damaged archive makes the readers raise nearly anything
         raise _damaged(path, error) from error
 
 
@@ -308,8 +315,10 @@ def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Entry:
     path = _path(archive)
 
     def refusal(rule: str, way_out: str) -> ValueError:
-        return ValueError(f"{CALLER}: {path}: `{info.filename}` {rule}. {way_out}")
+        return ValueError(f"{CALLER}: {path}: `{printable(info.filename)}` {rule}. {way_out}")
 
+    if printable(info.filename, None) != info.filename:
+        raise refusal("has control characters in its name", "Do not trust this archive.")
     parts = PurePosixPath(info.filename).parts
     if info.filename.startswith("/") or "\\" in info.filename or ":" in info.filename or ".." in parts:
         raise refusal("leads out of the target folder", "Do not trust this archive.")
@@ -350,7 +359,7 @@ def _read_image(entry: _Entry) -> bytes:
     path = _path(entry.archive)
     try:
         content = entry.archive.read(entry.info)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except Exception as error:  # as above
         raise _damaged(path, error) from error
     if not content.startswith(IMAGE_SUFFIXES[PurePosixPath(entry.name).suffix.lower()]):
         rule = f"`{entry.info.filename}` must be an image of the kind its name says, but starts with {content[:8]!r}."
@@ -411,10 +420,11 @@ def _is_made(target: Path, recipe: dict[str, Any]) -> bool:
     if not target.exists():
         return False
     try:
-        manifest = json.loads((target / "manifest.json").read_text())
+        manifest = json.loads(read_text(CALLER, target / "manifest.json"))
+        manifest["splits"].items()
     except FileNotFoundError as error:
         raise _not_ours(target) from error
-    except ValueError as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{CALLER}: {target / 'manifest.json'} is damaged ({error}). Pass --force.") from error
     for key, wanted in recipe.items():
         if manifest.get(key) != wanted:

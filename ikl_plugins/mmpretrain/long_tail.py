@@ -11,6 +11,7 @@ from mmengine.evaluator import BaseMetric
 from mmpretrain.registry import DATASETS
 
 from .. import _validation as check
+from .._limits import read_text
 
 __all__ = ["ManyMediumFew"]
 
@@ -127,7 +128,7 @@ def _listed_labels(path: Path) -> list[int]:
             f"Correct the path."
         )
     labels = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(_CALLER, path).splitlines(), 1):
         _, _, label = line.rstrip().rpartition(" ")
         if not label.isdecimal():
             raise ValueError(

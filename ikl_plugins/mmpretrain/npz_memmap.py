@@ -11,7 +11,10 @@ from typing import Any, BinaryIO
 
 import numpy
 
+from .. import _validation as check
+from .._archives import opened_zip, read_header
 from .._files import written_aside
+from .._limits import FileError, printable
 
 __all__ = ["MappedArray", "map_images", "unpack_npz"]
 
@@ -132,12 +135,18 @@ def unpack_npz(source: Path | str, target: Path | str) -> Path:
     if source.resolve() == target.resolve():
         raise ValueError(f"unpack_npz: `target` must be another file than `source`, got {target}. Name a new one.")
     try:
-        with zipfile.ZipFile(source) as packed, written_aside(target) as aside, zipfile.ZipFile(aside, "w") as unpacked:
+        with (
+            opened_zip("unpack_npz", source) as packed,
+            written_aside(target) as aside,
+            zipfile.ZipFile(aside, "w") as unpacked,
+        ):
             for member in packed.infolist():
                 place = zipfile.ZipInfo(member.filename, member.date_time)
                 with packed.open(member) as data, unpacked.open(place, "w", force_zip64=True) as copy:
                     shutil.copyfileobj(data, copy, _CHUNK)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # a damaged file makes the readers raise nearly anything; a disk names what is wrong
+        if isinstance(error, FileError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
         raise ValueError(
             f"unpack_npz: `source` must be a whole .npz file, got {source}: {error}. Fetch it anew."
         ) from error
@@ -149,7 +158,7 @@ def _members(path: Path) -> list[MappedArray]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {member.filename: member for member in archive.infolist()}
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # as above
         raise ValueError(
             f"{_CALLER}: `data_file` must be a whole .npz file or a .npy file, got {path}: {error}. Fetch it anew."
         ) from error
@@ -159,7 +168,7 @@ def _members(path: Path) -> list[MappedArray]:
 def _member(path: Path, members: Mapping[str, zipfile.ZipInfo], key: str) -> zipfile.ZipInfo:
     member = members.get(f"{key}.npy")
     if member is None:
-        names = ", ".join(sorted(name.removesuffix(".npy") for name in members))
+        names = check.first_names([printable(name.removesuffix(".npy")) for name in sorted(members)])
         raise ValueError(
             f"{_CALLER}: `data_file` must hold the arrays {' and '.join(map(repr, _KEYS))}, but {path} has {names}. "
             f"Save it with numpy.savez(path, image=..., label=...)."
@@ -178,12 +187,12 @@ def _array(path: Path, member: zipfile.ZipInfo | None = None) -> MappedArray:
     name = str(path) if member is None else f"{member.filename} in {path}"
     with path.open("rb") as file:
         size = path.stat().st_size
-        if member is not None:
-            file.seek(_data_offset(file, member))
-            size = file.tell() + member.file_size
         try:
-            shape, fortran_order, dtype = _header(file)
-        except (ValueError, EOFError) as error:
+            if member is not None:
+                file.seek(_data_offset(file, member))
+                size = file.tell() + member.file_size
+            shape, fortran_order, dtype = read_header(file)
+        except Exception as error:  # as above
             raise ValueError(
                 f"{_CALLER}: {name} must be an array that NumPy has saved: {error}. Fetch it anew."
             ) from error
@@ -209,12 +218,3 @@ def _data_offset(file: BinaryIO, member: zipfile.ZipInfo) -> int:
     header = file.read(_LOCAL_HEADER)
     lengths = (int.from_bytes(header[part], "little") for part in (_NAME_LENGTH, _EXTRA_LENGTH))
     return member.header_offset + _LOCAL_HEADER + sum(lengths)
-
-
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, numpy.dtype[Any]]:
-    version = numpy.lib.format.read_magic(file)
-    if version == (1, 0):
-        return numpy.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return numpy.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"version {version}, which plain arrays do not have")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import _validation as check
+from .._archives import opened_npz
+from .._limits import FileError, check_image, printable
 from .._robustbench_import import import_robustbench
 from .known_sets import KNOWN, cifar_source, imagenet_source
 
@@ -32,6 +32,8 @@ _KEYS = (("image", "images"), ("label", "labels"))
 _CHUNK = 1 << 20
 # What torchvision and MMCV turn into the same RGB bytes, alpha and all frames but the first left out.
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+# What ImageFolder takes by its name. For others Pillow may run a program, as Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # of Exif, as the next of TIFF
 _BITS_PER_SAMPLE = 258
 
@@ -240,6 +242,7 @@ def _imagenet_samples(data_dir: Path, n_examples: int) -> list[tuple[str, int]]:
     for file, _ in samples[:n_examples]:
         if not Path(file).is_file():
             raise ValueError(f"{_CALLER}: imagenet must have RobustBench's images, but {file} is missing. {way_out}")
+        check_image(_CALLER, file)
     return samples
 
 
@@ -290,11 +293,12 @@ def _read(file: str, mode: str) -> Any:
     """An image as RGB, or as one channel ("L") if it has no colour."""
     from PIL import Image
 
+    check_image(_CALLER, file)
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=_FORMATS) as opened:
             reason = _read_differently(opened)  # before it is decoded: then Pillow forgets how
             image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises any of them on a damaged file
+    except Exception as error:  # Pillow raises nearly any on a damaged file
         raise ValueError(f"{_CALLER}: every image must be readable, but {file} is not: {error}.") from error
     if reason is not None:
         what, way_out = reason
@@ -370,16 +374,14 @@ def _load_npz(
 
 def _read_npz(path: Path) -> tuple[Array, Array, tuple[str, ...] | None]:
     try:
-        with path.open("rb") as opened:
-            file = np.load(opened, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
-            there = list(file.files)
+        with opened_npz(_CALLER, path) as file:
+            there = list(file)
             chosen = [[key for key in keys if key in there] for keys in _KEYS]
             arrays = [file[keys[0]] for keys in chosen if len(keys) == 1]
             names = file["classes"] if "classes" in there else np.empty(0)
-    # A damaged archive raises any of them, and an array of objects, which would run code, a ValueError.
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except FileError:
+        raise
+    except Exception as error:  # a damaged archive makes the readers raise nearly anything
         raise ValueError(
             f"{_CALLER}: {path} must be an .npz file of plain arrays, but reading it gave: {error}."
         ) from error
@@ -387,7 +389,7 @@ def _read_npz(path: Path) -> tuple[Array, Array, tuple[str, ...] | None]:
         if len(found) != 1:
             raise ValueError(
                 f"{_CALLER}: {path} must hold either `{keys[0]}` or `{keys[1]}`, but has "
-                f"{', '.join(there) or 'nothing'}."
+                f"{check.first_names([*map(printable, there)]) or 'nothing'}."
             )
     return arrays[0], arrays[1], tuple(names.tolist()) if names.dtype.kind == "U" and names.size else None
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _validation as check
+from .._limits import check_image
 from .._progress import steps
 from .conditions import own_conditions
 from .data import Images, check_pixels, content_sha256, spread
@@ -206,6 +207,9 @@ def host_images(caller: str, data: HostData, n_examples: int | None, progress: P
 
 def _read(caller: str, data: HostData, position: int) -> tuple[Tensor, int]:
     """Pixels and label, without what resizing floats rounds white to."""
+    file = data.file(position)
+    if file is not None and Path(file).exists():  # else in a store of the host
+        check_image(caller, file)
     pixels, label = data.read(position)
     low, high = (bound.item() for bound in torch.aminmax(pixels))
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):

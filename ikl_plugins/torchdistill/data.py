@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
 from .. import _validation as check
+from .._limits import check_regular_file, read_text
 
 __all__ = ["ImageList", "image_folder", "share_of_batch"]
 
@@ -52,7 +53,7 @@ def image_folder(
         raise TypeError(f"image_folder: `split_dir` must be the path of a folder, got {split_dir!r}.")
     folder = _data_folder() / split_dir
     try:
-        return ImageFolder(folder, transform=transform, loader=_DecodedOnce() if in_memory else default_loader)
+        return ImageFolder(folder, transform=transform, loader=_DecodedOnce() if in_memory else _loaded)
     except FileNotFoundError as error:
         what = f"no images in class folders ({error})" if folder.is_dir() else "no such folder"
         command = _PREPARE.get(Path(split_dir).parts[0] if split_dir else "")
@@ -102,7 +103,7 @@ class ImageList(Dataset[tuple[Any, int]]):
             )
         self.samples = [
             (str(folder / name), label)
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            for number, line in enumerate(read_text("ImageList", path).splitlines(), start=1)
             if line.strip()
             for name, label in [_listed(line, f"{path}, line {number}")]
         ]
@@ -125,7 +126,7 @@ class ImageList(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        image = default_loader(path)
+        image = _loaded(path)
         return (image if self.transform is None else self.transform(image)), label
 
 
@@ -177,6 +178,11 @@ def _listed(line: str, where: str) -> tuple[str, int]:
     return parts[0].strip(), int(parts[1])
 
 
+def _loaded(path: str) -> Any:
+    check_regular_file("image_folder", path)  # a FIFO would never end
+    return default_loader(path)
+
+
 class _DecodedOnce:
     """A loader that keeps what it has read. Transforms make new images, so one object can be handed out again."""
 
@@ -185,5 +191,5 @@ class _DecodedOnce:
 
     def __call__(self, path: str) -> Any:
         if path not in self._images:
-            self._images[path] = default_loader(path)
+            self._images[path] = _loaded(path)
         return self._images[path]

@@ -1,6 +1,8 @@
 """Caps on what a file may ask for, the kinds of files that are read, and how text from files is shown."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,14 @@ def test_limit_is_its_default_or_the_environments(monkeypatch):
         monkeypatch.setenv("IKL_PLUGINS_MAX_IMAGE_PIXELS", wrong)
         with pytest.raises(ValueError, match="IKL_PLUGINS_MAX_IMAGE_PIXELS must be a whole number"):
             _limits.limit("IMAGE_PIXELS")
+
+
+def test_the_page_has_every_cap():
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `IKL_PLUGINS_MAX_(\w+)` \| ([\d,]+) \|", page, re.MULTILINE)
+    assert {name: int(cap.replace(",", "")) for name, cap in rows} == {
+        name: _limits.limit(name) for name in _limits._LIMITS
+    }
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path):

@@ -245,3 +245,50 @@ def test_unpacking_keeps_all_arrays_and_takes_little_memory(tmp_path):
     with numpy.load(tmp_path / "new" / "whole.npz") as found:
         assert sorted(found) == ["image", "label", "more"]
         assert all(numpy.array_equal(found[key], data[key]) for key in data)
+
+
+def _offset(content):
+    """The place in the file that the directory gives for the first member lies behind its end."""
+    place = content.index(b"PK\x01\x02")
+    return content[: place + 42] + b"\xff\xff\xff\x7f" + content[place + 46 :]
+
+
+def _shape(content):
+    return content.replace(b"(7, 32, 32, 3)", b"(9**9,32,32,3)")
+
+
+def _negative(content):
+    return content.replace(b"(7, 32, 32, 3)", b"(-7,32, 32, 3)")
+
+
+def _version(content):
+    place = content.index(b"PK\x01\x02")
+    return content[: place + 6] + b"\xff" + content[place + 7 :]
+
+
+@pytest.mark.parametrize("change", [_offset, _shape, _negative, _version])
+def test_a_damaged_file_is_named(saved, tmp_path, change):
+    path = tmp_path / "odd.npz"
+    numpy.savez(path, **arrays())
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"GeneratedImages: .*odd\.npz.*Fetch it anew"):
+        len(GeneratedImages(path))
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_what_cannot_be_unpacked_is_refused_and_leaves_nothing(tmp_path, how, monkeypatch):
+    source, target = tmp_path / "packed.npz", tmp_path / "whole.npz"
+    with zipfile.ZipFile(source, "w", how) as archive:
+        archive.writestr("image.npy", numpy.random.default_rng(0).bytes(5000))
+    whole = source.read_bytes()
+    source.write_bytes(whole[:60] + bytes(byte ^ 0x5A for byte in whole[60:90]) + whole[90:])
+    with pytest.raises(ValueError, match=r"`source` must be a whole \.npz file, got .*packed\.npz"):
+        unpack_npz(source, target)
+    source.write_bytes(_version(whole))
+    with pytest.raises(ValueError, match=r"`source` must be a whole \.npz file"):
+        unpack_npz(source, target)
+    source.write_bytes(whole)
+    monkeypatch.setenv("IKL_PLUGINS_MAX_ARCHIVE_BYTES", "4999")
+    with pytest.raises(ValueError, match=r"packed\.npz must unpack to at most 4,999 bytes, got 5,000\. Set IKL"):
+        unpack_npz(source, target)
+    assert sorted(tmp_path.iterdir()) == [source]

@@ -1,6 +1,7 @@
 """What the recipes need beside torchvision and torchdistill: class folders, lists, shares of a batch, a schedule."""
 
 import math
+import os
 import pickle
 import re
 
@@ -65,6 +66,16 @@ def test_in_memory_reads_each_file_once_and_transforms_it_every_time(data):
         path.unlink()
     assert [sample for sample, _ in dataset] == [8, 9, 10, 11]
     assert calls[3] is calls[7]
+
+
+def test_a_fifo_among_the_images_is_refused_at_once(data):
+    name = data / "mine" / "train" / "a" / "fifo.png"
+    name.parent.mkdir(exist_ok=True)
+    os.mkfifo(name)
+    for held in (image_folder("mine/train"), image_folder("mine/train", in_memory=True)):
+        index = next(index for index, (path, _) in enumerate(held.samples) if path.endswith("fifo.png"))
+        with pytest.raises(ValueError, match=r"fifo\.png must be a regular file, but is a FIFO"):
+            held[index]
 
 
 def test_they_travel_to_worker_processes():

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._archives import opened_npz
 from ..._files import written_aside
 
 __all__ = ["RESULTS_VERSIONS", "Batch", "Batches", "Natural", "batch_path", "each_kind_once", "image_digests"]
@@ -266,8 +267,8 @@ def _fits(name: str, fits: bool) -> None:
 
 def _read(caller: str, path: Path, content: Callable[[Mapping[str, Any]], T]) -> T:
     try:
-        with path.open("rb") as file:
-            return content(np.load(file, allow_pickle=False))
+        with opened_npz(caller, path) as file:
+            return content(file)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         raise ValueError(
             f"{caller}: {path} must be the file of a batch, but is damaged ({error}). Remove it, evaluate again."

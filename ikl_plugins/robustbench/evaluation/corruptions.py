@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import _validation as check
+from ..._archives import check_npy
 from ..._progress import Shown, teller
 from ..._robustbench_import import import_robustbench
 from ..conditions import own_conditions, trainable_copy
@@ -211,6 +212,9 @@ class _Source:
                 f"{self.caller}: the corrupted images of {name} must lie in {root}, but "
                 f"{check.first_names(missing)} missing. Unpack them there{source}."
             )
+        for path in wanted:
+            if path.suffix == ".npy":
+                check_npy(self.caller, path)
 
     def load(self, corruption: str, severity: int, n_examples: int) -> tuple[Tensor, Tensor]:
         """The first images of one corruption and severity, and their labels."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import _validation as check
-from ..._limits import printable
+from ..._limits import printable, read_text
 from ..conditions import own_conditions, trainable_copy
 from ..data import load_images
 from ..eps import Eps, parse_eps
@@ -81,7 +81,7 @@ def read_external(caller: str, source: External | Path | str) -> External:
         return source
     path = Path(source)
     try:
-        content = parsed(path.read_text(encoding="utf-8"))
+        content = parsed(read_text(caller, path))
     except (OSError, ValueError) as error:
         raise ValueError(f"{caller}: `external` must be a record in JSON, but {path} is not: {error}.") from error
     where = f"{caller}: {path}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ... import __version__
 from ... import _validation as check
 from ..._files import written_aside
-from ..._limits import printable
+from ..._limits import check_limit, printable, read_text
 from ...checkpoints import plain_name
 from ...models.weights import state_sha256
 from ..conditions import precision
@@ -286,13 +286,14 @@ def read_log(caller: str, path: Path) -> dict[str, Any]:
     """A log without its seal; refused unless it is whole, as it was written, and agrees with itself."""
     if not path.is_file():
         raise ValueError(f"{caller}: the log must be a file, but there is none at {path}.")
+    check_limit(caller, path, "TEXT_BYTES", path.stat().st_size)
     try:
-        log = parsed(path.read_text(encoding="utf-8"))
+        log = parsed(read_text(caller, path))
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{caller}: {path} must be a log, but is damaged, or none ({error}).") from error
     if not isinstance(log, dict) or log.get("format") != FORMAT:
         found = log.get("format") if isinstance(log, dict) else type(log).__name__
-        raise ValueError(f"{caller}: {path} must be a log of the format {FORMAT}, got {found}.")
+        raise ValueError(f"{caller}: {path} must be a log of the format {FORMAT}, got {printable(found)}.")
     missing = [key for key in _KEYS if key not in log]
     if missing:
         raise ValueError(
