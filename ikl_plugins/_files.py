@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, files with one writer, configs in UTF-8, and where the shipped ones are."""
+"""Files that are there whole or not at all, files with one writer, texts of configs, and where the shipped ones are."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from ._limits import check_limit, limit, printable
+
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["check_config_text", "configs_folder", "locked", "naming", "written_aside"]
+__all__ = ["check_config_text", "check_yaml", "configs_folder", "locked", "naming", "written_aside"]
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _PATIENCE = 0.5  # seconds, for a holder that is about to let go
@@ -186,19 +188,26 @@ def configs_folder() -> Path:
 
 _MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}  # behind UTF-32, whose marks begin alike
-# What a Python config inherits from: a path in `_base_`, or a relative import inside `read_base`.
-_BASE = re.compile(r"""['"]([^'"\n]+\.(?:py|ya?ml|json))['"]|^\s+from\s+(\.[\w.]*)\s+import""", re.MULTILINE)
+# What a config inherits from: a path in `_base_`, or a relative import inside `read_base`.
+_BASE = re.compile(
+    r"""['"]([^'"\n]+\.(?:py|ya?ml|json))['"]|^\s+from\s+(\.[\w.]*)\s+import|[:-]\s+([^\s'"#]+\.(?:py|ya?ml|json))\s*$""",
+    re.MULTILINE,
+)
+_LEVELS = 100  # of a YAML or JSON: readers go down one by one, and Python's stack ends
 
 
 def check_config_text(caller: str, path: Path | str) -> None:
-    """Refuses a config, or one that it inherits from, whose host would fail on its bytes or take them for other text.
+    """Refuses a config, or one that it inherits from, whose host would fail on its bytes, take them for other text or
+    never end.
 
     Args:
         caller: whom a refusal names.
-        path: a YAML file of torchdistill, or a Python config of MMEngine; nothing happens where there is no such file.
+        path: a YAML file of torchdistill, or a config of MMEngine in Python, YAML or JSON; nothing happens where there
+            is no such file.
 
     Raises:
-        ValueError: the file is not in UTF-8, or torchdistill would read it in another encoding, that of the system.
+        ValueError: the file is not in UTF-8, or torchdistill would read it in another encoding, that of the system; it
+            is larger than the cap of texts; see also :func:`check_yaml`.
     """
     waiting, seen = [Path(path).expanduser()], set()
     while waiting:
@@ -207,15 +216,61 @@ def check_config_text(caller: str, path: Path | str) -> None:
             continue
         seen.add(file)
         text = _utf8(caller, file)
-        if file.suffix == ".py":
-            for name, module in _BASE.findall(text):
-                steps = len(module) - len(module.lstrip("."))
-                relative = name or f"{'../' * (steps - 1)}{module.strip('.').replace('.', '/')}.py"
-                waiting.append(file.parent / relative)
+        if file.suffix != ".py":
+            check_yaml(caller, file, text)  # JSON is YAML, but for tabs
+        for quoted, module, bare in _BASE.findall(text) if file.suffix == ".py" or "_base_" in text else ():
+            steps = len(module) - len(module.lstrip("."))
+            relative = quoted or bare or f"{'../' * (steps - 1)}{module.strip('.').replace('.', '/')}.py"
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # a name that no disk has
+                waiting.append((file.parent / relative).resolve())
+
+
+def check_yaml(caller: str, name: Path | str, text: str) -> None:
+    """Refuses a YAML text that is small and becomes large: its values are counted as whoever walks through them does.
+
+    Nothing is built, and nothing is said of what is no YAML: its reader says where.
+
+    Args:
+        caller: whom a refusal names.
+        name: of the file.
+        text: its content.
+
+    Raises:
+        ValueError: more values than the cap, those of an alias counted each time; an alias inside its own anchor; more
+            than 100 levels.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}
+    opened: list[tuple[str | None, int]] = []  # anchor of each collection, and the count where it began
+    count = 0
+    with contextlib.suppress(yaml.YAMLError):
+        for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            anchor = getattr(event, "anchor", None)
+            if isinstance(event, yaml.AliasEvent):
+                if anchor in (held for held, _ in opened):
+                    rule = f"must have no alias inside its own anchor, got `*{printable(anchor)}`"
+                    raise ValueError(f"{caller}: {name} {rule}. Write it out.")
+                count += sizes.get(str(anchor), 1)
+            elif isinstance(event, yaml.CollectionStartEvent):
+                opened.append((anchor, count))
+                count += 1
+                if len(opened) > _LEVELS:
+                    raise ValueError(f"{caller}: {name} must have at most {_LEVELS} levels, but has more.")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = opened.pop()
+                sizes[str(anchor)] = count - before
+            elif isinstance(event, yaml.ScalarEvent):
+                count += 1
+                sizes[str(anchor)] = 1
+            if count > limit("YAML_NODES"):
+                check_limit(caller, name, "YAML_NODES", count)
 
 
 def _utf8(caller: str, file: Path) -> str:
-    content = file.read_bytes()
+    with file.open("rb") as opened:
+        content = opened.read(limit("TEXT_BYTES") + 1)
+    check_limit(caller, file, "TEXT_BYTES", len(content))
     rule = f"{caller}: {file} must be text in UTF-8"
     mark = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
     if mark is not None or b"\0" in content:

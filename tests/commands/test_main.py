@@ -208,3 +208,46 @@ def test_what_the_host_reads_in_another_encoding_or_not_at_all_is_refused(tmp_pa
         check_config_text("ikl", path)
     path.write_text("a: 1\n")
     check_config_text("ikl", path)
+
+
+def _laughs(line: str) -> str:
+    first = "datasets: &a0 {x: 1, y: 2}\n"
+    return first + "\n".join(line.format(number, ", ".join([f"*a{number - 1}"] * 9)) for number in range(1, 12))
+
+
+# A config that would never end to be read, or end the stack of its reader -> why it is refused.
+ENDLESS = {
+    "laughs.yaml": (_laughs("k{0}: &a{0} [{1}]"), "must have at most 100,000 values, aliases counted each time"),
+    "merged.yaml": (_laughs("k{0}: &a{0} {{<<: [{1}]}}"), "must have at most 100,000 values"),
+    "self.yaml": ("datasets: &a\n  train: [1, *a]\n", r"must have no alias inside its own anchor, got `\*a`"),
+    "deep.yaml": ("a: " + "[" * 5000, "must have at most 100 levels"),
+    "blocks.yaml": ("\n".join(" " * depth + "a:" for depth in range(2000)), "must have at most 100 levels"),
+    "deep.json": ('{"a":' * 5000 + "1" + "}" * 5000, "must have at most 100 levels"),
+    "inherits.py": ("_base_ = ['./laughs.yaml']", r"laughs\.yaml must have at most 100,000 values"),
+    "bare.yaml": ("_base_: self.yaml", r"self\.yaml must have no alias"),
+    "large.yaml": (
+        "a: 1\n#" + "x" * 2000,
+        r"must have at most 1,000 bytes, got 1,001\. Set IKL_PLUGINS_MAX_TEXT_BYTES",
+    ),
+    "itself.py": ("_base_ = '../{folder}/itself.py'", ""),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_config_that_grows_is_refused_at_once(tmp_path, name: str, monkeypatch) -> None:
+    for other, (text, _) in ENDLESS.items():
+        (tmp_path / other).write_text(text.replace("{folder}", tmp_path.name))
+    reason = ENDLESS[name][1]
+    if "TEXT_BYTES" in reason:
+        monkeypatch.setenv("IKL_PLUGINS_MAX_TEXT_BYTES", "1000")
+    if not reason:
+        check_config_text("ikl", tmp_path / name)
+        return
+    with pytest.raises(ValueError, match=reason):
+        check_config_text("ikl", tmp_path / name)
+    file = str(tmp_path / name)
+    ways = [["adopt", file]] if name.endswith((".yaml", ".py")) else []
+    ways += [["evaluate", "--torchdistill", file, "--checkpoint", "x", "--eps", "8/255", "--output", "o"]]
+    for words in ways if name.endswith(".yaml") else ():
+        with pytest.raises(SystemExit, match=reason):
+            main(words)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ikl_plugins._files import check_yaml
+
 from .messages import CALLER
 
 __all__ = ["Edits", "Entry", "Line", "Tree", "is_empty", "number_text", "yaml_text"]
@@ -85,7 +87,7 @@ class Tree:
         name: what messages call it.
 
     Raises:
-        ValueError: no YAML of one document that holds a mapping.
+        ValueError: no YAML of one document that holds a mapping; see also :func:`ikl_plugins._files.check_yaml`.
 
     Attributes:
         root: node of the whole.
@@ -98,6 +100,7 @@ class Tree:
         self.text = text
         self.name = name
         self.newline = "\r\n" if "\r\n" in text else "\n"
+        check_yaml(CALLER, name, text)
         try:
             self._composer = _Composer(text)
             self.root: Any = self._composer.get_single_node()
