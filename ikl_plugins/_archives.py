@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ._limits import FileError, check_limit, check_regular_file
+from ._limits import LimitError, check_limit, check_regular_file
 
 if TYPE_CHECKING:
     import numpy
@@ -24,7 +24,7 @@ def opened_zip(caller: str, path: Path) -> Iterator[zipfile.ZipFile]:
     """A zip file, open to be read.
 
     Raises:
-        FileError: its members declare more bytes than the cap of archives; it is a FIFO, a socket or a device.
+        LimitError: its members declare more bytes than the cap of archives; it is a FIFO, a socket or a device.
         Exception: nearly any, of a damaged file or of a version to come.
     """
     check_regular_file(caller, path)
@@ -38,7 +38,7 @@ def opened_npz(caller: str, path: Path) -> Iterator[Mapping[str, numpy.ndarray[A
     """The arrays of an .npz file by name, each read when it is asked for.
 
     Raises:
-        FileError: as of :func:`opened_zip`; what is asked for is more than the cap of arrays.
+        LimitError: as of :func:`opened_zip`; what is asked for is more than the cap of arrays.
         Exception: nearly any, of a damaged file; of an array that is smaller than it says, or of Python objects.
     """
     with opened_zip(caller, path) as archive:
@@ -79,7 +79,7 @@ def check_npy(caller: str, path: Path) -> None:
     """Refuses an .npy file, which a host will read into memory, by its header.
 
     Raises:
-        FileError: it is damaged, smaller than its shape says or larger than the cap of arrays, or no regular file.
+        LimitError: it is damaged, smaller than its shape says or larger than the cap of arrays, or no regular file.
     """
     check_regular_file(caller, path)
     try:
@@ -87,10 +87,10 @@ def check_npy(caller: str, path: Path) -> None:
             shape, _, dtype = read_header(file)
             size = file.tell() + math.prod(shape) * dtype.itemsize
     except Exception as error:  # a damaged file makes the readers raise nearly anything
-        raise FileError(f"{caller}: {path} must be an array that NumPy has saved, but: {error}.") from error
+        raise LimitError(f"{caller}: {path} must be an array that NumPy has saved, but: {error}.") from error
     check_limit(caller, path, "ARRAY_BYTES", size)
     if size > path.stat().st_size:
-        raise FileError(f"{caller}: {path} must be whole, but is smaller than its shape {shape} says. Fetch it anew.")
+        raise LimitError(f"{caller}: {path} must be whole, but is smaller than its shape {shape} says. Fetch it anew.")
 
 
 def read_header(file: BinaryIO | Any) -> tuple[tuple[int, ...], bool, numpy.dtype[Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 __all__ = [
-    "FileError",
+    "LimitError",
     "check_image",
     "check_limit",
     "check_regular_file",
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 
-class FileError(ValueError):
-    """A file is refused for its kind, or for what it asks for."""
+class LimitError(ValueError):
+    """A file asks for more than a cap, or is of a kind that may never end."""
 
 
 class _Limit(NamedTuple):
@@ -76,12 +76,12 @@ def check_limit(caller: str, path: Path | str, name: str, amount: int) -> None:
         amount: what the file declares, or has been unpacked to so far.
 
     Raises:
-        FileError: it is more than the cap.
+        LimitError: it is more than the cap.
     """
     most = limit(name)
     if amount > most:
         rule = f"{_LIMITS[name].rule} {most:,} {_LIMITS[name].unit}"
-        raise FileError(f"{caller}: {path} must {rule}, got {amount:,}. Set IKL_PLUGINS_MAX_{name} if you trust it.")
+        raise LimitError(f"{caller}: {path} must {rule}, got {amount:,}. Set IKL_PLUGINS_MAX_{name} if you trust it.")
 
 
 def check_regular_file(caller: str, path: Path | str) -> None:
@@ -90,20 +90,20 @@ def check_regular_file(caller: str, path: Path | str) -> None:
     A link to a file is one; what is missing, or a folder, is left to the caller.
 
     Raises:
-        FileError: the path is of such a kind.
+        LimitError: the path is of such a kind.
     """
     kind = None
     with contextlib.suppress(OSError, ValueError):
         kind = _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
     if kind is not None:
-        raise FileError(f"{caller}: {path} must be a regular file, but is {kind}. Name a file.")
+        raise LimitError(f"{caller}: {path} must be a regular file, but is {kind}. Name a file.")
 
 
 def check_image(caller: str, path: Path | str) -> None:
     """Refuses an image that states more pixels than the cap; a file that Pillow cannot read is left to its reader.
 
     Raises:
-        FileError: it does, or is no regular file.
+        LimitError: it does, or is no regular file.
     """
     from PIL import Image
 
@@ -116,7 +116,7 @@ def check_image(caller: str, path: Path | str) -> None:
                 size = image.size
         except Image.DecompressionBombError as error:  # which nothing but Pillow's own setting lifts
             check_limit(caller, path, "IMAGE_PIXELS", int("".join(re.findall(r"\d+", str(error))[:1]) or 0))
-            raise FileError(f"{caller}: {path} must be an image that Pillow reads, but: {error}") from error
+            raise LimitError(f"{caller}: {path} must be an image that Pillow reads, but: {error}") from error
         except Exception:
             return
     check_limit(caller, path, "IMAGE_PIXELS", size[0] * size[1])

@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from .._archives import opened_zip
-from .._limits import FileError, check_regular_file, printable, read_text
+from .._limits import LimitError, check_regular_file, printable, read_text
 from .._progress import steps
 
 try:
@@ -255,7 +255,7 @@ def _archive_sha256(path: Path) -> str:
 def _open_archive(path: Path, stack: contextlib.ExitStack) -> zipfile.ZipFile:
     try:
         return stack.enter_context(opened_zip(CALLER, path))
-    except FileError:
+    except LimitError:
         raise
     except Exception as error:  # a damaged archive makes the readers raise nearly anything
         raise _damaged(path, error) from error

@@ -14,7 +14,7 @@ import numpy
 from .. import _validation as check
 from .._archives import opened_zip, read_header
 from .._files import written_aside
-from .._limits import FileError, printable
+from .._limits import LimitError, printable
 
 __all__ = ["MappedArray", "map_images", "unpack_npz"]
 
@@ -145,7 +145,7 @@ def unpack_npz(source: Path | str, target: Path | str) -> Path:
                 with packed.open(member) as data, unpacked.open(place, "w", force_zip64=True) as copy:
                     shutil.copyfileobj(data, copy, _CHUNK)
     except Exception as error:  # a damaged file makes the readers raise nearly anything; a disk names what is wrong
-        if isinstance(error, FileError) or (isinstance(error, OSError) and error.errno is not None):
+        if isinstance(error, LimitError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise ValueError(
             f"unpack_npz: `source` must be a whole .npz file, got {source}: {error}. Fetch it anew."

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _validation as check
 from .._archives import opened_npz
-from .._limits import FileError, check_image, printable
+from .._limits import LimitError, check_image, printable
 from .._robustbench_import import import_robustbench
 from .known_sets import KNOWN, cifar_source, imagenet_source
 
@@ -379,7 +379,7 @@ def _read_npz(path: Path) -> tuple[Array, Array, tuple[str, ...] | None]:
             chosen = [[key for key in keys if key in there] for keys in _KEYS]
             arrays = [file[keys[0]] for keys in chosen if len(keys) == 1]
             names = file["classes"] if "classes" in there else np.empty(0)
-    except FileError:
+    except LimitError:
         raise
     except Exception as error:  # a damaged archive makes the readers raise nearly anything
         raise ValueError(

@@ -110,7 +110,7 @@ def test_the_caps_of_arrays_and_archives_can_be_set(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(f"IKL_PLUGINS_MAX_{name}", "500")
             with pytest.raises(
-                _limits.FileError, match=rf"a\.npz must unpack to at most 500 .* IKL_PLUGINS_MAX_{name} "
+                _limits.LimitError, match=rf"a\.npz must unpack to at most 500 .* IKL_PLUGINS_MAX_{name} "
             ):
                 load_images(path)
 
