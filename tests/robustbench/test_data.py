@@ -317,7 +317,7 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
         load_images(tmp_path / "b.npz")
     with (tmp_path / "c.npz").open("wb") as file:
         np.save(file, noise(4, 5, 5, 3))
-    with message("gave: it is a single array"):
+    with message("gave: File is not a zip file"):
         load_images(tmp_path / "c.npz")
 
 
