@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -271,32 +270,14 @@ def _of_library(way: str, arguments: argparse.Namespace) -> LoadedModel:
 
 
 def _from_zoo(caller: str, arguments: argparse.Namespace) -> LoadedModel:
-    from .. import _validation as check
-    from .._robustbench_import import import_robustbench
+    from ..models.robustbench_zoo import zoo_model
 
-    robustbench = import_robustbench()
-    name, dataset = arguments.zoo, arguments.dataset
-    threat_model = getattr(arguments, "threat_model", "Linf").replace("_3d", "")
-    kinds = robustbench.data.BenchmarkDataset(dataset), robustbench.data.ThreatModel(threat_model)
-    known = robustbench.data.all_models[kinds[0]][kinds[1]]
-    if name not in known:
-        raise ValueError(check.unknown_name_message(caller, f"{dataset} {threat_model} model", name, known))
-    path = arguments.model_dir / dataset / threat_model / f"{name}.pt"
-    drive = known[name]["gdrive_id"]
-    parts = [path]
-    if isinstance(drive, list):
-        parts = [path.with_name(f"{path.name}_m{part}.pt") for part in range(len(drive))]
-    missing = [part for part in parts if not part.is_file()]
-    if missing and getattr(arguments, "offline", False):
-        raise ValueError(
-            f"{caller}: --zoo {name} with --offline needs its file, but there is none at {missing[0]}. Fetch "
-            f"{drive} from Google Drive."
-        )
-    try:
-        model = robustbench.load_model(name, model_dir=arguments.model_dir, dataset=dataset, threat_model=threat_model)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{caller}: {path} must be the checkpoint of {name}, but loading it gave: {reason} Fetch it again."
-        ) from error
-    return LoadedModel(model, name, path if path.is_file() else None)
+    model, path = zoo_model(
+        arguments.zoo,
+        arguments.dataset,
+        getattr(arguments, "threat_model", "Linf"),
+        arguments.model_dir,
+        offline=f"--zoo {arguments.zoo} with --offline" if getattr(arguments, "offline", False) else None,
+        caller=caller,
+    )
+    return LoadedModel(model, arguments.zoo, path if path.is_file() else None)

@@ -2,9 +2,10 @@
 
 It stands on :mod:`ikl_plugins.mmengine`, which it imports and whose names it has too. In MMPretrain's registries it
 adds, once: the models ``DistillationClassifier`` and ``AdversarialClassifier``, the backbones ``DistillationNetwork``
-and ``RobustBenchNetwork`` with their head ``LogitsClsHead``, the data preprocessor ``TwoViewDataPreprocessor``, the
-transforms ``CIFAR10AutoAugment`` and ``ClippedCutout``, the metrics ``RobustAccuracy`` and ``ManyMediumFew``, the hook
-``RobustEvaluationHook``, the data set ``GeneratedImages``, the batch sampler ``GeneratedBatchSampler``.
+and ``RobustBenchNetwork`` with their head ``LogitsClsHead``, the teacher ``RobustBenchModel``, the data preprocessor
+``TwoViewDataPreprocessor``, the transforms ``CIFAR10AutoAugment`` and ``ClippedCutout``, the metrics ``RobustAccuracy``
+and ``ManyMediumFew``, the hook ``RobustEvaluationHook``, the data set ``GeneratedImages``, the batch sampler
+``GeneratedBatchSampler``.
 """
 
 try:
@@ -37,7 +38,12 @@ from .distillation import DistillationClassifier
 from .generated import GeneratedImages
 from .long_tail import ManyMediumFew
 from .metrics import RobustAccuracy
-from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
+from .networks import (
+    LogitsClsHead,
+    build_distillation_network,
+    build_robustbench_model,
+    build_robustbench_network,
+)
 from .npz_memmap import unpack_npz
 from .pixels import pixel_space
 from .preprocessing import CIFAR10AutoAugment, ClippedCutout, TwoViewDataPreprocessor
@@ -72,6 +78,7 @@ __all__ = [
     "WarmupEMA",
     "allow_mmengine_checkpoints",
     "build_distillation_network",
+    "build_robustbench_model",
     "build_robustbench_network",
     "build_teacher",
     "load_weights",

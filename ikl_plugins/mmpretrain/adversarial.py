@@ -65,10 +65,14 @@ class AdversarialClassifier(TaughtClassifier):
         preset: a published adversarial distillation, one of ``'ard'``, ``'rslad'`` and ``'adaad'``, or the same with
             IKL, ``'ard-ikl'`` and so on: what the other arguments are where they are not given. See
             :func:`ikl_plugins.presets.robust_distillation`.
-        teacher: as of :class:`DistillationClassifier`, and so are ``teacher_ckpt``, ``teacher_input`` and
-            ``teacher_val_batches``. None for none.
+        teacher: as of :class:`DistillationClassifier`, and so are ``teacher_ckpt``, ``teacher_input``,
+            ``teacher_precision``, ``teacher_compile``, ``teacher_channels_last`` and ``teacher_val_batches``. None for
+            none.
         teacher_ckpt: file or http(s) address of its checkpoint.
         teacher_input: what its inputs are.
+        teacher_precision: ``'bf16'`` for the teacher alone.
+        teacher_compile: runs it by ``torch.compile``.
+        teacher_channels_last: lays it out channels last.
         teacher_val_batches: before training, log its accuracy on so many batches of the validation data.
         teacher_view: ``'natural'`` images for the teacher, or ``'adversarial'`` ones.
         teacher_natural_weight: weight of the robust loss of the natural images, at least 0.
@@ -121,6 +125,9 @@ class AdversarialClassifier(TaughtClassifier):
         teacher: str | Path | Mapping[str, Any] | nn.Module | None = None,
         teacher_ckpt: str | Path | None = None,
         teacher_input: Mapping[str, Any] | None = None,
+        teacher_precision: str | None = None,
+        teacher_compile: bool = False,
+        teacher_channels_last: bool = False,
         teacher_val_batches: int = 1,
         teacher_view: str | None = None,
         teacher_natural_weight: float | None = None,
@@ -158,7 +165,13 @@ class AdversarialClassifier(TaughtClassifier):
         self._set_teacher(method, {**taught, "attack_reference": attack_reference}, has_teacher=teacher is not None)
         if teacher is not None:
             self.hold_teacher(
-                teacher, teacher_ckpt, teacher_input=teacher_input, teacher_val_batches=teacher_val_batches
+                teacher,
+                teacher_ckpt,
+                teacher_input=teacher_input,
+                teacher_precision=teacher_precision,
+                teacher_compile=teacher_compile,
+                teacher_channels_last=teacher_channels_last,
+                teacher_val_batches=teacher_val_batches,
             )
         self.augmented_weight = augmented_weight
         if augmented_weight is not None:

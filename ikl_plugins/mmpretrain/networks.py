@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .. import models
-from ..models.robustbench_zoo import robustbench_network
+from ..models.robustbench_zoo import robustbench_network, zoo_model
 
-__all__ = ["LogitsClsHead", "build_distillation_network", "build_robustbench_network"]
+__all__ = [
+    "LogitsClsHead",
+    "build_distillation_network",
+    "build_robustbench_model",
+    "build_robustbench_network",
+]
 
 
 def build_distillation_network(name: str, num_classes: int) -> nn.Module:
@@ -72,6 +77,22 @@ def build_robustbench_network(
         ``data_preprocessor = dict(mean=[0.0] * 3, std=[255.0] * 3, to_rgb=True)``.
     """
     return robustbench_network(architecture, num_classes, dataset=dataset, mean=mean, std=std)
+
+
+def build_robustbench_model(
+    name: str, dataset: str = "cifar10", threat_model: str = "Linf", model_dir: str = "models"
+) -> nn.Module:
+    """A trained model of RobustBench's zoo as a teacher: ``teacher=dict(type='RobustBenchModel', name=...)``.
+
+    It takes RGB images in [0, 1]: ``teacher_input=dict(mean=[0.0] * 3, std=[255.0] * 3, to_rgb=...)``, with ``to_rgb``
+    as the student's data preprocessor has it where that gives RGB.
+
+    Arguments and errors are those of :func:`ikl_plugins.models.robustbench_zoo.zoo_model`, which downloads what is not
+    in ``model_dir``.
+    """
+    model, _ = zoo_model(name, dataset, threat_model, model_dir, caller="RobustBenchModel")
+    model.comes_trained = True  # type: ignore[assignment]  # for build_teacher, which asks for no checkpoint then
+    return model
 
 
 class LogitsClsHead(ClsHead):  # type: ignore[misc]  # the base class has no types

@@ -11,7 +11,12 @@ from .distillation import DistillationClassifier
 from .generated import GeneratedImages
 from .long_tail import ManyMediumFew
 from .metrics import RobustAccuracy
-from .networks import LogitsClsHead, build_distillation_network, build_robustbench_network
+from .networks import (
+    LogitsClsHead,
+    build_distillation_network,
+    build_robustbench_model,
+    build_robustbench_network,
+)
 from .preprocessing import CIFAR10AutoAugment, ClippedCutout, TwoViewDataPreprocessor
 from .robust_evaluation import RobustEvaluationHook
 from .sampling import GeneratedBatchSampler
@@ -23,6 +28,7 @@ _ENTRIES = (
     Entry(host.MODELS, "model", "DistillationClassifier", DistillationClassifier),
     Entry(host.MODELS, "backbone", "DistillationNetwork", build_distillation_network),
     Entry(host.MODELS, "backbone", "RobustBenchNetwork", build_robustbench_network),
+    Entry(host.MODELS, "model", "RobustBenchModel", build_robustbench_model),
     Entry(host.MODELS, "head", "LogitsClsHead", LogitsClsHead),
     Entry(host.MODELS, "data preprocessor", "TwoViewDataPreprocessor", TwoViewDataPreprocessor),
     Entry(host.TRANSFORMS, "transform", "CIFAR10AutoAugment", CIFAR10AutoAugment),

@@ -214,7 +214,13 @@ def build_teacher(
             )
         config = _plain_config(config)
         module = MODELS.build(copy.deepcopy(config))
-        if teacher_ckpt is None:
+        trained = getattr(module, "comes_trained", False)
+        if trained and teacher_input is None:
+            raise ValueError(
+                f"{caller}: `teacher_input` must be given for {config['type']}, which takes RGB as its library says. "
+                f"Write dict(mean=[...], std=[...], to_rgb=...)."
+            )
+        if teacher_ckpt is None and not trained:
             _initialise(caller, module, config, origin, folder)
     if teacher_ckpt is not None:
         _load(caller, module, teacher_ckpt, origin)

@@ -17,9 +17,11 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ __all__ = [
     "nearest_architecture",
     "parse_architecture",
     "robustbench_network",
+    "zoo_model",
 ]
 
 _CALLER = "robustbench_network"
@@ -264,6 +267,59 @@ def robustbench_network(
     """
     parsed = parse_architecture(architecture, caller=_CALLER)
     return parsed.build(num_classes, dataset=dataset, mean=mean, std=std)
+
+
+def zoo_model(
+    name: str,
+    dataset: str = "cifar10",
+    threat_model: str = "Linf",
+    model_dir: Path | str = "models",
+    *,
+    offline: str | None = None,
+    caller: str = "zoo_model",
+) -> tuple[nn.Module, Path]:
+    """A trained model of RobustBench's zoo, by RobustBench's own loader.
+
+    Args:
+        name: in the zoo, 'Cui2023Decoupled_WRN-28-10' for one.
+        dataset: 'cifar10', 'cifar100' or 'imagenet'.
+        threat_model: 'Linf', 'L2' or 'corruptions'.
+        model_dir: folder of its files, in which RobustBench downloads what is not there.
+        offline: who must not download, for the message; None where it may be.
+        caller: how errors call the one who asks.
+
+    Returns:
+        The model in eval mode: images in [0, 1], RGB, to logits; and where its file is.
+
+    Raises:
+        ImportError: RobustBench is not installed.
+        ValueError: an unknown name, a missing file with ``offline``, or a file that is none of that model.
+    """
+    robustbench = import_robustbench()
+    folder = threat_model.replace("_3d", "")
+    known = robustbench.data.all_models[robustbench.data.BenchmarkDataset(dataset)][
+        robustbench.data.ThreatModel(folder)
+    ]
+    if name not in known:
+        raise ValueError(check.unknown_name_message(caller, f"{dataset} {folder} model", name, known))
+    path = Path(model_dir) / dataset / folder / f"{name}.pt"
+    drive = known[name]["gdrive_id"]
+    parts = [path]
+    if isinstance(drive, list):
+        parts = [path.with_name(f"{path.name}_m{part}.pt") for part in range(len(drive))]
+    missing = [part for part in parts if not part.is_file()]
+    if missing and offline is not None:
+        raise ValueError(
+            f"{caller}: {offline} needs its file, but there is none at {missing[0]}. Fetch {drive} from Google Drive."
+        )
+    try:
+        model = robustbench.load_model(name, model_dir=model_dir, dataset=dataset, threat_model=folder)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{caller}: {path} must be the checkpoint of {name}, but loading it gave: {reason} Fetch it again."
+        ) from error
+    return model, path
 
 
 def class_count(weights: Mapping[str, Tensor]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import shutil
 
 import pytest
@@ -15,7 +16,9 @@ from mmpretrain_runs import assert_same, network, runner
 from torch import nn
 
 import ikl_plugins.mmpretrain  # noqa: F401 - registers what the configs name
+from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.mmpretrain import AdversarialClassifier
+from ikl_plugins.models.robustbench_zoo import robustbench_network
 
 SIZE, IMAGES, EPS, STEP = 8, 6, 16 / 255, 4 / 255
 MEAN, STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]  # of the student
@@ -343,6 +346,78 @@ def test_a_teacher_beside_the_config_is_found_when_the_run_begins(teacher, tmp_p
     object.__setattr__(run.cfg, "_filename", str(folder / "config.py"))
     run.train()
     assert run.model.teacher.num_classes == 3
+
+
+# --- teachers of other libraries --------------------------------------------------------------------------------------
+
+RGB = {"mean": [0.0] * 3, "std": [255.0] * 3, "to_rgb": True}
+IMAGENET = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
+
+
+def zoo_teacher(folder, monkeypatch):
+    """A small network among RobustBench's models, its file where RobustBench would download one to."""
+    if importlib.util.find_spec("pyautoattack") is None:
+        pytest.skip("needs robustbench")
+    robustbench = import_robustbench()
+    network = robustbench_network("WideResNet-10-1")
+    known = robustbench.data.all_models[robustbench.data.BenchmarkDataset.cifar_10][robustbench.data.ThreatModel.Linf]
+    entry = {"model": lambda: robustbench_network("WideResNet-10-1"), "gdrive_id": "abc"}
+    monkeypatch.setitem(known, "Small2024Test", entry)
+    path = folder / "models" / "cifar10" / "Linf" / "Small2024Test.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), path)
+    return {"type": "RobustBenchModel", "name": "Small2024Test"}, None, RGB, network
+
+
+def torchvision_teacher(folder, monkeypatch):
+    """By the path of its function, as MMEngine's registries build anything."""
+    network = pytest.importorskip("torchvision").models.shufflenet_v2_x0_5(num_classes=10)
+    torch.save(network.state_dict(), folder / "a.pth")
+    config = {"type": "torchvision.models.shufflenet_v2_x0_5", "num_classes": 10}
+    return config, "a.pth", {**IMAGENET, "size": 40}, network
+
+
+def timm_teacher(folder, monkeypatch):
+    """MMPretrain's own class; the weights come from a file."""
+    network = pytest.importorskip("timm").create_model("resnet10t", num_classes=10)
+    torch.save(network.state_dict(), folder / "timm.pth")
+    fetched = {"file": str(folder / "timm.pth"), "num_classes": 10, "classifier": "fc"}
+    config = {"type": "TimmClassifier", "model_name": "resnet10t", "pretrained": True, "pretrained_cfg": fetched}
+    return {**config, "num_classes": 10}, None, {**IMAGENET, "size": [48, 40]}, network
+
+
+def published_teacher(folder, monkeypatch):
+    """A checkpoint as ARD's code writes it, of a network in DataParallel, by RobustBench's class."""
+    if importlib.util.find_spec("pyautoattack") is None:
+        pytest.skip("needs robustbench")
+    network = robustbench_network("WideResNet-10-1")
+    weights = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"net": weights, "epoch": 199}, folder / "wrn.t7")
+    return {"type": "RobustBenchNetwork", "architecture": "WideResNet-10-1"}, "wrn.t7", RGB, network
+
+
+LIBRARIES = [zoo_teacher, published_teacher, torchvision_teacher, timm_teacher]
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
+def test_a_teacher_of_another_library_sees_its_own_images(library, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, ckpt, own, network = library(tmp_path, monkeypatch)
+    model = make(preset="adaad", attack=ATTACK, teacher=config, teacher_ckpt=ckpt, teacher_input=own).float()
+    raw = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    inputs = model.data_preprocessor({"inputs": raw}, training=True)["inputs"].requires_grad_()
+    pixels = raw.flip(1).float()  # RGB, from 0 to 255
+    if "size" in own:
+        sides = [own["size"]] * 2 if isinstance(own["size"], int) else own["size"]
+        pixels = F.interpolate(pixels, sides, mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(own[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = network.eval()((pixels - mean) / std)
+    torch.testing.assert_close(model.teacher(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert torch.autograd.grad(model.teacher.differentiable(inputs).sum(), inputs)[0].any()
+    if library is zoo_teacher:
+        with pytest.raises(ValueError, match="`teacher_input` must be given for RobustBenchModel"):
+            make(preset="adaad", teacher=config)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
