@@ -59,7 +59,8 @@ def save_teacher(config):
     torch.save({"state_dict": MODELS.build(Config.fromfile(config.model.teacher).model).state_dict()}, path)
 
 
-LARGE = [path for path in SHIPPED if path.startswith("cifar10_folder/") and not path.endswith("_ikl.py")]
+FAST = ("distill_ikl.py", "adversarial_ikl.py")
+LARGE = [path for path in SHIPPED if path.startswith("cifar10_folder/") and path.split("/")[1] not in FAST]
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, marks=[pytest.mark.slow] * (path in LARGE)) for path in SHIPPED])
@@ -69,7 +70,7 @@ def test_each_shipped_config_trains_a_step(path, load):
         loader.dataset.pop("indices", None)  # of real images; there are ten here
     if "distill" in path:
         save_teacher(config)
-    if "adversarial" in path:
+    if "val_attack" in config.model:
         config.model.val_attack.steps = 2
     torch.manual_seed(0)
     model = MODELS.build(config.model)
@@ -114,19 +115,21 @@ def test_the_shipped_configs_share_one_shape(path, load, monkeypatch):
     assert {"IKLHook", "SyncBuffersHook"} <= {hook.type for hook in config.custom_hooks}
     for split in ("train", "val", "test"):
         assert config[f"{split}_dataloader"].dataset.data_prefix == split
-    kind = {"distill": "DistillationClassifier", "adversarial": "AdversarialClassifier"}
+    kind = dict.fromkeys(("adversarial", "robust"), "AdversarialClassifier") | {"distill": "DistillationClassifier"}
     assert config.model.type == kind.get(name.split("_")[0], "ImageClassifier")
-    best = "robust/apgd-ce" if "apgd" in name else ("robust" if "adversarial" in name else "accuracy") + "/top1"
+    robust = config.model.type == "AdversarialClassifier"
+    best = "robust/apgd-ce" if "apgd" in name else ("robust" if robust else "accuracy") + "/top1"
     assert config.default_hooks.checkpoint.save_best == best
     wrapper = config.model_wrapper_cfg
     assert MODEL_WRAPPERS.get(wrapper.type) is not None
     assert (wrapper.device_ids, wrapper.broadcast_buffers, wrapper.find_unused_parameters) == (None, False, False)
     if "distill" in path:
         teacher = Config.fromfile(config.model.teacher)
-        assert str(config.model.teacher) == str(CONFIGS / dataset / "teacher.py")
+        assert str(config.model.teacher) == str(CONFIGS / dataset / ("robust_" * robust + "teacher.py"))
         assert config.model.teacher_ckpt == f"{teacher.work_dir}/epoch_{teacher.train_cfg.max_epochs}.pth"
-        plain = load(f"{dataset}/plain.py").model
-        assert all(config.model[part] == plain[part] for part in ("backbone", "neck", "data_preprocessor"))
+        plain = load(f"{dataset}/{'natural' if robust and dataset == 'digits' else 'plain'}.py").model
+        shared = ("backbone", "neck") if robust else ("backbone", "neck", "data_preprocessor")
+        assert all(config.model.get(part) == plain.get(part) for part in shared)
     monkeypatch.delenv("IKL_PLUGINS_DATA")
     assert load(path).train_dataloader.dataset.data_root == f"data/{dataset.split('_')[0]}"
 

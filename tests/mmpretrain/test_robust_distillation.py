@@ -9,8 +9,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmpretrain.models import ImageClassifier
+from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from mmpretrain_runs import assert_same, network, runner
 from torch import nn
@@ -354,19 +355,18 @@ RGB = {"mean": [0.0] * 3, "std": [255.0] * 3, "to_rgb": True}
 IMAGENET = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
 
 
-def zoo_teacher(folder, monkeypatch):
+def zoo_teacher(folder, monkeypatch, name="Small2024Test", classes=10):
     """A small network among RobustBench's models, its file where RobustBench would download one to."""
     if importlib.util.find_spec("pyautoattack") is None:
         pytest.skip("needs robustbench")
-    robustbench = import_robustbench()
-    network = robustbench_network("WideResNet-10-1")
-    known = robustbench.data.all_models[robustbench.data.BenchmarkDataset.cifar_10][robustbench.data.ThreatModel.Linf]
-    entry = {"model": lambda: robustbench_network("WideResNet-10-1"), "gdrive_id": "abc"}
-    monkeypatch.setitem(known, "Small2024Test", entry)
-    path = folder / "models" / "cifar10" / "Linf" / "Small2024Test.pt"
+    data, kind = import_robustbench().data, f"cifar{classes}"
+    network = robustbench_network("WideResNet-10-1", classes)
+    entry = {"model": lambda: robustbench_network("WideResNet-10-1", classes), "gdrive_id": "abc"}
+    monkeypatch.setitem(data.all_models[data.BenchmarkDataset(kind)][data.ThreatModel.Linf], name, entry)
+    path = folder / "models" / kind / "Linf" / f"{name}.pt"
     path.parent.mkdir(parents=True)
     torch.save(network.state_dict(), path)
-    return {"type": "RobustBenchModel", "name": "Small2024Test"}, None, RGB, network
+    return {"type": "RobustBenchModel", "name": name}, None, RGB, network
 
 
 def torchvision_teacher(folder, monkeypatch):
@@ -418,6 +418,44 @@ def test_a_teacher_of_another_library_sees_its_own_images(library, tmp_path, mon
     if library is zoo_teacher:
         with pytest.raises(ValueError, match="`teacher_input` must be given for RobustBenchModel"):
             make(preset="adaad", teacher=config)
+
+
+# --- the shipped configs of the published experiments ----------------------------------------------------------------
+
+TEACHERS = {10: "Zhang2019Theoretically", 100: "Gowal2020Uncovering"}
+# epochs, images of a step, milestones: ARD's code has 256 images for CIFAR-100
+SCHEDULES = {
+    ("ard", 10): (200, 128, [100, 150]),
+    ("ard", 100): (200, 256, [100, 150]),
+    ("rslad", 10): (300, 128, [215, 260, 285]),
+    ("rslad", 100): (300, 128, [215, 260, 285]),
+}
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("student", ["ResNet18", "MobileNetV2"])
+@pytest.mark.parametrize("method", ["ard", "rslad", "rslad_ikl"])
+def test_a_published_experiment_is_built_and_stepped(method, student, classes, load, tmp_path, monkeypatch):
+    teacher, *_ = zoo_teacher(tmp_path, monkeypatch, TEACHERS[classes], classes)
+    config = load(f"cifar{classes}_robust_distillation/{student}-{method}.py")
+    assert config.model.teacher == {**teacher, "dataset": f"cifar{classes}"}
+    assert config.model.get("teacher_precision") == {10: None, 100: "bf16"}[classes]
+    (steps,) = config.param_scheduler
+    found = config.train_cfg.max_epochs, config.train_dataloader.batch_size, steps.milestones
+    assert found == SCHEDULES[method.split("_")[0], classes]
+    optimizer = {"type": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
+    assert (config.optim_wrapper, steps.gamma) == ({"optimizer": optimizer}, 0.1)
+    assert config.custom_hooks == [{"type": "IKLHook"}, {"type": "SyncBuffersHook"}]
+    config.model.attack = {"steps": 1}
+    model = MODELS.build(config.model)
+    model.begin_epoch(1, 1)
+    data = {"inputs": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8).unbind(), "data_samples": []}
+    data["data_samples"] = [DataSample().set_gt_label(label) for label in (0, 9)]
+    losses = model.train().train_step(data, build_optim_wrapper(model, config.optim_wrapper))
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    assert losses["loss_robust"] > 0
+    if method == "rslad_ikl":
+        assert model.robust_loss.class_prior.counts.sum() == 2
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

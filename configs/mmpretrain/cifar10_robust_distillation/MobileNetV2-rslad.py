@@ -1,0 +1,11 @@
+# CIFAR-10, adversarial distillation of MobileNetV2: RSLAD.
+#
+# ikl train mmpretrain/cifar10_robust_distillation/MobileNetV2-rslad.py
+_base_ = "../_base_/cifar10_robust_distillation.py"
+
+model = dict(
+    backbone=dict(type="DistillationNetwork", name="MobileNetV2", num_classes=10),
+    preset="rslad",
+)
+
+work_dir = "runs/mmpretrain/cifar10_robust_distillation/MobileNetV2-rslad"
