@@ -42,6 +42,7 @@ _LIMITS = {
     "CHECKPOINT_BYTES": _Limit(16 * _GIB, "unpack to at most", "bytes"),
     # torch stores its checkpoints: one that unpacks to much more than its file has been made to.
     "CHECKPOINT_GROWTH": _Limit(_GIB // 8, "unpack to at most", "bytes beyond its own size"),
+    "CHECKPOINT_VALUES": _Limit(20_000_000, "hold at most", "values, repeated ones counted each time"),
     "ARCHIVE_BYTES": _Limit(256 * _GIB, "unpack to at most", "bytes"),  # an npz or zip, all members together
     "ARRAY_BYTES": _Limit(16 * _GIB, "unpack to at most", "bytes of arrays"),  # of an npz, in memory
     "IMAGE_PIXELS": _Limit(100_000_000, "have at most", "pixels"),

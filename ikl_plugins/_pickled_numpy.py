@@ -11,10 +11,13 @@ import argparse
 import math
 import pickle
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy
+
+from ._limits import printable
 
 __all__ = ["numpy_names", "resolved"]
 
@@ -22,12 +25,16 @@ __all__ = ["numpy_names", "resolved"]
 _CODE = re.compile(r"[?bBhHiIlLqQefdgFDG]|[biufcSU]\d{1,6}")
 
 
+def _shown(value: object) -> str:
+    return printable(reprlib.repr(value), 60)  # one that holds itself many times is as long as it likes
+
+
 class _DType:
     """What a checkpoint gets for ``numpy.dtype``."""
 
     def __init__(self, code: object = None, align: object = False, copy: object = True) -> None:
         if not isinstance(code, str) or not _CODE.fullmatch(code) or align is not False or copy not in (True, False):
-            raise pickle.UnpicklingError(f"numpy.dtype of {code!r:.40}; it may be one of numbers, booleans or text")
+            raise pickle.UnpicklingError(f"numpy.dtype of {_shown(code)}; it may be one of numbers, booleans or text")
         self.real = numpy.dtype(code)
 
     def __setstate__(self, state: object) -> None:
@@ -38,7 +45,7 @@ class _DType:
             or state[1:2] not in (("<",), (">",), ("|",))
             or state != (3, state[1], *own[2:])
         ):
-            raise pickle.UnpicklingError(f"a state of numpy.dtype, {state!r:.60}; it may be the plain one alone")
+            raise pickle.UnpicklingError(f"a state of numpy.dtype, {_shown(state)}; it may be the plain one alone")
         if state[1] != "|":
             self.real = self.real.newbyteorder(state[1])
 
@@ -51,7 +58,7 @@ class _Array:
     def __setstate__(self, state: object) -> None:
         """Takes version, shape, dtype, order and bytes, as NumPy writes them."""
         if not isinstance(state, tuple) or len(state) != 5 or state[0] != 1 or type(state[3]) is not bool:
-            raise pickle.UnpicklingError(f"a state of numpy.ndarray, {state!r:.60}; it may be the plain one alone")
+            raise pickle.UnpicklingError(f"a state of numpy.ndarray, {_shown(state)}; it may be the plain one alone")
         shape, dtype = state[1], _real_dtype(state[2])
         whole = isinstance(shape, tuple) and all(type(length) is int and length >= 0 for length in shape)
         data = _data(state[4], math.prod(shape) * dtype.itemsize if whole else -1)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import pickle
 import re
 import sys
 import threading
 import urllib.parse
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,21 @@ import torch.serialization
 from torch import Tensor
 
 from . import _validation as check
+from ._checkpoint_size import check_content, check_file
+from ._download import DownloadError, check_digest, digest_in, download, is_web_page
+from ._files import written_aside
+from ._limits import LimitError, check_limit, check_regular_file, printable
 from ._pickled_numpy import numpy_names, resolved
 
-__all__ = ["fetch", "is_address", "load_content", "load_weights", "plain_name", "weights_in"]
+__all__ = ["check_dense", "fetch", "is_address", "load_content", "load_weights", "plain_name", "weights_in"]
 
 _STATISTICS = ("min", "max", "current", "mean")
 _BUFFER = ("mmengine.logging.history_buffer", "HistoryBuffer")
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
 _WAY_OUT = f"Pass a state dict, or a checkpoint that has one under {', '.join(map(repr, _WEIGHTS))}."
-_AVERAGE = re.compile(r"(?:.*[._])?(?:ema|swa|avg|averaged?)(?:[._].*)?", re.IGNORECASE)  # how an average is called
+_LONGEST_NAME = 500  # in characters
+# How an average is called; with DOTALL no name makes the search go back over and over.
+_AVERAGE = re.compile(r"(?:.*[._])?(?:ema|swa|avg|averaged?)(?:[._].*)?", re.IGNORECASE | re.DOTALL)
 # Beside these of DM-Improves-AT and Lightning's WeightAveraging what has the common name is the average.
 _LAST = ("unaveraged_model_state_dict", "current_model_state")
 # What torch.compile, data parallel wrappers and activation checkpointing put into names, wherever the wrapped part is.
@@ -73,7 +79,9 @@ def load_content(path: Path | str, map_location: Any = "cpu") -> Any:
         torchdistill a mapping with 'model', 'args' and others.
 
     Raises:
-        ValueError: the file is missing, truncated or damaged, or holds more than tensors, arrays and plain values.
+        ValueError: the file is missing, truncated or damaged, or holds more than tensors, arrays and plain values; it
+            is a FIFO, socket or device; it would unpack to more than a cap (:mod:`ikl_plugins._limits`), is nested more
+            than 100 deep or in itself, or has a nested tensor.
 
     Note:
         Checksums are compared, which torch itself does not do. A file that was saved without them, with
@@ -81,8 +89,9 @@ def load_content(path: Path | str, map_location: Any = "cpu") -> Any:
         where it is imported, else objects that hold the numbers alone.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        what = "that is a folder" if path.is_dir() else "there is none"
+    check_regular_file("load_content", path)
+    if not os.path.isfile(path):
+        what = "that is a folder" if os.path.isdir(path) else "there is none"
         raise ValueError(f"load_content: a checkpoint must be a file, but {what} at {path}. Check the path.")
     return _read(path, str(path), map_location)
 
@@ -132,10 +141,15 @@ def weights_in(content: Any, path: Path | str, *, averaged: bool = True) -> dict
             is the average is not certain; there is no average to be told apart, or it has averaged nothing yet.
     """
     weights = _chosen(content, path, averaged)
+    check_dense("load_weights", weights, path)
     if not isinstance(weights, Mapping) or not weights:
         what = "an empty mapping" if isinstance(weights, Mapping) else f"a {type(weights).__name__}"
         raise ValueError(f"load_weights: the checkpoint {path} must hold weights by name, got {what}. {_WAY_OUT}")
-    others = [f"{name!r} ({type(value).__name__})" for name, value in weights.items() if not isinstance(value, Tensor)]
+    others = [
+        f"{printable(name)!r} ({type(value).__name__})"
+        for name, value in weights.items()
+        if not isinstance(value, Tensor)
+    ]
     if others:
         found = check.first_names(others, shown=5)
         raise ValueError(
@@ -150,6 +164,39 @@ def weights_in(content: Any, path: Path | str, *, averaged: bool = True) -> dict
     while rest and all(name.startswith("module.") for name in rest):
         weights = rest = {name.removeprefix("module."): value for name, value in rest.items()}
     return dict(weights)
+
+
+def check_dense(caller: str, weights: Any, path: Path | str) -> None:
+    """Refuses weights by names that are no short text, and tensors that no network of plain ones can take.
+
+    Args:
+        caller: whom the refusal names.
+        weights: by name; values that are no tensors, and what is no mapping, are left to the caller.
+        path: where they come from.
+
+    Raises:
+        ValueError: a name, or a sparse, quantised or nested tensor, one without values, or one of a subclass.
+    """
+    for name, value in _mapping(weights).items():
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+            shown = printable(name, 40) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise ValueError(
+                f"{caller}: the checkpoint {path} must name weights by texts of at most {_LONGEST_NAME} characters, "
+                f"got {shown}. {_WAY_OUT}"
+            )
+        if isinstance(value, Tensor) and (kind := _odd_kind(value)):
+            raise ValueError(
+                f"{caller}: the checkpoint {path} must hold dense tensors, but {printable(name)!r} is {kind}. "
+                f"Save plain tensors."
+            )
+
+
+def _odd_kind(tensor: Tensor) -> str | None:
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "nested" if tensor.is_nested else f"of the layout {tensor.layout}"
+    return "quantised" if tensor.is_quantized else "without values, on the meta device" if tensor.is_meta else None
 
 
 def _chosen(content: Any, path: Path | str, averaged: bool) -> Any:
@@ -178,7 +225,7 @@ def _chosen(content: Any, path: Path | str, averaged: bool) -> Any:
         return content
     first = sets[wanted[0]]
     if doubtful or any(not _same(sets[key], first) for key in wanted[1:]):
-        found = check.first_names([repr(key) for key in (*plain, *averages)], shown=5)
+        found = check.first_names([repr(printable(key)) for key in (*plain, *averages)], shown=5)
         raise ValueError(
             f"load_weights: the checkpoint {path} must leave no doubt which weights to take, but has {found}. "
             f"Save those that you want in a file of their own."
@@ -226,7 +273,8 @@ def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one.keys() == other.keys() and all(
-        isinstance(value, Tensor) and isinstance(other[name], Tensor) and torch.equal(value, other[name])
+        all(isinstance(tensor, Tensor) and not _odd_kind(tensor) for tensor in (value, other[name]))
+        and torch.equal(value, other[name])
         for name, value in one.items()
     )
 
@@ -242,52 +290,72 @@ def is_address(path: Path | str) -> bool:
 
 def _kept_name(address: str) -> str:
     """A name in the hub folder that is no other address's: many a run calls its file best.pth."""
-    path = Path(urllib.parse.urlparse(address).path)
-    if re.search(r"-(?=\d*[a-f])[0-9a-f]{8,}\.", path.name):  # digits alone may be a day
+    path = Path(_file_name(address))
+    if digest_in(path.name):
         return path.name
     return f"{path.stem}.{hashlib.sha256(address.encode()).hexdigest()[:8]}{path.suffix}"
 
 
-def fetch(address: str, *, name: str | None = None) -> Any:
+def _file_name(address: str) -> str:
+    try:
+        name = Path(urllib.parse.urlparse(address).path).name
+    except ValueError:  # brackets that are no IPv6 address
+        name = ""
+    if name in ("", "..") or not is_address(address):
+        raise ValueError(f"load_weights: an address must be http(s) and end with a name, got {address}. Name a file.")
+    return name
+
+
+def fetch(address: str, *, name: str | None = None, map_location: Any = "cpu") -> Any:
     """Reads what lies at an address as :func:`load_content` reads a file.
 
     Args:
         address: http(s). Torch's hub folder keeps what is fetched, and is looked at first.
         name: of the file there; None for the last part of the address. Torch and MMEngine look under that one, and
             read what is there from whatever address it has come: it is the file to check before they read it.
+        map_location: as of ``torch.load``.
 
     Returns:
         As :func:`load_content`.
 
     Raises:
-        ValueError: as :func:`load_content`; the address cannot be read.
+        ValueError: as :func:`load_content`; the address cannot be read, or ends early; the content has another SHA-256
+            than its name; it is larger than the cap of a checkpoint.
+
+    Note:
+        Only what has been read without a refusal is kept. What is kept, and is refused all the same, has to be deleted.
     """
-    cached = Path(torch.hub.get_dir(), "checkpoints", name or Path(urllib.parse.urlparse(address).path).name)
-    if not cached.is_file():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(address, str(cached), progress=False)
-        except OSError as error:
-            raise ValueError(
-                f"load_weights: the checkpoint {address} cannot be fetched: {error}. Check the address, or name a file."
-            ) from error
-    return _read(cached, f"{address} (kept as {cached})")
+    rule = f"load_weights: the checkpoint {address}"
+    last = _file_name(address)
+    kept = name or last
+    cached = Path(torch.hub.get_dir(), "checkpoints", kept)
+    try:
+        if cached.exists():
+            way_out = f"Delete {cached}, or name a file of your own."
+            check_regular_file("load_weights", cached)
+            check_digest(cached, address, way_out)
+            return _read(cached, f"{address} (kept as {cached})", map_location, way_out)
+        with written_aside(cached, first=True) as aside:
+            download(address, aside)
+            way_out = "It is not kept: check the address, or name a file."
+            check_digest(aside, address, way_out, kept)
+            return _read(aside, address, map_location, way_out)
+    except DownloadError as error:
+        raise ValueError(f"{rule} cannot be fetched: {error}. Check the address, or name a file.") from error
+    except OSError as error:
+        raise ValueError(f"{rule} cannot be kept: {error}. Set TORCH_HOME to a folder that can be written.") from error
 
 
-def _read(path: Path, where: str, map_location: Any = "cpu") -> Any:
+def _read(path: Path, where: str, map_location: Any = "cpu", way_out: str = "Copy or make it anew.") -> Any:
     if not READS_WEIGHTS_ONLY:
         raise ValueError(
             f"load_content: reading a checkpoint safely takes torch 2.6 or newer, this is {torch.__version__}. "
             f"Run: python -m pip install 'torch>=2.6'"
         )
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, where)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not compare the checksums of tensors
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path, where)
+        check_file("load_content", path, where)
         buffer = _buffer()
         ours: list[Any] = [
             *numpy_names(),
@@ -304,18 +372,24 @@ def _read(path: Path, where: str, map_location: Any = "cpu") -> Any:
             ):
                 warnings.filterwarnings("ignore", "Detected pickle protocol")  # told with the refusal
                 content = torch.load(path, map_location=map_location, weights_only=True)
+        check_content("load_content", content, path.stat().st_size, where, (buffer,))
         return resolved(content, (buffer,))
+    except LimitError:
+        raise
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         found = re.search(r"(?:GLOBAL|class|getattr of) [^\s,;]+|attempted to call \S+|REDUCE[^\n]*", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
             raise ValueError(
-                f"load_content: the checkpoint {where} must hold plain values, but it would run code: {found[0]}. "
-                f"Allow a class of your own with torch.serialization.add_safe_globals([...])."
+                f"load_content: the checkpoint {where} must hold plain values, but it would run code: "
+                f"{printable(found[0])}. Allow a class of your own with torch.serialization.add_safe_globals([...])."
             ) from error
-        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+        text = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch puts its advice around the reason
+        text = re.sub(r"^\[enforce fail at [^]]*\][. ]*", "", text.strip())
+        reason = text.split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+        kind = "safetensors" if path.suffix == ".safetensors" else "torch.save"
+        what = "it is a web page" if is_web_page(path) else f"reading it gave: {printable(reason, 200)}"
         raise ValueError(
-            f"load_content: the checkpoint {where} must be one of torch.save, but reading it gave: {reason}. "
-            f"It may be damaged: copy or make it anew."
+            f"load_content: the checkpoint {where} must be one of {kind}, but {what}. It may be damaged. {way_out}"
         ) from error
 
 
@@ -327,11 +401,7 @@ def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
         raise ValueError(
             f"load_content: reading {where} takes safetensors, which is missing. Run: python -m pip install safetensors"
         ) from error
-    try:
-        found: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # its own exceptions derive from nothing narrower
-        raise ValueError(
-            f"load_content: the checkpoint {where} must be one of safetensors, but reading it gave: {error}. "
-            f"It may be damaged: copy or make it anew."
-        ) from error
+    # It is as large as its tensors, which its reader compares.
+    check_limit("load_content", where, "CHECKPOINT_BYTES", path.stat().st_size)
+    found: dict[str, Tensor] = load_file(path)
     return found

@@ -19,6 +19,7 @@ from mmengine.logging import HistoryBuffer, MMLogger  # noqa: F401  # checkpoint
 from mmengine.runner import CheckpointLoader
 
 from .. import checkpoints
+from .._limits import check_regular_file
 from ..checkpoints import load_content, load_weights
 
 __all__ = ["allow_mmengine_checkpoints", "cut_off", "load_content", "load_weights", "newest_whole", "verify"]
@@ -27,9 +28,9 @@ _ZIP = b"PK\x03\x04"  # how torch.save begins a file
 
 
 def allow_mmengine_checkpoints() -> bool:
-    """Has MMEngine read checkpoint files with :func:`load_content`. A second call changes nothing.
+    """Has MMEngine read checkpoints with :mod:`ikl_plugins.checkpoints`, of files and of http(s) addresses.
 
-    Nothing is added to what torch itself may load.
+    A second call changes nothing. Nothing is added to what torch itself may load.
 
     Returns:
         Whether that is needed: False where torch is older than 2.6, or where MMEngine's loader brings its own list of
@@ -38,14 +39,21 @@ def allow_mmengine_checkpoints() -> bool:
     if not checkpoints.READS_WEIGHTS_ONLY or hasattr(mmengine.runner.checkpoint, "get_torch_safe_globals"):
         return False
     CheckpointLoader.register_scheme(prefixes="", loader=load_from_local, force=True)
+    CheckpointLoader.register_scheme(prefixes=["http://", "https://"], loader=load_from_http, force=True)
     return True
 
 
 def load_from_local(filename: str, map_location: Any = "cpu") -> Any:
     """A loader of MMEngine's ``CheckpointLoader``, which names it in its log by what follows ``load_from_``."""
+    check_regular_file("load_content", Path(filename).expanduser())
     if not Path(filename).expanduser().is_file():
         raise FileNotFoundError(f"{filename} can not be found.")  # in the host's words
     return load_content(filename, map_location)
+
+
+def load_from_http(filename: str, map_location: Any = "cpu") -> Any:
+    """Likewise for an address; MMEngine's own keeps a download that was cut, and runs what a file holds."""
+    return checkpoints.fetch(filename, map_location=map_location)
 
 
 # What MMEngine looks up, without looking whether it is there, where a run goes on from a checkpoint.

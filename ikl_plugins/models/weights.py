@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _validation as check
-from ..checkpoints import plain_name
+from .._limits import printable
+from ..checkpoints import check_dense, plain_name
 from .robustbench_zoo import Statistics
 
 __all__ = [
@@ -86,12 +87,18 @@ def without_normaliser(
     Raises:
         ValueError: two such layers differ, or one is for pixels up to 255.
     """
+    check_dense(caller, weights, path)
     rest = dict(weights)
     found: set[Statistics] = set()
     for name in weights:
         prefix, _, last = name.rpartition(".")
         other = f"{prefix}.{_NORMALISERS.get(last)}".lstrip(".")
-        if last in _NORMALISERS and other in weights and weights[name].numel() <= 4:
+        pair = [weights[one] for one in (name, other) if one in weights]
+        if (
+            last in _NORMALISERS
+            and len(pair) == 2
+            and all(0 < one.numel() <= 4 and one.is_floating_point() for one in pair)
+        ):
             mean, std = (tuple(rest.pop(one).flatten().tolist()) for one in (name, other))
             found.add((mean, std))
     if len(found) > 1 or any(max(mean) > _GREY_LEVELS for mean, _ in found):
@@ -129,9 +136,11 @@ def load_strictly(
         statistics: with what images are normalised before they reach the network.
 
     Raises:
-        ValueError: a name is missing or unexpected, or a shape differs; the weights have a layer that normalises images
+        ValueError: a name is missing or unexpected, or a shape differs; a tensor is complex, or not dense
+            (:func:`ikl_plugins.checkpoints.check_dense`); the weights have a layer that normalises images
             otherwise than with ``statistics``.
     """
+    check_dense(caller, weights, path)
     own = network.state_dict()
     renamed = _fitted(weights, own)
     if renamed is None:
@@ -145,6 +154,12 @@ def load_strictly(
     if renamed is not None:
         weights = renamed
     shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    complex_ones = [name for name in own if name in weights and weights[name].is_complex() > own[name].is_complex()]
+    if complex_ones:  # torch would drop the imaginary part
+        raise ValueError(
+            f"{caller}: the checkpoint {path} must hold real numbers for {target}, but {complex_ones[0]} is complex. "
+            f"Save its real part."
+        )
     if not shapes:  # torch itself would raise before it has named what is missing
         missing, unexpected = network.load_state_dict(weights, strict=False)
         if not missing and not unexpected:
@@ -155,13 +170,16 @@ def load_strictly(
         [name for name in own if name not in weights], [name for name in weights if name not in own], shapes
     )
     differ = [f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in shapes]
-    named = {"missing": misfit.missing, "unexpected": misfit.unexpected, "other shapes": differ}
+    unexpected = [printable(name) or "''" for name in misfit.unexpected]
+    named = {"missing": misfit.missing, "unexpected": unexpected, "other shapes": differ}
     found = "; ".join(f"{kind}: {check.first_names(names)}" for kind, names in named.items() if names)
     side_by_side = parts(weights)
     inside = [prefix for prefix, part in side_by_side.items() if _fitted(part, own) is not None]
     if inside:
-        others = check.first_names([prefix for prefix in side_by_side if prefix not in inside] or ["each other"])
-        end = f"It is under {' and '.join(inside)}, beside {others}: save it alone."
+        others = check.first_names(
+            [printable(prefix) for prefix in side_by_side if prefix not in inside] or ["each other"]
+        )
+        end = f"It is under {printable(' and '.join(inside))}, beside {others}: save it alone."
     else:
         end = way_out if isinstance(way_out, str) else way_out(misfit)
     raise ValueError(f"{caller}: the checkpoint {path} must fit {target}, but it does not; {found}. {end}")

@@ -13,6 +13,8 @@ from ..models.robustbench_zoo import Statistics
 __all__ = ["check_stored_config"]
 
 _READS_BGR = ("LoadImageFromFile",)
+_HIGHEST = 1e6  # beyond it nothing is a grey level
+_LONGEST = 2**22  # characters; Python's parser takes hundreds of bytes for each
 _ROUNDING = 1e-4  # what writing a mean of 255 grey levels with two digits moves it in [0, 1]
 
 
@@ -41,12 +43,15 @@ def check_stored_config(
     if not isinstance(model, Mapping):
         return
     preprocessor = model.get("data_preprocessor") or config.get("data_preprocessor") or {}
+    if not isinstance(preprocessor, Mapping):
+        return
     white = model.get("pixel_range") or 255.0
     bgr = not preprocessor.get("to_rgb") and any(
         _type_name(step) in _READS_BGR for step in _typed(config.get("test_dataloader"))
     )
     mean, std = (preprocessor.get(key) or [default] * 3 for key, default in (("mean", 0.0), ("std", 1.0)))
-    if not all(isinstance(value, (int, float)) for value in (*mean, *std, white)):
+    values = [*mean, *std, white] if isinstance(mean, list) and isinstance(std, list) else [None]
+    if not all(isinstance(value, (int, float)) and abs(value) < _HIGHEST for value in values):
         return  # what is no number here says nothing
     mean, std = [value / white for value in mean], [value / white for value in std]
     wanted = ([0.0] * 3, [1.0] * 3) if expected is None else expected
@@ -67,17 +72,16 @@ def _stored_config(content: Any) -> dict[str, Any]:
     """The plain values of the config that a checkpoint of MMEngine has as text; nothing of it is run."""
     meta = content.get("meta") if isinstance(content, Mapping) else None
     text = meta.get("cfg") if isinstance(meta, Mapping) else None
-    if not isinstance(text, str):
+    if not isinstance(text, str) or len(text) > _LONGEST:
         return {}
     try:
-        body = ast.parse(text).body
-    except (SyntaxError, ValueError, RecursionError):
+        return {
+            statement.targets[0].id: _literal(statement.value)
+            for statement in ast.parse(text).body
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+        }
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
-    return {
-        statement.targets[0].id: _literal(statement.value)
-        for statement in body
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-    }
 
 
 def _literal(node: ast.expr) -> Any:
@@ -91,5 +95,5 @@ def _literal(node: ast.expr) -> Any:
         return [_literal(entry) for entry in node.elts]
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         return None

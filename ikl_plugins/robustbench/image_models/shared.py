@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
+from ..._limits import printable
 from ...checkpoints import weights_in
 from ...models.robustbench_zoo import Statistics
 from ...models.weights import bare, load_strictly, same_statistics, without_normaliser
 from .model import ImageArchitecture
 
-__all__ = ["fetched", "library", "of_training", "trained", "unknown"]
+__all__ = ["fetched", "library", "of_training", "trained", "understood", "unknown"]
 
 _Fetched = TypeVar("_Fetched")
 
@@ -51,6 +53,20 @@ def fetched(caller: str, what: str, offline: bool, fetch: Callable[[], _Fetched]
         ) from error
 
 
+@contextlib.contextmanager
+def understood(caller: str, path: Path | str | None) -> Iterator[None]:
+    """Refuses a file whose arguments a library cannot use; what its own code raises then is nearly anything."""
+    try:
+        yield
+    except Exception as error:
+        if path is None or str(error).startswith(f"{caller}"):
+            raise
+        raise ValueError(
+            f"{caller}: the arguments in {path} must be those of its training, but give {type(error).__name__}: "
+            f"{printable(error)}. Save the weights alone."
+        ) from error
+
+
 def of_training(caller: str, content: Any, key: str, name: str, path: Path | str | None) -> dict[str, Any]:
     """The arguments of a library's training script in a checkpoint; none where they lack ``key``.
 
@@ -61,7 +77,7 @@ def of_training(caller: str, content: Any, key: str, name: str, path: Path | str
     found = dict(vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {})
     if key not in found:
         return {}
-    theirs = str(found.get("model", name))
+    theirs = printable(found.get("model", name))
     if _plain(theirs) != _plain(name):
         raise ValueError(f"{caller}: {path} must be a checkpoint of {name}, but is of {theirs}. Name that.")
     return found

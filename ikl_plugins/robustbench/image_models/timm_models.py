@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from ... import _validation as check
 from ...checkpoints import load_content
 from ...models.robustbench_zoo import given_statistics
 from .model import Geometry, ImageArchitecture, ImageModel
-from .shared import fetched, library, of_training, trained, unknown
+from .shared import fetched, library, of_training, trained, understood, unknown
 
 __all__ = ["from_timm"]
 
 # Of timm's train.py: what its own evaluation makes the images by, and what else the network is built with.
 _DATA = ("input_size", "img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _NETWORK = {"gp": "global_pool", "bn_eps": "bn_eps"}
+
+_READ = ("checkpoint_path", "cache_dir")  # of what create_model would read
 
 
 def from_timm(
@@ -67,16 +69,17 @@ def from_timm(
         raise unknown(caller, name, timm.list_models(), "timm.list_models()")
     content = None if checkpoint is None else load_content(checkpoint)
     args = of_training(caller, content, "crop_pct", name, checkpoint)
-    options = {ours: args[theirs] for theirs, ours in _NETWORK.items() if args.get(theirs) is not None}
-    options.update(args.get("model_kwargs") or {})
-    data = {key: args[key] for key in _DATA if args.get(key) is not None}
-    if image_size is not None:
-        data["input_size"] = (3, image_size, image_size)
-        if not hub and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):  # others take any size
-            options["img_size"] = image_size
-    elif "img_size" in options and not {"input_size", "img_size"} & data.keys():
-        side = options["img_size"]
-        data["input_size"] = (3, *((side, side) if isinstance(side, int) else side))
+    with understood(caller, checkpoint):
+        options = {ours: args[theirs] for theirs, ours in _NETWORK.items() if args.get(theirs) is not None}
+        options.update(_of_the_network(args.get("model_kwargs") or {}))
+        data = {key: args[key] for key in _DATA if args.get(key) is not None}
+        if image_size is not None:
+            data["input_size"] = (3, image_size, image_size)
+            if not hub and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):  # others take any size
+                options["img_size"] = image_size
+        elif "img_size" in options and not {"input_size", "img_size"} & data.keys():
+            side = options["img_size"]
+            data["input_size"] = (3, *((side, side) if isinstance(side, int) else side))
     architecture = ImageArchitecture("timm", name, tuple(options.items()))
     if content is None or hub:
         what = f"{name} of timm"
@@ -91,16 +94,25 @@ def from_timm(
         raise ValueError(f"{caller}: {name} must be a classifier, but has no classes. Name a file that has.")
     if given is not None:
         data.update(mean=given[0], std=given[1])
-    config = timm.data.resolve_data_config(data, model=network)
-    if config["input_size"][0] != 3:
-        raise ValueError(f"{caller}: {name} must take RGB, but takes {config['input_size'][0]} channels.")
-    *steps, _ = timm.data.create_transform(**config, is_training=False).transforms  # the last one normalises
+    with understood(caller, checkpoint):
+        config = timm.data.resolve_data_config(data, model=network)
+        if config["input_size"][0] != 3:
+            raise ValueError(f"{caller}: {name} must take RGB, but takes {config['input_size'][0]} channels.")
+        *steps, _ = timm.data.create_transform(**config, is_training=False).transforms  # the last one normalises
     compose = library(caller, "torchvision").transforms.Compose
     height, width = config["input_size"][1:]
     words = f"timm {height}x{width}, crop_pct {config['crop_pct']}, {config['interpolation']}, {config['crop_mode']}"
     statistics = tuple(config["mean"]), tuple(config["std"])
     geometry = Geometry(compose(steps), words)
     return ImageModel(network, statistics, architecture, geometry, network.num_classes).to(device).eval()
+
+
+def _of_the_network(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file may ask timm to build; nothing that would have it read another file or address."""
+    others = [name for name in arguments if name.startswith("pretrained") or name in _READ]
+    if others:
+        raise KeyError(f"model_kwargs has {others[0]}")
+    return dict(arguments)
 
 
 def _built(caller: str, architecture: ImageArchitecture) -> nn.Module:

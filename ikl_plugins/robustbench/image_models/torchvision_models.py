@@ -14,7 +14,7 @@ from ...checkpoints import load_content
 from ...models.robustbench_zoo import given_statistics
 from ..data import file_sha256
 from .model import Geometry, ImageArchitecture, ImageModel
-from .shared import fetched, library, of_training, trained, unknown
+from .shared import fetched, library, of_training, trained, understood, unknown
 
 __all__ = ["from_torchvision"]
 
@@ -78,15 +78,17 @@ def from_torchvision(
         )
     else:
         content = load_content(checkpoint)
-        transforms = _transforms(caller, name, entries, weights_name, checkpoint, content)
+        with understood(caller, checkpoint):
+            transforms = _transforms(caller, name, entries, weights_name, checkpoint, content)
         network = architecture.build(None)
         network, given = trained(caller, architecture, network, content, checkpoint, averaged, given)
-    whole = transforms()
-    size, crop = whole.resize_size[0], whole.crop_size[0]
-    geometry = Geometry(
-        transforms(mean=(0.0,) * 3, std=(1.0,) * 3),
-        f"torchvision resize {size}, crop {crop}, {whole.interpolation.value}",
-    )
+    with understood(caller, checkpoint):
+        whole = transforms()
+        size, crop = whole.resize_size[0], whole.crop_size[0]
+        geometry = Geometry(
+            transforms(mean=(0.0,) * 3, std=(1.0,) * 3),
+            f"torchvision resize {size}, crop {crop}, {whole.interpolation.value}",
+        )
     classes = [len(tensor) for tensor in network.state_dict().values() if tensor.dim() > 1][-1]
     statistics = given or (tuple(whole.mean), tuple(whole.std))
     return ImageModel(network, statistics, architecture, geometry, classes).to(device).eval()
