@@ -146,7 +146,7 @@ def weights_in(content: Any, path: Path | str, *, averaged: bool = True) -> dict
         what = "an empty mapping" if isinstance(weights, Mapping) else f"a {type(weights).__name__}"
         raise ValueError(f"load_weights: the checkpoint {path} must hold weights by name, got {what}. {_WAY_OUT}")
     others = [
-        f"{printable(name)!r} ({type(value).__name__})"
+        f"'{printable(name)}' ({type(value).__name__})"
         for name, value in weights.items()
         if not isinstance(value, Tensor)
     ]
@@ -186,7 +186,7 @@ def check_dense(caller: str, weights: Any, path: Path | str) -> None:
             )
         if isinstance(value, Tensor) and (kind := _odd_kind(value)):
             raise ValueError(
-                f"{caller}: the checkpoint {path} must hold dense tensors, but {printable(name)!r} is {kind}. "
+                f"{caller}: the checkpoint {path} must hold dense tensors, but '{printable(name)}' is {kind}. "
                 f"Save plain tensors."
             )
 
@@ -225,7 +225,7 @@ def _chosen(content: Any, path: Path | str, averaged: bool) -> Any:
         return content
     first = sets[wanted[0]]
     if doubtful or any(not _same(sets[key], first) for key in wanted[1:]):
-        found = check.first_names([repr(printable(key)) for key in (*plain, *averages)], shown=5)
+        found = check.first_names([f"'{printable(key)}'" for key in (*plain, *averages)], shown=5)
         raise ValueError(
             f"load_weights: the checkpoint {path} must leave no doubt which weights to take, but has {found}. "
             f"Save those that you want in a file of their own."

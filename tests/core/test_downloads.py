@@ -122,15 +122,15 @@ def test_a_bad_file_that_is_kept_is_refused_with_its_path(name, content, what, s
     assert asked == []
 
 
-@pytest.mark.parametrize("address", ["http://", "http://[", "http://a/..", "ftp://a/b.pth", "file:///etc/passwd", "http://\u2100/c.pth"])
+@pytest.mark.parametrize(
+    "address", ["http://", "http://[", "http://a/..", "ftp://a/b.pth", "file:///etc/passwd", "http://\u2100/c.pth"]
+)
 def test_what_is_no_address_of_a_file_is_refused(address):
     with pytest.raises(ValueError, match=r"an address must be http\(s\) and end with a name, got .*Name a file\."):
         fetch(address)
 
 
-@pytest.mark.parametrize(
-    "address", ["http://a b/c.pth", "http://a:b/c.pth", "http://127.0.0.1:9/c.pth"]
-)
+@pytest.mark.parametrize("address", ["http://a b/c.pth", "http://a:b/c.pth", "http://127.0.0.1:9/c.pth"])
 def test_an_address_that_leads_nowhere_is_refused(address, served):
     with pytest.raises(ValueError, match=r"cannot be fetched: .*Check the address, or name a file\.$"):
         fetch(address)

@@ -170,7 +170,7 @@ ASKS = {
     "a web page": (lambda: b"\n<!DOCTYPE html><html>", "must be one of torch.save, but it is a web page. It may be"),
     "control characters": (
         lambda: program(b"cos\x1b[31m\xe2\x80\xae\n", b"x" * 9000, b"\n"),
-        "would run code: GLOBAL os\ufffd[31m\ufffd.xxx",
+        "would run code: GLOBAL os\\x1b[31m\\u202e.xxx",
     ),
     "a.safetensors, a huge header": (lambda: struct.pack("<Q", 2**62) + b"{}", SAFE),
     "a.safetensors, a huge shape": (lambda: shaped([TERA, TERA], 4), SAFE),

@@ -26,7 +26,7 @@ ODD_NAMES = {
     "number": (5, "got a int"),
     "tuple": ((1, ("a", 2)), "got a tuple"),
     "none": (None, "got a NoneType"),
-    "long": ("a\x1b" * 10**6, r"got a\ufffda"),
+    "long": ("a\x1b" * 10**6, r"got a\\x1ba"),
     "dotted": (".".join("ema" * 10**5), r"got e\.m\.a"),
     "average": ("ema." * 10**5 + "\n", r"got ema\.ema\."),
 }
@@ -76,7 +76,7 @@ def test_others_are_named_by_the_strict_load():
     for odd, what in ((NUMBERS.as_subclass(Subclass), "is a Subclass"), (NUMBERS.cfloat(), "is complex")):
         with pytest.raises(ValueError, match=rf"^test: the checkpoint a\.pth must hold .*weight.* {what}"):
             load_strictly("test", network, {**weights, "weight": odd}, "a.pth", "the network")
-    with pytest.raises(ValueError, match="unexpected: \ufffd\\[31m\ufffdx{75}\\.\\.\\.\\. Name") as refused:
+    with pytest.raises(ValueError, match=r"unexpected: \\x1b\[31m\\nx{67}\.\.\.\. Name") as refused:
         load_strictly("test", network, {**weights, "\x1b[31m\n" + "x" * 99: NUMBERS}, "a.pth", "the network")
     assert len(str(refused.value)) < 300
     for mean, std in (
