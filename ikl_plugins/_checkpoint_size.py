@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,8 @@ __all__ = ["check_content", "check_file"]
 
 _ZIP = b"PK\x03\x04"  # how torch.save begins a file, and how torch.load tells its two formats apart
 _PICKLES = 5  # of the old format: a number, a version, the system, the content and the keys of its storages
+_PLAIN = {int, float, str, bool, bytes, type(None)}
+_LISTS = (list, tuple, set, frozenset)
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # what torch unpacks
 
 
@@ -106,6 +108,8 @@ def check_content(caller: str, content: Any, size: int, where: str, buffers: tup
     while waiting:
         value, inner, rest = waiting[-1]
         for entry in rest:
+            if type(entry) in _PLAIN:
+                continue
             if isinstance(entry, Tensor):
                 _count_bytes(entry, views, sizes)
             elif id(entry) in open_ones:
@@ -117,7 +121,7 @@ def check_content(caller: str, content: Any, size: int, where: str, buffers: tup
         else:
             waiting.pop()
             open_ones.remove(id(value))
-            known = [counts[id(entry)] for entry in inner if id(entry) in counts]
+            known = [counts[id(entry)] for entry in inner if type(entry) not in _PLAIN and id(entry) in counts]
             depth = 1 + max((depth for depth, _ in known), default=0)
             if depth > DEEPEST:
                 raise pickle.UnpicklingError(f"values nested more than {DEEPEST} deep")
@@ -128,12 +132,7 @@ def check_content(caller: str, content: Any, size: int, where: str, buffers: tup
 
 def _inner(value: Any, buffers: tuple[type[Any], ...]) -> list[Any]:
     """What a container holds."""
-    if isinstance(value, Mapping):
-        found = list(value.values())
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        found = list(value)
-    else:
-        found = []
+    found = list(value.values() if isinstance(value, dict) else value if isinstance(value, _LISTS) else ())
     if isinstance(value, (argparse.Namespace, dict, *buffers)) and hasattr(value, "__dict__"):
         found += vars(value).values()
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -58,6 +59,8 @@ def _chunks(address: str) -> Iterator[bytes]:
                 read += len(chunk)
                 yield chunk
     except (OSError, HTTPException, ValueError) as error:  # the last of an address that is none
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         raise DownloadError(printable(error, 200)) from error
     if declared.isascii() and declared.isdigit() and read != int(declared):  # http.client takes any end for the end
         raise DownloadError(f"it ended after {read:,} of {int(declared):,} bytes")

@@ -370,7 +370,7 @@ def _read(path: Path, where: str, map_location: Any = "cpu", way_out: str = "Cop
                 warnings.catch_warnings(),
                 torch.serialization.safe_globals([entry for entry in ours if entry not in present]),
             ):
-                warnings.filterwarnings("ignore", "Detected pickle protocol")  # told with the refusal
+                warnings.simplefilter("ignore", UserWarning)  # of torch's own parts; what is wrong is told below
                 content = torch.load(path, map_location=map_location, weights_only=True)
         check_content("load_content", content, path.stat().st_size, where, (buffer,))
         return resolved(content, (buffer,))

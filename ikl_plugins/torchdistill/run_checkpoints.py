@@ -13,14 +13,19 @@ from torch import Tensor, nn
 from torchdistill.common.module_util import check_if_wrapped, get_updatable_param_names
 
 from .._files import written_aside
+from .._limits import printable
 from .._run_record import check_resumed
-from ..checkpoints import load_content
+from ..checkpoints import check_dense, load_content
 from ..models.weights import load_strictly
 from .run_settings import RECORD, record_settings
 
 __all__ = ["CALLER", "RunCheckpoints", "last_path", "load_checkpoint", "load_model", "save"]
 
 CALLER = "ikl train"
+_ANEW = "Start with --start_epoch 0."
+# What a run goes on with, beside its weights.
+_KINDS: dict[str, type | tuple[type, ...]] = {"epoch": int, "grad_count": int, "best_value": (int, float)}
+_KINDS |= {"history": list, "gradients": list, "modules": dict, "optimizer": dict, "args": argparse.Namespace}
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +136,22 @@ class RunCheckpoints:
             box.optimizer.load_state_dict(content["optimizer"])
             if box.lr_scheduler is not None:
                 box.lr_scheduler.load_state_dict(content["lr_scheduler"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
-                f"{CALLER}: {self.last} must fit the config's optimizer and scheduler: {error}. "
+                f"{CALLER}: {self.last} must fit the config's optimizer and scheduler: {printable(error, 200)}. "
                 f"Resume with the old one."
             ) from error
         record_settings(box)  # in place of the checkpoint's
-        for parameter, gradient in zip(self._parameters(), content["gradients"], strict=True):
+        for state in box.optimizer.state.values():
+            check_dense(CALLER, {str(name): value for name, value in state.items()}, self.last)
+        parameters, gradients = self._parameters(), content["gradients"]
+        check_dense(CALLER, {f"gradient {number}": gradient for number, gradient in enumerate(gradients)}, self.last)
+        if len(gradients) != len(parameters) or any(
+            gradient is not None and getattr(gradient, "shape", None) != parameter.shape
+            for parameter, gradient in zip(parameters, gradients, strict=False)
+        ):
+            raise ValueError(f"{CALLER}: {self.last} must have gradients of the config's model. {_ANEW}")
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
         box.stage_grad_count = content["grad_count"]
         same = getattr(content["args"], "best_by", None) == self.args.best_by
@@ -159,6 +173,11 @@ class RunCheckpoints:
                 f"{CALLER}: {path} must be a last checkpoint of this driver, but lacks {', '.join(missing)}. "
                 f"Start with --start_epoch 0."
             )
+        odd = [name for name, kind in _KINDS.items() if not isinstance(content[name], kind)]
+        odd += ["history"] if not odd and not all(isinstance(row, Mapping) for row in content["history"]) else []
+        if odd:
+            kind = type(content[odd[0]]).__name__
+            raise ValueError(f"{CALLER}: `{odd[0]}` of {path} must be what this driver saves, got a {kind}. {_ANEW}")
         if content["epoch"] != epoch:
             raise ValueError(
                 f"{CALLER}: --start_epoch must be the number of finished epochs of {path}, got {epoch}. "

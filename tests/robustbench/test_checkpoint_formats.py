@@ -142,3 +142,34 @@ def test_mmengine_s_average_is_under_state_dict(update_buffers, tmp_path):
 def test_without_a_second_set_there_is_no_unaveraged_one(content):
     with pytest.raises(ValueError, match=r"load_weights: .*some\.pt must have weights beside their average"):
         weights_in(content, "some.pt", averaged=False)
+
+
+# What a config inside a checkpoint may have in place of numbers; its images then say nothing.
+CONFIGS = (
+    *("model=dict(data_preprocessor=[1])", "model=dict(data_preprocessor=dict(mean='abc'))", "x={[]}", "a\0b"),
+    *("model=dict(data_preprocessor=dict(mean=5, std=5))", "x=" + "[" * 150 + "]" * 150, "x=1" + "+1" * 10_000),
+    f"model=dict(data_preprocessor=dict(mean=[{10**400}, 1, 1], std=[1, 1, 1]))",
+)
+# Of a whole content, what is said of it.
+ODD_CONTENTS = [
+    ([1], "must hold weights by name, got a list"),
+    ({5: torch.ones(1)}, "must name weights by texts"),
+    ({"": torch.ones(1)}, "must fit resnet8, but it does not; .*unexpected: ''"),
+    ({"...": torch.ones(0, 2)}, r"must fit resnet8, but it does not; .*unexpected: \.\.\."),
+]
+
+
+def test_a_checkpoint_of_odd_values_is_read_or_refused_in_one_line(tmp_path):
+    from ikl_plugins.models import resnet8
+    from ikl_plugins.robustbench import load_checkpoint
+
+    path = tmp_path / "odd.pt"
+    weights = resnet8(num_classes=100).state_dict()
+    for meta in (5, [1], {"dataset_meta": {"classes": 5}}, {"dataset_meta": [1]}, *({"cfg": text} for text in CONFIGS)):
+        torch.save({"state_dict": weights, "meta": meta}, path)
+        load_checkpoint(path, "resnet8", "cifar100")
+    for content, message in ODD_CONTENTS:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"odd\.pt {message}") as refused:
+            load_checkpoint(path, "resnet8", "cifar100")
+        assert str(refused.value).isprintable()

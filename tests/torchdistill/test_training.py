@@ -270,6 +270,24 @@ MISFITS = {
 }
 
 
+SPARSE = torch.eye(2).to_sparse()
+# What a last checkpoint holds in place of what this driver saves, and what is said.
+ODD_FIELDS = [
+    ({"epoch": torch.ones(2)}, "`epoch` of .* got a Tensor"),
+    ({"history": [1]}, "`history` of .* got a list"),
+    ({"gradients": [SPARSE]}, "must hold dense tensors, but 'gradient 0'"),
+    ({"gradients": [torch.ones(9)]}, "must have gradients of the config's model"),
+    ({"modules": [1]}, "`modules` of .* got a list"),
+    (
+        {"optimizer": {"state": {0: {"momentum_buffer": SPARSE}}, "param_groups": None}},
+        "must fit the config's optimizer",
+    ),
+    ({"args": None}, "`args` of .* got a NoneType"),
+    ({"model": {5: torch.ones(1)}}, "must name weights by texts"),
+    ({"lr_scheduler": 5}, "must fit the config's optimizer and scheduler"),
+]
+
+
 def test_resuming_needs_what_fits(workplace):
     with pytest.raises(ValueError, match=r"^ikl train: --start_epoch 1 needs .*none at .*ikl_last\.pt"):
         run(ikl_config(), start_epoch=1)
@@ -277,6 +295,12 @@ def test_resuming_needs_what_fits(workplace):
     for change, options, message in MISFITS.values():
         with pytest.raises(ValueError, match=f"^ikl train: .*{message}"):
             run(change(ikl_config()), **{"start_epoch": 1, **options})
+    sound = torch.load(last_path(IKL_PATH), weights_only=False)
+    for fields, message in ODD_FIELDS:
+        torch.save({**sound, **fields}, last_path(IKL_PATH))
+        with pytest.raises(ValueError, match=f"^ikl train: .*ikl_last.*{message}|^ikl train: {message}") as refused:
+            run(ikl_config(), start_epoch=1)
+        assert "ikl_last.pt" in str(refused.value)
     shutil.copy(IKL_PATH, last_path(IKL_PATH))
     with pytest.raises(ValueError, match="lacks epoch, history, modules, grad_count, gradients"):
         run(ikl_config(), start_epoch=1)
