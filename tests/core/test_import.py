@@ -26,6 +26,7 @@ CORE = {
     "_composed",
     "_files",
     "_fused",
+    "_limits",
     "_mse_share",
     "_epoch_watch",
     "_validation",
