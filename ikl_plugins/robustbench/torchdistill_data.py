@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import _validation as check
 from .._files import check_config_text
+from .._limits import check_image
 from ..models.robustbench_zoo import Statistics
 from .host_steps import PROBE_SIZE, check_steps, flat, library_name, probe
 
@@ -245,6 +246,9 @@ class TorchdistillData:
         return self._dataset[position][0]
 
     def read(self, position: int) -> tuple[Tensor, int]:
+        path = _path(self._dataset, position)
+        if path is not None and Path(path).exists():
+            check_image(self._caller, path)
         image, label, *_ = self._before_normalize[position]
         if not isinstance(label, int) and not (hasattr(label, "item") and getattr(label, "size", 1) in (1, ())):
             raise ValueError(f"{self._caller}: '{self.name}' must have one label an image, got {check.kind_of(label)}.")
@@ -322,6 +326,21 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
         numbers = dict(zip(names, range(len(names)), strict=True))
     places = {int(change(numbers[name])): str(name) for name in names}
     return tuple(places[place] for place in range(len(names))) if set(places) == set(range(len(names))) else None
+
+
+def _path(dataset: Any, position: int) -> str | None:
+    """The file of an image, as torchvision's folders and their wrappers know it; None where they do not."""
+    for part in getattr(dataset, "datasets", None) or ():
+        if position < len(part):
+            return _path(part, position)
+        position -= len(part)
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        return _path(dataset.dataset, dataset.indices[position])
+    if hasattr(dataset, "org_dataset"):
+        return _path(dataset.org_dataset, position)
+    samples = getattr(dataset, "samples", None)
+    sample = samples[position] if isinstance(samples, list) and position < len(samples) else None
+    return sample[0] if isinstance(sample, tuple) and sample and isinstance(sample[0], str) else None
 
 
 def _labels(dataset: Any) -> list[int] | None:

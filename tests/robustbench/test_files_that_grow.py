@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from quick_autoattack import batch, consistent_log, network
+from torch.utils.data import ConcatDataset, Subset
 
 from ikl_plugins import _limits
 from ikl_plugins.commands import data as command
@@ -20,6 +21,7 @@ from ikl_plugins.robustbench.evaluation.corruptions import corruption_source
 from ikl_plugins.robustbench.evaluation.external import read_external
 from ikl_plugins.robustbench.evaluation.log import write_log
 from ikl_plugins.robustbench.host_data import host_images
+from ikl_plugins.robustbench.torchdistill_data import _path
 
 IMAGES, LABELS = np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1])
 
@@ -186,6 +188,22 @@ def test_files_of_a_host_are_judged_before_it_reads_them(tmp_path):
         host = SimpleNamespace(positions=lambda: [0], name="x", file=lambda _, name=name: str(tmp_path / name))
         with pytest.raises(ValueError, match=rf"images_of: .*{name}.*{reason}"):
             host_images("images_of", host, None, progress=False)
+
+
+class Folder(SimpleNamespace):
+    """A data set of files."""
+
+    def __len__(self):
+        return len(self.samples)
+
+
+def test_files_of_torchdistills_sets_are_found_inside_their_wrappers():
+    one, two = (Folder(samples=[(f"{name}{number}", 0) for number in range(3)]) for name in "ab")
+    both = ConcatDataset([one, two])
+    assert [_path(both, position) for position in (0, 2, 3, 5)] == ["a0", "a2", "b0", "b2"]
+    assert _path(Subset(SimpleNamespace(org_dataset=two), [2, 0]), 1) == "b0"
+    assert _path(Folder(samples=[1.0]), 0) is None
+    assert _path(SimpleNamespace(), 0) is None
 
 
 def test_a_log_or_record_of_absurd_size_is_refused(tmp_path, monkeypatch):
