@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from mmengine.config import Config
+from mmpretrain.registry import MODELS
 from mmpretrain_runs import CONFIGS, TRAIN, assert_same, execute, few_images, tool
 
 from ikl_plugins.commands import data as prepare_data
@@ -55,6 +57,15 @@ def teacher(world):
     """The shipped teacher, trained by the shipped command for as long as it takes to make its checkpoint."""
     world(*TRAIN, DIGITS / "teacher.py", "--cfg-options", "train_dataloader.batch_size=40")
     return world.folder / TEACHER
+
+
+@pytest.fixture(scope="module")
+def robust_teacher(world):
+    """In the place of a trained one the weights that its config begins with."""
+    config = Config.fromfile(DIGITS / "robust_teacher.py")
+    path = world.folder / config.work_dir / "epoch_10.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(MODELS.build(config.model).state_dict(), path)
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +189,10 @@ def test_an_adversarial_run_is_resumed_to_the_bit(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["distill_ikl", "adversarial_ikl"])
-def test_two_ranks_are_resumed_to_the_bit(base, teacher, world):
-    perturbed = ("--cfg-options", "model.awp.warmup_epochs=2", "model.awp.undo=after_step") if "adv" in base else ()
+@pytest.mark.parametrize("base", ["distill_ikl", "adversarial_ikl", "robust_distill_rslad_ikl"])
+def test_two_ranks_are_resumed_to_the_bit(base, teacher, robust_teacher, world):
+    awp = ("--cfg-options", "model.awp.warmup_epochs=2", "model.awp.undo=after_step")
+    perturbed = () if base == "distill_ikl" else awp
     options = ("--launcher", "pytorch", *perturbed)
     keywords = {"base": base, "batch_size": 10, "launcher": TWO}
     whole = watched(world, f"two_whole_{base}", *options, **keywords)
@@ -193,14 +205,14 @@ def test_two_ranks_are_resumed_to_the_bit(base, teacher, world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in DIGITS.glob("*.py") if path.stem != "teacher"))
-def test_each_config_of_the_digits_trains_and_tests(name, world, teacher):
+def test_each_config_of_the_digits_trains_and_tests(name, world, teacher, robust_teacher):
     options = ("--cfg-options", "train_cfg.max_epochs=1", "param_scheduler.T_max=1", "train_dataloader.batch_size=20")
     world(*TRAIN, DIGITS / f"{name}.py", *options)
     folder = world.folder / "runs/mmpretrain/digits" / name
     (best,) = folder.glob("best_*.pth")
     output = world(tool("test"), DIGITS / f"{name}.py", best)
     assert 0 <= top1(output) <= 100
-    if name.startswith("adversarial"):
+    if name.startswith(("adversarial", "robust")):
         assert 0 <= top1(output, "robust") <= top1(output)
 
 
