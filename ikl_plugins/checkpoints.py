@@ -8,7 +8,9 @@ buffers of MMEngine. MMEngine itself is not needed; where it is not imported a s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -371,7 +373,11 @@ def _read(path: Path, where: str, map_location: Any = "cpu", way_out: str = "Cop
                 torch.serialization.safe_globals([entry for entry in ours if entry not in present]),
             ):
                 warnings.simplefilter("ignore", UserWarning)  # of torch's own parts; what is wrong is told below
-                content = torch.load(path, map_location=map_location, weights_only=True)
+                try:
+                    content = torch.load(path, map_location=map_location, weights_only=True)
+                except Exception:
+                    _forget_sparse_tensors()
+                    raise
         check_content("load_content", content, path.stat().st_size, where, (buffer,))
         return resolved(content, (buffer,))
     except LimitError:
@@ -391,6 +397,15 @@ def _read(path: Path, where: str, map_location: Any = "cpu", way_out: str = "Cop
         raise ValueError(
             f"load_content: the checkpoint {where} must be one of {kind}, but {what}. It may be damaged. {way_out}"
         ) from error
+
+
+def _forget_sparse_tensors() -> None:
+    """Has torch let go of the sparse tensors of a file that it refused; it would blame the next file for them."""
+    empty = io.BytesIO()
+    torch.save([], empty)
+    empty.seek(0)
+    with contextlib.suppress(Exception):
+        torch.load(empty, weights_only=True)
 
 
 def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:

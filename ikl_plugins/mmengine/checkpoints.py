@@ -93,6 +93,10 @@ def _check_run(content: Any, path: Path | str, resume: bool) -> None:
             f"verify: the checkpoint {path} must be one of MMEngine's, but lacks {', '.join(map(repr, missing))}. "
             f"For weights alone use `load_from` without `resume`."
         )
+    for key in _OF_A_RUN if resume else ("state_dict",):
+        part = content.get(key, {}) if isinstance(content, Mapping) else {}
+        if not isinstance(part, Mapping) or not all(isinstance(name, str) for name in part):
+            raise ValueError(f"verify: '{key}' of the checkpoint {path} must hold values by name. Name another file.")
 
 
 def cut_off(path: str, work_dir: str) -> bool:

@@ -16,6 +16,7 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from .._files import check_config_text, configs_folder
+from .._limits import check_regular_file
 from ..checkpoints import load_weights
 from .registration import known_keys
 from .run_checkpoints import CALLER, load_model
@@ -119,6 +120,7 @@ def build_model(model_config: dict[str, Any], role: str, device: torch.device, d
         model = get_model(model_config["key"], model_config.get("repo_or_dir"), **kwargs)
     source = model_config.get("src_ckpt")
     if source is not None:
+        check_regular_file(CALLER, source)
         if not Path(source).is_file():
             raise ValueError(
                 f"{CALLER}: `src_ckpt` of the {role} must be a checkpoint file, but there is none at {source}. "

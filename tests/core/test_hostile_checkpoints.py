@@ -107,6 +107,17 @@ def expanded_indices():
     return saved(torch.sparse_coo_tensor(indices, torch.zeros(1).expand(2**33), (9,), check_invariants=False))
 
 
+def sparse_and_code():
+    """torch looks at sparse tensors at the end of a reading, or, if that fails, of the next one."""
+    indices = torch.full((1, 1), 5)
+    return saved([torch.sparse_coo_tensor(indices, torch.ones(1), (2,), check_invariants=False), Code()])
+
+
+class Code:
+    def __reduce__(self):
+        return sys.exit, ()
+
+
 def nested():
     return saved(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
 
@@ -136,6 +147,7 @@ ASKS = {
     "one in the old format": (lambda: legacy({"a": torch.zeros(1).expand(2**30)}), GROWTH),
     "an expanded parameter": (lambda: saved(torch.nn.Parameter(torch.zeros(1).expand(2**30))), GROWTH),
     "expanded indices": (expanded_indices, BYTES),
+    "a wrong sparse tensor and code": (sparse_and_code, "would run code: GLOBAL sys.exit"),
     "many views": (lambda: saved(views()), GROWTH),
     "a storage beyond its record": (lambda: declared(TERA), SAVED + "a tensor of 4,398,046,511,104 bytes, for which"),
     "a storage a little beyond": (lambda: declared(8), SAVED + "a tensor of 32 bytes, for which the file has 28"),

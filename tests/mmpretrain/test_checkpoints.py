@@ -176,6 +176,12 @@ def test_what_is_not_what_it_is_read_for_is_refused(tmp_path):
         verify(path)
         with pytest.raises(ValueError, match=rf"^verify: .*a\.pth must be .* lacks {missing}\. .*`load_from`"):
             verify(path, resume=True)
+    for key, value in (("meta", [1]), ("message_hub", torch.ones(2)), ("state_dict", {5: torch.ones(1)})):
+        torch.save({"meta": {}, "message_hub": {}, "state_dict": {}, key: value}, path)
+        with pytest.raises(
+            ValueError, match=rf"^verify: '{key}' of the checkpoint .*a\.pth must hold values by name\."
+        ):
+            verify(path, resume=True)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

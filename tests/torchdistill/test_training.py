@@ -462,6 +462,10 @@ LATE = {
     "no arguments": (change_at(*STUDENT, kwargs=None), r"the student must have .* arguments as `kwargs:`"),
     "arguments of words": (change_at(*TEACHER, kwargs="words"), r"the teacher must have .* `kwargs:`, got .*'words'"),
     "another teacher": (change_at(*TEACHER, key="ikl_plugins.resnet32"), r"teacher\.pt must fit the model 'ikl_.*32'"),
+    "weights in a device": (
+        change_at(*TEACHER, src_ckpt="/dev/zero"),
+        r"/dev/zero must be a regular file, but is a dev",
+    ),
     "weights of words": (change_at(*TEACHER, src_ckpt="words"), r"none at words\. Train it first, or correct the path"),
 }
 
