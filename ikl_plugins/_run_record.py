@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Iterator, Mapping
-from inspect import signature
+from inspect import getattr_static, signature
 from types import FunctionType
 from typing import Any
 
@@ -26,6 +26,7 @@ _NO_EFFECT |= {"last_epoch", "last_step", "foreach", "fused", "capturable", "dif
 _ONLY_SAID = ("epochs", "iterations", "schedule")
 # Both hosts take these from the checkpoint, whatever the config says.
 _OF_CHECKPOINT = ("optimizer", "schedule")
+_RESTORED = " (the checkpoint's goes on)"
 _MISSING = object()
 
 
@@ -39,16 +40,15 @@ def settings_of(owner: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"type": type(owner).__name__}
     if isinstance(owner, torch.optim.Optimizer):
-        kept: Mapping[str, Any] = owner.defaults  # param_groups have what a checkpoint has left there
-        names = list(kept)
-    else:
-        kept = getattr(owner, "__dict__", {})
-        starts = [vars(kind).get("__init__") for kind in type(owner).__mro__]
-        names = [name for start in starts if isinstance(start, FunctionType) for name in signature(start).parameters]
+        kept = _plain(owner.defaults)  # param_groups have what a checkpoint has left there
+        return found | {name: value for name, value in kept.items() if name not in _NO_EFFECT}
+    starts = [vars(kind).get("__init__") for kind in type(owner).__mro__]
+    names = [name for start in starts if isinstance(start, FunctionType) for name in signature(start).parameters]
     for name in names:
-        value = _plain(kept.get(name, kept.get(f"_{name}", _MISSING)))
-        if value is not _MISSING and name not in _NO_EFFECT:
-            found.setdefault(name, value)
+        for place in (name, f"_{name}"):
+            value = _plain(getattr_static(owner, place, _MISSING))  # runs no property
+            if value is not _MISSING and name not in _NO_EFFECT:
+                found.setdefault(name, value)
     return found
 
 
@@ -101,8 +101,8 @@ def check_resumed(
     refused = fixed if allowed else [field for field in found if not field.startswith(_ONLY_SAID)]
     for field, text in (found if rank == 0 else {}).items():
         restored = field.startswith(_OF_CHECKPOINT) and field not in fixed
-        level = logging.ERROR if field in refused else logging.WARNING
-        logger.log(level, "%s: %s: %s%s", caller, field, text, " (the checkpoint's goes on)" if restored else "")
+        # MMEngine's logger passes over a second warning of the same format.
+        logger.warning(f"{caller}: {field}: {text}{_RESTORED if restored else ''}")
     if refused:
         raise ValueError(
             f"{caller}: a run that goes on from {source} must keep its settings, but others are "

@@ -142,9 +142,9 @@ class FrozenTeacher:
         """Applies what ``nn.Module._apply`` does to the owner's tensors."""
         self.module._apply(function)  # type: ignore[no-untyped-call]
 
-    def run_settings(self) -> dict[str, str]:
-        """The checksum of the weights, wherever their file lies."""
-        return {"weights": network_sha256(self.module)}
+    def run_settings(self) -> dict[str, str | None]:
+        """The checksum of the weights, wherever their file lies, and the precision."""
+        return {"weights": network_sha256(self.module), "precision": self.precision}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self
