@@ -239,8 +239,10 @@ def check_yaml(caller: str, name: Path | str, text: str) -> None:
         ValueError: more values than the cap, those of an alias counted each time; an alias inside its own anchor; more
             than 100 levels.
     """
-    import yaml
-
+    try:
+        import yaml
+    except ImportError:  # then nobody here reads it
+        return
     sizes: dict[str, int] = {}
     opened: list[tuple[str | None, int]] = []  # anchor of each collection, and the count where it began
     count = 0
