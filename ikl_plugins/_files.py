@@ -9,7 +9,9 @@ import locale
 import os
 import re
 import secrets
+import shutil
 import socket
+import stat
 import sys
 import time
 import warnings
@@ -21,10 +23,11 @@ from ._limits import check_limit, limit, printable
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["check_config_text", "check_yaml", "configs_folder", "locked", "naming", "written_aside"]
+__all__ = ["check_config_text", "check_yaml", "configs_folder", "folder_aside", "holds", "locked", "naming", "settle", "written_aside"]
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _PATIENCE = 0.5  # seconds, for a holder that is about to let go
+_held: dict[int, Path] = {}  # files that this process has locked, by descriptor
 
 
 @contextlib.contextmanager
@@ -35,9 +38,13 @@ def written_aside(path: Path | str, *, first: bool = False) -> Iterator[Path]:
         path: where the file shall be; missing folders are made.
         first: leave a file that is there by then, of another process that was faster, as it is.
 
+    A link stays one, and the file that it leads to is replaced; a file that is replaced leaves its mode and, where the
+    system lets it, its owner to the new one. Its other hard links keep the old content. What a process that was killed
+    has left of the same file is removed; what another user or a process that runs has there is not.
+
     Yields:
-        The path of a file beside it, with the same ending. If the block raises, or the process ends in it, the file at
-        ``path`` stays as it was.
+        The path of an empty file beside it, with the same ending. If the block raises or writes nothing, or the process
+        ends in it, the file at ``path`` stays as it was.
 
     Raises:
         OSError: it cannot be written; see :func:`naming`.
@@ -50,20 +57,85 @@ def written_aside(path: Path | str, *, first: bool = False) -> Iterator[Path]:
         >>> path.read_text()
         '{}'
     """
-    path = Path(path)
-    # One per process, on several machines too: two that write the same file leave one whole file of either.
-    aside = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_partial(path)
+        aside, descriptor = _new_aside(path)
         try:
             yield aside
             with aside.open("rb+") as written:
                 os.fsync(written.fileno())
+                if not os.fstat(written.fileno()).st_size:
+                    raise FileNotFoundError(errno.ENOENT, "nothing was written", str(aside))
             if not first or not _linked(aside, path):
+                _take_mode(aside, path)
                 os.replace(aside, path)
         finally:
             with contextlib.suppress(OSError):  # on a read-only disk; what is told is why it was not written
                 aside.unlink(missing_ok=True)
+            _let_go(descriptor)
+
+
+def _new_aside(path: Path) -> tuple[Path, int | None]:
+    """An empty file beside another, locked, so that who finds it knows whether its writer runs."""
+    while True:
+        # One per process, on several machines too: two that write the same file leave one whole file of either.
+        aside = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
+        if sys.platform == "win32":  # an open file cannot be renamed there
+            aside.touch()
+            return aside, None
+        descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with contextlib.suppress(OSError):  # a disk without locks; what is left there stays
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(aside)):
+                _held[descriptor] = aside
+                return aside, descriptor
+        os.close(descriptor)  # another process took it for one that was left
+
+
+def _remove_partial(path: Path) -> None:
+    """Removes what killed processes of this user have left of a file."""
+    if sys.platform == "win32":
+        return
+    ours = re.compile(rf"\.{re.escape(path.stem)}\.\d+-[0-9a-f]{{8}}\.partial{re.escape(path.suffix)}")
+    for name in filter(ours.fullmatch, os.listdir(path.parent)):
+        with contextlib.suppress(OSError):  # another process is faster, or works on it
+            descriptor = os.open(path.parent / name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                found = os.fstat(descriptor)
+                if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(path.parent / name)
+            finally:
+                os.close(descriptor)
+
+
+def _take_mode(aside: Path, path: Path) -> None:
+    """Gives a file the mode and the owner of that which it replaces."""
+    with contextlib.suppress(OSError):  # there is none, or this user may not
+        old = path.stat()
+        aside.chmod(stat.S_IMODE(old.st_mode))
+        new = aside.stat()
+        if sys.platform != "win32" and (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.chown(aside, old.st_uid, old.st_gid)
+            aside.chmod(stat.S_IMODE(old.st_mode))  # a change of the owner clears some bits
+
+
+def _let_go(descriptor: int | None) -> None:
+    if descriptor is not None and _held.pop(descriptor, None) is not None:
+        os.close(descriptor)
+
+
+def _let_all_go() -> None:
+    """In a child process: else a worker that outlives its parent would hold the locks."""
+    for descriptor in [*_held]:
+        _let_go(descriptor)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_all_go)
 
 
 def _linked(aside: Path, path: Path) -> bool:
@@ -81,10 +153,10 @@ def _linked(aside: Path, path: Path) -> bool:
 def locked(caller: str, path: Path | str, way_out: str) -> Iterator[None]:
     """Makes this process the only one that works on a file, from whichever machine, for as long as the block runs.
 
-    The lock is a file beside it with the ending .lock, which says who holds it. It is the system's (``flock``), so that
-    it is gone with the process, however that ends; child processes that were forked inside the block hold it too. On
-    disks that are shared it holds between machines where the disk has locks, as NFS does. Where there are none
-    (Windows; some disks, with a warning) nothing is locked.
+    The lock is a file beside it, or beside the file that a link leads to, with the ending .lock, which says who holds
+    it. It is the system's (``flock``), so that it is gone with the process, however that ends, also while child
+    processes live on. On disks that are shared it holds between machines where the disk has locks, as NFS does. Where
+    there are none (Windows; some disks, with a warning) nothing is locked.
 
     Args:
         caller: whom a refusal names.
@@ -104,16 +176,26 @@ def locked(caller: str, path: Path | str, way_out: str) -> Iterator[None]:
         >>> sorted(path.parent.iterdir())
         []
     """
-    path = Path(path)
-    lock = path.with_name(f"{path.name}.lock")
+    lock = _lock_of(path)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _taken(caller, path, lock, way_out)
+    descriptor = _taken(caller, Path(path), lock, way_out)
     try:
         yield
     finally:
-        if descriptor is not None:
-            lock.unlink(missing_ok=True)  # before it is free: who takes it then looks whether the file is still there
-            os.close(descriptor)
+        if descriptor in _held:  # and not in a child process that leaves the block
+            with contextlib.suppress(OSError):
+                lock.unlink()  # before it is free: who takes it then looks whether the file is still there
+            _let_go(descriptor)
+
+
+def holds(path: Path | str) -> bool:
+    """Whether this process is in a block of :func:`locked` for a file."""
+    return _lock_of(path) in _held.values()
+
+
+def _lock_of(path: Path | str) -> Path:
+    path = Path(os.path.realpath(path))
+    return path.with_name(f"{path.name}.lock")
 
 
 def _taken(caller: str, path: Path, lock: Path, way_out: str) -> int | None:
@@ -121,7 +203,7 @@ def _taken(caller: str, path: Path, lock: Path, way_out: str) -> int | None:
         return None
     until = time.monotonic() + _PATIENCE
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -144,10 +226,57 @@ def _taken(caller: str, path: Path, lock: Path, way_out: str) -> int | None:
             ) from error
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                _held[descriptor] = lock
+                with contextlib.suppress(OSError):  # on a full disk it is nameless
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return descriptor
         os.close(descriptor)  # its holder has just let go, and removed the file
+
+
+@contextlib.contextmanager
+def folder_aside(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name of ``folder`` once everything is written; for who has it :func:`locked`.
+
+    Args:
+        folder: where it shall be. One that is there is replaced.
+
+    Yields:
+        A new folder beside it. If the block raises, or the process ends in it, the old one is there as it was, where
+        the process was killed between two renames after the next :func:`settle`.
+
+    Raises:
+        OSError: it cannot be written; see :func:`naming`.
+    """
+    with naming(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        settle(folder)
+        aside, old = _beside(folder)
+        try:
+            aside.mkdir()
+            yield aside
+            if os.path.lexists(folder):
+                os.rename(folder, old)
+            os.rename(aside, folder)
+        finally:
+            settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Removes what :func:`folder_aside` leaves when its process is killed; an old folder that was not replaced is back.
+
+    Args:
+        folder: the one that was to be written; the caller has it :func:`locked`.
+    """
+    aside, old = _beside(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    if os.path.lexists(old) and not os.path.lexists(folder):
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
 
 
 @contextlib.contextmanager

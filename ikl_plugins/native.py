@@ -19,6 +19,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -92,10 +93,12 @@ def build(*, verbose: bool = False) -> Path:
             reason = _refusal(path)
             if not reason:
                 return path
-            with written_aside(path) as aside:
-                _compile(caller, aside, verbose=verbose)
+            path.unlink(missing_ok=True)  # else the new one would have its mode, or be where a link leads
+            with written_aside(path) as aside, tempfile.TemporaryDirectory() as scratch:
+                compiled = Path(scratch, path.name)
+                _compile(caller, compiled, verbose=verbose)
                 # The loader would take a truncated library for a whole one, and the process would end in it.
-                content = aside.read_bytes()
+                content = compiled.read_bytes()
                 aside.write_bytes(content + hashlib.sha256(content).digest())
                 aside.chmod(0o600)
             reason = _refusal(path)

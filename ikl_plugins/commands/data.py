@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import stat
 import zipfile
 from collections import defaultdict
@@ -30,6 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from .._archives import opened_zip
+from .._files import folder_aside
 from .._limits import LimitError, check_regular_file, printable, read_text
 from .._progress import steps
 
@@ -387,17 +387,9 @@ def _make(
         with _lock(data / f".{name}.lock"):
             if not force and _is_made(target, recipe):  # by the process that held the lock
                 return target
-            aside, old = data / f".{name}.partial", data / f".{name}.old"
-            _settle(target, aside, old)  # a run that was killed
-            try:
-                aside.mkdir()
+            with folder_aside(target) as aside:
                 manifest = {**recipe, **write(aside)}
                 (aside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-                if target.exists():
-                    target.rename(old)
-                aside.rename(target)
-            finally:
-                _settle(target, aside, old)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "Free some space" if full else "Choose a writable folder with --data or IKL_PLUGINS_DATA"
@@ -405,14 +397,6 @@ def _make(
         raise OSError(error.errno, f"{CALLER}: {rule} {way_out}") from error
     print(f"{printable(target, None)}: written ({_summary(target)})")
     return target
-
-
-def _settle(target: Path, aside: Path, old: Path) -> None:
-    """Removes what a run leaves beside its target; a data set moved out of the way and not replaced moves back."""
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_made(target: Path, recipe: dict[str, Any]) -> bool:

@@ -13,6 +13,8 @@ from types import ModuleType
 
 from ikl_plugins._limits import one_line
 
+from .ending import tidy
+
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
@@ -37,12 +39,19 @@ def main(words: Sequence[str] | None = None) -> None:
         words: the arguments behind ``ikl``; by default those of the process.
 
     Raises:
-        SystemExit: always on an error, with one line that says what to mend; on --help, as argparse does.
+        SystemExit: always on an error, with one line that says what to mend; on --help, as argparse does; with 130
+            after Ctrl-C, and with 141 when nobody reads the output any more.
     """
+    own_process = words is None
     words = list(sys.argv[1:] if words is None else words)
     if getattr(sys.stdout, "errors", None) == "strict" and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # no name that it cannot write ends a command at its end
-    asked = _asked(words)
+    name = f"ikl_plugins.commands.{_asked(words)}"
+    with tidy(lambda: getattr(sys.modules.get(name), "INTERRUPTED", "run it again"), own_process=own_process):
+        _main(_asked(words), words)
+
+
+def _main(asked: str | None, words: list[str]) -> None:
     module = None if asked is None else importlib.import_module(f"ikl_plugins.commands.{asked}")
     parser = _parser(asked, module)
     _complete(parser)
@@ -64,8 +73,6 @@ def main(words: Sequence[str] | None = None) -> None:
 def _run(module: ModuleType, arguments: argparse.Namespace) -> None:
     try:
         module.run(arguments)
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; {getattr(module, 'INTERRUPTED', 'run it again')}")
     except OSError as error:
         sys.exit(f"error: {one_line(error if error.filename or not error.strerror else error.strerror)}")
     except RuntimeError as error:

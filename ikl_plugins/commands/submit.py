@@ -100,7 +100,7 @@ _OF_FILES = {"gdrive_id", "model_zoo", "data_dir", "mean", "std"}
 def run(arguments: argparse.Namespace) -> None:
     """Checks the model, writes the submission and says what is left to do."""
     from ..robustbench import Evaluation, write_submission
-    from ..robustbench.submission import check_statements
+    from ..robustbench.submission import alone, check_statements
 
     others = ("mmpretrain", "torchdistill", "huggingface", "zoo")
     way = next((way for way in others if getattr(arguments, way) is not None), None)
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     ways = (arguments.architecture, arguments.timm, arguments.torchvision)
     if any(way is not None for way in ways):  # without one the loading says what is missing
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), alone(arguments.output):
             warnings.simplefilter("ignore")  # they come when the submission is written
             check_statements(arguments.output, **{name: given[name] for name in given.keys() - _OF_FILES})
     loaded = model_from(arguments, caller=CALLER)

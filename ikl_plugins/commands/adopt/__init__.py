@@ -6,8 +6,9 @@
     ikl adopt my_classifier.py --adversarial --output my_robust.py
 
 A torchdistill YAML has its KDLoss, LogitStdKDLoss or KLDivLoss replaced, its text edited in place: comments, anchors,
-`!join` and `!import_call` stay. Of an MMPretrain config a new one is written that inherits from it. The difference goes
-to the standard output, what it means to the standard error. What cannot be mapped is refused by line and key.
+`!join` and `!import_call` stay. Of an MMPretrain config a new one is written that inherits from it; such a config is
+Python and is executed, also with --check. The difference goes to the standard output, what it means to the standard
+error. What cannot be mapped is refused by line and key.
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ def _adopt_python(args: argparse.Namespace) -> None:
     _refuse(args, ("student_logits", "teacher_logits"), "a torchdistill YAML")
     _refuse(args, ("in_place",), "a torchdistill YAML, as the new config inherits from the old one; use --output")
     target = _target(args)
+    configs = " and ".join(str(config) for config in (args.config, args.teacher) if config is not None)
+    _say(f"{CALLER}: an MMPretrain config is Python, and is executed now: {configs}")
     adoption = adopt_config(
         args.config,
         target or args.config.with_name(f"{args.config.stem}_{args.loss.lower()}.py"),
@@ -189,6 +192,9 @@ def _write(config: Path, target: Path | None, text: str | None) -> None:
     if target is None:
         _say("nothing written; give --output FILE")
         return
+    links = target.stat().st_nlink - 1 if target.exists() else 0
     with written_aside(target) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
     _say(f"written: {target}")
+    if links > 0:
+        _say(f"{target} had {links} other hard links, which keep the old text")

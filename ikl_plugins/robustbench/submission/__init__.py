@@ -2,6 +2,6 @@
 
 from .entry import model_info
 from .name import check_name
-from .write import DEMONSTRATION, check_statements, write_submission
+from .write import DEMONSTRATION, alone, check_statements, write_submission
 
-__all__ = ["DEMONSTRATION", "check_name", "check_statements", "model_info", "write_submission"]
+__all__ = ["DEMONSTRATION", "alone", "check_name", "check_statements", "model_info", "write_submission"]

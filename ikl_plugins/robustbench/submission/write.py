@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
-import os
 import runpy
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import nn
 
-from ..._files import naming
+from ..._files import folder_aside, locked, settle
 from ..._robustbench_import import import_robustbench
 from ...models.robustbench_zoo import parse_architecture
 from ..data import Images, file_sha256
@@ -53,14 +52,33 @@ from .entry import model_info
 from .form import Facts, form, worded, zoo_entry
 from .name import name_checked
 
-__all__ = ["DEMONSTRATION", "check_statements", "write_submission"]
+__all__ = ["DEMONSTRATION", "alone", "check_statements", "write_submission"]
 
 DEMONSTRATION = "Demonstration, not for submission."
 _MARK = "_demonstration"
+P = ParamSpec("P")
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Refuses a second process that writes the same submission, and removes what a killed one has left."""
+    with locked(CALLER, folder, "Wait for it, or name another folder."):
+        settle(folder)
+        yield
+
+
+def _alone(write: Callable[Concatenate[Path, P], Path]) -> Callable[Concatenate[Path | str, P], Path]:
+    @functools.wraps(write)
+    def written(folder: Path | str, *args: P.args, **options: P.kwargs) -> Path:
+        with alone(Path(folder)):
+            return write(Path(folder), *args, **options)
+
+    return written
+
+
+@_alone
 def write_submission(
-    folder: Path | str,
+    folder: Path,
     *,
     name: str,
     model: nn.Module,
@@ -145,13 +163,13 @@ def write_submission(
             agree with itself or the model, is unfinished, not standard, on other or too few images, at another radius
             than the leaderboard's, or flagged by AutoAttack without an acknowledgement; the preflight failed; an
             external evaluation is of another threat model or model, or its images are not in the ball; the claim is
-            above the lowest that was measured; generated data without a footnote; the folder exists.
+            above the lowest that was measured; generated data without a footnote; the folder exists, or another process
+            writes it.
         OSError: it cannot be written; what was there before is as it was.
 
     Warns:
         UserWarning: the name does not go with title or authors, or is taken by an entry of the leaderboard.
     """
-    folder = Path(folder)
     people, evaluation, externals = check_statements(
         folder,
         name=name,
@@ -234,7 +252,7 @@ def write_submission(
     marked = {"demonstration": mark} if demonstration else {}
     checks = {**json.loads(preflight.to_json()), **marked}
     place = Path(dataset, threat_model)
-    with _folder_aside(folder) as aside:
+    with folder_aside(folder) as aside:
         _write(aside / "model_info" / place / f"{facts.name}.json", json.dumps(entry, indent=2) + "\n")
         _write(aside / "new_models_form.md", form(facts, entry, log))
         _write(aside / "zoo_entry.py", zoo_entry(facts, threat_model))
@@ -313,27 +331,3 @@ def _sums(folder: Path) -> str:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _folder_aside(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name of ``folder`` once everything is written."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    with naming(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        try:
-            yield aside
-            if os.path.lexists(folder):
-                os.rename(folder, old)
-            try:
-                os.rename(aside, folder)
-            except OSError:
-                if old.exists():
-                    os.rename(old, folder)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
