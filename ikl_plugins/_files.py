@@ -23,11 +23,16 @@ from ._limits import check_limit, limit, printable
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["check_config_text", "check_yaml", "configs_folder", "folder_aside", "holds", "locked", "naming", "settle", "written_aside"]
+__all__ = ["check_config_text", "check_yaml", "configs_folder", "folder_aside", "holds", "locked"]
+__all__ += ["InUseError", "naming", "settle", "written_aside"]
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _PATIENCE = 0.5  # seconds, for a holder that is about to let go
 _held: dict[int, Path] = {}  # files that this process has locked, by descriptor
+
+
+class InUseError(ValueError):
+    """Another process, or another part of this one, has what is asked for locked."""
 
 
 @contextlib.contextmanager
@@ -160,11 +165,11 @@ def locked(caller: str, path: Path | str, way_out: str) -> Iterator[None]:
 
     Args:
         caller: whom a refusal names.
-        path: what is locked; it need not exist, and missing folders are made.
+        path: what is locked; it need not exist. Missing folders are made, and removed if they stay empty.
         way_out: the last sentence of a refusal.
 
     Raises:
-        ValueError: another block has it, of this process or another.
+        InUseError: another block has it, of this process or another.
         OSError: no file can be made there.
 
     Example:
@@ -177,6 +182,7 @@ def locked(caller: str, path: Path | str, way_out: str) -> Iterator[None]:
         []
     """
     lock = _lock_of(path)
+    new = [folder for folder in lock.parents if not folder.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _taken(caller, Path(path), lock, way_out)
     try:
@@ -185,6 +191,8 @@ def locked(caller: str, path: Path | str, way_out: str) -> Iterator[None]:
         if descriptor in _held:  # and not in a child process that leaves the block
             with contextlib.suppress(OSError):
                 lock.unlink()  # before it is free: who takes it then looks whether the file is still there
+                for folder in new:
+                    folder.rmdir()  # of a block that has written nothing
             _let_go(descriptor)
 
 
@@ -220,7 +228,7 @@ def _taken(caller: str, path: Path, lock: Path, way_out: str) -> int | None:
             if time.monotonic() < until:
                 time.sleep(0.05)
                 continue
-            raise ValueError(
+            raise InUseError(
                 f"{caller}: {path} must have one process that writes it, but {holder or 'another process'} does. "
                 f"{way_out}"
             ) from error

@@ -1,5 +1,6 @@
 """Runs of MMEngine's runner for the tests of the MMPretrain adapter: small ones here, real ones as processes."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -181,3 +182,18 @@ def execute(*command, cwd, code=0, timeout=300, **environment):
     output = done.stdout + done.stderr
     assert (done.returncode != 0) if code is None else done.returncode == code, output[-5000:]
     return output
+
+
+@contextlib.contextmanager
+def holding(path):
+    """The number of a process that has a file locked, and is killed at the end."""
+    program = (
+        "import sys, ikl_plugins._files as f\nwith f.locked('', sys.argv[1], ''): print(flush=True), sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program, path]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield process.pid
+        finally:
+            process.kill()

@@ -27,7 +27,7 @@ def tidy(way_out: Callable[[], str], *, own_process: bool) -> Iterator[None]:
 
     Args:
         way_out: gives the second half of the line for Ctrl-C, unless the KeyboardInterrupt has words of its own.
-        own_process: nothing goes on in the process after that.
+        own_process: the process, and those that it forks, do nothing else.
 
     Raises:
         SystemExit: with 130 after Ctrl-C, and with 141 without a reader.
@@ -36,15 +36,24 @@ def tidy(way_out: Callable[[], str], *, own_process: bool) -> Iterator[None]:
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper) and _is_pipe(stream):
             setattr(sys, name, _Watched(stream))
-    pressed = False
+    pressed, process = False, os.getpid()
 
     def note(signal_number: int, frame: FrameType | None) -> None:
         nonlocal pressed
+        if os.getpid() != process:  # a worker, which the first process ends
+            return
         pressed = True
         signal.default_int_handler(signal_number, frame)
 
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:  # it came in a callback, such as one of a fork
+            threading.Timer(0.05, os.kill, (process, signal.SIGINT)).start()
+        elif not pressed:  # what is half made complains when it is removed
+            sys.__unraisablehook__(unraisable)
+
     if own_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, note)
+        sys.unraisablehook = dropped
     try:
         yield
         _flush()
@@ -69,7 +78,7 @@ def interrupted(way_out: str, *, own_process: bool = False) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
             print(f"interrupted; {way_out}", file=sys.stderr)
         _flush()
-    exec("")  # else Python would end by SIGINT where that came in the middle of another `exec`
+    exec("")  # noqa: S102  # else Python would end by SIGINT, where that came in the middle of another `exec`
     raise SystemExit(_INTERRUPTED) from None
 
 

@@ -42,13 +42,14 @@ def main(words: Sequence[str] | None = None) -> None:
         SystemExit: always on an error, with one line that says what to mend; on --help, as argparse does; with 130
             after Ctrl-C, and with 141 when nobody reads the output any more.
     """
-    own_process = words is None
-    words = list(sys.argv[1:] if words is None else words)
+    line = list(sys.argv[1:] if words is None else words)
+    asked = _asked(line)
+    own_process = words is None and asked != "robustbench"  # its program may fork what it likes
     if getattr(sys.stdout, "errors", None) == "strict" and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # no name that it cannot write ends a command at its end
-    name = f"ikl_plugins.commands.{_asked(words)}"
+    name = f"ikl_plugins.commands.{asked}"
     with tidy(lambda: getattr(sys.modules.get(name), "INTERRUPTED", "run it again"), own_process=own_process):
-        _main(_asked(words), words)
+        _main(asked, line)
 
 
 def _main(asked: str | None, words: list[str]) -> None:

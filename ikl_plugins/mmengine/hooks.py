@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import _value_checks
+from .._files import holds, locked
 from .._run_record import check_resumed
 from .._value_checks import host_numbers, judge_findings, read_value_checks, take_findings
 from ..losses import DecoupledLoss
@@ -28,7 +31,13 @@ from .dry_run import dry_run, first_batch
 from .epochs import EpochModel, class_priors, end_epoch
 from .run_settings import RECORD, model_settings, run_settings
 
-__all__ = ["IKLHook"]
+__all__ = ["IKLHook", "run_lock"]
+
+
+def run_lock(caller: str, work_dir: Path | str) -> contextlib.AbstractContextManager[None]:
+    """Refuses a second process that trains in a work dir, see :func:`~ikl_plugins._files.locked`."""
+    place = Path(work_dir, "run")
+    return contextlib.nullcontext() if holds(place) else locked(caller, place, "Wait for it, or name another work_dir.")
 
 
 class IKLHook(Hook):  # type: ignore[misc]
@@ -38,6 +47,7 @@ class IKLHook(Hook):  # type: ignore[misc]
       text of the config in it, which MMEngine runs as Python on resume, is taken out of what MMEngine has loaded. A run
       that was stopped while MMEngine wrote its last checkpoint, or wrote down which one that is, goes on from the
       newest that is whole.
+    - One process, or the ranks of one run, trains in a work dir: a second one is refused before its first step.
     - A checkpoint says what its run was started with: losses, attack, teacher, optimizer, batch size, number of ranks.
       A run that is resumed with something else is refused, field by field.
     - The classifier hears the number of each epoch. At its end the class priors are rolled, on all ranks and before
@@ -69,7 +79,7 @@ class IKLHook(Hook):  # type: ignore[misc]
         ValueError: in training, what would give wrong results without a word: several ranks whose model is not
             wrapped; a wrapper that overwrites the ranks' running sums; a SyncBuffersHook that does so in the middle of
             an epoch; a checkpoint that must not be read, or of a run with other settings; a validation, or a
-            CheckpointHook, that would fail later.
+            CheckpointHook, that would fail later; a work dir in which another process trains.
     """
 
     # Before EMAHook, which many configs put at ABOVE_NORMAL, SyncBuffersHook and CheckpointHook: they must see restored
@@ -93,6 +103,7 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._iterations_per_epoch: int | None = None  # None where the loop has epochs of its own
         self._epoch: int | None = None
         self._data_stream: tuple[Any, Any, torch.Tensor] | None = None
+        self._lock = contextlib.ExitStack()
         self._losses: dict[str, DecoupledLoss] = {}  # whose terms the model itself does not log
 
     def before_run(self, runner: Any) -> None:
@@ -122,6 +133,8 @@ class IKLHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Refuses what would go wrong silently, and introduces the runner to the model."""
+        if get_rank() == 0:
+            self._lock.enter_context(run_lock("IKLHook", runner.work_dir))
         loop = runner.train_loop
         by_iteration = isinstance(loop, IterBasedTrainLoop)
         self._iterations_per_epoch = _iterations_per_epoch(loop.dataloader) if by_iteration else None
@@ -186,6 +199,10 @@ class IKLHook(Hook):  # type: ignore[misc]
         """Ends an epoch of an epoch-based loop."""
         if self._iterations_per_epoch is None:
             _end_epoch(runner, runner.epoch + 1)
+
+    def after_run(self, runner: Any) -> None:
+        """Lets another process train in the work dir; after an error that happens as this process ends."""
+        self._lock.close()
 
     def before_val(self, runner: Any) -> None:
         """Keeps the random numbers of an iteration-based loop's data: a resumed run replays no validation."""

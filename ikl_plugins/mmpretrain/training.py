@@ -8,6 +8,7 @@ talk over gloo whatever the config says. Of a disk that is full or may not be wr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import runpy
@@ -21,6 +22,8 @@ import mmpretrain
 import torch
 from mmengine.config import Config
 
+from .._files import InUseError
+from ..mmengine.hooks import run_lock
 from .registration import ENTRY_NAMES
 
 __all__ = ["main", "train_script"]
@@ -52,23 +55,30 @@ def main(arguments: list[str]) -> None:
         arguments: path of a config and the options of the script.
 
     Raises:
+        KeyboardInterrupt: with how to go on.
         OSError: a file of the run cannot be written. The message names the place and the way to go on.
         SystemExit: any other error of the training, after its traceback.
-        ValueError: as :func:`train_script`.
+        ValueError: as :func:`train_script`; another process trains in the work dir.
     """
     script = train_script()
     arguments = _for_ranks(arguments)
-    if os.environ.get("RANK", "0") == "0":
-        _warn_of_a_missing_import(arguments[0])
+    config = _read(arguments[0]) if os.environ.get("RANK", "0") == "0" else None
+    if config is not None:
+        _warn_of_a_missing_import(arguments[0], config)
     sys.argv = [str(script), *arguments]
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        with contextlib.nullcontext() if config is None else _alone(arguments, config):
+            runpy.run_path(str(script), run_name="__main__")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("go on with --resume") from None
+    except InUseError:
+        raise
     except Exception as error:
         if not isinstance(error, OSError) or error.errno not in (*_FULL, *_CLOSED):
             traceback.print_exc()
             raise SystemExit(1) from error
         # A write that fails does not know the name of its file; it lies in the work dir.
-        place = error.filename or _work_dir(arguments)
+        place = error.filename or _work_dir(arguments, config)
         way_out = "Free some space" if error.errno in _FULL else "Make it writable, or name another --work-dir"
         raise OSError(
             f"{CALLER}: {place} cannot be written: {error.strerror}. Checkpoints before are whole. "
@@ -107,11 +117,10 @@ def _read(path: str) -> Config | None:
         return None
 
 
-def _warn_of_a_missing_import(path: str) -> None:
+def _warn_of_a_missing_import(path: str, config: Config) -> None:
     """Here the names are known anyway, in mmpretrain's own scripts they are not."""
-    config = _read(path)
-    named = [] if config is None else sorted(_types_in(config.to_dict()) & ENTRY_NAMES)
-    imports = [] if config is None else (config.get("custom_imports") or {}).get("imports") or []
+    named = sorted(_types_in(config.to_dict()) & ENTRY_NAMES)
+    imports = (config.get("custom_imports") or {}).get("imports") or []
     if named and "ikl_plugins" not in str(imports):
         print(
             f"warning: {path} names {', '.join(named)}, but does not import them, so that tools/train.py and test.py "
@@ -127,11 +136,27 @@ def _types_in(value: Any) -> set[str]:
     return set().union(*map(_types_in, value)) if isinstance(value, (list, tuple)) else set()
 
 
-def _work_dir(arguments: list[str]) -> str:
-    """Where mmpretrain's script writes to."""
+def _alone(arguments: list[str], config: Config) -> contextlib.AbstractContextManager[None]:
+    """Refuses a second run in the work dir before MMEngine writes there."""
+    launcher = _options(arguments).launcher
+    if launcher not in (None, "none", "pytorch"):  # who is the first rank is known later, to IKLHook
+        return contextlib.nullcontext()
+    return run_lock(CALLER, _work_dir(arguments, config))
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """What options of mmpretrain's script say of its processes and of where it writes to."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("config")
     parser.add_argument("--work-dir")
-    found = parser.parse_known_args(arguments)[0]
-    of_config = Config.fromfile(found.config, import_custom_modules=False).get("work_dir")
-    return str(found.work_dir or of_config or Path("work_dirs", Path(found.config).stem))
+    parser.add_argument("--launcher")
+    parser.add_argument("--cfg-options", nargs="+", default=[])
+    return parser.parse_known_args(arguments)[0]
+
+
+def _work_dir(arguments: list[str], config: Config | None) -> str:
+    """Where mmpretrain's script writes to."""
+    found = _options(arguments)
+    last = [option.removeprefix("work_dir=") for option in found.cfg_options if option.startswith("work_dir=")][-1:]
+    of_config = None if config is None else config.get("work_dir")
+    return str(*last or [found.work_dir or of_config or Path("work_dirs", Path(found.config).stem)])

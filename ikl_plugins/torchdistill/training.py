@@ -14,6 +14,7 @@ It reads the keys that upstream's examples/torchvision/image_classification.py r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -34,6 +35,7 @@ from torchdistill.datasets.util import build_data_loader
 from torchdistill.misc.log import set_basic_log_config, setup_log_file
 
 from .. import _validation as check
+from .._files import locked
 from ..functional import LossTerms
 from .box_evaluation import evaluation_of
 from .dry_run import dry_run
@@ -218,13 +220,43 @@ def run(
 
     Raises:
         ValueError: a checkpoint that is missing or does not fit, an option out of range, a validation or test set or a
-            scheduler that would only fail after an epoch, a loss that is not finite.
+            scheduler that would only fail after an epoch, a loss that is not finite; another process runs with the same
+            `dst_ckpt`.
     """
+    with _alone(config):
+        return _run(
+            config,
+            device=torch.device(device),
+            seed=seed,
+            start_epoch=start_epoch,
+            best_by=best_by,
+            allow_changes=allow_changes,
+            progress=progress,
+        )
+
+
+def _alone(config: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Refuses a second run with the same checkpoints; of several ranks the first one has them locked."""
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return contextlib.nullcontext()
+    return locked(CALLER, student_config(config)["dst_ckpt"], "Wait for it, or change `dst_ckpt:`.")
+
+
+def _run(
+    config: dict[str, Any],
+    *,
+    device: torch.device,
+    seed: int,
+    start_epoch: int,
+    best_by: str,
+    allow_changes: bool,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     import_dependencies(config.get("dependencies"))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         if best_by not in BEST_BY:
             raise ValueError(check.unknown_name_message(CALLER, "--best_by", best_by, BEST_BY))
-        trainer = Trainer(config, torch.device(device), seed, best_by)
+        trainer = Trainer(config, device, seed, best_by)
         if best_by == "robust" and evaluation_of(trainer.box) is None:
             raise ValueError(
                 f"{CALLER}: --best_by robust needs `post_epoch_process:` to be one of "
@@ -305,19 +337,22 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         ImportError, OSError, RuntimeError, TypeError, ValueError: what a user can mend.
-        SystemExit: on --help, on an unknown option, and on an interruption, with how to go on.
+        KeyboardInterrupt: with how to go on.
+        SystemExit: on --help and on an unknown option.
     """
     path, *options = arguments
     args = _parser().parse_args(options)
     set_basic_log_config()
     try:
         device = _join_group(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-        if args.run_log is not None and not (dist.is_initialized() and dist.get_rank() > 0):
-            setup_log_file(args.run_log.expanduser())
-        shared = {name: getattr(args, name) for name in ("seed", "start_epoch", "best_by", "allow_changes")}
-        result = run(load_config(path), device=device, **shared)
+        config = load_config(path)
+        with _alone(config):
+            if args.run_log is not None and not (dist.is_initialized() and dist.get_rank() > 0):
+                setup_log_file(args.run_log.expanduser())
+            shared = {name: getattr(args, name) for name in ("seed", "start_epoch", "best_by", "allow_changes")}
+            result = _run(config, device=device, **shared)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; go on with --start_epoch") from None
+        raise KeyboardInterrupt("go on with --start_epoch") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

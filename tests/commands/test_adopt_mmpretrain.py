@@ -518,8 +518,17 @@ def test_the_command_line(folder, checkpoint, ikl):
     assert [path.name for path in Path("runs").iterdir()] == ["gkl.py"]
     again = ikl("adopt", "runs/gkl.py", *teacher, "--output", "x.py")
     assert (again.out, again.status) == ("", None)
-    assert again.err.startswith("runs/gkl.py is adopted already")
+    assert "\nruns/gkl.py is adopted already" in again.err
     assert not Path("x.py").exists()
+
+
+def test_that_a_config_is_python_is_said_before_it_is_executed(folder, ikl):
+    Path("student.py").write_text("import sys\nprint('executed', file=sys.stderr)\nraise SystemExit(3)\n")
+    for options in ([], ["--check"]):
+        done = ikl("adopt", "student.py", "--teacher", "teacher.py", "--teacher-ckpt", "teacher.pth", *options)
+        first, second = done.err.splitlines()[:2]
+        assert first == "ikl adopt: an MMPretrain config is Python, and is executed now: student.py and teacher.py"
+        assert second == "executed"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ everything else.
 """
 
 import difflib
+import os
 import subprocess
 
 import pytest
@@ -742,6 +743,20 @@ def test_output_is_written_whole(kd, ikl, how):
     assert "checked: train: the term 'kd'" in done.err
     assert "written: " in done.err
     assert not list(kd.parent.rglob("*partial*"))
+
+
+def test_in_place_keeps_links_modes_and_line_ends(kd, ikl):
+    real = kd.with_name("shared.yaml")
+    kd.rename(real)
+    real.write_bytes(real.read_bytes().replace(b"\n", b"\r\n"))
+    real.chmod(0o640)
+    os.link(real, kd.with_name("hard.yaml"))
+    kd.symlink_to("shared.yaml")
+    done = ikl("adopt", "kd.yaml", "--in-place")
+    assert "kd.yaml had 1 other hard link, which keeps the old text" in done.err
+    assert (os.readlink(kd), real.stat().st_mode & 0o777) == ("shared.yaml", 0o640)
+    assert real.read_bytes() == adopt_yaml(SAMPLE, "IKL").text.replace("\n", "\r\n").encode()
+    assert b"IKL" not in kd.with_name("hard.yaml").read_bytes()
 
 
 def test_an_adopted_file_says_so_and_nothing_is_written(kd, ikl):

@@ -17,6 +17,7 @@ from mmpretrain_runs import (
     assert_same,
     by_iteration,
     distilled_network,
+    holding,
     images,
     loader,
     network,
@@ -28,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ikl_plugins.mmengine import hooks
+from ikl_plugins.mmengine.hooks import run_lock
 from ikl_plugins.mmpretrain import IKLHook, IKLLoss
 
 PRIOR = "distill_loss.class_prior"
@@ -104,6 +106,19 @@ def test_the_priors_of_any_model_are_rolled(settings, tmp_path):
     prior = run.model.criterion.class_prior
     assert prior.counts.sum() == 0
     assert not torch.equal(prior.matrix, torch.full((3, 3), 1 / 3))
+
+
+def test_a_work_dir_has_one_training_process(tmp_path):
+    run = runner(tmp_path, Foreign(), epochs=1)
+    with holding(tmp_path / "run") as process, pytest.raises(ValueError, match=rf"^IKLHook: .* process {process} on"):
+        run.train()
+    assert not list(tmp_path.glob("*.pth"))
+    with run_lock("ikl train", tmp_path):  # as `ikl train` does in the same process
+        runner(tmp_path, Foreign(), epochs=1).train()
+        assert (tmp_path / "run.lock").exists()
+    run = runner(tmp_path, Foreign(), epochs=1)
+    run.train()
+    assert not (tmp_path / "run.lock").exists()
 
 
 @pytest.mark.parametrize("ours", [True, False])

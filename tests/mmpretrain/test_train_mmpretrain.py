@@ -1,5 +1,6 @@
 """`ikl train` and mmpretrain's test.py as processes, from an empty directory: train, resume, test, two ranks."""
 
+import os
 import re
 import runpy
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
-from mmpretrain_runs import CONFIGS, TRAIN, assert_same, execute, few_images, tool
+from mmpretrain_runs import CONFIGS, TRAIN, assert_same, execute, few_images, holding, tool
 
 from ikl_plugins.commands import data as prepare_data
 from ikl_plugins.mmpretrain import training
@@ -265,3 +266,35 @@ def test_a_disk_that_cannot_be_written_is_told_in_one_line(error, options, messa
     script(f"raise {error}\n")
     with pytest.raises(OSError, match=f"^ikl train: {message}"):
         training.main([str(config), *options])
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [
+        ("of_config", []),
+        ("mine", ["--work-dir", "mine"]),
+        ("last", ["--work-dir", "mine", "--cfg-options", "work_dir=last", "a=1"]),
+    ],
+)
+def test_a_second_run_in_a_work_dir_is_refused_before_it_writes(place, options, tmp_path, script, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.py").write_text("work_dir = 'of_config'\n")
+    script("from pathlib import Path\nprint(*Path('.').rglob('*.lock'))\n")
+    with holding(Path(place, "run")) as process:
+        with pytest.raises(
+            ValueError, match=rf"^ikl train: {place}/run must have .* process {process} on .* does\. Wait"
+        ):
+            training.main(["config.py", *options])
+        assert sorted(os.listdir()) == sorted(["config.py", place, "train.py"])
+    training.main(["config.py", *options])  # the other was killed
+    assert capsys.readouterr().out == f"{place}/run.lock\n"
+    monkeypatch.setenv("RANK", "1")  # of a run whose first rank has it
+    training.main(["config.py", *options])
+    assert capsys.readouterr().out == "\n"
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, script):
+    (tmp_path / "config.py").write_text(f"work_dir = {str(tmp_path)!r}\n")
+    script("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt, match="go on with --resume"):
+        training.main([str(tmp_path / "config.py")])

@@ -19,6 +19,7 @@ import torch
 from quick_autoattack import Harmless, consistent_log, robustbench
 
 from ikl_plugins import models
+from ikl_plugins._files import locked
 from ikl_plugins.models.robustbench_zoo import parse_architecture, robustbench_network
 from ikl_plugins.robustbench import Images, evaluate
 from ikl_plugins.robustbench.evaluation.log import Evaluation, weights_sha256
@@ -433,6 +434,22 @@ def test_a_full_disk_leaves_what_was_there(failing, write, tmp_path, monkeypatch
         patch.setattr(failing, fail)
         with pytest.raises(OSError, match="No space left on device"):
             write(name="Doe2025Better_new", force=True)
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["submission"]
+
+
+def test_a_submission_has_one_writer_and_a_killed_one_is_repaired(write, tmp_path):
+    folder = write()
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    held = pytest.raises(
+        ValueError, match=rf"submission must have one process .* process {os.getpid()} on .* Wait for it"
+    )
+    with locked("write_submission", folder, ""), held:
+        write(force=True)
+    folder.rename(tmp_path / ".submission.old")  # killed between the two renames
+    (tmp_path / ".submission.partial").mkdir()
+    with pytest.raises(ValueError, match=r"`folder` must be new"):
+        write(name="Doe2025Better_new")
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
     assert [path.name for path in tmp_path.iterdir()] == ["submission"]
 

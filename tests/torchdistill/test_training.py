@@ -16,7 +16,7 @@ pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill ada
 
 from torchdistill_boxes import PLACES
 
-from ikl_plugins._files import configs_folder
+from ikl_plugins._files import configs_folder, locked
 from ikl_plugins.commands.main import main as ikl
 from ikl_plugins.models import resnet8, resnet56
 from ikl_plugins.torchdistill import training, yaml_config
@@ -489,13 +489,28 @@ def test_the_command_says_in_one_line_what_to_mend(tmp_path, monkeypatch):
         ikl(["train", "torchdistill/digits/ikl.yaml"])
 
 
-def test_an_interruption_says_how_to_go_on(workplace, monkeypatch):
+def test_an_interruption_says_how_to_go_on(workplace, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "run", stop)
-    with pytest.raises(SystemExit, match="interrupted; go on with --start_epoch"):
+    monkeypatch.setattr(training.Trainer, "train_epoch", stop)
+    with pytest.raises(SystemExit) as end:
         ikl(["train", str(IKL), "--device", "cpu"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted; go on with --start_epoch\n")
+
+
+def test_a_second_run_is_refused_before_it_writes_anything(workplace, monkeypatch):
+    Path("run.log").write_text("of the first")
+    with locked("ikl train", IKL_PATH, ""):
+        files = {path: path.stat().st_mtime_ns for path in workplace.rglob("*")}
+        for second in (lambda: run(ikl_config()), lambda: ikl(["train", str(IKL), "--run_log", "run.log"])):
+            with pytest.raises((ValueError, SystemExit), match=rf"ikl\.pt must have .* process {os.getpid()} on"):
+                second()
+        assert {path: path.stat().st_mtime_ns for path in workplace.rglob("*")} == files
+    with pytest.raises(LookupError):
+        run(ikl_config(), progress=lambda *_: [].pop())
+    assert not IKL_PATH.with_name("ikl.pt.lock").exists()
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ def run(config, **options):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    original = training.run
-    training.Trainer, training.run = Recorded, run
+    original = training._run
+    training.Trainer, training._run = Recorded, run
     # One group for all of them: torchrun's store gives no second one.
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     for name in sys.argv[1:]:

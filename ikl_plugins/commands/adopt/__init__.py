@@ -197,4 +197,5 @@ def _write(config: Path, target: Path | None, text: str | None) -> None:
         file.write(text)
     _say(f"written: {target}")
     if links > 0:
-        _say(f"{target} had {links} other hard links, which keep the old text")
+        others = "1 other hard link, which keeps" if links == 1 else f"{links} other hard links, which keep"
+        _say(f"{target} had {others} the old text")

@@ -10,7 +10,7 @@ import json
 import runpy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -67,18 +67,18 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _alone(write: Callable[Concatenate[Path, P], Path]) -> Callable[Concatenate[Path | str, P], Path]:
+def _alone(write: Callable[P, Path]) -> Callable[P, Path]:
     @functools.wraps(write)
-    def written(folder: Path | str, *args: P.args, **options: P.kwargs) -> Path:
-        with alone(Path(folder)):
-            return write(Path(folder), *args, **options)
+    def written(*args: P.args, **options: P.kwargs) -> Path:
+        with alone(Path(str(args[0] if args else options["folder"]))):
+            return write(*args, **options)
 
     return written
 
 
 @_alone
 def write_submission(
-    folder: Path,
+    folder: Path | str,
     *,
     name: str,
     model: nn.Module,
@@ -170,6 +170,7 @@ def write_submission(
     Warns:
         UserWarning: the name does not go with title or authors, or is taken by an entry of the leaderboard.
     """
+    folder = Path(folder)
     people, evaluation, externals = check_statements(
         folder,
         name=name,
