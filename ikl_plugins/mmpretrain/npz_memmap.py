@@ -47,8 +47,8 @@ class MappedArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: int | numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
-        """A copy of one row, or of several."""
+    def __getitem__(self, index: int) -> numpy.ndarray[Any, Any]:
+        """A copy of one row."""
         row: numpy.ndarray[Any, Any] = numpy.array(self._view()[index])
         self._reads += 1
         if self._reads % _READS_KEPT == 0:

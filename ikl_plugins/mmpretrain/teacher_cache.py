@@ -1,18 +1,13 @@
 """Teacher logits kept on disk: each image recurs in a few fixed augmentations, and the teacher sees each of them once.
 
 The random numbers of an image follow from (seed, view, index), whichever worker or rank loads it. The view travels with
-the index from the batch sampler to the data set, so that persistent workers and batches loaded ahead have it too. A
-record is the logits of one image and a checksum of both image and logits: one of another image, or that a kill has cut
-off, does not count, and the teacher runs again. So processes may write one file at once, in any order.
+the index from the batch sampler to the data set, so that persistent workers and batches loaded ahead have it too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
-import random
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,18 +24,15 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from .. import _validation as check
-from .._files import naming, written_aside
+from .._logit_records import LogitRecords, check_settings, digest, image_mark, seeded, weights_of
 from .._random_states import kept_random_states
-from .npz_memmap import MappedArray
 from .teacher import FrozenTeacher
 
 __all__ = ["LogitCache"]
 
 _CALLER = "DistillationClassifier"
 _KEYS = ("folder", "views", "dtype", "seed")
-_DTYPES: dict[Any, numpy.dtype[Any]] = {"float32": numpy.dtype("<f4"), "float16": numpy.dtype("<f2")}
 _ROW = "teacher_row"  # of a data sample: number of the record, checksum and size of the image
-_CHECKSUM = 4  # bytes at the end of a record
 
 
 class LogitCache:
@@ -67,9 +59,9 @@ class LogitCache:
         for name in settings:
             if name not in _KEYS:
                 raise ValueError(check.unknown_name_message(_CALLER, "key of `teacher_cache`", name, _KEYS))
-        dtype = settings.get("dtype", "float32")
-        if dtype not in _DTYPES:
-            raise ValueError(check.unknown_name_message(_CALLER, "`dtype` of `teacher_cache`", str(dtype), _DTYPES))
+        self.views, self.seed = settings["views"], settings.get("seed", 0)
+        self.dtype = settings.get("dtype", "float32")
+        check_settings(_CALLER, self.views, self.seed, self.dtype)
         if getattr(preprocessor, "batch_augments", None) is not None:
             raise ValueError(
                 f"{_CALLER}: `teacher_cache` must have images that are not mixed, got `augments` of `train_cfg`. "
@@ -81,14 +73,10 @@ class LogitCache:
                 f"Drop one of them."
             )
         self.folder = Path(str(settings["folder"])).expanduser()
-        self.views = check.check_integer(_CALLER, "views", settings["views"])
-        self.seed = check.check_integer(_CALLER, "seed", settings.get("seed", 0), least=0)
-        self.dtype = _DTYPES[dtype]
         self.fields: dict[str, str] = {}
         self._rows = 0
-        self._records: MappedArray | None = None
+        self._records: LogitRecords | None = None
         self._asked = True  # whether the teacher has run in this epoch
-        self._told = False
 
     def attach(self, teacher: FrozenTeacher, preprocessor: nn.Module, runner: Any) -> None:
         """Gives the training data its fixed augmentations, and takes down what the logits depend on.
@@ -119,14 +107,13 @@ class LogitCache:
         own = runner.cfg.get("train_dataloader") if runner.cfg is not None else None
         pipeline = own.get("dataset") if isinstance(own, Mapping) else None
         self.fields = {
-            "teacher": _digest(_weights(teacher.module)),
-            "teacher_config": _digest([_text(teacher.settings).encode(), repr(teacher.module).encode()]),
-            "teacher_inputs": _digest([_preprocessing(part).encode() for part in (preprocessor, teacher.module)]),
+            "teacher": digest(weights_of(teacher.module)),
+            "teacher_config": digest([_text(teacher.settings).encode(), repr(teacher.module).encode()]),
+            "teacher_inputs": digest([_preprocessing(part).encode() for part in (preprocessor, teacher.module)]),
             "teacher_precision": str(teacher.precision),
-            "pipeline": _digest([_text(pipeline).encode()]),
-            "data": _digest(_names(loader.dataset)),
+            "pipeline": digest([_text(pipeline).encode()]),
+            "data": digest(_names(loader.dataset)),
             "images": f"{length} in {self.views} views, seed {self.seed}",
-            "dtype": str(self.dtype),
         }
         views = _ViewBatches(loader.batch_sampler, loop, self.views, length)
         # A DataLoader refuses to have these two set, but reads them anew in each epoch; all others keep this loader.
@@ -171,72 +158,32 @@ class LogitCache:
                 f"Resize or crop them."
             )
         records = self._open(teacher, inputs, student.shape[1])
-        logits = self._read(records, numbers, marks)
+        logits = records.read(numbers, marks)
         if logits is None:
             teacher.module.to(inputs.device)
             self._asked = True
             given = teacher(inputs)
             if given.shape != student.shape:  # the caller tells
                 return given
-            logits = self._write(records, numbers, marks, given.float().cpu())
+            logits = records.write(numbers, marks, given)
         return logits.to(inputs.device, torch.promote_types(student.dtype, torch.float32))
 
-    def _open(self, teacher: FrozenTeacher, inputs: Tensor, classes: int) -> MappedArray:
-        """The file of these logits; its folder is named after all they depend on."""
-        if self._records is not None:
-            return self._records
-        kind = inputs.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.fields |= {"classes": str(classes), "autocast": str(None if teacher.precision else autocast)}
-        text = json.dumps(self.fields, indent=1)
-        path = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16] / "logits.bin"
-        shape = (self._rows, classes * self.dtype.itemsize + _CHECKSUM)
-        size = shape[0] * shape[1]
-        if not path.is_file():
-            with written_aside(path.with_name("fields.json")) as aside:
-                aside.write_text(text)
-            with written_aside(path, first=True) as aside, aside.open("wb") as file:
-                file.truncate(size)  # with holes: the disk gives room for what is written
-        if path.stat().st_size != size:
-            raise ValueError(f"{_CALLER}: {path} must have {size} bytes, got {path.stat().st_size}. Remove it.")
-        MMLogger.get_current_instance().info(
-            "%s: the teacher's logits are kept in %s (%.1f MB when all are there).", _CALLER, path, size / 1e6
-        )
-        self._records = MappedArray(path, 0, shape, numpy.dtype("u1"))
-        return self._records
-
-    def _read(self, records: MappedArray, numbers: Sequence[int], marks: Sequence[int]) -> Tensor | None:
-        """The logits of images, if they are kept of all."""
-        found = records[numpy.array(numbers)]
-        kept = found[:, -_CHECKSUM:].copy().view("<u4")[:, 0]
-        values = numpy.ascontiguousarray(found[:, :-_CHECKSUM])
-        expected = [zlib.crc32(row.data, mark) for row, mark in zip(values, marks, strict=True)]
-        wrong = kept != numpy.array(expected, dtype="u4")
-        if not wrong.any():
-            return torch.from_numpy(values.view(self.dtype).astype("f4"))
-        if not self._told and found[wrong].any():
-            self._told = True
-            MMLogger.get_current_instance().warning(
-                "%s: images are not those whose logits `teacher_cache` keeps, so the teacher runs again: the data has "
-                "changed, or a transform draws from a generator of its own.",
+    def _open(self, teacher: FrozenTeacher, inputs: Tensor, classes: int) -> LogitRecords:
+        if self._records is None:
+            kind = inputs.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            fields = {**self.fields, "autocast": str(None if teacher.precision else autocast)}
+            logger = MMLogger.get_current_instance()
+            self._records = LogitRecords(
+                _CALLER, self.folder, fields, self._rows, classes, self.dtype, warn=logger.warning
+            )
+            logger.info(
+                "%s: the teacher's logits are kept in %s (%.1f MB when all are there).",
                 _CALLER,
+                self._records.path,
+                self._records.rows.nbytes / 1e6,
             )
-        return None
-
-    def _write(self, records: MappedArray, numbers: Sequence[int], marks: Sequence[int], given: Tensor) -> Tensor:
-        """Keeps logits, and returns them as they will be read."""
-        with numpy.errstate(over="ignore"):
-            values = given.numpy().astype(self.dtype)
-        if not numpy.isfinite(values).all() and bool(torch.isfinite(given).all()):
-            raise ValueError(
-                f"{_CALLER}: dtype='float16' must hold the teacher's logits, got larger ones. Use float32."
-            )
-        with naming(records.path), records.path.open("r+b", buffering=0) as file:
-            for number, mark, row in zip(numbers, marks, values, strict=True):
-                content = row.tobytes()
-                file.seek(number * records.shape[1])
-                file.write(content + zlib.crc32(content, mark).to_bytes(_CHECKSUM, "little"))
-        return torch.from_numpy(values.astype("f4"))
+        return self._records
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LogitCache:
         return self
@@ -262,20 +209,12 @@ class _FixedViews:
         if not isinstance(item, tuple):
             return self.inner[item]
         index, view = item
-        python, array, tensor = numpy.random.SeedSequence((self.seed, view, index)).generate_state(3).tolist()
-        with kept_random_states():
-            random.seed(python)
-            numpy.random.seed(array)
-            torch.default_generator.manual_seed(tensor)
+        with seeded(self.seed, view, index):
             data = self.inner[index]
-        image = data.get("inputs") if isinstance(data, Mapping) else None
-        if not isinstance(image, Tensor) or "data_samples" not in data:
-            raise ValueError(
-                f"{_CALLER}: `teacher_cache` must have one tensor of each image, got {check.kind_of(image)}. "
-                f"End the pipeline with PackInputs."
-            )
-        kind = repr((tuple(image.shape), image.dtype)).encode()
-        mark = zlib.crc32(image.contiguous().view(-1).view(torch.uint8).numpy().data, zlib.crc32(kind))
+        if not isinstance(data, Mapping) or "data_samples" not in data:
+            raise ValueError(f"{_CALLER}: `teacher_cache` must have data samples. End the pipeline with PackInputs.")
+        image = data["inputs"]
+        mark = image_mark(_CALLER, image)
         sample = data["data_samples"].clone()  # a data set in memory gives the same one each time
         row = view * self.length + index, mark, tuple(image.shape[-2:])
         sample.set_field(row, _ROW, field_type="metainfo", dtype=None)
@@ -318,13 +257,6 @@ class _ViewBatches:
 # --- what logits depend on -------------------------------------------------------------------------------------------
 
 
-def _digest(parts: Any) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()
-
-
 def _text(value: Any) -> str:
     """A config as text that is the same in each run."""
 
@@ -333,12 +265,6 @@ def _text(value: Any) -> str:
         return f"{kind.__module__}.{kind.__qualname__}"
 
     return json.dumps(value, sort_keys=True, default=named)
-
-
-def _weights(module: nn.Module) -> Iterator[Any]:
-    for name, tensor in module.state_dict().items():
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _preprocessing(module: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchdistill.core.interfaces.registry import PRE_EPOCH_PROC_FUNC_DICT, register_pre_epoch_proc_func
+from torchdistill.datasets.registry import DATASET_WRAPPER_DICT, register_dataset_wrapper
 from torchdistill.losses.registry import (
     LOSS_DICT,
     LOW_LEVEL_LOSS_DICT,
@@ -23,11 +24,13 @@ from ..models.robustbench_zoo import robustbench_network
 from .losses import mid_level_losses
 from .processes import ALLOWING, ikl_pre_epoch_process, process_allowing_changes
 from .teacher import TeacherInput
+from .teacher_cache import FixedViews
 
 __all__ = ["known_keys", "register"]
 
 _PROCESSES = {"ikl_pre_epoch_process": ikl_pre_epoch_process, ALLOWING: process_allowing_changes}
 _WRAPPERS = {"TeacherInput": TeacherInput}
+_DATASET_WRAPPERS = {"ikl_plugins.FixedViews": FixedViews}
 # The prefix keeps them apart from torchvision's: upstream's script looks there first, and finds a `vgg13`.
 _MODELS = {f"ikl_plugins.{name}": getattr(models, name) for name in models.__all__}
 _MODELS["ikl_plugins.robustbench_network"] = robustbench_network  # it imports RobustBench when it builds one
@@ -51,6 +54,7 @@ def register() -> None:
         ("loss", (MIDDLE_LEVEL_LOSS_DICT, LOW_LEVEL_LOSS_DICT, LOSS_DICT), losses),
         ("pre-epoch process", (PRE_EPOCH_PROC_FUNC_DICT,), _PROCESSES),
         ("auxiliary model wrapper", (AUXILIARY_MODEL_WRAPPER_DICT,), _WRAPPERS),
+        ("data set wrapper", (DATASET_WRAPPER_DICT,), _DATASET_WRAPPERS),
         ("model", (MODEL_DICT,), _MODELS),
     ):
         for key, ours in entries.items():
@@ -67,6 +71,8 @@ def register() -> None:
         register_pre_epoch_proc_func(key=key)(process)
     for key, wrapper in _WRAPPERS.items():
         register_auxiliary_model_wrapper(key=key)(wrapper)
+    for key, dataset_wrapper in _DATASET_WRAPPERS.items():
+        register_dataset_wrapper(key=key)(dataset_wrapper)
     for key, model in _MODELS.items():
         register_model(key=key)(model)
 
