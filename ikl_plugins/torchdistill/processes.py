@@ -29,7 +29,7 @@ from ..class_prior import ClassPrior
 from .adversarial import AdversarialForward
 from .losses import MidLevelLoss, find_losses
 from .run_settings import RECORD, record_settings
-from .teacher_cache import CachedForward
+from .teacher_cache import CachedForward, FixedViews
 
 __all__ = ["ALLOWING", "ikl_pre_epoch_process", "process_allowing_changes"]
 
@@ -45,7 +45,7 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, *, allow_changes: 
     - A frozen teacher is put in eval mode, so that its BatchNorm statistics stay as they are.
     - Each of this package's losses in the criterion is told the epoch and its number of batches, and moved to the
       device.
-    - A teacher's cached forward process and its data set are told the epoch.
+    - A data set whose augmentations recur is told the epoch, and a teacher whose logits are kept its data set.
     - A forward process of adversarial training is told the epoch, the number of epochs and the class prior.
     - Class priors join the optimizer's state, in ``param_groups[0]['ikl_plugins']``: whatever saves and loads the
       optimizer, upstream's script with ``--start_epoch`` for one, carries them along.
@@ -83,9 +83,12 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, *, allow_changes: 
         default_pre_epoch_process_with_teacher(box, epoch=epoch, **kwargs)
         _settle_teacher(box, first=epoch_of_stage == 1)
         if isinstance(box.teacher_forward_proc, CachedForward):
-            box.teacher_forward_proc = box.teacher_forward_proc.begin_epoch(box, epoch)
+            box.teacher_forward_proc = box.teacher_forward_proc.for_box(box)
     else:
         default_pre_epoch_process_without_teacher(box, epoch=epoch, **kwargs)
+    data = getattr(box.train_data_loader, "dataset", None)
+    if isinstance(data, FixedViews):
+        data.epoch.fill_(epoch)
     losses = find_losses(box.criterion)
     for term, loss in losses.items():
         loss.to(box.device)

@@ -107,8 +107,8 @@ class CachedForward:
         self.data: FixedViews | None = None
         self._records: LogitRecords | None = None
 
-    def begin_epoch(self, box: Any, epoch: int) -> CachedForward:
-        """The forward process of a box in an epoch, 0 for the first.
+    def for_box(self, box: Any) -> CachedForward:
+        """The forward process of a box: its own, as boxes of the same settings share the registered one.
 
         Raises:
             ValueError: the box has no ``FixedViews``, a teacher that is trained, or forward hooks of the teacher.
@@ -122,7 +122,6 @@ class CachedForward:
         if box.teacher_updatable or box.target_teacher_pairs:
             what = "one that is trained" if box.teacher_updatable else "forward hooks"
             raise ValueError(f"{_CALLER}: the teacher must be frozen and give logits alone, got {what}. Drop that.")
-        data.epoch.fill_(epoch)
         if self.data is data:
             return self
         own = copy.copy(self)
