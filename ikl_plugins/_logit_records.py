@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _validation as check
 from ._files import naming, written_aside
 from ._random_states import kept_random_states
 
-__all__ = ["LogitRecords", "check_settings", "digest", "image_mark", "seeded", "weights_of"]
+__all__ = ["LogitRecords", "check_settings", "digest", "image_mark", "seeded"]
 
 _DTYPES: dict[Any, numpy.dtype[Any]] = {"float32": numpy.dtype("<f4"), "float16": numpy.dtype("<f2")}
 _CHECKSUM = 4  # bytes at the end of a record
@@ -146,7 +146,8 @@ def image_mark(caller: str, image: object) -> int:
             f"{caller}: each image must be one tensor, got {check.kind_of(image)}. End the pipeline with one."
         )
     kind = repr((tuple(image.shape), image.dtype)).encode()
-    return zlib.crc32(_bytes(image), zlib.crc32(kind))
+    content = image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return zlib.crc32(content, zlib.crc32(kind))
 
 
 def digest(parts: Iterable[Any]) -> str:
@@ -155,14 +156,3 @@ def digest(parts: Iterable[Any]) -> str:
     for part in parts:
         found.update(part)
     return found.hexdigest()
-
-
-def weights_of(module: nn.Module) -> Iterator[Any]:
-    """The bytes of a state dict, with names, dtypes and shapes."""
-    for name, tensor in module.state_dict().items():
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield _bytes(tensor)
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

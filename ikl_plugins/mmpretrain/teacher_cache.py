@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from .. import _validation as check
-from .._logit_records import LogitRecords, check_settings, digest, image_mark, seeded, weights_of
+from .._logit_records import LogitRecords, check_settings, digest, image_mark, seeded
 from .._random_states import kept_random_states
+from ..models.weights import network_sha256
 from .teacher import FrozenTeacher
 
 __all__ = ["LogitCache"]
@@ -107,7 +108,7 @@ class LogitCache:
         own = runner.cfg.get("train_dataloader") if runner.cfg is not None else None
         pipeline = own.get("dataset") if isinstance(own, Mapping) else None
         self.fields = {
-            "teacher": digest(weights_of(teacher.module)),
+            "teacher": network_sha256(teacher.module),
             "teacher_config": digest([_text(teacher.settings).encode(), repr(teacher.module).encode()]),
             "teacher_inputs": digest([_preprocessing(part).encode() for part in (preprocessor, teacher.module)]),
             "teacher_precision": str(teacher.precision),

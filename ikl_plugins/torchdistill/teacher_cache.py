@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT, register_forward_proc_func
 from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
-from .._logit_records import LogitRecords, check_settings, digest, image_mark, seeded, weights_of
+from .._logit_records import LogitRecords, check_settings, digest, image_mark, seeded
+from ..models.weights import network_sha256
 from .losses import PROCESS_LINE, shown_output
 
 __all__ = ["CachedForward", "FixedViews", "cached_forward"]
@@ -158,7 +159,7 @@ class CachedForward:
         return kept.to(sample_batch.device)
 
     def _open(self, model: nn.Module, logits: Tensor, data: FixedViews) -> LogitRecords:
-        fields = {"teacher": digest(weights_of(model)), "teacher_config": digest([repr(model).encode()])}
+        fields = {"teacher": network_sha256(model), "teacher_config": digest([repr(model).encode()])}
         fields |= {**data.fields(), "autocast": str(logits.dtype)}
         rows = data.views * len(data)
         records = LogitRecords(
