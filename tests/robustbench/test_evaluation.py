@@ -673,6 +673,10 @@ def test_adversarial_images_that_are_damaged_in_any_way_are_refused(copied, whol
 def test_files_of_other_evaluations_are_left_alone_and_serve_again(tmp_path, monkeypatch):
     model, images, labels = sample()
     path = tmp_path / "log.json"
+    (tmp_path / "mine").mkdir()  # a folder of the user's, behind a link where the batches go
+    (tmp_path / "log_adversarial").symlink_to("mine")
+    for name in ("0-apgd-ce-00000.npz", "images.npz", ".images.1-00000000.partial.npz"):
+        (tmp_path / "mine" / name).write_text("mine")
     first = evaluate(model, images, labels, eps="9/255", attacks=["apgd-ce"], batch_size=2, log=path)
     before = {file: file.read_bytes() for file in (tmp_path / "log_adversarial").iterdir()}
     path.unlink()
