@@ -212,5 +212,5 @@ def test_all_ranks_stop_alike(tmp_path):
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    said = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    said = [rank.communicate(timeout=200)[0].splitlines() for rank in ranks]
     assert said == [["goes on", "host: x: was 1, is 0", "refused True"], ["goes on", "refused True"]]
