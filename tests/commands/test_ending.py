@@ -49,6 +49,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("when", PRESSED)
 def test_ctrl_c_is_one_line_and_130(when: str, tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="ikl adopt reads YAML")
     (tmp_path / "torch.py").write_text(PRESSED[when])
     words = [sys.executable, "-m", "ikl_plugins", "adopt", "kd.yaml"]
     done = subprocess.run(words, env=environment(tmp_path), capture_output=True, text=True, check=False, timeout=8)
