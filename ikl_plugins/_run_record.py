@@ -92,8 +92,8 @@ def check_resumed(
     was = was if isinstance(was, Mapping) else {}
     found, rank = differences(was, now), 0
     if dist.is_available() and dist.is_initialized():
-        told, rank = [found], dist.get_rank()
-        dist.broadcast_object_list(told, 0)
+        told, rank = [found] * dist.get_world_size(), dist.get_rank()
+        dist.all_gather_object(told, found)  # rank 0, too, waits for the others before it stops
         found = told[0]
     if rank == 0 and "losses" not in was:
         logger.warning("%s: %s has no record of its run's settings; they are not compared", caller, source)

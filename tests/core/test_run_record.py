@@ -202,6 +202,7 @@ for was, now in (({"x": rank}, {"x": 0}), ({"x": 1 - rank}, {"x": 0})):  # rank 
         print("goes on")
     except ValueError as error:
         print("refused", "x (was 1, is 0)" in str(error))
+dist.barrier()
 dist.destroy_process_group()
 """
 
