@@ -21,7 +21,7 @@ from .. import losses as core
 from .._value_checks import read_value_checks
 from ..class_prior import ClassPrior
 from ..functional import LossTerms
-from ..presets import Preset, find_preset
+from ..presets import ROBUST_DISTILLATION, Preset, find_preset, robust_distillation
 from .epoch_log import EpochLog
 
 __all__ = ["AdversarialLogits", "MidLevelLoss", "find_losses", "mid_level_losses"]
@@ -32,17 +32,22 @@ PROCESS_LINE = "pre_epoch_process: 'ikl_pre_epoch_process'"
 
 
 class AdversarialLogits(NamedTuple):
-    """What a model gives in adversarial training: logits (N, C) of the natural and of the adversarial images."""
+    """What a model gives in adversarial training: logits (N, C) of the natural and of the adversarial images.
+
+    Beside them a teacher's of the adversarial images, where it sees those.
+    """
 
     natural: Tensor
     adversarial: Tensor
+    teacher: Tensor | None = None
 
 
 class MidLevelLoss(nn.Module):
     """A loss of :data:`ikl_plugins.losses.LOSSES` in torchdistill: ``ce_weight * cross entropy + ramp * core loss``.
 
     In adversarial training, where the student's output is :class:`AdversarialLogits`, the adversarial logits are the
-    student's, the natural ones the teacher's unless there is a teacher, and the natural ones meet the labels.
+    student's, the natural ones the teacher's unless there is a teacher, and the natural ones meet the labels. With a
+    teacher they meet its natural logits as well, ``+ ramp * teacher_natural_weight * core loss``.
 
     Args:
         student_module_path: the student's module that gives the logits; ``'.'`` for the model itself, any other needs a
@@ -50,11 +55,15 @@ class MidLevelLoss(nn.Module):
         student_module_io: ``'output'`` or ``'input'`` of that module.
         teacher_module_path: the same for the teacher.
         teacher_module_io: the same for the teacher.
-        preset: name of settings, see :meth:`ikl_plugins.DecoupledLoss.preset`; other keywords go before them.
+        preset: name of settings, see :meth:`ikl_plugins.DecoupledLoss.preset`; other keywords go before them. With
+            ``num_classes`` also of an adversarial distillation, see :func:`ikl_plugins.presets.robust_distillation`:
+            ``'rslad'`` of DKLLoss, whose gradients are KL's, ``'rslad-ikl'`` of IKLLoss.
         ce_weight: weight of the cross entropy to the labels, at least 0; by default 0, with a preset 1. KDLoss calls it
             ``alpha``; here ``alpha`` is the core's weight of the soft-label cross entropy.
         warmup_epochs: the core loss is multiplied by min(epoch / warmup_epochs, 1), epochs of the stage counted from 1;
             0 and 1 mean no ramp, by default that of the preset. The cross entropy to the labels is not scaled.
+        teacher_natural_weight: weight of the core loss of the student's natural logits to the teacher's natural ones,
+            at least 0, in adversarial distillation; by default 0, or that of the preset.
         **loss_keywords: keywords of the core class, see there.
 
     Raises:
@@ -92,6 +101,7 @@ class MidLevelLoss(nn.Module):
         preset: str | None = None,
         ce_weight: float | None = None,
         warmup_epochs: int | None = None,
+        teacher_natural_weight: float | None = None,
         **loss_keywords: Any,
     ) -> None:
         super().__init__()
@@ -104,9 +114,15 @@ class MidLevelLoss(nn.Module):
             "student": _place(name, "student", student_module_path, student_module_io),
             "teacher": _place(name, "teacher", teacher_module_path, teacher_module_io),
         }
-        found = Preset(name, {}) if preset is None else find_preset(preset, name)
-        self.ce_weight = (0.0 if preset is None else 1.0) if ce_weight is None else ce_weight
+        found, labels, natural = Preset(name, {}), 0.0, 0.0
+        if preset in ROBUST_DISTILLATION:
+            found, labels, natural = _adversarial_preset(name, preset, loss_keywords.get("num_classes"))
+        elif preset is not None:
+            found, labels = find_preset(preset, name), 1.0
+        self.ce_weight = labels if ce_weight is None else ce_weight
         self.warmup_epochs = found.warmup_epochs if warmup_epochs is None else warmup_epochs
+        natural = natural if teacher_natural_weight is None else teacher_natural_weight
+        self.teacher_natural_weight = check.check_number(name, "teacher_natural_weight", natural)
         check.check_number(name, "ce_weight", self.ce_weight)
         check.check_number(name, "warmup_epochs", self.warmup_epochs)
         self.core = self.core_class(**{**found.keywords, **loss_keywords})
@@ -152,7 +168,7 @@ class MidLevelLoss(nn.Module):
             TypeError: targets or logits of the wrong type.
             ValueError: no logits at a module path; targets missing or out of range; epoch boundaries missing.
         """
-        student, teacher, labelled = self._views(student_io_dict, teacher_io_dict)
+        student, teacher, labelled, natural = self._views(student_io_dict, teacher_io_dict)
         training = student.requires_grad
         if training:
             self._check_boundaries()
@@ -160,7 +176,12 @@ class MidLevelLoss(nn.Module):
         if prior is not None and prior.matrix.device != student.device:
             self.to(student.device)
 
+        of_natural = None
+        if natural is not None:  # first, so that `last_terms` are those of the adversarial images
+            of_natural = self.teacher_natural_weight * self.core(labelled, natural, targets, observe=False)
         loss: Tensor = self.core(student, teacher, targets, observe=training)
+        if of_natural is not None:
+            loss = loss + of_natural
         # Factors of 1 are left out: on small logits each costs a noticeable part of the loss, forward and backward.
         if self._ramp != 1:
             loss = loss * self._ramp
@@ -245,14 +266,19 @@ class MidLevelLoss(nn.Module):
 
     def _views(
         self, student_io: Mapping[str, Mapping[str, Any]], teacher_io: Mapping[str, Mapping[str, Any]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's logits, the teacher's, and those that meet the labels."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The student's logits, the teacher's, those that meet the labels, and the teacher's logits that these meet."""
         views = student_io.get(_SELF, {}).get("output")
+        if self.teacher_natural_weight and not (isinstance(views, AdversarialLogits) and teacher_io):
+            raise ValueError(
+                f"{type(self).__name__}: `teacher_natural_weight` goes with a teacher and adversarial images. "
+                f"Leave it out, or use ikl_plugins.torchdistill.adversarial_forward."
+            )
         if not isinstance(views, AdversarialLogits):
             student = self._logits("student", student_io)
-            return student, self._logits("teacher", teacher_io), student
+            return student, self._logits("teacher", teacher_io), student, None
         # A hook keeps the last of several forwards.
-        for role in ("student",) if teacher_io else ("student", "teacher"):
+        for role in ("student",) if teacher_io and views.teacher is None else ("student", "teacher"):
             path, io = self._places[role]
             if path != _SELF:
                 raise ValueError(
@@ -260,8 +286,12 @@ class MidLevelLoss(nn.Module):
                     f"({io}). "
                     f"Set {role}_module_path: '.'."
                 )
-        teacher = self._logits("teacher", teacher_io) if teacher_io else views.natural
-        return views.adversarial, teacher, views.natural
+        natural = teacher = views.teacher
+        if teacher_io and (teacher is None or self.teacher_natural_weight):
+            natural = self._logits("teacher", teacher_io)
+        if teacher is None:
+            teacher = views.natural if natural is None else natural
+        return views.adversarial, teacher, views.natural, natural if self.teacher_natural_weight else None
 
     def _logits(self, role: str, io_dict: Mapping[str, Mapping[str, Any]]) -> Tensor:
         name = type(self).__name__
@@ -377,6 +407,18 @@ def _keywords(cls: type) -> list[str]:
     """The named parameters of a class's constructor."""
     parameters = inspect.signature(cls).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+
+
+def _adversarial_preset(name: str, preset: str, num_classes: Any) -> tuple[Preset, float, float]:
+    """The settings of an adversarial distillation, and its weights of the labels and of the natural images."""
+    method = robust_distillation(preset, check.check_num_classes(name, num_classes), name)
+    loss, keywords = method.loss, method.keywords
+    if loss == "KLLoss":  # DKL of equal weights has its gradients
+        weight = keywords["loss_weight"]
+        loss, keywords = "DKLLoss", {"alpha": weight, "beta": weight, "temperature": keywords["temperature"]}
+    if loss != name:
+        raise ValueError(f"{name}: `preset` must be of a preset for {name}, got '{preset}'. Use {loss}.")
+    return Preset(loss, keywords), method.natural_weight, method.teacher_natural_weight
 
 
 def _place(name: str, role: str, path: str, io: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from .._run_record import check_resumed
 from ..class_prior import ClassPrior
-from .adversarial import AdversarialForward
+from .adversarial import AdversarialForward, TeacherForward
 from .losses import MidLevelLoss, find_losses
 from .run_settings import RECORD, record_settings
 from .teacher_cache import CachedForward, FixedViews
@@ -46,7 +46,8 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, *, allow_changes: 
     - Each of this package's losses in the criterion is told the epoch and its number of batches, and moved to the
       device.
     - A data set whose augmentations recur is told the epoch, and a teacher whose logits are kept its data set.
-    - A forward process of adversarial training is told the epoch, the number of epochs and the class prior.
+    - A forward process of adversarial training is told the epoch, the number of epochs and the class prior; in an
+      adversarial distillation also the teacher, whose own forward process is kept inside another.
     - Class priors join the optimizer's state, in ``param_groups[0]['ikl_plugins']``: whatever saves and loads the
       optimizer, upstream's script with ``--start_epoch`` for one, carries them along.
     - So do the settings of the run. One that goes on with others is refused, field by field.
@@ -60,7 +61,7 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, *, allow_changes: 
 
     Raises:
         ValueError: ``epoch`` is missing; a checkpoint's class prior or settings do not fit; a teacher is to be trained
-            on several ranks without a wrapper.
+            on several ranks without a wrapper, or along with a student that is attacked through it.
     """
     if isinstance(epoch, bool) or not isinstance(epoch, int):
         raise ValueError(f"{_CALLER}: `epoch` must be the number of the epoch, from 0, got {epoch!r}.")
@@ -96,7 +97,8 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, *, allow_changes: 
     process = "student_forward_proc" if with_teacher else "model_forward_proc"
     forward = getattr(box, process)
     if isinstance(forward, AdversarialForward):
-        setattr(box, process, forward.in_epoch(epoch_of_stage, epochs, _prior_of(losses, forward)))
+        teacher = _teacher_of(box, losses, forward) if with_teacher else None
+        setattr(box, process, forward.in_epoch(epoch_of_stage, epochs, _prior_of(losses, forward), teacher))
     _keep_priors(box.optimizer, losses, stage, epoch_of_stage)
     for loss in losses.values():
         loss.begin_epoch(epoch_of_stage, _batches(box.train_data_loader))
@@ -116,6 +118,24 @@ def _prior_of(losses: dict[str, MidLevelLoss], forward: AdversarialForward) -> C
             f"{', '.join(priors)}. Set global_info: False in all but one."
         )
     return next(iter(priors.values()), None)
+
+
+def _teacher_of(box: Any, losses: dict[str, MidLevelLoss], forward: AdversarialForward) -> TeacherForward | None:
+    """The teacher's forward process, made one that the attack can ask."""
+    if forward.teacher_view is None:
+        return None
+    attacked = forward.teacher_view == "adversarial"
+    if attacked and box.teacher_updatable:
+        raise ValueError(
+            f"{_CALLER}: a teacher of adversarial images must be frozen. "
+            f"Add to `train:` of the config:\n  teacher:\n    requires_grad: False"
+        )
+    alone = losses.keys() == getattr(box.criterion, "term_dict", {}).keys()
+    natural = not (attacked and alone and not any(loss.teacher_natural_weight for loss in losses.values()))
+    process = box.teacher_forward_proc
+    process = process.process if isinstance(process, TeacherForward) else process
+    taught = box.teacher_forward_proc = TeacherForward(process, natural=natural)
+    return taught
 
 
 def _stage_of(box: Any) -> tuple[int, int, int]:

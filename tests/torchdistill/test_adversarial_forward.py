@@ -325,7 +325,7 @@ SETTINGS = {
     "name": (
         {"step_sizes": 1},
         TypeError,
-        "unknown keyword `step_sizes`. Did you mean `step_size`? Known: budget, eps",
+        "unknown keyword `step_sizes`. Did you mean `step_size`? Known: attack_reference, budget, eps",
     ),
     "name of ours": ({"means": [0.5]}, TypeError, "Did you mean `mean`?"),
     "no number": ({"eps": None}, TypeError, "PGD: `eps` must be a finite number above 0, got None"),
