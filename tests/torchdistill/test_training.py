@@ -28,6 +28,8 @@ SHIPPED = sorted(str(path.relative_to(CONFIGS)) for folder in FOLDERS for path i
 IKL = CONFIGS / "digits" / "ikl.yaml"
 IKL_PATH = Path("runs/torchdistill/digits/ikl/ikl.pt")
 ADVERSARIAL = CONFIGS / "digits" / "adversarial_ikl.yaml"
+TAUGHT = CONFIGS / "digits" / "robust_distill_rslad_ikl.yaml"
+TAUGHT_PATH = Path("runs/torchdistill/digits/robust_distill_rslad_ikl/robust_distill_rslad_ikl.pt")
 ADVERSARIAL_PATH = Path("runs/torchdistill/digits/adversarial_ikl/adversarial_ikl.pt")
 
 
@@ -50,6 +52,7 @@ def teachers(data_folder, tmp_path_factory):
         torch.save({"model": resnet56(num_classes=10).state_dict()}, public)
         for dataset in FOLDERS:
             run(shrink(load_config(CONFIGS / dataset / "teacher.yaml")))
+        run(shrink(load_config(CONFIGS / "digits" / "robust_teacher.yaml")))
     return folder / "runs"
 
 
@@ -79,7 +82,8 @@ def weights(path):
 
 
 def record(path):
-    return load_checkpoint(path)["optimizer"]["param_groups"][0]["ikl_plugins"]["ikl"]["matrix"]
+    (found,) = load_checkpoint(path)["optimizer"]["param_groups"][0]["ikl_plugins"].values()
+    return found["matrix"]
 
 
 def assert_same(ours, theirs):
@@ -110,10 +114,13 @@ def test_each_shipped_config_trains(path, workplace):
     best = load_checkpoint(Path("runs/torchdistill") / dataset / name / f"{name}.pt")
     assert set(best) == {"model", "optimizer", "lr_scheduler", "best_value", "args"}
     # In the style of the recipes, IKL on CIFAR has no class prior.
-    term = name.removeprefix("adversarial_").removesuffix("_no_prior").removesuffix("_cached")
+    term = name.removeprefix("adversarial_").removeprefix("robust_distill_")
+    term = term.removesuffix("_no_prior").removesuffix("_cached")
+    kind = {"rslad": "dkl", "rslad_ikl": "ikl", "robust_teacher": "dkl"}.get(term, term)
+    term = "trades" if name == "robust_teacher" else term
     without = ("cifar10_folder/ikl.yaml", "cifar10_miniature/ikl_no_prior.yaml")
-    assert set(result["class_prior"]) == ({term} if term in ("ikl", "gkl") and path not in without else set())
-    assert (f"{term}/weighted_mse" in row) is (term in ("dkl", "ikl", "gkl"))
+    assert set(result["class_prior"]) == ({term} if kind in ("ikl", "gkl") and path not in without else set())
+    assert (f"{term}/weighted_mse" in row) is (kind in ("dkl", "ikl", "gkl"))
 
 
 @pytest.mark.parametrize("path", SHIPPED)
@@ -152,15 +159,21 @@ def adversarial(config):
     return shrink(load_config(ADVERSARIAL), epochs=3)  # eps is another in each of them
 
 
+def taught(config):
+    return shrink(load_config(TAUGHT), epochs=3)
+
+
 class StopError(Exception):
     pass
 
 
 @pytest.mark.parametrize(
-    ("change", "stop"), [(dict, 2), (accumulate, 1), (stages, 1), (stages, 2), (stages, 3), (adversarial, 1)]
+    ("change", "stop"),
+    [(dict, 2), (accumulate, 1), (stages, 1), (stages, 2), (stages, 3), (adversarial, 1), (taught, 1)],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(workplace, change, stop):
-    path = ADVERSARIAL_PATH if change is adversarial else IKL_PATH
+    path = {adversarial: ADVERSARIAL_PATH, taught: TAUGHT_PATH}.get(change, IKL_PATH)
+    term = "rslad_ikl" if change is taught else "ikl"
     whole = run(change(ikl_config()), seed=5)
     shutil.move(path.parent, "whole")
 
@@ -173,8 +186,8 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(workplace, change, stop):
     assert load_checkpoint(last_path(path))["epoch"] == stop
     resumed = run(change(ikl_config()), seed=5, start_epoch=stop)
 
-    assert torch.equal(resumed["class_prior"]["ikl"], whole["class_prior"]["ikl"])
-    assert not torch.equal(whole["class_prior"]["ikl"], torch.full((10, 10), 0.1))
+    assert torch.equal(resumed["class_prior"][term], whole["class_prior"][term])
+    assert not torch.equal(whole["class_prior"][term], torch.full((10, 10), 0.1))
     for name in (path.name, last_path(path).name):
         assert_same(weights(path.with_name(name)), weights(Path("whole") / name))
     assert len(resumed["history"]) == (4 if change is stages else 3)
@@ -524,6 +537,7 @@ def two_ranks(teachers, data_folder, tmp_path_factory):
     small = [("batch_size: 64", "batch_size: 4"), (r"num_epochs: \d+", "num_epochs: 2")]
     text = replaced(IKL.read_text(), *small)
     files = {"one": text, "adversarial": replaced(ADVERSARIAL.read_text(), *small)}
+    files["taught"] = replaced(TAUGHT.read_text(), *small)
     files["drift"] = replaced(
         text,
         (r" +(pre_epoch_process|global_info|warmup_epochs):.*\n", ""),
@@ -552,21 +566,21 @@ def two_ranks(teachers, data_folder, tmp_path_factory):
     return folder, {name: [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)] for name in files}
 
 
-@pytest.mark.parametrize("name", ["one", "two_stages", "adversarial"])
+@pytest.mark.parametrize("name", ["one", "two_stages", "adversarial", "taught"])
 def test_two_processes_stay_in_step(two_ranks, monkeypatch, name):
     folder, ends = two_ranks
     monkeypatch.chdir(folder)
     first, second = ends[name]
     assert_same(first["end"], second["end"])
-    matrix = first["result"]["class_prior"]["ikl"]
-    assert torch.equal(matrix, second["result"]["class_prior"]["ikl"])
+    (matrix,) = first["result"]["class_prior"].values()
+    assert torch.equal(matrix, *second["result"]["class_prior"].values())
     assert not torch.equal(matrix, torch.full((10, 10), 0.1))
     for ours, theirs in zip(first["result"]["history"], second["result"]["history"], strict=True):
         assert all(ours.get(name) == theirs.get(name) for name in ("val_accuracy", "robust_accuracy"))
     if name == "adversarial":
         robust = ADVERSARIAL_PATH.with_name("adversarial_ikl_best_robust.pt")
         assert load_checkpoint(robust)["best_value"] == first["result"]["history"][-1]["robust_accuracy"]
-    path = {"one": IKL_PATH, "adversarial": ADVERSARIAL_PATH}.get(
+    path = {"one": IKL_PATH, "adversarial": ADVERSARIAL_PATH, "taught": TAUGHT_PATH}.get(
         name, Path("runs/torchdistill/digits/stages/stages.pt")
     )
     last = weights(last_path(path))

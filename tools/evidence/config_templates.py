@@ -134,7 +134,7 @@ $teacher_kwargs
 $teacher_ckpt  student_model:
     key: $student
     kwargs:
-      num_classes: $classes
+$student_kwargs      num_classes: $classes
     dst_ckpt: '$dst_ckpt'""")
 
 ALONE = Template("""\
@@ -166,6 +166,23 @@ ATTACKED_ROLES = """\
           budget: 'high_as_executed'  # 5 steps of eps / 2; the 2 to 5 steps that the script means to take never run
           random_start: 'normal'  # 0.001 * N(0, 1), neither projected nor clamped before the first step
           objective: 'soft_cross_entropy'  # to the natural predictions, without the weighted MSE
+          model_mode: 'eval'"""
+
+TAUGHT_ROLES = """\
+  teacher:
+    forward_proc: 'forward_batch_only'
+    requires_grad: False
+  student:
+    forward_proc: !import_call  # crafts the images; its key is what the box looks up
+      key: 'ikl_plugins.torchdistill.adversarial_forward'
+      init:
+        kwargs:
+          eps: '8/255'
+          steps: 10
+          step_size: '2/255'
+          random_start: 'normal'  # 0.001 * N(0, 1)
+          teacher_view: 'natural'  # and the attack goes away from what the teacher predicts of them
+          objective: 'soft_cross_entropy'
           model_mode: 'eval'"""
 
 STEPS = Template("""\

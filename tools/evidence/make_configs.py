@@ -26,6 +26,7 @@ from evidence.config_templates import (
     PAIR,
     PAIR_ROLES,
     STEPS,
+    TAUGHT_ROLES,
     WARMUP_COSINE,
     WHOLE,
     cifar_data,
@@ -33,7 +34,7 @@ from evidence.config_templates import (
     normalize,
 )
 from evidence.report import settle
-from ikl_plugins.presets import PRESETS
+from ikl_plugins.presets import PRESETS, robust_distillation
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "torchdistill"
 FOLDERS = ("cifar100", "imagenet", "imagenet_lt", "cifar10")
@@ -134,7 +135,7 @@ def _file(name: str, title: str, notes: str, processes: int, *parts: dict[str, o
 def _students(dataset: str, name: str, classes: int, **networks: str) -> dict[str, object]:
     """The blocks of a frozen teacher and its student."""
     dst_ckpt = _destination(dataset, name)
-    models = PAIR.substitute({"teacher_ckpt": "", **networks}, classes=classes, dst_ckpt=dst_ckpt)
+    models = PAIR.substitute({"teacher_ckpt": "", "student_kwargs": "", **networks}, classes=classes, dst_ckpt=dst_ckpt)
     return {"models": models, "roles": PAIR_ROLES, "process": _FROZEN}
 
 
@@ -419,12 +420,70 @@ def _cifar10() -> Iterator[tuple[str, str]]:
         yield _file(name, title, _CIFAR10_NOTES + named, 4, _CIFAR10, _TRADES if kind == "trades" else {}, own)
 
 
+# --- adversarial distillation on CIFAR-10 -----------------------------------------------------------------------------
+
+_RSLAD_TITLES = {
+    "rslad": "RSLAD (Zi et al., ICCV 2021), values of the authors' code",
+    "rslad_ikl": "RSLAD with IKL in place of the KL divergence; nobody has published its weights",
+}
+_RSLAD: dict[str, object] = {
+    "epochs": 300,
+    "train_kwargs": _train_kwargs(128, 2),
+    "roles": TAUGHT_ROLES,
+    "lr": 0.1,
+    "weight_decay": 0.0002,
+    "scheduler": STEPS.substitute(milestones=[215, 260, 285]),
+}
+_RSLAD_WHY = {
+    "alpha": "5/6, of a KL divergence that is a mean over the 10 classes as well",
+    "teacher_natural_weight": "of the natural images: 1/6 beside 5/6",
+}
+
+
+def _cifar10_distilled() -> Iterator[tuple[str, str]]:
+    for kind, title in _RSLAD_TITLES.items():
+        name = f"ResNet-18_from_wrn_34_10-{kind}"
+        method = robust_distillation(kind.replace("_", "-"), 10)
+        why = {**_RSLAD_WHY, "weight_temperature": "T of the class prior"}
+        keywords, loss = dict(method.keywords), method.loss
+        if loss == "KLLoss":
+            keywords = dict.fromkeys(("alpha", "beta"), keywords["loss_weight"])
+            why["beta"] = "equal to alpha: then DKL has the gradients of the KL divergence"
+            loss = "DKLLoss"
+        else:
+            why["beta"] = "five times alpha, as in the published adversarial training"
+        keywords = {"teacher_natural_weight": method.teacher_natural_weight, **keywords}
+        lines = [
+            _keyword(key, keywords[key], why.get(key, ""))
+            for key in ("teacher_natural_weight", *_ORDER)
+            if key in keywords
+        ]
+        teacher = _destination("cifar10", "wrn_34_10-trades").replace(".pt", "_last.pt")
+        networks = _students(
+            "cifar10",
+            name,
+            10,
+            teacher="'ikl_plugins.robustbench_network'",
+            teacher_kwargs="      architecture: 'WideResNet-34-10'\n      num_classes: 10",
+            teacher_ckpt=f"    src_ckpt: '{teacher}'  # TRADES, as RSLAD's\n",
+            student="'ikl_plugins.robustbench_network'",
+            student_kwargs="      architecture: 'ResNet-18'\n",
+        )
+        own = {"term": kind, "loss": _loss(loss, lines, _ADVERSARIAL, "the teacher's logits of the natural images")}
+        notes = "The authors choose by PGD-20 on the test images."
+        title = f"CIFAR-10, adversarial distillation, WRN-34-10 -> ResNet-18: {title}."
+        yield _file(name, title, notes, 1, _CIFAR10, networks, _RSLAD, own)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
+
+
+_FAMILIES = (_cifar100, _imagenet, _imagenet_lt, _cifar10, _cifar10_distilled)
 
 
 def render() -> dict[str, str]:
     """The text of every config by its path under configs/torchdistill."""
-    return {path: text for family in (_cifar100, _imagenet, _imagenet_lt, _cifar10) for path, text in family()}
+    return {path: text for family in _FAMILIES for path, text in family()}
 
 
 def differences(folder: Path = CONFIGS) -> list[str]:
