@@ -33,6 +33,7 @@ from ..adversarial import PGD, PixelSpace, Strength
 from ..class_prior import ClassPrior
 from ..presets import RobustDistillation, robust_distillation
 from .losses import PROCESS_LINE, AdversarialLogits, shown_output
+from .teacher_cache import ROW
 
 __all__ = ["AdversarialForward", "adversarial_forward"]
 
@@ -143,8 +144,12 @@ class TeacherForward:
         self, model: nn.Module, sample_batch: Tensor, targets: Any = None, supp_dict: Any = None, **kwargs: Any
     ) -> Any:
         """What ``process`` gives for the natural images."""
-        self._ask = lambda images: self.process(model, images, targets, supp_dict, **kwargs)
-        self.output = self._ask(sample_batch) if self.natural else None
+        # Without the records of the natural images, which a cache of logits would give for any others.
+        other = supp_dict
+        if isinstance(supp_dict, dict):
+            other = {name: value for name, value in supp_dict.items() if name != ROW}
+        self._ask = lambda images: self.process(model, images, targets, other, **kwargs)
+        self.output = self.process(model, sample_batch, targets, supp_dict, **kwargs) if self.natural else None
         return self.output
 
     def logits(self, images: Tensor) -> Tensor:
@@ -203,6 +208,11 @@ class AdversarialForward:
         self.prior: ClassPrior | None = None
         self.teacher: TeacherForward | None = None
         self._first_batch = True
+
+    def view(self) -> dict[str, Any]:
+        """What an adversarial distillation adds to the settings of the attack."""
+        view = {"teacher_view": self.teacher_view, "by_teacher": self.by_teacher, "natural_first": self.natural_first}
+        return {name: value for name, value in view.items() if value}
 
     def in_epoch(
         self, epoch: int, epochs: int, prior: ClassPrior | None = None, teacher: TeacherForward | None = None

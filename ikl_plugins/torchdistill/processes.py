@@ -83,8 +83,9 @@ def ikl_pre_epoch_process(box: Any, epoch: int | None = None, *, allow_changes: 
     if with_teacher:
         default_pre_epoch_process_with_teacher(box, epoch=epoch, **kwargs)
         _settle_teacher(box, first=epoch_of_stage == 1)
-        if isinstance(box.teacher_forward_proc, CachedForward):
-            box.teacher_forward_proc = box.teacher_forward_proc.for_box(box)
+        process = box.teacher_forward_proc
+        process = process.process if isinstance(process, TeacherForward) else process
+        box.teacher_forward_proc = process.for_box(box) if isinstance(process, CachedForward) else process
     else:
         default_pre_epoch_process_without_teacher(box, epoch=epoch, **kwargs)
     data = getattr(box.train_data_loader, "dataset", None)
@@ -132,9 +133,7 @@ def _teacher_of(box: Any, losses: dict[str, MidLevelLoss], forward: AdversarialF
         )
     alone = losses.keys() == getattr(box.criterion, "term_dict", {}).keys()
     natural = not (attacked and alone and not any(loss.teacher_natural_weight for loss in losses.values()))
-    process = box.teacher_forward_proc
-    process = process.process if isinstance(process, TeacherForward) else process
-    taught = box.teacher_forward_proc = TeacherForward(process, natural=natural)
+    taught = box.teacher_forward_proc = TeacherForward(box.teacher_forward_proc, natural=natural)
     return taught
 
 

@@ -41,7 +41,9 @@ def _settings(box: Any) -> dict[str, Any]:
     frozen = with_teacher and not box.teacher_updatable
     return {
         "losses": losses,
-        "attack": settings_of(forward.attack) if isinstance(forward, AdversarialForward) else None,
+        "attack": {**settings_of(forward.attack), **forward.view()}
+        if isinstance(forward, AdversarialForward)
+        else None,
         "teacher": {"weights": network_sha256(box.teacher_model)} if frozen else None,
         "batch_size": loader.batch_size,
         "world_size": dist.get_world_size() if box.distributed else 1,

@@ -24,7 +24,7 @@ from .losses import PROCESS_LINE, shown_output
 __all__ = ["CachedForward", "FixedViews", "cached_forward"]
 
 _CALLER = "cached_forward"
-_ROW = "ikl_plugins.teacher_row"
+ROW = "ikl_plugins.teacher_row"
 _WRAPPER_LINES = "dataset_wrapper:\n      key: 'ikl_plugins.FixedViews'\n      kwargs:\n        views: 8"
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class FixedViews(BaseDatasetWrapper):  # type: ignore[misc]  # the base class ha
         with seeded(self.seed, view, index):
             image, target, more = super().__getitem__(index)
         row = torch.tensor([view * len(self) + index, image_mark("FixedViews", image)])
-        return image, target, {**more, _ROW: row}
+        return image, target, {**more, ROW: row}
 
     def fields(self) -> dict[str, str]:
         """What its images depend on."""
@@ -138,7 +138,7 @@ class CachedForward:
             OSError: the file cannot be made, read or written.
             ValueError: no epoch has begun; a teacher that gives no logits; float16 cannot hold them.
         """
-        found = (supp_dict or {}).get(_ROW)
+        found = (supp_dict or {}).get(ROW)
         if found is None:
             return model(sample_batch)
         if self.data is None:

@@ -16,13 +16,15 @@ from torchdistill.core.training import get_training_box
 from torchdistill_boxes import CPU, the_loss
 
 from ikl_plugins.torchdistill import adversarial_forward
+from ikl_plugins.torchdistill.adversarial import TeacherForward
+from ikl_plugins.torchdistill.run_settings import record_settings
+from ikl_plugins.torchdistill.teacher_cache import ROW
 
 CLASSES, IMAGES = 10, 6
 MEAN, STD = 0.4, 0.25
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 3
 ATTACK = {"mean": [MEAN] * 3, "std": [STD] * 3, "steps": STEPS}
 SETTINGS = {"eps": "8/255", "step_size": "2/255", "random_start": "normal"}  # beside them, where no preset has them
-BY_TEACHER = {"teacher_view": "natural", "objective": "soft_cross_entropy"}
 
 
 def net(seed):
@@ -228,6 +230,20 @@ def test_no_more_passes_of_the_teacher_than_needed(preset, changes, passes):
     assert (len(seen), sum(seen)) == (passes, STEPS * (preset == "adaad"))  # a graph for the attack on both alone
     assert all(torch.equal(value, before[name]) for name, value in box.teacher_model.state_dict().items())
     assert all(parameter.grad is None for parameter in box.teacher_model.parameters())
+
+
+def test_a_cache_of_logits_is_not_asked_for_adversarial_images():
+    asked = []
+    forward = TeacherForward(lambda model, images, y, supp: asked.append(supp) or model(images), natural=True)
+    x, y = data()
+    forward(net(1), x, y, {ROW: 1, "id": 2})
+    forward.logits(x)
+    assert asked == [{ROW: 1, "id": 2}, {"id": 2}]
+
+
+def test_a_resumed_run_knows_the_teachers_view():
+    attack = record_settings(make_box({"preset": "adaad"}, preset="adaad"))["attack"]
+    assert (attack["teacher_view"], attack["by_teacher"], attack["natural_first"]) == ("adversarial", True, True)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
