@@ -4,10 +4,13 @@ The shipped digits/ikl.yaml of torchdistill and digits/distill_ikl.py of MMPretr
 each: a misspelt or missing key, a value of another type or out of range, an unknown name, two exchanged values. What
 comes of it is read as the host reads it, and trained on a few images in a process forked for it: all epochs, with
 validation, checkpoint and test, so that what is only looked up at the end is found as well.
+
+Besides, a run of each host is stopped and resumed with another setting: refused by its name, before the first step.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -48,6 +51,30 @@ FAILURES = {
     "died",
 }
 UNREMARKABLE = {"trains", "refused by us", "refused by the host"}
+RESUMES, REFUSED = "goes on", "another setting is refused by name"
+# By host what a resumed run gets in place of what it was started with, by the path in its config.
+_LOSS = ("train", "criterion", "kwargs", "sub_terms", "ikl")
+OTHERS: dict[str, dict[tuple[Any, ...], Any]] = {
+    "torchdistill": {
+        (*_LOSS, "criterion", "key"): "GKLLoss",
+        (*_LOSS, "criterion", "kwargs", "beta"): 0.123,
+        (*_LOSS, "criterion", "kwargs", "temperature"): 3.0,
+        (*_LOSS, "criterion", "kwargs", "weight_temperature"): 3.0,
+        (*_LOSS, "criterion", "kwargs", "warmup_epochs"): 5,
+        (*_LOSS, "weight"): 0.5,
+        ("train", "train_data_loader", "kwargs", "batch_size"): 16,
+    },
+    "mmpretrain": {
+        ("model", "distill_loss", "type"): "GKLLoss",
+        ("model", "distill_loss", "beta"): 0.123,
+        ("model", "distill_loss", "temperature"): 3.0,
+        ("model", "distill_loss", "weight_temperature"): 3.0,
+        ("model", "warmup_epochs"): 5,
+        ("model", "distill_weight"): 0.5,
+        ("model", "ce_weight"): 0.123,
+        ("train_dataloader", "batch_size"): 16,
+    },
+}
 # Intermediate names of the shipped MMPretrain configs, which the host does not read.
 UNREAD = ("pipeline", "loader", "data_root")
 
@@ -62,7 +89,7 @@ class Host(NamedTuple):
     tree: dict[str, Any]  # the shipped config, shortened
     text: Callable[[Any], str]  # of a tree, as the host's file has it
     ending: str  # of that file
-    train: Callable[[Path, Tell], None]  # reports the number of each step and its loss
+    train: Callable[[Path, Tell, bool], None]  # reports the number of each step and its loss; True: the run goes on
     ours: Callable[[tuple[Any, ...]], bool]  # whether a key at a path is read by this package
 
 
@@ -78,13 +105,13 @@ def torchdistill(work: Path) -> Host:
         ("runs/torchdistill/digits/teacher/teacher.pt", str(teacher)),
     )
 
-    def train(path: Path, tell: Tell) -> None:
+    def train(path: Path, tell: Tell, again: bool) -> None:
         def progress(step: int, steps: int, where: str) -> None:
             tell((step, 0.0))  # a loss that is not finite has been refused before
             if step >= MOST_STEPS:
                 raise EnoughError
 
-        training.run(training.load_config(path), progress=progress)
+        training.run(training.load_config(path), start_epoch=int(again), progress=progress)
 
     def ours(path: tuple[Any, ...]) -> bool:
         """Keys of the loss, and those that the driver looks up itself."""
@@ -115,11 +142,12 @@ def mmpretrain(work: Path) -> Host:
             if not math.isfinite(loss) or runner.iter + 1 >= MOST_STEPS:
                 raise EnoughError
 
-    def train(path: Path, tell: Tell) -> None:
+    def train(path: Path, tell: Tell, again: bool) -> None:
         # As mmpretrain's tools/train.py does it.
         found = Config.fromfile(str(path))
         if found.get("work_dir") is None:
             found.work_dir = "work_dirs"
+        found.resume = again or found.get("resume", False)
         runner = Runner.from_cfg(found)
         runner.register_hook(Watch(tell), priority="LOWEST")
         runner.train()
@@ -167,17 +195,67 @@ def test_configs(host: Host, number: int, tmp_path: Path, outcomes: Outcomes) ->
     assert not outcomes.failures
 
 
-def training_of(host: Host, tree: Any, folder: Path) -> Callable[[Tell], None]:
+@pytest.mark.campaign
+@pytest.mark.parametrize("host", HOSTS, indirect=True, scope="module")
+def test_configs_resumed(host: Host, tmp_path: Path, outcomes: Outcomes) -> None:
+    name = "torchdistill" if host.ending == ".yaml" else "mmpretrain"
+    begun, again = tmp_path / "begun", tmp_path / "again"
+    value_of(training_of(host, shorter(host.tree), begun, keep=True), TIMEOUT)
+    for path, value in [((), None), *OTHERS[name].items()]:
+        shutil.copytree(begun, again)
+        tree = changed(host.tree, path, value)
+        answer = in_child_process(training_of(host, tree, again, again=True), TIMEOUT)
+        outcome, said = judge_resumed(answer, path)
+        outcomes.count(f"{name}, resumed", [outcome])
+        if outcome not in (RESUMES, REFUSED):
+            what = f"{'.'.join(map(str, path))}: {value!r}"
+            outcomes.fail(f"{name}, resumed", input=what, what=outcome, detail=said[-2000:])
+    assert not outcomes.failures
+
+
+def shorter(tree: Any) -> Any:
+    """The config of a run that ends after its first epoch, from which one of EPOCHS goes on."""
+    path = ("train", "num_epochs") if "train" in tree else ("train_cfg", "max_epochs")
+    return changed(tree, path, 1)
+
+
+def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    found = parent = copy.deepcopy(tree)
+    for key in path[:-1]:
+        parent = parent.setdefault(key, {})
+    if path:
+        parent[path[-1]] = value
+    return found
+
+
+def judge_resumed(answer: Answer, path: tuple[Any, ...]) -> tuple[str, str]:
+    """The outcome of a resumed run and what was said; ``path`` leads to what has changed, if anything has."""
+    if answer.how in ("hung", "died"):
+        return answer.how, ""
+    said = f"{answer.value[0]}: {answer.value[1]}" if answer.how == "raised" else ""
+    if not path:
+        return (RESUMES if answer.how == "returned" else "does not go on"), said
+    if answer.how == "returned":
+        return "another setting is not seen", ""
+    name = "type" if path[-1] in ("type", "key") else str(path[-1])
+    refused = answer.value[0] == "ValueError" and not answer.told and re.search(rf"\b{name}\b", answer.value[1])
+    return (REFUSED if refused else "another error"), said
+
+
+def training_of(
+    host: Host, tree: Any, folder: Path, *, again: bool = False, keep: bool = False
+) -> Callable[[Tell], None]:
     def case(tell: Tell) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         path = folder / f"config{host.ending}"
         path.write_text(host.text(tree))
         os.chdir(folder)
         try:
-            host.train(path, tell)
+            host.train(path, tell, again)
         finally:
             os.chdir(folder.parent)
-            shutil.rmtree(folder, ignore_errors=True)
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
     return case
 

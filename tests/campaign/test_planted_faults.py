@@ -353,6 +353,23 @@ def test_what_is_said_of_a_mutant(outcome: str, ours: bool, mutation: Mutation, 
     assert configs.judge(mutation, answer, ours=ours)[0] == outcome
 
 
+CHANGED = ("model", "beta")
+# outcome, the change, what came of it
+RESUMED = [
+    (configs.RESUMES, (), Answer("returned", None, STEPS)),
+    ("does not go on", (), raised("`beta` must be", US)),
+    (configs.REFUSED, CHANGED, raised("others are model.beta (was 1, is 2)", US)),
+    ("another setting is not seen", CHANGED, Answer("returned", None, STEPS)),
+    ("another error", CHANGED, raised("others", US)),
+    ("another error", CHANGED, raised("model.beta", US, STEPS)),
+]
+
+
+@pytest.mark.parametrize(("outcome", "path", "answer"), RESUMED)
+def test_what_is_said_of_a_resumed_run(outcome: str, path: tuple[str, ...], answer: Answer) -> None:
+    assert configs.judge_resumed(answer, path)[0] == outcome
+
+
 # --- the record ------------------------------------------------------------------------------------------------------
 
 ONE, OTHER = (f"tests/campaign/test_kills.py::test_kills[a-{number}]" for number in range(2))
