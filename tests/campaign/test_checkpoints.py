@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
@@ -24,7 +25,7 @@ from campaign.comparison import differences
 from campaign.digits import few_digits, quiet
 from campaign.hostile import guises, other_files
 from campaign.in_child_process import Answer, Tell, in_child_process, value_of
-from campaign.odd_files import TOO_LARGE, Content, odd_files
+from campaign.odd_files import TOO_LARGE, Content, odd_files, odd_names
 from campaign.readers import READERS, Reader
 from campaign.record import Outcomes
 from ikl_plugins.checkpoints import load_content
@@ -103,6 +104,7 @@ def reading(sound: Sound, path: Path, changed: str, tell: Tell) -> Any:
     read, text = sound.reader.read, sound.reader.text
     if changed != "odd":
         return None if text else read(path)
+    os.environ["IKL_PLUGINS_MAX_ARCHIVE_BYTES"] = str(TOO_LARGE // 2)  # the others' defaults are low enough
     before = _peak()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
@@ -156,7 +158,7 @@ def judge(answer: Answer, name: str, sound: Any, *, changed: str, checksums: boo
         return "the process grew", f"by {max(answer.told) >> 20} MiB"
     if answer.how == "raised":
         kind, message, trace = answer.value
-        if kind not in ("ValueError", "TypeError"):
+        if kind not in ("ValueError", "TypeError", "LimitError"):
             return "another error", f"{kind}: {message}\n{trace}"
         return ("refused by name", "") if Path(name).stem in message else ("refused without the file's name", message)
     if sound is None and changed == "code":
@@ -169,6 +171,52 @@ def judge(answer: Answer, name: str, sound: Any, *, changed: str, checksums: boo
     if changed == "flipped" and not checksums:
         return "read, with other content: the format has no checksums", ""
     return "read, with other content", ", ".join(found[:10])
+
+
+@pytest.mark.campaign
+def test_checkpoints_names(tmp_path: Path, outcomes: Outcomes) -> None:
+    """Class folders whose names print or decode badly, from the images to the report of an evaluation."""
+    found = []
+    for number, name in enumerate(odd_names()):
+        answer = in_child_process(lambda _, number=number, name=name: report_of(tmp_path / f"{number}", name), TIMEOUT)  # type: ignore[misc]
+        outcome, why = judge_report(answer, tmp_path / f"{number}")
+        found.append(outcome)
+        if why:
+            outcomes.fail("class folders", input=f"{name!r:.40}", what=outcome, detail=why[-1500:])
+    outcomes.count("class folders", found)
+    assert not outcomes.failures
+
+
+def report_of(work: Path, name: bytes) -> str:
+    """The report of an evaluation on images of two classes, one of that name."""
+    from PIL import Image
+    from quick_autoattack import network
+
+    from ikl_plugins.robustbench import load_images
+    from ikl_plugins.robustbench.evaluation import evaluate
+    from ikl_plugins.robustbench.report import write_report
+
+    rng = random.Random(0)
+    for folder in (os.fsencode(work) + b"/images/" + name, os.fsencode(work / "images" / "plain")):
+        os.makedirs(folder)
+        for number in range(2):
+            picture = Image.frombytes("RGB", (8, 8), rng.randbytes(192))
+            picture.save(Path(os.fsdecode(folder)) / f"{number}.png")
+    images = load_images(work / "images")
+    model = network(classes=2)
+    done = evaluate(
+        model, images.images, images.labels, eps="1/255", attacks=["apgd-ce"], data=images, log=work / "log.json"
+    )
+    return write_report(done, work / "report.md", images=images).read_text(encoding="utf-8")
+
+
+def judge_report(answer: Answer, work: Path) -> tuple[str, str]:
+    if answer.how == "raised" and answer.value[0] in ("ValueError", "LimitError") and str(work) in answer.value[1]:
+        return ("names: refused by name", "") if answer.value[1].isprintable() else ("not printable", answer.value[1])
+    if answer.how != "returned":
+        return f"names: {answer.how}", str(answer.value)
+    odd = [line for line in answer.value.split("\n") if not line.isprintable()]
+    return ("names: not printable", repr(odd)) if odd else ("names: in the report", "")
 
 
 @pytest.mark.campaign
