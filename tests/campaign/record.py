@@ -144,7 +144,8 @@ class Recorder:
         if report.failed and not any(entry["kind"] == "failure" for entry in entries):
             failure = {"group": part_of(report.nodeid), "test": report.nodeid, "detail": report.longreprtext}
             entries.append({"kind": "failure", "failure": failure})
-        line = {"test": report.nodeid, "outcome": report.outcome, "entries": entries}
+        seconds = round(report.duration, 1)
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": seconds, "entries": entries}
         self.ended[report.nodeid] = line
         self._append(line)
 
@@ -168,7 +169,8 @@ class Recorder:
             lines = [line for line in lines if line["outcome"] != "skipped"]
             if lines:
                 finished = len(lines) == self.expected.get(part)
-                found[part] = {**self.header, "part": part, "finished": finished, **gathered(lines)}
+                seconds = round(sum(line["seconds"] for line in lines))
+                found[part] = {**self.header, "part": part, "finished": finished, "seconds": seconds, **gathered(lines)}
         text = json.dumps({"format": FORMAT, "parts": found})
         merged: dict[str, Any] = json.loads(
             text.replace(f"{ROOT}/", "")

@@ -25,7 +25,8 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
     found, before = {}, ""
     for part, content in record["parts"].items():
         settings, origin = content["settings"], _origin(content["origin"])
-        line = f"Seed {settings['seed']}{', quick' if settings['quick'] else ''}; failures: {len(content['failures'])}."
+        line = f"Seed {settings['seed']}{', quick' if settings['quick'] else ''}; failures: {len(content['failures'])}"
+        line += f"; {content['seconds']} seconds." if "seconds" in content else "."  # older records have none
         line += "" if content["finished"] else " Not finished."
         line += "" if origin == before else f" {origin}."
         facts = "\n".join(f"- {name}: {_fact_text(value)}" for name, value in content["facts"].items())

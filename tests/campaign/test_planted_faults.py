@@ -377,7 +377,7 @@ ONE, OTHER = (f"tests/campaign/test_kills.py::test_kills[a-{number}]" for number
 
 def test_the_record_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def report(test: str, outcome: str, *entries: dict[str, Any]) -> Any:
-        found = {"nodeid": test, "when": "call", "outcome": outcome, "failed": outcome == "failed"}
+        found = {"nodeid": test, "when": "call", "outcome": outcome, "failed": outcome == "failed", "duration": 1.0}
         properties = [("campaign", entry) for entry in entries]
         return SimpleNamespace(**found, user_properties=properties, longreprtext="what went wrong")
 
