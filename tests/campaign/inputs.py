@@ -159,7 +159,7 @@ def _quiet(make: Callable[[], Any]) -> Callable[[], Any]:
 
 def odd_tensors(good: Tensor) -> dict[str, Callable[[], Any]]:
     """The same numbers, labels or not, as tensors that are in no place taken."""
-    good = good.as_subclass(Tensor).contiguous()
+    good = good.as_subclass(Tensor).resolve_neg().contiguous()
     good = good.float() if good.is_floating_point() else good
     rows = torch.ones(len(good), dtype=torch.float64), torch.zeros(len(good), dtype=torch.int64)
     odd: dict[str, Callable[[], Any]] = {
