@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import ikl_plugins
+from campaign import odd_files as odd
 from campaign import test_checkpoints as checkpoints
 from campaign import test_configs as configs
 from campaign import test_disk as disk
@@ -25,7 +26,6 @@ from campaign import test_kills as kills
 from campaign.comparison import differences
 from campaign.in_child_process import Answer, in_child_process
 from campaign.mutations import Mutation
-from campaign.odd_files import odd_files
 from campaign.readers import Reader
 from campaign.record import PARTS, ROOT, SOURCES, Outcomes, Recorder
 from campaign.runs import Command, Life, judge_interrupt, live
@@ -158,7 +158,9 @@ def test_a_bad_reader_is_found(name: str, tmp_path: Path, outcomes: Outcomes, mo
     cases, path = tmp_path / "cases", tmp_path / "sound.pth"
     cases.mkdir()
     torch.save({"weight": torch.ones(3, 100)}, path)
-    every = odd_files(path) if changed == "odd" else {}
+    for module in (checkpoints, odd):
+        monkeypatch.setattr(module, "TOO_LARGE", 40 * 2**20)
+    every = odd.odd_files(path) if changed == "odd" else {}
     monkeypatch.setattr(checkpoints, "odd_files", lambda _: {name: every[name] for name in ODD})
     sound = checkpoints.Sound(name, Reader(path, read, fills=True), read(path), cases)
     with pytest.raises(AssertionError):
