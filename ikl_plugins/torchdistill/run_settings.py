@@ -45,9 +45,9 @@ def _settings(box: Any) -> dict[str, Any]:
         if isinstance(forward, AdversarialForward)
         else None,
         "teacher": {"weights": network_sha256(box.teacher_model)} if frozen else None,
-        "batch_size": loader.batch_size,
+        "batch_size": getattr(loader, "batch_size", None),  # a config may have forgotten its loader
         "world_size": dist.get_world_size() if box.distributed else 1,
-        "train_images": len(loader.dataset) if hasattr(loader.dataset, "__len__") else None,
+        "train_images": len(loader.dataset) if hasattr(getattr(loader, "dataset", None), "__len__") else None,
         "grad_accum_step": box.grad_accum_step,
         "max_grad_norm": box.max_grad_norm,
         "optimizer": settings_of(box.optimizer),

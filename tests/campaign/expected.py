@@ -71,7 +71,7 @@ def hold_loss(
     finite_rows = torch.isfinite(rows_s).all(1) & torch.isfinite(rows_t).all(1)
     required = ~known & (~finite_rows if reduction == "none" else ~finite_rows.all())
     assert not bool((torch.isfinite(actual) & required).any()), f"{actual} is finite where the formula gives {wanted}"
-    if lenient:
+    if lenient or not bool(finite_rows.all()):  # 0 times infinity is 0 in the formula and need not be in the loss
         known = known & torch.isfinite(actual)
     finite = [float(x.abs().max()) for x in (rows_s, rows_t) if x.numel() and bool(torch.isfinite(x).all())]
     size = max([1.0, *finite]) * max(1.0, numbers.get("alpha", 1.0), numbers.get("beta", 1.0))
