@@ -17,12 +17,16 @@ from typing import Any
 import mmengine.runner.checkpoint
 from mmengine.logging import HistoryBuffer, MMLogger  # noqa: F401  # checkpoints get the real buffer where it is imported
 from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
 
 from .. import checkpoints
 from .._limits import check_regular_file
+from .._validation import first_names
 from ..checkpoints import load_content, load_weights
+from ..models.weights import fits
 
-__all__ = ["allow_mmengine_checkpoints", "cut_off", "load_content", "load_weights", "newest_whole", "verify"]
+__all__ = ["allow_mmengine_checkpoints", "check_resumed_weights", "cut_off", "load_content", "load_weights"]
+__all__ += ["newest_whole", "verify"]
 
 _ZIP = b"PK\x03\x04"  # how torch.save begins a file
 
@@ -97,6 +101,32 @@ def _check_run(content: Any, path: Path | str, resume: bool) -> None:
         part = content.get(key, {}) if isinstance(content, Mapping) else {}
         if not isinstance(part, Mapping) or not all(isinstance(name, str) for name in part):
             raise ValueError(f"verify: '{key}' of the checkpoint {path} must hold values by name. Name another file.")
+
+
+def check_resumed_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: Path | str | None) -> None:
+    """Refuses weights that do not fit the model whose run goes on: MMEngine leaves those out, and says so in its log.
+
+    Args:
+        model: not wrapped.
+        checkpoint: what is resumed from.
+        path: where it comes from, if that is known.
+
+    Raises:
+        ValueError: an entry is no dense tensor, or has another shape or kind of numbers than the model's.
+    """
+    path = "what is resumed" if path is None else path
+    checkpoints.check_dense("IKLHook", checkpoint["state_dict"], path)
+    # Class priors refuse by themselves what they do not take.
+    own = {name: weight for name, weight in model.state_dict().items() if "class_prior." not in name}
+    found = {name.removeprefix("module."): weight for name, weight in checkpoint["state_dict"].items()}
+    others = [
+        name for name in own if name in found and not (isinstance(found[name], Tensor) and fits(found[name], own[name]))
+    ]
+    if others:
+        raise ValueError(
+            f"IKLHook: {path} must have the model's shapes and dtypes, but differs in {first_names(others)}. "
+            f"Resume from a whole checkpoint of this model."
+        )
 
 
 def cut_off(path: str, work_dir: str) -> bool:

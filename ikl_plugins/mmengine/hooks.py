@@ -26,7 +26,7 @@ from .._files import holds, locked
 from .._run_record import check_resumed
 from .._value_checks import host_numbers, judge_findings, read_value_checks, take_findings
 from ..losses import DecoupledLoss
-from .checkpoints import cut_off, newest_whole, verify
+from .checkpoints import check_resumed_weights, cut_off, newest_whole, verify
 from .dry_run import dry_run, first_batch
 from .epochs import EpochModel, class_priors, end_epoch
 from .run_settings import RECORD, model_settings, run_settings
@@ -102,6 +102,7 @@ class IKLHook(Hook):  # type: ignore[misc]
         self._started_with: tuple[Any] | None = None  # the record of the checkpoint that it is resumed from
         self._iterations_per_epoch: int | None = None  # None where the loop has epochs of its own
         self._epoch: int | None = None
+        self._checkpoint: str | None = None  # which is verified
         self._data_stream: tuple[Any, Any, torch.Tensor] | None = None
         self._lock = contextlib.ExitStack()
         self._losses: dict[str, DecoupledLoss] = {}  # whose terms the model itself does not log
@@ -122,12 +123,15 @@ class IKLHook(Hook):  # type: ignore[misc]
                 path = runner._load_from = newest_whole(path, runner.work_dir)
         if path is not None:
             verify(path, resume=runner._resume)
+        self._checkpoint = path
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Takes out the text of the config: MMEngine would run it, to look for a key that no config has any more."""
         meta = checkpoint.get("meta")
         if self.verify_checkpoints and isinstance(meta, dict):
             meta.pop("config", None)
+        if self.verify_checkpoints and runner._resume and isinstance(checkpoint.get("state_dict"), dict):
+            check_resumed_weights(_unwrap(runner.model), checkpoint, self._checkpoint)
         if runner._resume and self._settings:
             self._started_with = (meta.get(RECORD) if isinstance(meta, dict) else None,)
 

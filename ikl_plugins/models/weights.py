@@ -21,6 +21,7 @@ __all__ = [
     "Statistics",
     "bare",
     "drawn_parameters",
+    "fits",
     "load_strictly",
     "network_sha256",
     "parts",
@@ -46,7 +47,7 @@ class Misfit(NamedTuple):
     Attributes:
         missing: in the network alone.
         unexpected: in the weights alone.
-        shapes: in both, with another shape.
+        shapes: in both, with another shape, or numbers of another kind.
     """
 
     missing: list[str]
@@ -136,8 +137,8 @@ def load_strictly(
         statistics: with what images are normalised before they reach the network.
 
     Raises:
-        ValueError: a name is missing or unexpected, or a shape differs; a tensor is complex, or not dense
-            (:func:`ikl_plugins.checkpoints.check_dense`); the weights have a layer that normalises images
+        ValueError: a name is missing or unexpected, or a shape differs; weights are integers, of 8 bits, complex or not
+            dense (:func:`ikl_plugins.checkpoints.check_dense`); the weights have a layer that normalises images
             otherwise than with ``statistics``.
     """
     check_dense(caller, weights, path)
@@ -153,7 +154,7 @@ def load_strictly(
             )
     if renamed is not None:
         weights = renamed
-    shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    shapes = [name for name in own if name in weights and not fits(weights[name], own[name])]
     complex_ones = [name for name in own if name in weights and weights[name].is_complex() > own[name].is_complex()]
     if complex_ones:  # torch would drop the imaginary part
         raise ValueError(
@@ -165,11 +166,11 @@ def load_strictly(
         if not missing and not unexpected:
             return
     weights = _nearest(weights, own)
-    shapes = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    shapes = [name for name in own if name in weights and not fits(weights[name], own[name])]
     misfit = Misfit(
         [name for name in own if name not in weights], [name for name in weights if name not in own], shapes
     )
-    differ = [f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in shapes]
+    differ = [f"{name} {_kind(weights[name], own[name])} instead of {_kind(own[name], own[name])}" for name in shapes]
     unexpected = [printable(name) or "''" for name in misfit.unexpected]
     named = {"missing": misfit.missing, "unexpected": unexpected, "other shapes": differ}
     found = "; ".join(f"{kind}: {check.first_names(names)}" for kind, names in named.items() if names)
@@ -183,6 +184,16 @@ def load_strictly(
     else:
         end = way_out if isinstance(way_out, str) else way_out(misfit)
     raise ValueError(f"{caller}: the checkpoint {path} must fit {target}, but it does not; {found}. {end}")
+
+
+def fits(tensor: Tensor, own: Tensor) -> bool:
+    """Whether weights have a parameter's shape and, where it is floating, its kind of numbers: torch would cast any."""
+    return tensor.shape == own.shape and (own.dtype not in check.FLOATING or tensor.dtype in check.FLOATING)
+
+
+def _kind(tensor: Tensor, own: Tensor) -> str:
+    shape = str(tuple(tensor.shape))
+    return shape if own.dtype not in check.FLOATING or tensor.dtype in check.FLOATING else f"{shape} of {tensor.dtype}"
 
 
 def drawn_parameters(network: nn.Module, build: Callable[[], nn.Module]) -> list[str]:

@@ -81,6 +81,7 @@ def live(
     kill_in_write: tuple[int, float] | None = None,
     kill_at_rename: int = -1,
     interrupt: bool = False,
+    meanwhile: Callable[[], object] | None = None,
     log: str = "",
 ) -> Life:
     """Starts the command and waits for its end, or kills it.
@@ -93,6 +94,7 @@ def live(
         kill_in_write: the number of the write, 0 for the first, and the seconds after its beginning.
         kill_at_rename: the number of the rename behind a write; it is killed before that.
         interrupt: send SIGINT to it and its children, as a terminal does for Ctrl-C, in place of killing it.
+        meanwhile: called while it stands still, as soon as it has locked something.
         log: what the name of the file with its output ends with.
 
     Raises:
@@ -136,6 +138,14 @@ def live(
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
     signalled = False
+    if meanwhile is not None:
+        while process.poll() is None and not locks(folder):
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGSTOP)
+        try:
+            meanwhile()
+        finally:
+            os.killpg(process.pid, signal.SIGCONT)
     try:
         process.wait(TIMEOUT if kill_after is None else kill_after)
     except subprocess.TimeoutExpired as error:
@@ -150,6 +160,11 @@ def live(
     follower.join(1.0)  # a child of the process may keep the pipe open
     text = written.read_text(errors="replace")
     return Life(time.monotonic() - start, code, events, text, code == -signal.SIGKILL, signalled and code != 0)
+
+
+def locks(folder: Path) -> list[Path]:
+    """What a run has locked in its folder, or the folder itself."""
+    return [*folder.rglob("*.lock"), *folder.parent.glob(f"{folder.name}*.lock")]
 
 
 def judge_interrupt(life: Life) -> str | None:

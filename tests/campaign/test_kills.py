@@ -11,9 +11,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,21 +165,19 @@ def test_kills_second_writer(whole: Whole, outcomes: Outcomes) -> None:
     """A second process on the folder of a run ends with one line that names the folder and the first process."""
     command, folder = whole.command, whole.folder.with_name("two")
     folder.mkdir()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(live, command, folder, again=False)
-        while not first.done() and not locks(folder):
-            time.sleep(0.05)
-        second = live(command, folder, again=False, log="second")
-        life = first.result()
+    others: list[Life] = []
+    life = live(
+        command,
+        folder,
+        again=False,
+        meanwhile=lambda: others.append(live(command, folder, again=False, log="second")),
+    )
+    (second,) = others
     what, found = judge_second(second, folder), differences(command.result(folder), whole.result)
     outcomes.count(command.name, [what])
     if what != REFUSED or life.code or found:
         outcomes.fail(command.name, what=what, code=life.code, differences=found[:20], output=second.output[-2000:])
     assert not outcomes.failures
-
-
-def locks(folder: Path) -> list[Path]:
-    return [*folder.rglob("*.lock"), *folder.parent.glob(f"{folder.name}*.lock")]
 
 
 def judge_second(life: Life, folder: Path) -> str:
