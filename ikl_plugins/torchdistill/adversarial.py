@@ -64,8 +64,8 @@ def adversarial_forward(
         preset: a published adversarial distillation, or one with IKL: what is not given otherwise. See
             :func:`ikl_plugins.presets.robust_distillation`; the loss has a preset of its own.
         teacher_view: in an adversarial distillation the images that the teacher of the adversarial logits sees,
-            ``'natural'`` or ``'adversarial'``; the teacher is then frozen. None for a training that attacks away from
-            the student's own predictions, whether there is a teacher or not.
+            ``'natural'`` or, of a frozen one, ``'adversarial'``. None for a training that attacks away from the
+            student's own predictions, whether there is a teacher or not.
         attack_reference: whose predictions the objectives ``'soft_cross_entropy'`` and ``'ikl'`` go away from:
             ``'teacher'``, of the view that it sees (the default with a ``teacher_view``), or ``'student'``, of the
             natural images.
