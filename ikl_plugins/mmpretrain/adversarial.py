@@ -161,8 +161,17 @@ class AdversarialClassifier(TaughtClassifier):
         self.robust_loss = self.build_loss("robust_loss", robust_loss)
         natural_weight = method.natural_weight if natural_weight is None else natural_weight
         self.natural_weight = check.check_number(_CALLER, "natural_weight", natural_weight)
-        taught = {"teacher_view": teacher_view, "teacher_natural_weight": teacher_natural_weight}
-        self._set_teacher(method, {**taught, "attack_reference": attack_reference}, has_teacher=teacher is not None)
+        taught = {
+            "teacher_view": teacher_view,
+            "teacher_natural_weight": teacher_natural_weight,
+            "attack_reference": attack_reference,
+            "teacher_ckpt": teacher_ckpt,
+            "teacher_input": teacher_input,
+            "teacher_precision": teacher_precision,
+            "teacher_compile": teacher_compile or None,
+            "teacher_channels_last": teacher_channels_last or None,
+        }
+        self._set_teacher(method, taught, has_teacher=teacher is not None)
         if teacher is not None:
             self.hold_teacher(
                 teacher,
@@ -342,6 +351,8 @@ class AdversarialClassifier(TaughtClassifier):
             feats = self.extract_feat(batch.natural)
             natural_logits = self.head_logits(feats)
             losses = self.head_losses(feats, natural_logits, batch.data_samples, self.natural_weight)
+        if not used:  # autocast of older releases of torch keeps that pass's copies of the weights, without a graph
+            torch.clear_autocast_cache()
         if self.natural_first:
             adversarial_logits = self.logits(batch.adversarial)
         # The class prior collects the teacher's side of the training pass, of the first view alone.

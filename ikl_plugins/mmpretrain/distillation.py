@@ -111,7 +111,7 @@ class DistillationClassifier(TaughtClassifier):
         labels = None if prior is None else self.hard_labels(data_samples, "the class prior of `distill_loss`")
         feats = self.extract_feat(inputs)
         logits = self.head_logits(feats)
-        cache = self.teacher_cache if self.training else None
+        cache = self.teacher_cache
         teacher_logits = (
             self.teacher(inputs) if cache is None else cache(self.teacher, inputs, data_samples, logits.detach())
         )

@@ -151,6 +151,7 @@ class LogitCache:
         """
         found = [sample.get(_ROW) for sample in data_samples]
         if None in found:  # not of the training data
+            teacher.module.to(inputs.device)
             return teacher(inputs)
         numbers, marks, sizes = zip(*found, strict=True)
         if len(set(sizes)) > 1:

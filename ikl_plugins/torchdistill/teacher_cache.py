@@ -136,7 +136,8 @@ class CachedForward:
 
         Raises:
             OSError: the file cannot be made, read or written.
-            ValueError: no epoch has begun; a teacher that gives no logits; float16 cannot hold them.
+            ValueError: no epoch has begun; images that a collate function has changed; a teacher that gives no logits;
+                float16 cannot hold them.
         """
         found = (supp_dict or {}).get(ROW)
         if found is None:
@@ -146,6 +147,11 @@ class CachedForward:
                 f"{_CALLER}: it must know where epochs begin. Add to `train:` of the config:\n  {PROCESS_LINE}"
             )
         numbers, marks = found.T.tolist()
+        if image_mark(_CALLER, sample_batch[0]) != marks[0]:  # one for all, as a collator changes the whole batch
+            raise ValueError(
+                f"{_CALLER}: the batch must hold the images of the data set, got others. "
+                f"Drop what mixes or changes them behind it, such as `collate_fn`."
+            )
         kept = None if self._records is None else self._records.read(numbers, marks)
         if kept is None:
             logits = model(sample_batch)

@@ -466,6 +466,11 @@ KL = {"robust_loss": {"type": "KLLoss"}}
 REFUSED = {
     "preset alone": (NONE | {"preset": "rslad"}, "`preset` goes with a teacher"),
     "view alone": (NONE | KL | {"attack": ATTACK, "teacher_view": "natural"}, "`teacher_view` goes with a teacher"),
+    "weights alone": (NONE | KL | {"attack": ATTACK, "teacher_ckpt": "x.pth"}, "`teacher_ckpt` goes with a teacher"),
+    "switch alone": (
+        NONE | KL | {"attack": ATTACK, "teacher_channels_last": True},
+        "`teacher_channels_last` goes with a teacher",
+    ),
     "preset": ({"preset": "rsald"}, "unknown preset `rsald`. Did you mean `rslad`"),
     "view": ({"preset": "ard", "teacher_view": "both"}, "unknown `teacher_view` `both`"),
     "reference": ({"preset": "ard", "attack_reference": "labels"}, "unknown `attack_reference` `labels`"),

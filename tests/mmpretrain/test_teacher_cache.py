@@ -189,6 +189,14 @@ def test_a_teacher_that_nobody_asks_leaves_the_device(watched, teacher, tmp_path
     assert len(left) == 1  # before the third
 
 
+def test_a_teacher_that_has_left_the_device_answers_other_images(tmp_path, monkeypatch):
+    cache, _ = prepared(tmp_path, count=1)
+    teacher, moved = linear([]), []
+    monkeypatch.setattr(teacher.module, "to", moved.append)
+    cache(teacher, torch.rand(1, 3, 2, 2), [DataSample()], torch.zeros(1, CLASSES))
+    assert moved == [torch.device("cpu")]
+
+
 # --- the file --------------------------------------------------------------------------------------------------------
 
 

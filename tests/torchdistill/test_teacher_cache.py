@@ -6,11 +6,12 @@ import numpy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
 from torchdistill.core.distillation import get_distillation_box
+from torchdistill.datasets.registry import register_collate_func
 from torchdistill_boxes import BATCH, CLASSES, CPU, IMAGES, PRIOR, stage, the_loss
 
 from ikl_plugins.torchdistill import cached_forward
@@ -97,7 +98,14 @@ def test_other_teachers_and_images_have_other_folders_and_float16_is_half(tmp_pa
 
 
 # id: changes of the box, the fragment that matters
+@register_collate_func
+def mixed(batch):
+    images, labels, extra = default_collate(batch)
+    return images.roll(1, 0) / 2 + images / 2, labels, extra
+
+
 REFUSED = {
+    "mixed": ({"train_data_loader": {"collate_fn": "mixed"}}, "must hold the images of the data set"),
     "no views": (
         {"train_data_loader": {"dataset_wrapper": None}},
         "(?s)must recur, got BaseDatasetWrapper.*FixedViews",
