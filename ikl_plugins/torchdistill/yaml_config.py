@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,10 @@ def load_config(path: Path | str) -> dict[str, Any]:
     check_config_text(CALLER, path)
     try:
         config = load_yaml_file(os.fspath(path))
-    except (yaml.YAMLError, ValueError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not isinstance(error, yaml.YAMLError) and Path(where).parent.name != "yaml":
-            raise  # of what a tag runs; YAML itself ends so at a date that is none, and at an endless number
+    except yaml.YAMLError as error:
         raise ValueError(f"{CALLER}: {path} must be a YAML file, but it is not: {error}.") from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # of a date that is none, or what a tag runs
+        raise ValueError(f"{CALLER}: {path}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CALLER}: {path} must hold a mapping, got {type(config).__name__}. {_COMPARE}")
     for keys in (("datasets",), ("models",), ("train",), ("test", "test_data_loader")):

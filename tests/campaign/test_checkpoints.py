@@ -103,7 +103,8 @@ def reading(sound: Sound, path: Path, changed: str, tell: Tell) -> Any:
     """Reads a case's file, in a process of its own; of an odd one it reports by how many bytes the process grew."""
     read, text = sound.reader.read, sound.reader.text
     if changed != "odd":
-        return None if text else read(path)
+        found = read(path)
+        return None if text else found
     os.environ["IKL_PLUGINS_MAX_ARCHIVE_BYTES"] = str(TOO_LARGE // 2)  # the others' defaults are low enough
     before = _peak()
     pages = int(Path("/proc/self/statm").read_text().split()[0])

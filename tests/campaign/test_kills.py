@@ -72,6 +72,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     work.mkdir(exist_ok=True)
     command = COMMANDS[request.param][0](work, is_quick(request.config))
     folder = work / request.param.replace(" ", "_") / "whole"
+    shutil.rmtree(folder, ignore_errors=True)  # of the same command in another test
     folder.mkdir(parents=True)
     life = live(command, folder, again=False)
     assert life.code == 0, f"{command.name} does not run:\n{life.output[-3000:]}"

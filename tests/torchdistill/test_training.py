@@ -498,7 +498,7 @@ def test_the_command_says_in_one_line_what_to_mend(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: .* Train it first: ikl train torchdistill/digits/teacher\.yaml\.$"):
         ikl(["train", "torchdistill/digits/ikl.yaml", "--device", "cpu"])
     monkeypatch.setenv("IKL_PLUGINS_DATA", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"^error: image_folder: .* Run: ikl data digits"):
+    with pytest.raises(SystemExit, match=r"^error: ikl train: .*: image_folder: .* Run: ikl data digits"):
         ikl(["train", "torchdistill/digits/ikl.yaml"])
 
 
