@@ -15,7 +15,7 @@ ROOMS = {
     "adversarial": (set(), set()),
     "models": (set(), {"robustbench"}),
     "torchdistill": ({"adversarial", "models"}, {"torchdistill", "torchvision"}),
-    "mmengine": ({"adversarial"}, {"mmengine"}),
+    "mmengine": ({"adversarial", "models"}, {"mmengine"}),
     "mmpretrain": ({"adversarial", "mmengine", "models"}, {"mmcv", "mmengine", "mmpretrain", "torchvision"}),
     "robustbench": ({"adversarial", "models"}, HOSTS),
     "commands": ({"adversarial", "models", *ADAPTERS}, HOSTS),

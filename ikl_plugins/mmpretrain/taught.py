@@ -68,10 +68,11 @@ class TaughtClassifier(EpochClassifier):
         """The holder of the teacher.
 
         Raises:
-            ValueError: its files are not in the working directory, and no hook has told where the config is.
+            ValueError: there is none, or its files are not in the working directory, and no hook has told where the
+                config is.
         """
         if self._teacher is None:
-            raise ValueError(self._missing[1] if self._missing else "")
+            raise ValueError(self._missing[1] if self._missing else f"{self._name}: there is no `teacher`. Give one.")
         return self._teacher
 
     @teacher.setter

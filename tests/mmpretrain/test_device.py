@@ -136,7 +136,7 @@ def test_deterministic_runs_have_a_cublas_workspace(deterministic, before, after
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    IKLHook(verify_checkpoints=False).before_run(None)
+    IKLHook(verify_checkpoints=False).before_run(SimpleNamespace(_train_loop=None))
     assert environment.get("CUBLAS_WORKSPACE_CONFIG") == after
 
 

@@ -115,8 +115,9 @@ def prepare(path, load):
         if path.startswith("cifar100/"):
             content = {"epoch": 240, "model": content, "best_acc": 72.34}
         where = Path(config.model.teacher_ckpt.replace("*", "87"))
-        if "://" in config.model.teacher_ckpt:  # where torch keeps what it has fetched
+        if "://" in config.model.teacher_ckpt:  # these random weights have not the digest in its name
             where = Path(torch.hub.get_dir()) / "checkpoints" / where.name
+            config.model.teacher_ckpt = str(where)
         where.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, where)
     return config
@@ -141,7 +142,7 @@ def take_steps(path, load):
     runner = Runner.from_cfg(config)
     watch = Watch()
     runner.register_hook(watch)
-    teacher = getattr(runner.model, "teacher", None)
+    teacher = runner.model.teacher if getattr(runner.model, "has_teacher", False) else None
     if teacher is not None:
         before_teacher = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
     before = {}

@@ -151,7 +151,9 @@ def test_the_ranking_as_json():
 def test_the_plot_shows_all_entries_and_the_result(natural, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure", reason="plots need matplotlib")
     drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: (drawn.append(self), path.touch()))
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, path, dpi: (drawn.append(self), path.write_text("drawn"))
+    )
     ranking = rank("cifar100", "Linf", 31.91, natural_accuracy=natural, name="Cui2023Decoupled_WRN-34-10")
     draw(ranking, tmp_path / "new" / "rank.png")
     (axes,) = drawn[0].axes
