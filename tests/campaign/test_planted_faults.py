@@ -146,7 +146,10 @@ BAD_READERS: dict[str, tuple[Callable[[Path], Any], str, dict[str, int]]] = {
             "another error": 1,
         },
     ),
-    "nameless": (nameless, "other file", {"refused without the file's name": 12, "another error": 1}),
+    **dict.fromkeys(
+        ("nameless", "nameless config"),
+        (nameless, "other file", {"refused without the file's name": 12, "another error": 1}),
+    ),
 }
 
 
@@ -162,7 +165,7 @@ def test_a_bad_reader_is_found(name: str, tmp_path: Path, outcomes: Outcomes, mo
         monkeypatch.setattr(module, "TOO_LARGE", 40 * 2**20)
     every = odd.odd_files(path) if changed == "odd" else {}
     monkeypatch.setattr(checkpoints, "odd_files", lambda _: {name: every[name] for name in ODD})
-    sound = checkpoints.Sound(name, Reader(path, read, fills=True), read(path), cases)
+    sound = checkpoints.Sound(name, Reader(path, read, fills=True, text="config" in name), read(path), cases)
     with pytest.raises(AssertionError):
         checkpoints.test_checkpoints(sound, changed, outcomes)
     found = [failure["what"] for failure in outcomes.failures]
