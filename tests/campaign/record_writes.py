@@ -40,6 +40,7 @@ def record_writes(descriptor: int, pattern: str, number: int) -> None:
 if __name__ == "__main__":
     channel, where, kill_at = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     record_writes(channel, where, kill_at)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells ignore in the background
     sys.argv = sys.argv[5:]
     del sys.path[0]  # of this file
     os.write(channel, b"begin\n")

@@ -1,9 +1,9 @@
 """Kill -9 at seeded random times, and resumption: does a run end as the uninterrupted one, bit for bit?
 
-A run may be killed several times. Most points are at a random time of what is left of the run, some of these by Ctrl-C;
-the others are aimed at a write: the process tells which file it opens for writing, and is killed within the time that
-such a write takes, or kills itself before it renames a file. Commands that write at once are killed before each rename.
-A second process that is started on the same folder is refused, and the first one ends as if it were alone.
+A run may be killed several times. Most points are at a random time of what is left of the run; the others are aimed at
+a write: the process tells which file it opens for writing, and is killed within the time that such a write takes, or
+kills itself before it renames a file. Commands that write at once are killed before each rename. Other runs are stopped
+by Ctrl-C. A second process that is started on the same folder is refused, and the first one ends as if it were alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from campaign.writers import WRITERS
 
 AIMED = 0.4  # share of the points that are aimed at a write
 RENAMED = 0.5  # of these the share at its end
-INTERRUPTED = 0.3  # share of the others that are Ctrl-C
+CTRL_C = 2  # runs of each command
 EARLY = 0.15  # share of the others that may fall before the first step; the rest is drawn from the training itself
 LONGEST_WRITE = 0.006  # in seconds: so long after its beginning a process that is aimed at is killed
 MOST_KILLS = 4  # of one run
@@ -103,11 +104,6 @@ def one_run(outcomes: Outcomes, whole: Whole, folder: Path, rng: random.Random, 
             continue
         outcomes.count(command.name, [place, how])
         kills.append({"after_seconds": round(life.seconds, 2), "place": place, "how": how})
-        unclear = runs.judge_interrupt(life) if life.interrupted else None
-        if unclear is not None:
-            outcomes.fail(
-                command.name, run=folder.name, kills=kills, what=f"Ctrl-C: {unclear}", output=life.output[-3000:]
-            )
     assert life is not None
     if life.code != 0:
         outcomes.count(command.name, ["did not go on"])
@@ -134,7 +130,6 @@ def lives(whole: Whole, folder: Path, rng: random.Random, kills: int) -> Iterato
     told = [(at, text) for at, text in life_of_whole.events if command.writes.search(text)]
     begun = told[0][0] if told else seconds
     writes, renames = (sum(text.startswith(kind) for _, text in told) for kind in ("open ", "rename "))
-    ready = next((at for at, text in life_of_whole.events if text == "begin"), 0.0) + START
     # About when the training begins, from the time between its writes: reading the output would need a terminal.
     steps = max(0.0, begun - (seconds - begun) / command.parts)
     for number in range(kills):
@@ -143,21 +138,45 @@ def lives(whole: Whole, folder: Path, rng: random.Random, kills: int) -> Iterato
         aimed, early, share = rng.random() < AIMED, rng.random() < EARLY, rng.random()
         left, delay = rng.random(), rng.uniform(0, LONGEST_WRITE)
         which, renamed = (int(left * max(1, round(count * (1 - safe)))) for count in (writes, renames))
-        at_rename, interrupt = rng.random() < RENAMED, rng.random() < INTERRUPTED
-        how = "aimed at a write" if aimed else "by Ctrl-C" if interrupt else "at a random time"
+        at_rename, _ = rng.random() < RENAMED, rng.random()
+        how = "aimed at a write" if aimed else "at a random time"
         if aimed and at_rename:
             life = live(command, folder, again=number > 0, kill_at_rename=renamed)
         elif aimed:
             life = live(command, folder, again=number > 0, kill_in_write=(which, delay))
         else:
-            first = (ready if interrupt else 0.0) if early else steps
+            first = 0.0 if early else steps
             expected = begun + (seconds - begun) * (1 - safe)
             after = max(0.05, first + share * (expected - first))
-            life = live(command, folder, again=number > 0, kill_after=after, interrupt=interrupt)
+            life = live(command, folder, again=number > 0, kill_after=after)
         yield life, where_it_fell(command, life, safe > 0) if life.stopped else "", how
         if not life.stopped:
             return
     yield live(command, folder, again=kills > 0), "", ""
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("whole", COMMANDS, indirect=True, scope="module")
+def test_kills_ctrl_c(whole: Whole, outcomes: Outcomes) -> None:
+    """Ctrl-C at a random time ends a command with the exit code 130 and one line, and it goes on."""
+    command = whole.command
+    begin = next(at for at, text in whole.life.events if text == "begin") + START
+    for number in range(1 if outcomes.quick else CTRL_C):
+        rng = random.Random(f"{outcomes.seed} {command.name} Ctrl-C {number}")
+        folder = whole.folder.with_name(f"ctrl_c{number}")
+        folder.mkdir()
+        life = live(command, folder, again=False, kill_after=rng.uniform(begin, whole.life.seconds), interrupt=True)
+        # Once all is written Python takes itself down, and dies of SIGINT as of old.
+        ended = not life.interrupted or (life.code == -signal.SIGINT and command.safe(folder) == 1)
+        unclear = None if ended else runs.judge_interrupt(life)
+        last = live(command, folder, again=True)
+        found = [f"ended with {last.code}"] if last.code else differences(command.result(folder), whole.result)
+        outcomes.count(command.name, [] if ended else ["by Ctrl-C"])
+        outcomes.count(command.name, ["other result" if found else ENDS])
+        if unclear or found:
+            what = f"Ctrl-C: {unclear}, {found[:20]}"
+            outcomes.fail(command.name, number=number, what=what, output=life.output[-2000:], last=last.output[-1000:])
+    assert not outcomes.failures
 
 
 @pytest.mark.campaign
