@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from distillation_by_hand import EPS, STEP, attack_by_hand, pairwise_mse, soft_ce
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS
@@ -21,7 +22,7 @@ from ikl_plugins._robustbench_import import import_robustbench
 from ikl_plugins.mmpretrain import AdversarialClassifier
 from ikl_plugins.models.robustbench_zoo import robustbench_network
 
-SIZE, IMAGES, EPS, STEP = 8, 6, 16 / 255, 4 / 255
+SIZE, IMAGES = 8, 6
 MEAN, STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]  # of the student
 TEACHER_MEAN, TEACHER_STD = [90.0, 90.0, 80.0], [70.0, 50.0, 60.0]
 
@@ -103,32 +104,6 @@ def mean_kl(student, teacher):
     """``nn.KLDivLoss()`` of the authors' codes: a mean over batch and classes."""
     p = torch.softmax(teacher, 1)
     return (p * (p.log() - torch.log_softmax(student, 1))).mean()
-
-
-def soft_ce(student, teacher, temperature=1.0):
-    p = torch.softmax(teacher.detach() / temperature, 1)
-    return -(p * torch.log_softmax(student / temperature, 1)).sum(1).mean()
-
-
-def pairwise_mse(student, teacher, weights):
-    gap = (teacher[:, :, None] - teacher[:, None]) - (student[:, :, None] - student[:, None])
-    return 0.25 * (weights[:, :, None] * weights[:, None] * gap**2).sum((1, 2)).mean()
-
-
-def attack_by_hand(student, pixels, objective, *, uniform=False, training=False):
-    """Ten lines that the three codes share; ``objective`` is from adversarial pixels and the network to a value."""
-    student = copy.deepcopy(student).train(training)
-    torch.manual_seed(5)
-    if uniform:
-        adversarial = pixels + (2 * torch.rand(pixels.shape, dtype=torch.float64) - 1) * EPS
-    else:
-        adversarial = pixels + 0.001 * torch.randn(pixels.shape, dtype=torch.float64)
-    for _ in range(3):
-        adversarial = adversarial.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(student, adversarial), adversarial)
-        adversarial = adversarial.detach() + STEP * gradient.sign()
-        adversarial = torch.min(torch.max(adversarial, pixels - EPS), pixels + EPS).clamp(0, 1)
-    return adversarial
 
 
 def ard(student, teacher, x, y, classes):

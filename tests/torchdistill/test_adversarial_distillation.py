@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 pytest.importorskip("torchdistill.losses.registry", reason="the torchdistill adapter needs torchdistill")
 
 import torchdistill_boxes as boxes
+from distillation_by_hand import STEPS, attack_by_hand, pairwise_mse, soft_ce
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.training import get_training_box
 from torchdistill_boxes import CPU, the_loss
@@ -22,7 +23,6 @@ from ikl_plugins.torchdistill.teacher_cache import ROW
 
 CLASSES, IMAGES = 10, 6
 MEAN, STD = 0.4, 0.25
-EPS, STEP, STEPS = 8 / 255, 2 / 255, 3
 ATTACK = {"mean": [MEAN] * 3, "std": [STD] * 3, "steps": STEPS}
 SETTINGS = {"eps": "8/255", "step_size": "2/255", "random_start": "normal"}  # beside them, where no preset has them
 
@@ -62,31 +62,6 @@ def mean_kl(student, teacher):
     """``nn.KLDivLoss()`` of the authors' codes: a mean over batch and classes."""
     p = torch.softmax(teacher, 1)
     return (p * (p.log() - torch.log_softmax(student, 1))).mean()
-
-
-def soft_ce(student, teacher):
-    return -(torch.softmax(teacher, 1).detach() * torch.log_softmax(student, 1)).sum(1).mean()
-
-
-def pairwise_mse(student, teacher, weights):
-    gap = (teacher[:, :, None] - teacher[:, None]) - (student[:, :, None] - student[:, None])
-    return 0.25 * (weights[:, :, None] * weights[:, None] * gap**2).sum((1, 2)).mean()
-
-
-def attack_by_hand(student, pixels, objective, *, uniform=False, training=False):
-    """Ten lines that the codes share; ``objective`` is from adversarial pixels and the network to a value."""
-    student = copy.deepcopy(student).train(training)
-    torch.manual_seed(5)
-    if uniform:
-        adversarial = pixels + (2 * torch.rand(pixels.shape, dtype=torch.float64) - 1) * EPS
-    else:
-        adversarial = pixels + 0.001 * torch.randn(pixels.shape, dtype=torch.float64)
-    for _ in range(STEPS):
-        adversarial = adversarial.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(student, adversarial), adversarial)
-        adversarial = adversarial.detach() + STEP * gradient.sign()
-        adversarial = torch.min(torch.max(adversarial, pixels - EPS), pixels + EPS).clamp(0, 1)
-    return adversarial
 
 
 class OnPixels(nn.Module):
